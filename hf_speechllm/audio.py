@@ -1,0 +1,339 @@
+"""Recordings in: files, URLs, bytes or arrays, any format, rate and channel count, to one mono waveform."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import io
+import itertools
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import soundfile
+
+SAMPLE_RATE = 16000  # Hz
+URL_TIMEOUT = 30  # seconds without an answer before a download is given up
+BLOCK_LENGTH = 1 << 20  # samples decoded at once; a minute at 16 kHz, so that most recordings are one block
+PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
+UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
+
+
+class AudioError(ValueError):
+    """A recording that can't be used; the message has its path and the reason."""
+
+
+def is_url(source: Any) -> bool:
+    """Whether a source is an http(s) URL."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def resolve_source(source: str, folder: str) -> str:
+    """A path as an absolute one, taken from a folder; a URL as it is.
+
+    A folder that is a symbolic link is followed before a `..` is taken, as the system does it.
+    """
+    if "://" in source:
+        return source
+    base = _real_folder(folder) if ".." in source else os.path.abspath(folder)
+    return os.path.normpath(os.path.join(base, source))
+
+
+@functools.cache
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def load_audio(source: str | Path | bytes | np.ndarray, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Loads a recording as mono.
+
+    Args:
+        source: path, http(s) URL, the bytes of a file, or a waveform, shape = (samples,), already at `sampling_rate`.
+        sampling_rate: of the result, in Hz.
+
+    Returns:
+        Waveform, float32, shape = (samples,), in [-1, 1]; channels are averaged.
+
+    Raises:
+        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached.
+    """
+    if isinstance(source, (str, Path, bytes)):
+        waveform, rate = read_audio(source)
+        return resample(waveform.mean(axis=1), rate, sampling_rate)
+    waveform = np.asarray(source, dtype=np.float32)
+    if waveform.ndim != 1:
+        raise AudioError(f"a waveform must have one dimension (samples,), got shape {waveform.shape}")
+    return waveform
+
+
+def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    """Decodes a recording: float32, shape = (samples, channels), in [-1, 1], and its rate in Hz.
+
+    Raises:
+        AudioError: as `load_audio`.
+    """
+    blocks, rates = zip(*_decode(source), strict=True)
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rates[0]
+
+
+def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
+    """Number of samples (of one channel) and rate in Hz of a recording that can be decoded to its end.
+
+    A WAV file of integer PCM can't hold anything that does not decode, so its header is compared with its size.
+    Everything else is decoded, block by block where the decoder can, so that long recordings need little memory.
+
+    Raises:
+        AudioError: as `load_audio`.
+    """
+    plain = None if isinstance(source, bytes) or is_url(source) else _probe_plain_wav(source)
+    if plain:
+        return plain
+    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source)), strict=True)
+    return sum(lengths), rates[0]
+
+
+def _probe_plain_wav(path: str | Path) -> tuple[int, int] | None:
+    """As `probe_audio`; `None` for whatever must be decoded, or can't be read, which decoding then says."""
+    import soundfile
+
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) not in (b"RIFF", b"RF64") or missing_bytes(file):
+                return None
+            file.seek(0)
+            with soundfile.SoundFile(file) as wav:
+                return (wav.frames, wav.samplerate) if wav.subtype in PLAIN_PCM and wav.frames else None
+    except (OSError, ValueError, soundfile.LibsndfileError):
+        return None
+
+
+def _decode(source: str | Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks of a recording, at least one: float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
+
+    libsndfile reads WAV, FLAC, Ogg, Opus and MP3; FFmpeg, as bundled by PyAV, the rest (M4A, AAC, WMA, AMR, video).
+
+    Raises:
+        AudioError: as `load_audio`; possibly after some blocks.
+    """
+    import soundfile
+
+    name = "<bytes>" if isinstance(source, bytes) else str(source)
+    data = read_bytes(source)
+    if not data:
+        raise AudioError(f"{name}: the file is empty")
+    missing = missing_bytes(io.BytesIO(data))
+    if missing:
+        raise AudioError(f"{name}: truncated: the file announces {missing} more bytes than there are")
+    try:
+        file, cause = soundfile.SoundFile(io.BytesIO(data)), "no length in the header"
+    except soundfile.LibsndfileError as error:
+        file, cause = None, error.error_string.rstrip(".")
+    # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all.
+    if file and 0 < file.frames < UNKNOWN_LENGTH and (file.format != "MP3" or _mp3_has_length(data)):
+        blocks = _blocks_of_libsndfile(file, name)
+    else:
+        blocks = _blocks_of_ffmpeg(data, name, cause)
+    samples = 0
+    for block, rate in blocks:
+        if not np.isfinite(block).all():
+            raise AudioError(f"{name}: holds samples that are not finite")
+        samples += len(block)
+        yield block, rate
+    if not samples:
+        raise AudioError(f"{name}: no samples")
+
+
+def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    import soundfile
+
+    # soundfile seeks after each block, which puts the MP3 decoder off: that must read all at once.
+    length = -1 if file.format == "MP3" else BLOCK_LENGTH
+    samples = 0
+    with file:
+        try:
+            while len(block := file.read(length, dtype="float32", always_2d=True)):
+                samples += len(block)
+                yield block, file.samplerate
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{name}: truncated or damaged: {error.error_string}") from error
+        if samples < file.frames:
+            raise AudioError(f"{name}: truncated: {samples} of {file.frames} samples can be read")
+
+
+def _blocks_of_ffmpeg(data: bytes, name: str, cause: str) -> Iterator[tuple[np.ndarray, int]]:
+    import av
+
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.audio:
+                raise AudioError(f"{name}: not audio: the file has no audio stream")
+            # Planar float keeps every rate and channel count; only the sample format is converted.
+            resampler = av.AudioResampler(format="fltp")
+            for frame in itertools.chain(container.decode(container.streams.audio[0]), [None]):
+                for block in resampler.resample(frame):
+                    yield np.ascontiguousarray(block.to_ndarray().T), block.sample_rate
+    except (av.FFmpegError, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        reason = error.strerror if isinstance(error, av.FFmpegError) else error
+        raise AudioError(f"{name}: not audio, or damaged (libsndfile: {cause}; FFmpeg: {reason})") from error
+
+
+def read_bytes(source: str | Path | bytes) -> bytes:
+    """The content of a file or URL.
+
+    Raises:
+        AudioError: if it can't be had.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        if is_url(source):
+            # Non-ASCII paths must be quoted, what is quoted already must stay.
+            url = urllib.parse.quote(str(source), safe="%/:=&?~#+!$,;'@()*[]")
+            with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as answer:  # noqa: S310 (is_url checked the scheme)
+                return answer.read()
+        return Path(source).read_bytes()
+    except urllib.error.HTTPError as error:
+        raise AudioError(f"{source}: the server answers {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise AudioError(f"{source}: can't be reached: {error.reason}") from error
+    except http.client.IncompleteRead as error:
+        raise AudioError(f"{source}: truncated: the connection broke after {len(error.partial)} bytes") from error
+    except FileNotFoundError as error:
+        hint = "; only http and https URLs can be read" if "://" in str(source) else ""
+        raise AudioError(f"{source}: no such file{hint}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise AudioError(f"{source}: can't be read: {error}") from error
+
+
+def missing_bytes(file: BinaryIO) -> int:
+    """How many bytes a recording announces that are not there; 0 where its format (or writer) does not say.
+
+    Decoders read a truncated WAV, AIFF, Ogg or WebM file as a shorter one, without a word.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        end = _chunk_end(file, b"data", "little")
+    elif head[:4] == b"FORM":
+        end = _chunk_end(file, b"SSND", "big")
+    elif head[:4] == b"OggS":
+        end = _last_ogg_page_end(file, size)
+    elif head[4:8] == b"ftyp":
+        end = _mp4_end(file)
+    elif head[:4] == b"\x1aE\xdf\xa3":
+        end = _matroska_end(head)
+    else:
+        end = 0
+    return max(0, end - size)
+
+
+def _chunk_end(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> int:
+    """Where a chunk of a RIFF, RF64 or AIFF file ends."""
+    position, large_size = 12, 0
+    while True:
+        file.seek(position)
+        header = file.read(8)
+        if len(header) < 8:
+            return 0
+        size = int.from_bytes(header[4:], order)
+        if header[:4] == b"ds64":  # RF64: the 64-bit size of the data chunk follows that of the file
+            large_size = int.from_bytes(file.read(16)[8:], "little")
+        elif header[:4] == name:
+            # Writers that can't seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
+            size = size if size < 0x7FFFF000 else large_size
+            return position + 8 + size if size else 0
+        position += 8 + size + size % 2
+
+
+def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
+    """Where the last page of an Ogg file ends (RFC 3533, section 6: at most 65,307 bytes after its start)."""
+    start = file.seek(max(0, size - 2 * 65307))
+    tail = file.read()
+    page = tail.rfind(b"OggS")
+    if page < 0:
+        return 0
+    if page + 27 > len(tail):
+        return size + 1  # within the page's header
+    segments = tail[page + 26]
+    return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments])
+
+
+def _mp4_end(file: BinaryIO) -> int:
+    """Where the samples and the index of an MP4 or M4A file end (ISO/IEC 14496-12, section 4.2: boxes)."""
+    position, end = 0, 0
+    while True:
+        file.seek(position)
+        header = file.read(16)
+        if len(header) < 8:
+            return end
+        size = int.from_bytes(header[:4], "big")
+        if size == 1:  # a 64-bit size follows the name
+            size = int.from_bytes(header[8:], "big")
+        if header[4:8] in (b"mdat", b"moov"):
+            end = position + size
+        if size < 8:  # 0: up to the end of the file
+            return end
+        position += size
+
+
+def _matroska_end(head: bytes) -> int:
+    """Where the segment of a Matroska or WebM file ends (RFC 8794, section 4: sizes of variable width)."""
+
+    def size_at(position: int) -> tuple[int, int]:
+        width = 9 - head[position].bit_length()
+        largest = (1 << 7 * width) - 1
+        size = int.from_bytes(head[position : position + width], "big") & largest
+        return position + width, -1 if size == largest else size
+
+    start, size = size_at(4)
+    segment = start + size
+    if head[segment : segment + 4] != b"\x18S\x80g" or segment + 12 > len(head):
+        return 0
+    start, size = size_at(segment + 4)
+    return 0 if size < 0 else start + size  # live recordings leave the size open
+
+
+def _mp3_has_length(data: bytes) -> bool:
+    """Whether an MP3 file tells its number of frames, in a tag in the first one; else libsndfile guesses it."""
+    start = 0
+    if data[:3] == b"ID3":  # four bytes of 7 bits each
+        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    first_frame = data[start : start + 2048]
+    return b"Xing" in first_frame or b"Info" in first_frame
+
+
+@functools.cache
+def _resampler(rate: int, sampling_rate: int):
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, sampling_rate)
+
+
+def resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
+    """Resamples a waveform, shape = (samples,), as the original does: torchaudio's windowed sinc."""
+    if rate == sampling_rate:
+        return np.ascontiguousarray(waveform)
+    import torch
+
+    return _resampler(rate, sampling_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
+
+
+def source_stamp(source: str) -> str:
+    """What changes when a file changes: size and modification time; empty for a URL or a missing file."""
+    if is_url(source):
+        return ""
+    try:
+        status = os.stat(source)
+    except OSError:
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"

@@ -1,0 +1,1 @@
+"""Checkpoints: composing new models, and the layouts that models come and go in."""

@@ -1,0 +1,1 @@
+"""Training data: Kaldi lists and JSONL in, rows for the model out."""

@@ -1,0 +1,297 @@
+"""From JSONL files to a `datasets.Dataset` of rows, with features cached by `map`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from ..audio import AudioError, load_audio, source_stamp
+from ..features import cacheable_features, num_encoder_input_frames
+from ..processing import SpeechLLMProcessor
+from .bad_rows import BadDataError, BadRow, BadRows
+from .jsonl import read_jsonl
+from .kaldi import measure_recording
+
+if TYPE_CHECKING:
+    from ..training.arguments import SpeechLLMTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+FEATURES_VERSION = 1  # raise it when the numbers that `cacheable_features` gives change: old caches are then not used
+FRAMES_PER_SECOND = 100  # of the cached features
+MINIMUM_SECONDS = 0.025  # one window of the fbank
+
+ROW_FEATURES = Features(
+    {
+        "messages": Value("large_string"),  # JSON: dialogues of any shape fit one column
+        "recordings": List(Value("string")),
+        "hotwords": List(Value("string")),
+        "speech_length": Value("int64"),
+        "text_length": Value("int64"),
+        "file": Value("string"),
+        "line": Value("int64"),
+        "error": Value("string"),
+    }
+)
+
+
+def load_rows(files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | None = None) -> Dataset:
+    """The rows of training JSONL files, one dialogue each.
+
+    Args:
+        files: paths; what is read is kept in the cache until a file's size or time changes.
+        bad_rows: gets every row that can't be used; call its `check` afterwards.
+        cache_dir: default that of `datasets`.
+
+    Returns:
+        A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (what changes when a recording
+        changes),
+        `hotwords`, `speech_length`, `text_length`, `file`, `line`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+    """
+    parts = []
+    for file in files:
+        status = os.stat(file)
+        part = Dataset.from_generator(
+            _generate_rows,
+            features=ROW_FEATURES,
+            cache_dir=cache_dir,
+            # One file a call: with several shards, `datasets` may read them in processes of their own.
+            gen_kwargs={"file": str(Path(file).resolve()), "stamp": f"{status.st_size}-{status.st_mtime_ns}"},
+        )
+        parts.append(part)
+    rows = drop_bad_rows(concatenate_datasets(parts), bad_rows)
+    stamps = [[source_stamp(source) for source in sources] for sources in rows["recordings"]]
+    return rows.add_column("stamps", stamps, feature=List(Value("string")))
+
+
+def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
+    for row in read_jsonl(file):
+        if isinstance(row, BadRow):
+            yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": row.line, "error": row.reason}
+            continue
+        yield {
+            "messages": json.dumps(row.messages, ensure_ascii=False),
+            "recordings": row.recordings,
+            "hotwords": row.hotwords,
+            "speech_length": row.speech_length,
+            "text_length": row.text_length,
+            "file": file,
+            "line": row.line,
+            "error": None,
+        }
+
+
+def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
+    """Moves rows with an `error` from the dataset to `bad_rows`, and drops the column."""
+    errors = dataset.with_format("numpy", columns=["error"])["error"] if len(dataset) else []
+    good = [index for index, error in enumerate(errors) if error is None]
+    if len(good) < len(dataset):
+        for index in sorted(set(range(len(dataset))) - set(good)):
+            row = dataset[index]
+            bad_rows.add(row["file"], row["line"], row["error"])
+        dataset = dataset.select(good)
+    return dataset.remove_columns("error")
+
+
+@dataclass
+class FeatureMapper:
+    """Computes the features of a row; what `map` hashes to know whether its cache is still right.
+
+    Args:
+        extractor: the feature extractor.
+        dtype: `"float16"` or `"float32"`.
+        version: `FEATURES_VERSION`.
+    """
+
+    extractor: Any
+    dtype: str
+    version: int = FEATURES_VERSION
+
+    def __getstate__(self) -> dict:
+        # The extractor by its settings: objects that hold caches or arrays would hash differently every time.
+        return {
+            "extractor": self.extractor.to_json_string(),
+            "class": type(self.extractor),
+            "dtype": self.dtype,
+            "version": self.version,
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        self.extractor = state["class"](**json.loads(state["extractor"]))
+        self.dtype, self.version = state["dtype"], state["version"]
+
+    def __call__(self, recordings: list[str]) -> dict[str, Any]:
+        """Features of every recording of a row as bytes, and their frames; or the `error`."""
+        features, num_frames = [], []
+        try:
+            for source in recordings:
+                waveform = load_audio(source, self.extractor.sampling_rate)
+                if len(waveform) < MINIMUM_SECONDS * self.extractor.sampling_rate:
+                    raise AudioError(f"{source}: shorter than 25 ms")
+                item = cacheable_features(self.extractor, waveform)
+                features.append(item.astype(self.dtype).tobytes())
+                num_frames.append(len(item))
+        except AudioError as error:
+            return {"features": [], "num_frames": [], "error": str(error)}
+        return {"features": features, "num_frames": num_frames, "error": None}
+
+
+def add_features(
+    rows: Dataset,
+    processor: SpeechLLMProcessor,
+    bad_rows: BadRows,
+    dtype: str = "float16",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Adds `features` (bytes) and `num_frames` (10 ms frames) of every recording, cached by `map` in Arrow files.
+
+    The cache is used again as long as the rows, the recordings' size and time, the front-end and its options, and
+    `dtype` are
+    the same.
+
+    Args:
+        rows: from `load_rows`.
+        bad_rows: gets every row whose audio can't be used.
+        dtype: `"float16"` or `"float32"`.
+        num_proc: processes.
+    """
+    features = Features(
+        {
+            **rows.features,
+            "features": List(Value("large_binary")),
+            "num_frames": List(Value("int64")),
+            "error": Value("string"),
+        }
+    )
+    num_proc = None if num_proc is None or num_proc < 2 else min(num_proc, len(rows))
+    mapped = rows.map(
+        FeatureMapper(processor.feature_extractor, dtype),
+        input_columns=["recordings"],
+        features=features,
+        num_proc=num_proc,
+        writer_batch_size=200,  # a row is about 100 kB
+        desc="fbank",
+    )
+    return drop_bad_rows(mapped, bad_rows)
+
+
+def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -> Dataset:
+    """Measures the recordings of rows that lack `speech_length`, for training without cached features.
+
+    Args:
+        rows: from `load_rows`.
+        bad_rows: gets every row whose audio can't be used.
+        num_proc: processes.
+    """
+    features = Features({**rows.features, "error": Value("string")})
+    mapped = rows.map(
+        _measure, input_columns=["recordings", "speech_length"], features=features, num_proc=num_proc, desc="lengths"
+    )
+    return drop_bad_rows(mapped, bad_rows)
+
+
+def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
+    try:
+        if length is None:
+            length = sum(measure_recording(source)[1] for source in recordings)
+    except AudioError as error:
+        return {"speech_length": None, "error": str(error)}
+    return {"speech_length": length, "error": None}
+
+
+def row_seconds(rows: Dataset) -> np.ndarray:
+    """Audio of each row in seconds, shape = (rows,): from cached features, else from `speech_length`."""
+    if "num_frames" in rows.column_names:
+        return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
+    return np.array(rows["speech_length"]) / FRAMES_PER_SECOND
+
+
+def drop_too_long(
+    rows: Dataset, bad_rows: BadRows, processor: SpeechLLMProcessor, max_feature_frames: int, batch_seconds: float
+) -> Dataset:
+    """Moves rows that the encoder or the batch budget can't take to `bad_rows`.
+
+    Args:
+        max_feature_frames: the most frames of one recording that the encoder takes;
+        `SpeechLLMConfig.max_feature_frames`.
+        batch_seconds: the batch budget, in seconds.
+    """
+    longest = (
+        [max(frames) for frames in rows["num_frames"]]
+        if "num_frames" in rows.column_names
+        else list(rows["speech_length"])
+    )
+    good = []
+    for index, (seconds, frames) in enumerate(zip(row_seconds(rows), longest, strict=True)):
+        reason = None
+        if num_encoder_input_frames(processor.feature_extractor, frames) > max_feature_frames:
+            per_frame = frames / num_encoder_input_frames(processor.feature_extractor, frames)
+            limit = max_feature_frames * per_frame / FRAMES_PER_SECOND
+            reason = f"a recording of {frames / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
+        elif seconds > batch_seconds:
+            reason = (
+                f"{seconds:.1f} s of audio; the batch budget is {batch_seconds:g} s (--per_device_train_batch_seconds)"
+            )
+        if reason is None:
+            good.append(index)
+        else:
+            row = rows[index]
+            bad_rows.add(row["file"], row["line"], reason)
+    return rows if len(good) == len(rows) else rows.select(good)
+
+
+def prepare_rows(
+    files: Sequence[str],
+    processor: SpeechLLMProcessor,
+    max_feature_frames: int,
+    args: SpeechLLMTrainingArguments,
+    weights: Sequence[float] = (),
+) -> tuple[Dataset, np.ndarray | None]:
+    """Everything between JSONL files and the trainer: rows, features or lengths, and the checks of both.
+
+    Args:
+        files: JSONL.
+        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
+        args: its options about data are used.
+        weights: one for each file.
+
+    Returns:
+        The rows, and how often each is seen in an epoch, shape = (rows,), if there are weights.
+
+    Raises:
+        BadDataError: if more rows are bad than `args.max_bad_fraction` allows, or none is left.
+        FileNotFoundError: if a file is missing.
+    """
+    bad_rows = BadRows(args.max_bad_fraction)
+    rows = load_rows(files, bad_rows, args.cache_dir)
+    total = len(rows) + len(bad_rows)
+    bad_rows.check(total)
+    lacking = sum(length is None for length in rows["speech_length"])
+    if lacking:
+        logger.info(
+            "%s: %d of %d rows lack speech_length; it is computed from the audio", ", ".join(files), lacking, len(rows)
+        )
+    workers = args.preprocessing_num_workers or os.cpu_count()
+    if args.feature_cache == "off":
+        rows = add_lengths(rows, bad_rows, workers)
+    else:
+        rows = add_features(rows, processor, bad_rows, args.feature_cache, workers)
+    rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, args.per_device_train_batch_seconds)
+    bad_rows.check(total)
+    if len(rows) == 0:
+        raise BadDataError(f"{', '.join(files)}: no rows to train on")
+    if not weights:
+        return rows, None
+    by_file = {str(Path(file).resolve()): weight for file, weight in zip(files, weights, strict=True)}
+    return rows, np.array([by_file[file] for file in rows["file"]])

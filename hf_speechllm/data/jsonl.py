@@ -1,0 +1,186 @@
+"""Training data as JSONL: a dialogue a line, with its recordings' paths relative to the file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import chat
+from ..audio import resolve_source
+from ..files import atomic_write
+from .bad_rows import BadDataError, BadRow
+
+KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written
+_MARKED_PATH = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a JSONL.
+
+    Args:
+        dialogue: the messages, parsed, with the row's hotwords in the first prompt.
+        messages: as they stand in the file, with absolute paths.
+        recordings: absolute paths and URLs, in the order of their places.
+        hotwords: of this row alone.
+        speech_length: fbank frames of 10 ms of all recordings; `None` if the file does not say.
+        text_length: tokens of all answers; `None` if the file does not say.
+        file: the JSONL.
+        line: counted from 1.
+    """
+
+    dialogue: chat.Dialogue
+    messages: list[dict]
+    recordings: list[str]
+    hotwords: list[str]
+    speech_length: int | None
+    text_length: int | None
+    file: str
+    line: int
+
+
+def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:
+    """Reads a JSONL row by row, so that the memory needed does not grow with the file.
+
+    Args:
+        path: UTF-8, with or without a byte order mark; empty lines are passed over.
+        require_answers: whether the last turn must have its answer, as training needs it and decoding does not.
+
+    Yields:
+        A `Row`, or a `BadRow` for a line that can't be used.
+
+    Raises:
+        OSError: if the file can't be read.
+    """
+    name = os.fspath(path)
+    folder = os.path.dirname(os.path.abspath(name))
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                yield _parse_row(_parse_object(line), require_answers, folder, name, number)
+            except (BadDataError, chat.ChatError) as error:
+                kind = "bad dialogue: " if isinstance(error, chat.ChatError) else ""
+                yield BadRow(name, number, f"{kind}{error}")
+
+
+def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Writes rows as JSONL, all or nothing.
+
+    Args:
+        rows: each with `messages`; `speech_length` and `text_length` follow unless they are `None`, then other keys.
+
+    Raises:
+        OSError: if the file can't be written.
+    """
+    with atomic_write(path) as file:
+        for row in rows:
+            ordered = {key: row[key] for key in KEYS if row.get(key) is not None}
+            file.write(json.dumps({**ordered, **{k: row[k] for k in row if k not in KEYS}}, ensure_ascii=False) + "\n")
+
+
+def _parse_object(line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"))
+        # JSON may spell half a surrogate pair, which is no character: no tokenizer takes it.
+        if b"\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDataError(f"not UTF-8: byte {error.start + 1} of the line; save the file as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise BadDataError("not a character: half a surrogate pair (\\ud800 to \\udfff); remove it") from error
+    except json.JSONDecodeError as error:
+        raise BadDataError(
+            f"not JSON: {error.msg} at column {error.colno}; a row is one object on one line"
+        ) from error
+    except RecursionError as error:
+        raise BadDataError("not JSON: nested too deeply; a row is one object on one line") from error
+    if not isinstance(record, dict):
+        raise BadDataError('not an object: a row is {"messages": [...], ...}')
+    return record
+
+
+def _parse_row(record: dict, require_answers: bool, folder: str, name: str, number: int) -> Row:
+    if "messages" not in record:
+        raise BadDataError('no "messages": a row is {"messages": [...], ...}')
+    hotwords = _hotwords_of(record)
+    messages = map_recordings(record["messages"], lambda source: resolve_source(source, folder))
+    dialogue = chat.parse_messages(messages, hotwords)
+    if not dialogue.recordings:
+        raise BadDataError(
+            f"no recording: write {chat.SPEECH_START}!PATH{chat.SPEECH_END} into the user message, '!' included"
+        )
+    if not all(isinstance(source, str) for source in dialogue.recordings):
+        raise BadDataError("bad recording: must be a string, the path or URL")
+    if require_answers and dialogue.turns[-1].answer is None:
+        raise BadDataError("no answer: the last message must be the assistant's, with the transcript")
+    return Row(
+        dialogue,
+        messages,
+        dialogue.recordings,
+        hotwords,
+        _length_of(record, "speech_length"),
+        _length_of(record, "text_length"),
+        name,
+        number,
+    )
+
+
+def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:
+    """A copy of messages in which the path of each recording, as a string, is replaced by `function(path)`.
+
+    What is not well formed stays as it is, for `chat.parse_messages` to find.
+
+    Raises:
+        BadDataError: if a text part has no text.
+    """
+
+    def in_text(text: str) -> str:
+        # A path of spaces, or none, stays too: it must not become the folder's.
+        return _MARKED_PATH.sub(lambda match: function(match[0]) if match[0].strip() else match[0], text)
+
+    def in_part(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if ("text" in part or part.get("type") == "text") and not isinstance(part.get("text"), str):
+            raise BadDataError('bad dialogue: a text part needs "text", a string')
+        if part.get("type") != "audio":
+            return {**part, "text": in_text(part["text"])} if "text" in part else part
+        sources = {key: part[key] for key in ("audio", "path", "url") if isinstance(part.get(key), str)}
+        return {**part, **{key: function(source) for key, source in sources.items()}}
+
+    def in_message(message: Any) -> Any:
+        if not isinstance(message, dict) or message.get("role") != "user":
+            return message
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": in_text(content)}
+        return {**message, "content": [in_part(part) for part in content]} if isinstance(content, list) else message
+
+    return [in_message(message) for message in messages] if isinstance(messages, list) else messages
+
+
+def _hotwords_of(record: dict) -> list[str]:
+    hotwords = record.get("hotwords")
+    if isinstance(hotwords, list) and not all(isinstance(word, str) for word in hotwords):
+        raise BadDataError('bad "hotwords": each must be a string')
+    if not isinstance(hotwords, (list, str, type(None))):
+        raise BadDataError('bad "hotwords": must be a list of strings, or a string with commas between them')
+    return chat.parse_hotwords(hotwords)
+
+
+def _length_of(record: dict, key: str) -> int | None:
+    length = record.get(key)
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise BadDataError(f'bad "{key}": {length!r}; must be a whole number, or left out')
+    return length

@@ -1,0 +1,160 @@
+"""Kaldi's lists: `wav.scp` and `text`, an ID and a value a line, joined by ID; and the length of a recording."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..audio import AudioError, probe_audio, resolve_source
+from .bad_rows import BadRows
+
+FRAME_LENGTH = 25  # ms
+FRAME_SHIFT = 10  # ms
+_ARCHIVE = re.compile(r"\.ark(\.gz)?(:\d+)?(\[[^]]*\])?$")
+
+
+class Entry(NamedTuple):
+    """A line of a list: the ID, what follows it, and the line, counted from 1."""
+
+    id: str
+    value: str
+    line: int
+
+
+@dataclass(frozen=True)
+class KaldiList:
+    """A list's entries in its order, and the IDs of the lines that were found bad and are not among them."""
+
+    file: str
+    entries: list[Entry]
+    bad_ids: set[str]
+
+
+class Utterance(NamedTuple):
+    """A recording (absolute path or URL) with its transcript, and their lines in the two lists, counted from 1."""
+
+    id: str
+    recording: str
+    transcript: str
+    recording_line: int
+    transcript_line: int
+
+
+def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "value") -> KaldiList:
+    """Reads a list: an ID, spaces or tabs, and a value in each line.
+
+    Args:
+        path: UTF-8, with or without a byte order mark, Unix or Windows line ends; empty lines are passed over.
+        bad_rows: gets the lines that are not UTF-8, lack the value, or repeat an ID (the first one stays).
+        content: what the values are, for the messages.
+
+    Raises:
+        OSError: if the file can't be read.
+    """
+    result = KaldiList(os.fspath(path), [], set())
+    lines: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            # No `split()`: it would take the spaces of Unicode, too, which a path or transcript may hold.
+            id_, value = (re.split(rb"[ \t]+", raw.strip(b" \t\r\n"), maxsplit=1) + [b""])[:2]
+            if not id_:
+                continue
+            try:
+                entry = Entry(id_.decode("utf-8"), value.decode("utf-8"), number)
+            except UnicodeDecodeError:
+                bad_rows.add(path, number, "not UTF-8: save the list as UTF-8")
+                result.bad_ids.add(id_.decode("utf-8", "replace"))
+                continue
+            if entry.id in lines:
+                bad_rows.add(path, number, f'duplicate ID: "{entry.id}" is in line {lines[entry.id]}, too')
+                continue
+            lines[entry.id] = number
+            if entry.value.strip():
+                result.entries.append(entry)
+            else:
+                bad_rows.add(
+                    path, number, f'one field only: "{entry.id}" has an empty {content}; write "ID {content}"'
+                )
+                result.bad_ids.add(entry.id)
+    return result
+
+
+def read_scp(path: str | os.PathLike[str], bad_rows: BadRows) -> KaldiList:
+    """Reads a `wav.scp`; its paths, relative to its folder, become absolute.
+
+    Args:
+        bad_rows: gets what `read_list` finds, and commands and archives, which only Kaldi can read.
+
+    Raises:
+        OSError: if the file can't be read.
+    """
+    scp = read_list(path, bad_rows, "path")
+    folder = os.path.dirname(os.path.abspath(scp.file))
+    entries = []
+    for entry in scp.entries:
+        if entry.value.startswith("|") or entry.value.endswith("|"):
+            reason = f'not a file: "{entry.value}" is a command; write what it gives to a file and name that'
+        elif _ARCHIVE.search(entry.value):
+            reason = (
+                f'not a file: "{entry.value}" is a Kaldi archive; write its recordings to a file each and name those'
+            )
+        else:
+            entries.append(entry._replace(value=resolve_source(entry.value, folder)))
+            continue
+        bad_rows.add(path, entry.line, reason)
+        scp.bad_ids.add(entry.id)
+    return KaldiList(scp.file, entries, scp.bad_ids)
+
+
+def join(scp: KaldiList, transcripts: KaldiList, bad_rows: BadRows) -> list[Utterance]:
+    """Recordings and transcripts of the same ID, in the order of the scp, whatever that of the transcripts.
+
+    Args:
+        bad_rows: gets the IDs that are in one list only; not those whose line in the other one is bad already.
+    """
+    texts = {entry.id: entry for entry in transcripts.entries}
+    recordings = {entry.id for entry in scp.entries}
+    for entry in scp.entries:
+        if entry.id not in texts and entry.id not in transcripts.bad_ids:
+            bad_rows.add(scp.file, entry.line, f'ID in one list only: "{entry.id}" is not in {transcripts.file}')
+    for entry in transcripts.entries:
+        if entry.id not in recordings and entry.id not in scp.bad_ids:
+            bad_rows.add(transcripts.file, entry.line, f'ID in one list only: "{entry.id}" is not in {scp.file}')
+    return [
+        Utterance(entry.id, entry.value, texts[entry.id].value, entry.line, texts[entry.id].line)
+        for entry in scp.entries
+        if entry.id in texts
+    ]
+
+
+def speech_length(num_samples: int, sampling_rate: int) -> int:
+    """Fbank frames of a recording: `int((duration_ms - 25) // 10 + 1)`, as Fun-ASR's `tools/scp2jsonl.py` counts them.
+
+    Args:
+        num_samples: of one channel.
+        sampling_rate: in Hz.
+
+    Returns:
+        The number of frames; 0 or less if the recording is shorter than one frame, 25 ms.
+    """
+    beyond_first = 1000 * num_samples - FRAME_LENGTH * sampling_rate
+    return beyond_first // (FRAME_SHIFT * sampling_rate) + 1
+
+
+def measure_recording(source: str) -> tuple[float, int]:
+    """Duration in seconds and `speech_length` of a recording that can be used.
+
+    Raises:
+        AudioError: if it can't be decoded to its end, or is shorter than 25 ms.
+    """
+    num_samples, sampling_rate = probe_audio(source)
+    length = speech_length(num_samples, sampling_rate)
+    if length < 1:
+        duration = 1000 * num_samples / sampling_rate
+        raise AudioError(f"{source}: shorter than {FRAME_LENGTH} ms: {duration:.1f} ms")
+    return num_samples / sampling_rate, length

@@ -1,0 +1,184 @@
+"""Batches by a budget of padded audio seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+BUCKET_RATIO = 1.06  # lengths within 6 % of each other count as alike and are shuffled together
+SHORTEST = 0.1  # seconds; anything shorter shares a bucket
+
+
+class BudgetBatchSampler:
+    """Deals out batches of similar lengths whose padded audio fits a budget.
+
+    The global order of batches depends on the seed and the epoch alone, not on the number of ranks: rank `r` of `R`
+    takes the
+    batches `r, r + R, ...`. Where their number is not a multiple of `R`, the fullest batches are split until it is,
+    so every
+    row is seen once an epoch and every rank does as many steps. Only if there is nothing left to split, a rank gets a
+    filler: a row that has been dealt already, marked so that the collator takes its labels away.
+
+    It yields keys, not indices: `epoch * number of rows + index`, or `-1 - key` for a filler; see `Rows`. Thus
+    augmentation
+    can be seeded by row and epoch, which keeps an interrupted run on the course of an uninterrupted one.
+
+    Args:
+        seconds: audio of each row, in seconds, shape = (rows,).
+        batch_seconds: the most padded seconds (longest row times rows) in one batch on one device.
+        num_replicas: number of ranks.
+        rank: the rank that this sampler serves.
+        seed: of the order.
+        shuffle: whether to draw a new order every epoch; without, rows come sorted by length.
+        weights: how often each row is seen in an epoch, shape = (rows,); 0.5 means half of such rows, other ones each
+            epoch. Default 1.
+
+    Raises:
+        ValueError: if a row alone is longer than the budget, or there are no rows.
+    """
+
+    def __init__(
+        self,
+        seconds: Sequence[float] | np.ndarray,
+        batch_seconds: float,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        weights: Sequence[float] | np.ndarray | None = None,
+    ):
+        self.seconds = np.asarray(seconds, dtype=np.float64)
+        if len(self.seconds) == 0:
+            raise ValueError("there are no rows to make batches of")
+        if self.seconds.max() > batch_seconds:
+            raise ValueError(
+                f"the longest row has {self.seconds.max():.1f} s of audio, the batch budget is {batch_seconds:g} s: "
+                "raise the budget, or shorten or remove the row"
+            )
+        self.batch_seconds = batch_seconds
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.shuffle = shuffle
+        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        self.epoch = 0
+        buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO)).astype(np.int64)
+        self._buckets = buckets - buckets.min()
+        longest = np.zeros(self._buckets.max() + 1)
+        np.maximum.at(longest, self._buckets, self.seconds)
+        # Batches are cut by the longest row of each bucket, so the cuts, and the number of batches, don't change with
+        # the order.
+        self._padded_seconds = longest[self._buckets]
+        self._num_batches = len(self._cut(self._draw(np.random.default_rng((seed, 0)))))
+        if self._has_fractions:
+            self._num_batches += 2 + self._num_batches // 50  # room for epochs whose draw needs a few more
+
+    @property
+    def _has_fractions(self) -> bool:
+        return self.weights is not None and bool((self.weights % 1).any())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order is dealt next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of one rank in one epoch; the same for every epoch and rank."""
+        return -(-self._num_batches // self.num_replicas)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        offset = self.epoch * len(self.seconds)
+        batches, fillers = self._deal(self.epoch)
+        for batch in batches[self.rank :: self.num_replicas]:
+            yield [int(index) + offset for index in batch]
+        if self.rank >= self.num_replicas - fillers:
+            yield [-1 - (int(batches[0][0]) + offset)]
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """The row indices of every batch of an epoch, in the global order."""
+        return self._deal(epoch)[0]
+
+    def _deal(self, epoch: int) -> tuple[list[np.ndarray], int]:
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = self._draw(rng)
+        batches = self._cut(rows)
+        while len(batches) > self._num_batches:  # only with fractional weights: these rows are a sample anyway
+            fractional = np.flatnonzero(self.weights[rows] % 1)
+            rows = np.delete(rows, rng.choice(fractional, size=-(-len(fractional) // 100), replace=False))
+            batches = self._cut(rows)
+        if self.shuffle:
+            batches = [batches[index] for index in rng.permutation(len(batches))]
+        missing = len(self) * self.num_replicas - len(batches)
+        return self._split(batches, missing)
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """The rows of an epoch, in buckets of similar length."""
+        rows = np.arange(len(self.seconds))
+        if self.weights is not None:
+            whole = np.floor(self.weights).astype(np.int64)
+            extra = np.zeros_like(whole)
+            for weight in np.unique(self.weights[self.weights % 1 > 0]):
+                candidates = np.flatnonzero(self.weights == weight)
+                chosen = rng.choice(candidates, size=round(float(weight % 1) * len(candidates)), replace=False)
+                extra[chosen] = 1
+            rows = np.repeat(rows, whole + extra)
+        if self.shuffle:
+            rows = rng.permutation(rows)
+            return rows[np.argsort(self._buckets[rows], kind="stable")]
+        return rows[np.argsort(self.seconds[rows], kind="stable")]
+
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        padded = self._padded_seconds[rows]
+        batches = []
+        start = 0
+        while start < len(rows):
+            window = padded[start : start + max(1, int(self.batch_seconds / padded[start]))]
+            cost = window * np.arange(1, len(window) + 1)
+            size = max(1, int(np.searchsorted(cost, self.batch_seconds, side="right")))
+            batches.append(rows[start : start + size])
+            start += size
+        return batches
+
+    @staticmethod
+    def _split(batches: list[np.ndarray], missing: int) -> tuple[list[np.ndarray], int]:
+        while missing > 0 and max(map(len, batches)) > 1:
+            fullest = sorted(range(len(batches)), key=lambda index: -len(batches[index]))[:missing]
+            halved = {index for index in fullest if len(batches[index]) > 1}
+            missing -= len(halved)
+            batches = [
+                part
+                for index, batch in enumerate(batches)
+                for part in (np.array_split(batch, 2) if index in halved else [batch])
+            ]
+        return batches, missing
+
+
+class Rows:
+    """A dataset that is addressed by the keys of `BudgetBatchSampler`.
+
+    Each row gets `seed`, unique to the row and epoch, and `supervised`, false for a filler.
+
+    Args:
+        dataset: of `datasets`.
+        seed: mixed into the rows' seeds.
+    """
+
+    def __init__(self, dataset, seed: int = 0):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int) -> dict:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[dict]:
+        """The rows of a batch, read in one go."""
+        supervised = [key >= 0 for key in keys]
+        keys = [key if key >= 0 else -1 - key for key in keys]
+        rows = self.dataset.__getitems__([key % len(self.dataset) for key in keys])
+        return [
+            {**row, "seed": (self.seed, key), "supervised": wanted}
+            for row, key, wanted in zip(rows, keys, supervised, strict=True)
+        ]

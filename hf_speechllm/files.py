@@ -1,0 +1,46 @@
+"""Writing files so that a reader sees the old content or the complete new one, never a part."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = "utf-8") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` that takes its place once the block has ended without an exception.
+
+    After any failure, KeyboardInterrupt included, the temporary file is removed and `path` is as it was. A symbolic
+    link is followed: the file it points to is replaced, the link stays. A replaced file keeps its permissions.
+
+    Args:
+        path: file to write; its folder must exist.
+        mode: "w" for text, with "\\n" line ends on every system, or "wb" for bytes.
+        encoding: encoding of text; not used with "wb".
+
+    Raises:
+        ValueError: if `mode` is neither "w" nor "wb".
+        OSError: if `path` is a folder or a device, its folder is missing or not writable, or the disk is full.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f'mode must be "w" or "wb", not {mode!r}: a file is written whole')
+    target = Path(path).resolve()
+    replaced = target.exists()
+    if replaced and not target.is_file():
+        raise OSError(f"{path}: cannot be written: not a regular file; name a file in an existing folder")
+    # The random part keeps writers of the same file apart; the name stays short where that of the file is long.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    text_options = {} if mode == "wb" else {"encoding": encoding, "newline": "\n"}
+    try:
+        with open(temporary, mode.replace("w", "x"), **text_options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the content must be on the disk before the name points to it
+        if replaced:
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        os.replace(temporary, target)
+    except BaseException:  # KeyboardInterrupt and SystemExit too; the exception goes on
+        temporary.unlink(missing_ok=True)
+        raise

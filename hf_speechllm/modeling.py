@@ -1,0 +1,256 @@
+"""The speech LLM: an audio encoder, an adaptor and a causal LLM, composed into one `PreTrainedModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .adaptors import AudioAdaptor
+from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+
+IGNORE_INDEX = -100  # label of a token that is not supervised
+PARTS = ("audio_encoder", "audio_adaptor", "llm")
+
+
+@dataclass
+class SpeechLLMOutput(ModelOutput):
+    """What the model returns.
+
+    Args:
+        loss: scalar, cross-entropy over the supervised tokens; given labels.
+        logits: shape = (batch, tokens, vocabulary); without labels, or if `return_logits`.
+        num_label_tokens: scalar integer, the number of supervised tokens; given labels.
+        token_accuracy: scalar, the share of them that is predicted right (teacher forcing); given labels.
+        past_key_values: the LLM's key-value cache.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    num_label_tokens: torch.Tensor | None = None
+    token_accuracy: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A causal LLM that reads audio tokens at the places where `input_ids` holds `config.audio_token_id`.
+
+    Example:
+
+    ```python
+    >>> from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+    >>> model = SpeechLLMForConditionalGeneration.from_pretrained("FunAudioLLM/Fun-ASR-Nano-2512-hf")
+    >>> processor = SpeechLLMProcessor.from_pretrained("FunAudioLLM/Fun-ASR-Nano-2512-hf")
+    >>> inputs = processor.apply_transcription_request("recording.wav", language="zh")
+    >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)
+    ```
+    """
+
+    config_class = SpeechLLMConfig
+    config: SpeechLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FunAsrNanoEncoderLayer", "WhisperEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    accepts_loss_kwargs = True  # the Trainer hands `num_items_in_batch`, the supervised tokens of the whole step
+
+    def __init__(self, config: SpeechLLMConfig):
+        super().__init__(config)
+        _refuse_scaled_logits(config.llm_config)
+        encoder = AutoModel.from_config(config.audio_encoder_config)
+        self.audio_encoder = encoder.encoder if config.audio_encoder_config.model_type == "whisper" else encoder
+        self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
+        self.llm = AutoModelForCausalLM.from_config(config.llm_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embeddings."""
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's token embeddings."""
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's head."""
+        return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's head."""
+        self.llm.set_output_embeddings(value)
+
+    def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
+        """Sets training mode, except in parts of which nothing is trained: those stay in eval mode, without
+        dropout."""
+        super().train(mode)
+        for name in PARTS:
+            part = getattr(self, name)
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes recordings into audio tokens.
+
+        Args:
+            input_features: shape = (recordings, feature frames, feature size).
+            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+
+        Returns:
+            Audio tokens, shape = (recordings, tokens, LLM width), and how many of them each recording has,
+            shape = (recordings,).
+        """
+        if self.config.audio_encoder_config.model_type == "whisper":
+            states, mask = self._run_whisper(input_features, input_features_mask)
+        else:
+            mask = input_features_mask
+            states = self.audio_encoder(input_features=input_features, input_features_mask=mask).last_hidden_state
+        tokens, lengths = self.audio_adaptor(states, mask)
+        if self.config.use_low_frame_rate:
+            lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
+            tokens = tokens[:, : -(-tokens.shape[1] // LOW_FRAME_RATE)]
+        return tokens, lengths
+
+    def _run_whisper(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whisper's encoder takes exactly 30 s: the padding is the spectrogram of silence, and what lies behind it is
+        cut."""
+        frames = self.config.max_feature_frames
+        # Whisper clips log10 at 8 below the recording's maximum and divides by 4, so silence is the maximum minus 2.
+        mask = mask.bool()
+        silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
+        features = torch.where(mask.unsqueeze(-1), features, silence)
+        padding = silence.expand(-1, frames - features.shape[1], features.shape[2])
+        features = torch.cat([features, padding], dim=1).transpose(1, 2)
+        dtype = self.audio_encoder.conv1.weight.dtype
+        states = self.audio_encoder(features.to(dtype)).last_hidden_state
+        mask = mask[:, :: self.config.encoder_downsample_rate]
+        return states[:, : mask.shape[1]], mask
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_logits: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SpeechLLMOutput:
+        """Runs the model; with labels, computes logits only at supervised positions.
+
+        Args:
+            input_ids: shape = (batch, tokens), with `config.audio_token_id` once for every audio token.
+            attention_mask: shape = (batch, tokens), 0 for padding.
+            input_features: shape = (recordings, feature frames, feature size); recordings in the order in which their
+                placeholders appear, rows first.
+            input_features_mask: shape = (recordings, feature frames).
+            labels: shape = (batch, tokens); -100 where a token is not supervised.
+            return_logits: whether to return all logits although there are labels.
+            logits_to_keep: without labels, how many last positions (0: all) get logits.
+            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
+
+        Raises:
+            ValueError: if placeholders and audio tokens differ in number.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if input_features is not None:
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, input_features, input_features_mask)
+        outputs = self.llm.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        head = self.get_output_embeddings()
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return SpeechLLMOutput(logits=head(hidden_states[:, kept]), past_key_values=outputs.past_key_values)
+        result = supervised_loss(hidden_states, labels, head, num_items_in_batch)
+        if return_logits:
+            result.logits = head(hidden_states)
+        return result
+
+    def _insert_audio(self, input_ids, inputs_embeds, input_features, input_features_mask) -> torch.Tensor:
+        tokens, lengths = self.get_audio_features(input_features, input_features_mask)
+        placeholders = input_ids == self.config.audio_token_id
+        valid = torch.arange(tokens.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
+        audio = tokens[valid].to(inputs_embeds.dtype)
+        # Compared on the host only: on a GPU the comparison would stall every step, and masked_scatter checks for too
+        # few.
+        if input_ids.device.type == "cpu" and int(placeholders.sum()) != audio.shape[0]:
+            raise ValueError(
+                f"input_ids hold {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
+                f"but the recordings give {audio.shape[0]} audio tokens; build both with the same processor"
+            )
+        return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), audio)
+
+
+def supervised_loss(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    head: nn.Module,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> SpeechLLMOutput:
+    """Cross-entropy of the next token, with logits at supervised positions only.
+
+    Args:
+        hidden_states: shape = (batch, tokens, width).
+        labels: shape = (batch, tokens), -100 where not supervised.
+        head: maps width to vocabulary.
+        num_items_in_batch: what to divide the summed loss by; default the supervised tokens of this batch.
+
+    Returns:
+        `SpeechLLMOutput` with loss, number of supervised tokens and token accuracy.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE_INDEX
+    targets = targets[supervised]
+    # Upcast as transformers' own loss does: bf16 log-sum-exp over 150,000 words loses digits.
+    logits = head(hidden_states[:, :-1][supervised]).float()
+    count = supervised.sum()
+    total = functional.cross_entropy(logits, targets, reduction="sum")
+    with torch.no_grad():
+        correct = (logits.argmax(-1) == targets).sum()
+    return SpeechLLMOutput(
+        loss=total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
+        num_label_tokens=count,
+        token_accuracy=correct / count.clamp(min=1),
+    )
+
+
+def _refuse_scaled_logits(llm_config) -> None:
+    """Logits are computed here from the LLM's head, so an LLM that scales or caps them afterwards would be trained
+    wrongly."""
+    for name, neutral in {
+        "final_logit_softcapping": (None,),
+        "logit_scale": (None, 1.0),
+        "logits_scaling": (None, 1.0),
+    }.items():
+        value = llm_config.to_dict().get(name)
+        if value not in neutral:
+            raise ValueError(
+                f"llm_config.{name} is {value}: an LLM that alters its logits behind the head is not supported"
+            )

@@ -1,0 +1,195 @@
+"""The processor: recordings and dialogues in, the model's inputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from . import chat
+from .audio import load_audio
+from .features import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
+
+
+class SpeechLLMProcessor(ProcessorMixin):
+    """Feature extractor, tokenizer and dialogue format in one.
+
+    Args:
+        feature_extractor: `FbankFeatureExtractor`, or Whisper's for a Whisper encoder.
+        tokenizer: of the LLM; must know `<|im_start|>`, `<|im_end|>` and the audio token.
+        audio_token: placeholder in `input_ids` where an audio token goes.
+        downsample_rate, use_low_frame_rate, encoder_downsample_rate: how the model shortens recordings; as in its
+        config.
+    """
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        audio_token: str = chat.AUDIO_TOKEN,
+        downsample_rate: int = 1,
+        use_low_frame_rate: bool = False,
+        encoder_downsample_rate: int = 1,
+    ):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        self.downsample_rate = downsample_rate
+        self.use_low_frame_rate = use_low_frame_rate
+        self.encoder_downsample_rate = encoder_downsample_rate
+
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
+        return chat.num_audio_tokens(
+            num_frames, self.downsample_rate, self.use_low_frame_rate, self.encoder_downsample_rate
+        )
+
+    def tokenize(self, dialogue: chat.Dialogue, num_frames: Sequence[int]) -> chat.TokenizedDialogue:
+        """Ids and labels of a dialogue.
+
+        Args:
+            num_frames: feature frames (encoder input) of each of its recordings.
+        """
+        counts = [self.num_audio_tokens(frames) for frames in num_frames]
+        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict] | Sequence[Sequence[dict]],
+        hotwords: Sequence[str] = (),
+        return_labels: bool = True,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """The model's inputs for dialogues: for training where every turn is answered, for decoding where the last is
+        not.
+
+        Args:
+            conversation: one list of messages, or several; see `chat.parse_messages`.
+            hotwords: named before the first prompt of each dialogue.
+            return_labels: whether to add `labels`; without effect where the last answer is missing.
+            padding_side: default `right` with labels and `left` without, which is what `generate` needs.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, if there are recordings,
+            `input_features`, shape = (recordings, frames, feature size), `input_features_mask`.
+
+        Raises:
+            chat.ChatError: if a dialogue is not well formed.
+            AudioError: if a recording can't be loaded.
+        """
+        conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+        dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
+        return_labels = return_labels and all(dialogue.turns[-1].answer is not None for dialogue in dialogues)
+        waveforms = [
+            load_audio(source, self.sampling_rate) for dialogue in dialogues for source in dialogue.recordings
+        ]
+        return self.batch(dialogues, waveforms, return_labels, padding_side)
+
+    def apply_transcription_request(
+        self,
+        audio: Any,
+        language: str | None = None,
+        itn: bool = True,
+        hotwords: str | Sequence[str] | None = None,
+        prompt: str | None = None,
+    ) -> BatchFeature:
+        """The inputs of `generate` that ask for transcripts.
+
+        Args:
+            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
+            language, itn, hotwords, prompt: see `chat.transcription_prompt`; shared by all recordings.
+
+        Returns:
+            As `apply_chat_template`, padded on the left.
+        """
+        recordings = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt)
+        return self.apply_chat_template([chat.transcription_messages(item, text) for item in recordings])
+
+    def batch(
+        self,
+        dialogues: Sequence[chat.Dialogue],
+        waveforms: Sequence[np.ndarray],
+        return_labels: bool,
+        padding_side: str | None = None,
+    ) -> BatchFeature:
+        """Pads parsed dialogues and their loaded recordings; arguments and result as `apply_chat_template`."""
+        audio: dict[str, torch.Tensor] = {}
+        frames: list[int] = []
+        if waveforms:
+            audio = self.extract_features(waveforms)
+            frames = audio["input_features_mask"].sum(-1).tolist()
+        examples = []
+        for dialogue in dialogues:
+            count = len(dialogue.recordings)
+            examples.append(self.tokenize(dialogue, frames[:count]))
+            frames = frames[count:]
+        side = padding_side or ("right" if return_labels else "left")
+        columns = {"input_ids": [example.input_ids for example in examples]}
+        if return_labels:
+            columns["labels"] = [example.labels for example in examples]
+        return BatchFeature({**self.pad_tokens(columns, side), **audio})
+
+    def extract_features(self, waveforms: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """`input_features`, shape = (recordings, frames, feature size), and `input_features_mask` of waveforms."""
+        features = [
+            encoder_input(
+                self.feature_extractor, torch.from_numpy(cacheable_features(self.feature_extractor, waveform))
+            )
+            for waveform in waveforms
+        ]
+        return pad_features(features)
+
+    def pad_tokens(self, columns: dict[str, list[list[int]]], side: str) -> dict[str, torch.Tensor]:
+        """Pads `input_ids` (and `labels`) to the longest row on the given side and adds `attention_mask`."""
+        width = max(len(row) for row in columns["input_ids"])
+        pad_token_id = self.tokenizer.pad_token_id
+        fill = {
+            "input_ids": self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
+            "labels": chat.IGNORE_INDEX,
+        }
+        columns = {**columns, "attention_mask": [[1] * len(row) for row in columns["input_ids"]]}
+        padded = {}
+        for name, rows in columns.items():
+            padding = [[fill.get(name, 0)] * (width - len(row)) for row in rows]
+            ordered = [pad + row if side == "left" else row + pad for pad, row in zip(padding, rows, strict=True)]
+            padded[name] = torch.tensor(ordered, dtype=torch.long)
+        return padded
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the waveforms, in Hz."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time between two frames of the encoder's input: 60 ms with low-frame-rate stacking, else 10 ms."""
+        stacked = isinstance(self.feature_extractor, FbankFeatureExtractor)
+        return FRAME_SHIFT * (self.feature_extractor.stride_lfr if stacked else 1)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that the model takes."""
+        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+
+def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pads the encoder's inputs of several recordings.
+
+    Args:
+        features: each of shape = (frames, feature size).
+
+    Returns:
+        `input_features`, shape = (recordings, longest, feature size), zero where padded, and `input_features_mask`.
+    """
+    lengths = torch.tensor([len(item) for item in features])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+    return {
+        "input_features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
+        "input_features_mask": mask.long(),
+    }

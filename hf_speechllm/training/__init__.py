@@ -1,0 +1,1 @@
+"""Training: arguments, freezing, LoRA, the trainer and its callbacks."""

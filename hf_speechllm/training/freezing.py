@@ -1,0 +1,40 @@
+"""Freeze flags, mapped onto `requires_grad`."""
+
+from __future__ import annotations
+
+from ..modeling import PARTS, SpeechLLMForConditionalGeneration
+
+
+def freeze_parts(
+    model: SpeechLLMForConditionalGeneration,
+    audio_encoder: bool = False,
+    audio_adaptor: bool = False,
+    llm: bool = False,
+) -> None:
+    """Freezes whole parts: no gradient, no optimizer state, and eval mode even after `model.train()`.
+
+    Args:
+        audio_encoder, audio_adaptor, llm: which parts to leave as they are.
+    """
+    for name, frozen in zip(PARTS, (audio_encoder, audio_adaptor, llm), strict=True):
+        if frozen:
+            getattr(model, name).requires_grad_(False)
+    model.train(model.training)
+
+
+def count_parameters(model) -> dict[str, tuple[int, int]]:
+    """Parameters of each part: trained and in all."""
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        trained, total = counts[part]
+        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter belongs to, whatever wraps the model (peft, DDP, FSDP)."""
+    for piece in parameter_name.split("."):
+        if piece in PARTS:
+            return piece
+    raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")

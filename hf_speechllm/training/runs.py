@@ -1,0 +1,77 @@
+"""The start and the end of a training run: logging, where to go on, what is told of the data, what is saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import datasets
+import transformers
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from ..data.dataset import row_seconds
+from .arguments import SpeechLLMTrainingArguments
+from .callbacks import CURVE_FILE
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(args: SpeechLLMTrainingArguments) -> None:
+    """Messages of the first process at `--log_level`, only warnings of the others."""
+    level = args.get_process_log_level()
+    level = logging.INFO if level == logging.NOTSET or (level == logging.WARNING and args.should_log) else level
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    datasets.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.set_verbosity_warning()
+    for noisy in ("httpx", "filelock", "fsspec", "torio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one named, or the last in the output folder for `--resume_from_checkpoint
+    true`.
+
+    Raises:
+        ValueError: if there is none, or there are some and it was not asked to go on from them.
+    """
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if args.resume_from_checkpoint is True:
+        if last is None:
+            raise ValueError(f"--resume_from_checkpoint: {args.output_dir} has no checkpoint")
+        return last
+    if args.resume_from_checkpoint:
+        if not os.path.isfile(os.path.join(args.resume_from_checkpoint, "trainer_state.json")):
+            raise ValueError(f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not a checkpoint folder")
+        return args.resume_from_checkpoint
+    if last is not None:
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints of an earlier run: go on from them with "
+            "--resume_from_checkpoint true, or choose another --output_dir"
+        )
+    return None
+
+
+def describe_data(train_rows, validation_rows: dict, processor) -> None:
+    """Logs rows and hours of every set, and which lengths were computed because the JSONL lacks them."""
+    for name, rows in {"training": train_rows, **validation_rows}.items():
+        seconds = row_seconds(rows)
+        logger.info(
+            "%s: %d rows, %.2f h of audio, %.1f s each (longest %.1f s)",
+            name, len(rows), seconds.sum() / 3600, seconds.mean(), seconds.max(),
+        )  # fmt: skip
+
+
+def save_final(trainer, result: TrainOutput) -> None:
+    """Saves model, processor, state and metrics into the output folder, and evaluates once more if there is something
+    to evaluate."""
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        logger.info("model: %s", trainer.args.output_dir)
+        logger.info("training curve: %s", os.path.join(trainer.args.output_dir, CURVE_FILE))

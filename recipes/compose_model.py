@@ -1,0 +1,58 @@
+"""Compose a new speech LLM, with random or pretrained parts, and save it with its processor.
+
+# Tiny, from scratch, with a tokenizer trained on the transcripts
+python recipes/compose_model.py recipes/configs/models/tiny.yaml \
+    --transcripts recipes/quickstart_data/train/text --output_dir exp/tiny/init
+
+# Whisper's encoder before a pretrained LLM
+python recipes/compose_model.py recipes/configs/models/linear_adaptor.yaml \
+    --audio_encoder openai/whisper-small --llm Qwen/Qwen3-0.6B --output_dir exp/whisper_qwen/init
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import yaml
+
+logger = logging.getLogger("compose_model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML with the sizes of the parts")
+    parser.add_argument("--output_dir", required=True, help="where the model goes; must not exist")
+    parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
+    parser.add_argument("--llm", help="pretrained LLM: folder or Hub id (default: random weights)")
+    parser.add_argument("--tokenizer", help="tokenizer: folder or Hub id (default: the LLM's)")
+    parser.add_argument("--transcripts", nargs="+", help="Kaldi text files to train a new tokenizer on")
+    parser.add_argument("--vocab_size", type=int, default=400, help="of the new tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    args = parser.parse_args()
+    if bool(args.transcripts) == bool(args.tokenizer or args.llm):
+        parser.error("give either --transcripts (new tokenizer) or --tokenizer or --llm (existing one)")
+    if Path(args.output_dir).exists():
+        parser.error(f"{args.output_dir} exists; remove it or choose another --output_dir")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from transformers import set_seed
+
+    from hf_speechllm.checkpoints.composition import compose, train_tokenizer
+
+    set_seed(args.seed)
+    config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    tokenizer = args.tokenizer or args.llm
+    if args.transcripts:
+        lines = [line for file in args.transcripts for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        tokenizer = train_tokenizer([line.split(maxsplit=1)[-1] for line in lines if line.strip()], args.vocab_size)
+    model, processor = compose(config, tokenizer, args.audio_encoder, args.llm)
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    millions = {
+        name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in model.named_children()
+    }
+    logger.info("%s: %s; vocabulary %d", args.output_dir, millions, len(processor.tokenizer))
+
+
+if __name__ == "__main__":
+    main()

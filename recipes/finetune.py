@@ -1,0 +1,84 @@
+"""Fine-tune a speech LLM.
+
+# One GPU, only the LLM
+accelerate launch recipes/finetune.py recipes/configs/llm_only.yaml \
+    --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf \
+    --train_file data/train.jsonl --validation_file data/dev.jsonl --output_dir exp/llm_only
+
+# Eight GPUs, LoRA
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/finetune.py recipes/configs/lora.yaml \
+    --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf --train_file data/train.jsonl --output_dir exp/lora
+
+What the command line says goes before what the YAML says. All options: --help.
+"""
+
+import logging
+import sys
+
+from hf_speechllm.training.arguments import parse_arguments
+
+logger = logging.getLogger("finetune")
+
+
+def main() -> None:
+    args = parse_arguments(description=__doc__)
+
+    # After the arguments, so that a wrong one is told at once.
+    import torch
+    from transformers import set_seed
+
+    from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from hf_speechllm.data.augment import SpecAugment
+    from hf_speechllm.data.bad_rows import BadDataError
+    from hf_speechllm.data.collator import SpeechLLMCollator
+    from hf_speechllm.data.dataset import prepare_rows
+    from hf_speechllm.training.freezing import count_parameters, freeze_parts
+    from hf_speechllm.training.lora import add_lora
+    from hf_speechllm.training.runs import describe_data, find_checkpoint, save_final, set_up_logging
+    from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+    set_up_logging(args)
+    set_seed(args.seed)
+
+    # Data first: its errors are found before the model is loaded.
+    try:
+        checkpoint = find_checkpoint(args)
+        processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+        limit = SpeechLLMConfig.from_pretrained(args.model_name_or_path).max_feature_frames
+        with args.main_process_first(desc="preparing the data"):
+            train_rows, weights = prepare_rows(args.train_file, processor, limit, args, args.train_weight)
+            validation_rows = {
+                name: prepare_rows([file], processor, limit, args)[0] for name, file in args.validation_files.items()
+            }
+    except (BadDataError, OSError, ValueError) as error:
+        sys.exit(f"finetune.py: error: {error}")
+    describe_data(train_rows, validation_rows, processor)
+
+    # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
+    model = SpeechLLMForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+    )
+    freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
+    if args.use_lora:
+        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    for part, (trained, total) in count_parameters(model).items():
+        logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
+
+    trainer = SpeechLLMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows or None,
+        data_collator=SpeechLLMCollator(processor, SpecAugment() if args.spec_augment else None),
+        eval_collator=SpeechLLMCollator(processor),
+        processing_class=processor,
+        train_weights=weights,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    save_final(trainer, result)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Synthesise the recordings that the quickstart trains on: English digit strings and short Mandarin commands.
+
+eSpeak NG (`apt-get install espeak-ng`) speaks every recording, in 14 voices at slightly varied speeds and pitches; the
+results are 16 kHz mono Ogg Opus files beside Kaldi lists. The finished corpus ships with the project, so this is only
+needed to change it (it takes about a minute; another version of eSpeak NG speaks a little differently):
+
+    python recipes/make_quickstart_data.py --output_dir recipes/quickstart_data --seed 0
+"""
+
+import argparse
+import io
+import random
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from itertools import cycle, product
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torchaudio.functional import resample
+
+SAMPLE_RATE = 16000
+OPUS_COMPRESSION = 0.98  # libsndfile's scale from 0 to 1: 11 kbit/s; at 0.99 Opus drops what is above 4 kHz
+SILENCE = 0.002  # of the peak: below the weakest consonant, above the synthesiser's fade-out
+MARGIN = SAMPLE_RATE // 20  # samples of silence before the first and after the last sound
+
+# eSpeak NG 1.51 reads most characters as English letters with its other Mandarin voice, `cmn`, and it ignores the
+# variant in `en-gb+f2` and the like, though not after the other English voices.
+MANDARIN = "cmn-latn-pinyin"
+VOICES = {
+    "en": ["en-us", "en-us+m3", "en-us+f3", "en-gb"]
+    + ["en-gb-scotland", "en-gb-scotland+f4", "en-gb-x-rp+m1", "en-gb-x-rp+f1"],
+    "zh": [MANDARIN, *(f"{MANDARIN}+{variant}" for variant in ("m1", "m3", "m7", "f2", "f4"))],
+}
+WORDS_PER_MINUTE = (170, 210)
+PITCH = (40, 60)  # eSpeak NG's scale from 0 to 99
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT_STRINGS = {2: (75, 10), 3: (145, 25), 4: (145, 25), 5: (140, 25)}  # length: (in train, in test)
+
+UNITS = ["一", "二", "三", "四", "五", "六", "七", "八", "九"]
+# A command is one word from every slot. Words that eSpeak NG misreads (歌曲, 音乐, 扫地) were left out.
+COMMANDS = [
+    [["打开", "关闭"], ["客厅", "卧室", "厨房", "书房", "阳台"], ["的"], ["灯", "空调", "窗帘", "风扇", "电视"]],
+    [["播放", "暂停"], ["新闻", "故事", "广播", "电影"]],
+    [["今天", "明天", "后天"], ["天气怎么样", "会下雨吗", "会下雪吗"]],
+    [["早上", "晚上"], ["六", "七", "八", "九", "十"], ["点"], ["叫我"]],
+    [["把"], ["温度"], ["调到"], ["十"], UNITS[5:], ["度"]],
+    [["把"], ["温度"], ["调到"], ["二十"], UNITS, ["度"]],
+    [["把"], ["音量"], ["调到"], UNITS[1:], ["十"]],
+    [["上一首", "下一首", "声音大一点", "声音小一点", "取消闹钟", "现在几点了"]],
+]
+TEST_FRACTION = 1 / 4  # of every kind of command, as far as train keeps each of its words
+VOICES_PER_TEST_COMMAND = 3
+
+
+def digit_strings(rng: random.Random) -> tuple[list[str], list[str]]:
+    """Strings of two to five spelled-out digits for train and for test; no string is in both."""
+    train, test = [], []
+    for length, (num_train, num_test) in DIGIT_STRINGS.items():
+        numbers = rng.sample(range(10**length), num_train + num_test)
+        strings = [" ".join(DIGITS[int(digit)] for digit in f"{number:0{length}}") for number in numbers]
+        train += strings[:num_train]
+        test += strings[num_train:]
+    return train, test
+
+
+def commands(rng: random.Random) -> tuple[list[str], list[str]]:
+    """Mandarin commands for train and for test; those of test combine words that train has in other commands."""
+    kinds = [list(product(*slots)) for slots in COMMANDS]
+    left = Counter(word for kind in kinds for words in kind for word in words)
+    test: list[tuple[str, ...]] = []
+    for kind in kinds:
+        held_out = []
+        for words in rng.sample(kind, len(kind)):
+            if len(held_out) < int(TEST_FRACTION * len(kind)) and all(left[word] > 1 for word in words):
+                held_out.append(words)
+                left.subtract(words)
+        test += held_out
+    train = [words for kind in kinds for words in kind if words not in test]
+    return ["".join(words) for words in train], ["".join(words) for words in test]
+
+
+def plan(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
+    """The (voice, transcript) of every recording, by split. Single digits are too few to hold any out."""
+    (train_digits, test_digits), (train_commands, test_commands) = digit_strings(rng), commands(rng)
+    english, mandarin = VOICES["en"], VOICES["zh"]
+    train = [*product(english, DIGITS), *zip(cycle(english), train_digits), *product(mandarin, train_commands)]
+    test = [*zip(cycle(english), test_digits), *zip(cycle(mandarin), test_commands * VOICES_PER_TEST_COMMAND)]
+    return {"train": train, "test": test}
+
+
+def synthesize(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
+    """Speak `text`: 16 kHz mono float32, shape = (num_samples,), with MARGIN of silence around it."""
+    command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "-p", str(pitch), "--stdout", text]
+    try:
+        wav = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    except FileNotFoundError as error:
+        raise SystemExit("espeak-ng is missing: `apt-get install espeak-ng` or `brew install espeak-ng`") from error
+    waveform, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
+    waveform = resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
+    sound = np.flatnonzero(np.abs(waveform) > SILENCE * np.abs(waveform).max())
+    return np.pad(waveform[sound[0] : sound[-1] + 1], MARGIN)
+
+
+def write_audio(path: Path, waveform: np.ndarray) -> None:
+    soundfile.write(path, waveform, SAMPLE_RATE, subtype="OPUS", compression_level=OPUS_COMPRESSION)
+
+
+def write_list(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    path.write_text("".join(f"{key} {value}\n" for key, value in sorted(rows)), encoding="utf-8")
+
+
+def main(output_dir: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    audio_dir = output_dir / "audio"
+    audio_dir.mkdir(parents=True, exist_ok=True)
+    for stale in audio_dir.glob("*.ogg"):
+        stale.unlink()
+    for split, recordings in plan(rng).items():
+        scp, text, speakers, seconds = [], [], [], 0.0
+        for number, (voice, transcript) in enumerate(recordings):
+            speaker = voice.replace(MANDARIN, "cmn").replace("+", "-")
+            utterance = f"{speaker}-{split}-{number:04}"  # the speaker first: Kaldi sorts both alike
+            waveform = synthesize(transcript, voice, rng.randint(*WORDS_PER_MINUTE), rng.randint(*PITCH))
+            path = audio_dir / f"{utterance}.ogg"
+            write_audio(path, waveform)
+            scp.append((utterance, f"../audio/{path.name}"))
+            text.append((utterance, transcript))
+            speakers.append((utterance, speaker))
+            seconds += len(waveform) / SAMPLE_RATE
+        (output_dir / split).mkdir(exist_ok=True)
+        write_list(output_dir / split / "wav.scp", scp)
+        write_list(output_dir / split / "text", text)
+        write_list(output_dir / split / "utt2spk", speakers)
+        print(f"{split}: {len(text)} recordings, {len(set(dict(text).values()))} transcripts, {seconds:.0f} s")
+    print(f"audio: {sum(path.stat().st_size for path in audio_dir.glob('*.ogg')):,} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "quickstart_data")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    main(arguments.output_dir, arguments.seed)

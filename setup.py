@@ -1,0 +1,35 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="hf_speechllm",
+    version="0.1.0",
+    description="Fine-tune speech LLMs (Fun-ASR-Nano and others) on the Hugging Face stack",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["hf_speechllm", "hf_speechllm.*"]),
+    install_requires=[
+        "torch>=2.9",
+        "torchaudio>=2.9",
+        "transformers>=5.17",
+        "accelerate>=1.12",
+        "datasets>=4.4",
+        "peft>=0.18",
+        "evaluate",
+        "soundfile",
+        "av",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+        "tensorboard",
+        "compute-wer",
+        "jiwer",
+        "whisper-normalizer",
+        "zhconv",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
+    },
+)
