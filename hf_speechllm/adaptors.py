@@ -52,6 +52,7 @@ class AudioAdaptor(PreTrainedModel):
         Returns:
             Audio tokens, shape = (batch, tokens, LLM width), and their lengths, shape = (batch,): `ceil(frames / k)`.
         """
+        hidden_states = hidden_states.to(self.linear1.weight.dtype)  # a checkpoint may store each part in its own
         k = self.config.downsample_rate
         lengths = (mask.sum(-1) + k - 1) // k
         if k > 1:

@@ -171,7 +171,7 @@ def _blocks_of_ffmpeg(data: bytes, name: str, cause: str) -> Iterator[tuple[np.n
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: not audio: the file has no audio stream")
             # Planar float keeps every rate and channel count; only the sample format is converted.

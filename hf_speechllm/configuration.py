@@ -78,6 +78,8 @@ class SpeechLLMConfig(PreTrainedConfig):
         Qwen3-0.6B.
         audio_token_id: id of the placeholder in `input_ids` where an audio token goes
             (`<|object_ref_start|>` of the Qwen3 tokenizer).
+        funasr_files: `config.yaml` and `configuration.json` of the FunASR checkpoint that the model comes from, if
+            any; they are completed and written back when it is exported to FunASR.
     """
 
     model_type = "speech_llm"
@@ -93,6 +95,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     audio_token_id: int = 151646
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    funasr_files: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
@@ -107,6 +110,20 @@ class SpeechLLMConfig(PreTrainedConfig):
         # The LLM decides whether its embeddings are tied; transformers asks the outer config.
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """The config of a folder or Hub id as a dict, and the options that were not used for reading it.
+
+        Besides our own layout, that of transformers' `fun_asr_nano`, FunASR's and peft's adapters are understood.
+        """
+        from .checkpoints.layouts import HUB_OPTIONS, load_config_dict  # `checkpoints` builds on this module
+
+        config = load_config_dict(pretrained_model_name_or_path, kwargs)
+        if config is None:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        used = (*HUB_OPTIONS, "proxies", "trust_remote_code", "_from_pipeline", "_from_auto", "gguf_file")
+        return config, {key: value for key, value in kwargs.items() if key not in used}
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The LLM's config: what generation asks for cache sizes and vocabulary."""

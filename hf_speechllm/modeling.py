@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,7 +73,35 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.audio_encoder = encoder.encoder if config.audio_encoder_config.model_type == "whisper" else encoder
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
+        # Tensors that belong to the checkpoint but not to the model: FunASR's CTC branch.
+        self.side_tensors: dict[str, torch.Tensor] = {}
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a model from a folder or the Hub; the options are those of transformers.
+
+        Args:
+            pretrained_model_name_or_path: in our own layout, that of transformers' `fun_asr_nano`, FunASR's
+                (`model.pt`, `config.yaml`), or a peft adapter, which is merged into its base model.
+            dtype: default the dtype in which each part is stored.
+
+        Raises:
+            CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        from .checkpoints.layouts import load_model  # `checkpoints` builds on this module
+
+        return load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """Saves model, config and generation config in our own layout; the options are those of transformers."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            from .checkpoints.layouts import SIDE_FILE, write_side  # `checkpoints` builds on this module
+
+            write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embeddings."""

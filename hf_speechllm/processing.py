@@ -36,11 +36,25 @@ class SpeechLLMProcessor(ProcessorMixin):
         encoder_downsample_rate: int = 1,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        for token in (chat.TURN_START, chat.TURN_END, audio_token):
+            if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+                raise ValueError(f"the tokenizer lacks {token}; add it as a special token, or take the LLM's own")
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.downsample_rate = downsample_rate
         self.use_low_frame_rate = use_low_frame_rate
         self.encoder_downsample_rate = encoder_downsample_rate
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> SpeechLLMProcessor:
+        """Loads a processor from a folder or the Hub, in any layout that the model's `from_pretrained` understands.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged.
+        """
+        from .checkpoints.layouts import load_processor  # `checkpoints` builds on this module
+
+        return load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """How many audio tokens a recording of so many feature frames (encoder input) becomes."""

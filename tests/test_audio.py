@@ -161,8 +161,12 @@ def test_mp3_of_changing_bit_rate_without_a_length_is_read_to_its_end(tmp_path):
 def test_mp3_with_a_long_id3_tag_keeps_its_length(recording):
     path = recording("mp3")
     tag = b"ID3\x03\x00\x00" + bytes([0, 0, 40, 0]) + bytes(40 * 128)
-    path.write_bytes(tag + path.read_bytes())
+    data = tag + path.read_bytes()
+    path.write_bytes(data)
     assert probe_audio(path) == (SECONDS * 16000, 16000)
+    path.write_bytes(data[:-1000])
+    with pytest.raises(AudioError, match="truncated"):
+        probe_audio(path)
 
 
 def test_bytes_after_the_end_are_no_fault(recording):

@@ -1,5 +1,5 @@
 """Scoring of transcripts: normalisation, error rates, reports."""
 
-from hf_speechllm.evaluation.normalizers import normalize_text
+from .normalizers import normalize_text
 
 __all__ = ["normalize_text"]

@@ -8,12 +8,12 @@
 
 import re
 import unicodedata
-from functools import lru_cache
+from functools import cache
 
 import zhconv
 
-from hf_speechllm.evaluation.numbers_zh import numerals_to_digits, read_symbols
-from hf_speechllm.evaluation.words import drop_fillers, is_english, join_suffixes, normalize_words
+from .numbers_zh import numerals_to_digits, read_symbols
+from .words import drop_fillers, is_english, join_suffixes, normalize_words
 
 _HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 _KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
@@ -23,8 +23,7 @@ _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Th
 
 _UNSPACED_CHARACTER = re.compile(f"[{_CJK}{_SOUTH_EAST_ASIAN}]")
 _LETTER = rf"[^\W\d_{_CJK}]"
-# From the first to the last letter between CJK characters, with the digits and punctuation in between; 1st is a word
-# too.
+# From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too.
 _WORDS = re.compile(rf"(?:\d(?=(?:st|nd|rd|th)\b))?{_LETTER}(?:[^{_CJK}]*{_LETTER})?")
 _SPACE_IN_CJK = re.compile(rf"(?<=[{_CJK}])\s+(?=[{_CJK}\d])|(?<=\d)\s+(?=[{_CJK}])")
 
@@ -41,7 +40,7 @@ _TEMPERATURES = {
 _PARTICLE_ZHE = re.compile("(?<![显名原专编巨论土卓昭译遗拙合])著(?![作名称者书述录])")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _simplify_character(character: str) -> str:
     return zhconv.convert(character, "zh-cn")
 
@@ -53,8 +52,7 @@ def _simplify(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Lower case, compatibility forms (full width, ligatures) resolved, any digits as ASCII, no invisible
-    characters."""
+    """Lower case, ASCII digits; no compatibility forms (full width, ligatures), tags, brackets, invisible signs."""
     text = unicodedata.normalize("NFKC", text.translate(_PLAIN_MARKS)).lower()
     characters = []
     for character in unicodedata.normalize("NFKC", text).replace("⁄", "/"):
@@ -72,15 +70,15 @@ def _plain(text: str) -> str:
 def _language(text: str) -> str:
     """Language of a line by its script: "zh", "ja", "ko", or "" for languages written with spaces.
 
-    Any kana makes a line Japanese, as Chinese kanji conversion would spoil it; a line of digits alone counts as
-    Chinese.
+    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese; digits alone are Chinese.
     """
     if re.search(f"[{_KANA}]", text):
         return "ja"
     hangul, han = len(re.findall(f"[{_HANGUL}]", text)), len(re.findall(f"[{_HAN}]", text))
     if hangul > han:
         return "ko"
-    return "zh" if han or not re.search(f"{_LETTER}|[$€£¢]", text) else ""
+    words = re.search(f"{_LETTER}|[$€£¢]", re.sub(r"°\s*[cf]\b", "", text))
+    return "zh" if han or not words else ""
 
 
 def _normalize_cjk(text: str, language: str) -> str:
@@ -121,11 +119,10 @@ def normalize_text(text: str) -> str:
     """Normalises a transcript, or a part of one, for scoring by word or character error rate.
 
     A token is a character in Chinese, Japanese, Korean (syllables: spacing is optional in practice, and the language
-    is
-    scored by character), Thai and its neighbours, a single digit, or a word in other scripts. Spacing between
-    characters
-    of Chinese, Japanese and Korean does not matter. What is dropped: punctuation, symbols that are not read out,
-    one-word tags such as [noise] and <unk>, and English fillers (uh, um). docs/normalization.md lists the rules.
+    is scored by character), Thai and its neighbours, a single digit, or a word in other scripts. Spacing between
+    characters of Chinese, Japanese and Korean does not matter. What is dropped: punctuation, symbols that are not
+    read out, one-word tags such as [noise] and <unk>, and English fillers (uh, um). docs/normalization.md lists the
+    rules.
 
     Args:
         text: one line in any language, or several mixed.

@@ -2,8 +2,7 @@
 
 The numeral grammar is that of everyday Mandarin: units fall from left to right (千 百 十 within a group, 万 and 亿
 between groups), 零 marks a gap, a bare digit after 百, 千, 万 or 亿 counts the next smaller unit (一百二 is 120), and
-digits
-without any unit are read one by one (二零二四).
+digits without any unit are read one by one (二零二四).
 """
 
 import re
@@ -16,7 +15,7 @@ _HUNDREDS = f"{_DIGIT_BEFORE_UNIT}百(?:零?{_TENS}|零?{_DIGIT})?"
 _THOUSANDS = f"{_DIGIT_BEFORE_UNIT}千(?![克瓦])(?:零?(?:{_HUNDREDS}|{_TENS})|零?{_DIGIT})?"
 _BELOW_10_000 = f"(?:{_THOUSANDS}|{_HUNDREDS}|{_TENS}|{_DIGIT})"
 # 5000 of 5000万, 3千 of 3千万; not the fraction of 3.5万, nor the last of single digits set apart by spaces.
-_WRITTEN_HEAD = r"(?<![\d.点])(?<!\d )[1-9](?:\d*(?=[万亿億](?!分之))|千(?![克瓦]|分之)|百(?!分之))"
+_WRITTEN_HEAD = r"(?<![\d.点])(?<!\d )[1-9](?:\d{0,15}(?=[万亿億](?!分之))|千(?![克瓦]|分之)|百(?!分之))"
 _WRITTEN_TAIL = r"[1-9]\d{0,3}千?(?!\d| \d|[.,:/%点]\d|[百万亿億])"
 _HEAD = f"(?:{_BELOW_10_000}|两|{_WRITTEN_HEAD})"
 _TAIL = f"(?:零?{_BELOW_10_000}|{_WRITTEN_TAIL})?"
@@ -26,6 +25,8 @@ _NUMBER = re.compile(
     f"|{_BELOW_100_MILLION}|{_BELOW_10_000}|{_WRITTEN_HEAD}"
 )
 _UNITS = (("亿", 10**8), ("万", 10**4), ("千", 1000), ("百", 100), ("十", 10))
+_UNIT_ZEROS = {"万": 4, "亿": 8, "億": 8, "万亿": 12}
+_DECIMAL_WITH_UNIT = re.compile(r"(?<![\d.点])(\d{1,15})[.点](\d{1,12})(万亿|[万亿億])(?!分之)")
 _DIGIT_VALUES = {digit: str(value) for value, digit in enumerate("零一二三四五六七八九")}
 _DIGIT_VALUES["两"] = "2"
 
@@ -36,8 +37,8 @@ _DECIMALS = re.compile(
 _MINUTES_WITHOUT_UNIT = re.compile(
     f"([一二两三四五六七八九十0-9]点)([二三四五]?十{_DIGIT}?)(?![零一二三四五六七八九十百千万亿億0-9分秒点多几来])"
 )
-# 两 is a digit before a noun (两个人), a weight after a number (二两).
-_TWO = re.compile(r"(?<![\d几半])(?<!\d )两(?=.*\w)")
+# 两 is a digit before a noun (两个人) and a weight after a number (二两).
+_TWO = re.compile(r"(?<![\d几半])(?<!\d )两(?!\W*$)")
 
 
 def _value(numeral: str) -> int:
@@ -51,14 +52,19 @@ def _value(numeral: str) -> int:
     return int(_DIGIT_VALUES.get(numeral, numeral))
 
 
-def numerals_to_digits(text: str) -> str:
-    """Turns Chinese numerals into Arabic digits: 一百零八 into 108, 二零二四 into 2024, 三点五亿 into 3点5亿.
+def _write_out(match: re.Match[str]) -> str:
+    """3.5万 as 35000; unchanged where decimals would remain."""
+    whole, decimals, unit = match.groups()
+    zeros = _UNIT_ZEROS[unit]
+    return str(int(whole + decimals.ljust(zeros, "0"))) if len(decimals) <= zeros else match[0]
 
-    Whole numbers are written out (三亿五千万 and 3亿5000万 into 350000000); after a decimal, 万 and 亿 stay. A unit
-    without
-    a digit before it (百 in 百货, 千万 in 千万不要) is a word and stays. Idioms are not told from numbers (一起 into
-    1起): both
-    sides of a comparison are treated alike.
+
+def numerals_to_digits(text: str) -> str:
+    """Turns Chinese numerals into Arabic digits: 一百零八 into 108, 二零二四 into 2024, 三点一四 into 3点14.
+
+    万 and 亿 are written out: 三亿五千万, 3亿5000万, 三点五亿 and 3.5亿 all become 350000000. A unit without a digit
+    before it (百 in 百货, 千万 in 千万不要) is a word and stays. Idioms are not told from numbers (一起 becomes 1起):
+    both sides of a comparison are treated alike.
 
     Args:
         text: simplified Chinese or Japanese text without spaces between characters.
@@ -68,10 +74,11 @@ def numerals_to_digits(text: str) -> str:
     text = _MINUTES_WITHOUT_UNIT.sub(r"\1\2分", text)
     text = _DECIMALS.sub(lambda match: "".join(_DIGIT_VALUES[digit] for digit in match[0]), text)
     text = _NUMBER.sub(lambda match: str(_value(match[0].replace("億", "亿"))), text)
+    text = _DECIMAL_WITH_UNIT.sub(_write_out, text)
     return _TWO.sub("2", text.replace("零", "0"))
 
 
-_AMOUNT = r"\d+(?: \d+)*(?:[.点]\d+(?: \d+)*)?"
+_AMOUNT = r"(?<!\d)(?<!\d )\d+(?: \d+)*(?:[.点]\d+(?: \d+)*)?"
 _CURRENCIES = {
     "zh": {"¥": "元", "$": "美元", "€": "欧元", "£": "英镑", "¢": "美分", "₩": "韩元"},
     "ja": {"¥": "円", "$": "ドル", "€": "ユーロ", "£": "ポンド", "¢": "セント", "₩": "ウォン"},

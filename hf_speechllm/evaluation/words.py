@@ -7,8 +7,7 @@ from whisper_normalizer.english import EnglishNumberNormalizer, EnglishTextNorma
 
 
 class _NumberNormalizer(EnglishNumberNormalizer):
-    """Whisper's arithmetic without its last step, which writes 1 as a word in $1, 1.5 and 1% too and so loses the
-    signs."""
+    """Whisper's arithmetic without its last step, which makes "one" of the 1 in $1 and 1%, and so loses the signs."""
 
     def postprocess(self, s: str) -> str:
         s = re.sub(r"[$€£]0\.(\d\d)\b", lambda match: f"¢{int(match[1])}", s)
@@ -23,20 +22,20 @@ _normalize_english.ignore_patterns = "(?!)"  # fillers are dropped here, where m
 _NUMBER_WORDS = "|".join(sorted(_normalize_english.standardize_numbers.decimals))
 _MULTIPLIERS = "|".join(_normalize_english.standardize_numbers.multipliers)
 
-# Frequent words that tell English from its neighbours. Words that several of them share (in, an, was, es, on) are
-# left out.
-_ENGLISH_WORDS = frozenset(
-    "the and of to is are you that it for with he she they this have had be not at but from by what we my your"
-    " his her their our there which would can will been has if out all up who when".split()
+# Frequent words that tell English from its neighbours; without those that they share (in, an, was, on).
+_ENGLISH = (
+    "the and of to is are you that it for with he she they this have had be not at but from by what we my your his"
+    " her their our there which would can will been has if out all up who when"
 )
-_OTHER_WORDS = frozenset(
+_OTHER = (
     "der die das und ist nicht ich ein eine mit auf wir sie den dem zu"
     " le la les des est et un une que qui dans pas pour il elle je vous nous"
     " el los las con para del una muy está yo"
     " che di non sono questo della anche"
     " um uma com os não ele isso"
-    " het een van niet dat zijn voor".split()
+    " het een van niet dat zijn voor"
 )
+_ENGLISH_WORDS, _OTHER_WORDS = frozenset(_ENGLISH.split()), frozenset(_OTHER.split())
 
 _FILLERS = re.compile(rf"(\d\s*mm\b|\b(?:{_NUMBER_WORDS})\s+mm\b)|(?<![a-z0-9'])(?:hmm|mm|mhm|mmm|uh|um)(?![a-z0-9'])")
 _PERCENT_WORDS = re.compile(
@@ -53,9 +52,8 @@ _NEGATIVE = re.compile(rf"\bnegative(?= (?:[$€£¢]?\d|(?:{_NUMBER_WORDS}|{_MU
 def is_english(text: str) -> bool:
     """Tells whether lower-case text is English rather than another language written with spaces.
 
-    Votes are frequent words and, against English, words with letters outside a to z. Without any evidence text counts
-    as
-    English.
+    Votes are frequent words and, against English, words with letters outside a to z. Without any evidence, text
+    counts as English.
     """
     words = re.findall(r"[^\W\d_]+", text)
     other = sum(word in _OTHER_WORDS or not word.isascii() for word in words)
@@ -73,8 +71,7 @@ def join_suffixes(text: str) -> str:
 
 
 def _join_digits(text: str) -> str:
-    """Joins single digits set apart by spaces, the form that normalised text has: normalising it again must not
-    differ."""
+    """Joins single digits set apart by spaces, as normalised text has them: normalising it again must not differ."""
     text = re.sub(r"(?<![\d.,])\d(?: \d)+(?![\d.,])", lambda match: match[0].replace(" ", ""), text)
     return re.sub(r"([$€£¢]) (?=\d)", r"\1", join_suffixes(text))
 
@@ -90,8 +87,8 @@ def _protect_digits(text: str) -> str:
 
 
 def _shield_words(text: str) -> str:
-    """Keeps Whisper's number rules from dropping words: signs before money, "point" before "and", a first "and a
-    half"; and from adding up."""
+    """Keeps Whisper's number rules from dropping words ("minus" before money, "point" before "and", a first "and a
+    half") and from adding up numbers that only stand side by side."""
     text = _NEGATIVE.sub("minus", text)
     text = re.sub(r"\b(?:minus|plus|positive|negative)\b", rf"\g<0>{_SHIELD}", text)
     text = _NOT_A_DECIMAL_POINT.sub(rf"\g<0>{_SHIELD}", text)
@@ -103,11 +100,10 @@ def _shield_words(text: str) -> str:
 def normalize_words(text: str) -> str:
     """Normalises lower-case text of a language written with spaces; digits are not yet set apart.
 
-    English: contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), which
-    write
-    out "point", "percent" and "minus". Other languages: punctuation goes, letters stay as they are, diacritics
-    included;
-    a decimal comma or point is dropped like a thousands separator, as languages differ in which is which.
+    English: contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), with
+    "point", "percent" and "minus" written out. Other languages: punctuation goes, letters stay as they are,
+    diacritics included; a decimal comma or point is dropped like a thousands separator, as languages differ in which
+    is which.
     """
     text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
     if not is_english(text):
@@ -117,11 +113,10 @@ def normalize_words(text: str) -> str:
     text = _join_digits(" ".join(text.split()))
     text = re.sub(r"(\d+(?:[.,]\d+)*) ?([$€£¢])(?! ?\d)", r"\2\1", text)
     text = _normalize_english(_shield_words(" ".join(_protect_digits(text).split())))
-    text = " ".join(text.replace(_SHIELD, "").split())
     # As Whisper does, a 1 that is no part of a larger number or amount is the word.
-    text = re.sub(r"(?<![$€£¢.])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%]| \d)", r"one\1", text)
-    # Euros are written after the number as in the languages that use them, whether or not a line was taken for
-    # English.
+    text = re.sub(rf"(?<![$€£¢.])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%]| (?:{_SHIELD} )?\d)", r"one\1", text)
+    text = " ".join(text.replace(_SHIELD, "").split())
+    # Euros follow the number, as in the languages that use them: short lines in these may be taken for English.
     text = re.sub(r"€(\d+(?:\.\d+)*)", r"\1 euro", text)
     text = re.sub(r"\.(?=\d)", " point ", text)
     return re.sub(r"(?<=\d)%", " percent ", text)

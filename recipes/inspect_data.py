@@ -1,0 +1,119 @@
+"""Show what the model will see of training data: token ids, which of them are supervised, audio tokens, frames.
+
+# The first 3 rows, coloured: supervised tokens green, audio tokens as a count
+python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/train.jsonl --num_rows 3
+
+# The same for programs, a JSON line a row, with the loss of the model
+python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/train.jsonl --json --loss
+
+# The prompts that decoding would send
+python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/test.jsonl --inference --language zh
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from itertools import groupby, islice
+
+logger = logging.getLogger("inspect_data")
+
+GREEN, GREY, CYAN, RESET = "\033[32m", "\033[90m", "\033[36m", "\033[0m"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="model folder or Hub id")
+    parser.add_argument("--jsonl_file", required=True, help="training rows")
+    parser.add_argument("--num_rows", type=int, help="how many rows (default: 5, with --json all)")
+    parser.add_argument("--json", action="store_true", help="a JSON line a row")
+    parser.add_argument("--loss", action="store_true", help="also each row's loss")
+    parser.add_argument("--inference", action="store_true", help="the prompts of decoding, without the answers")
+    parser.add_argument("--language", help="with --inference: as for decode.py")
+    parser.add_argument("--no_itn", action="store_true", help="with --inference: as for decode.py")
+    parser.add_argument("--hotwords", help="with --inference: as for decode.py")
+    args = parser.parse_args()
+    if args.inference and args.loss:
+        parser.error("--loss needs answers; --inference has none")
+    if (args.language or args.no_itn or args.hotwords) and not args.inference:
+        parser.error("--language, --no_itn and --hotwords go with --inference; a training row has its prompt in it")
+    return args
+
+
+def describe(record: dict, processor, coloured: bool) -> str:
+    """A row for people: text of the tokens, audio as a count, supervised parts marked."""
+    tokenizer = processor.tokenizer
+    labels = record.get("labels") or [-100] * len(record["input_ids"])
+    pieces = []
+    kinds = [
+        "audio" if token == processor.audio_token_id else "supervised" if label != -100 else "prompt"
+        for token, label in zip(record["input_ids"], labels, strict=True)
+    ]
+    for kind, group in groupby(zip(kinds, record["input_ids"], strict=True), key=lambda pair: pair[0]):
+        tokens = [token for _, token in group]
+        text = f"<{len(tokens)} audio tokens>" if kind == "audio" else tokenizer.decode(tokens)
+        if coloured:
+            text = {"audio": CYAN, "supervised": GREEN, "prompt": GREY}[kind] + text + RESET
+        elif kind == "supervised":
+            text = f"[[{text}]]"
+        pieces.append(text)
+    supervised = sum(label != -100 for label in labels)
+    head = f"row {record['index']}: {len(record['input_ids'])} tokens, {record['num_audio_tokens']} of audio"
+    head += f" ({record['num_frames']} frames), {supervised} supervised"
+    head += f", loss {record['loss']:.4f}" if "loss" in record else ""
+    return f"{head}\n{''.join(pieces)}\n"
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+    import torch
+
+    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, chat
+    from hf_speechllm.audio import AudioError
+    from hf_speechllm.data.bad_rows import BadRow
+    from hf_speechllm.data.jsonl import read_jsonl
+
+    processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+    model = None
+    if args.loss:
+        model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
+    num_rows = args.num_rows or (None if args.json else 5)
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if not args.json and not args.inference:
+        print(f"supervised tokens are {GREEN}green{RESET}\n" if coloured else "supervised tokens stand in [[ ]]\n")
+    bad = 0
+    for index, row in enumerate(islice(read_jsonl(args.jsonl_file, require_answers=not args.inference), num_rows)):
+        if isinstance(row, BadRow):
+            print(row, file=sys.stderr)
+            bad += 1
+            continue
+        messages, hotwords = row.messages, row.hotwords
+        if args.inference:
+            if args.language or args.no_itn or args.hotwords:
+                prompt = chat.transcription_prompt(args.language, not args.no_itn, chat.parse_hotwords(args.hotwords))
+                messages, hotwords = chat.transcription_messages(row.recordings[-1], prompt), []
+            elif messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+        try:
+            batch = processor.apply_chat_template(messages, hotwords=hotwords)
+        except AudioError as error:
+            print(f"{row.file}:{row.line}: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        record = {"index": index, "input_ids": batch["input_ids"][0].tolist()}
+        if not args.inference:
+            record["labels"] = batch["labels"][0].tolist()
+        record["num_audio_tokens"] = record["input_ids"].count(processor.audio_token_id)
+        record["num_frames"] = int(batch["input_features_mask"].sum())
+        if model is not None:
+            with torch.no_grad():
+                record["loss"] = model(**batch).loss.item()
+        print(json.dumps(record) if args.json else describe(record, processor, coloured))
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
