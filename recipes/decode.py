@@ -99,7 +99,7 @@ def main() -> None:
             else:
                 failures.append(f"{requests[transcript.index].id}: {transcript.error}")
             seconds += transcript.seconds
-            progress.set_postfix(RTFx=f"{seconds / (time.perf_counter() - started):.0f}")
+            progress.set_postfix(RTFx=f"{seconds / (time.perf_counter() - started):.0f}", refresh=False)
             progress.update()
     with atomic_write(args.output_file) as file:
         file.writelines(f"{requests[index].id}\t{' '.join(texts[index].split())}\n" for index in sorted(texts))

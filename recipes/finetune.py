@@ -28,7 +28,7 @@ def main() -> None:
     from transformers import set_seed
 
     from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from hf_speechllm.data.augment import SpecAugment
+    from hf_speechllm.data.augment import augmentations
     from hf_speechllm.data.bad_rows import BadDataError
     from hf_speechllm.data.collator import SpeechLLMCollator
     from hf_speechllm.data.dataset import prepare_rows
@@ -69,7 +69,7 @@ def main() -> None:
         args=args,
         train_dataset=train_rows,
         eval_dataset=validation_rows or None,
-        data_collator=SpeechLLMCollator(processor, SpecAugment() if args.spec_augment else None),
+        data_collator=SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment)),
         eval_collator=SpeechLLMCollator(processor),
         processing_class=processor,
         train_weights=weights,

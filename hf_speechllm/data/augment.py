@@ -6,6 +6,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class TempoPerturb:
+    """Speaks faster or slower at the same pitch: features are stretched in time.
+
+    On features rather than waveforms, so that it works on cached ones and costs next to nothing; its model is the tempo
+    perturbation of Ko et al. 2015 ("Audio augmentation for speech recognition"), which uses waveforms.
+
+    Args:
+        spread: durations are multiplied by a number drawn evenly from 1 - spread to 1 + spread.
+    """
+
+    spread: float
+
+    def __call__(self, features: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Stretches features, shape = (frames, mel bins), by linear interpolation between frames."""
+        frames = max(1, round(len(features) * rng.uniform(1 - self.spread, 1 + self.spread)))
+        return functional.interpolate(features.T.unsqueeze(0), size=frames, mode="linear")[0].T
 
 
 @dataclass(frozen=True)
@@ -40,3 +60,11 @@ class SpecAugment:
             start = int(rng.integers(0, frames - width + 1))
             features[start : start + width] = fill
         return features
+
+
+def augmentations(tempo_perturb: float = 0.0, spec_augment: bool = False) -> list[TempoPerturb | SpecAugment]:
+    """What the options of training ask for, in the order in which it is applied."""
+    return [
+        *([TempoPerturb(tempo_perturb)] if tempo_perturb else []),
+        *([SpecAugment()] if spec_augment else []),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from .. import chat
 from ..audio import load_audio
 from ..features import cacheable_features, encoder_input
 from ..processing import SpeechLLMProcessor, pad_features
-from .augment import SpecAugment
+
+Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
 @dataclass
@@ -22,11 +24,11 @@ class SpeechLLMCollator:
 
     Args:
         processor: gives features, ids and labels.
-        spec_augment: masks the features, if given; its randomness comes from each row's `seed`.
+        augmentations: applied to the features in turn; their randomness comes from each row's `seed`.
     """
 
     processor: SpeechLLMProcessor
-    spec_augment: SpecAugment | None = None
+    augmentations: Sequence[Augmentation] = ()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pads a batch.
@@ -62,9 +64,10 @@ class SpeechLLMCollator:
                 torch.from_numpy(cacheable_features(extractor, load_audio(source, self.processor.sampling_rate)))
                 for source in row["recordings"]
             ]
-        if self.spec_augment is not None and "seed" in row:
+        if self.augmentations:
             rng = np.random.default_rng(row["seed"])
-            features = [self.spec_augment(item, rng) for item in features]
+            for augmentation in self.augmentations:
+                features = [augmentation(item, rng) for item in features]
         return features
 
 

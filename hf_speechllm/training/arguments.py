@@ -44,6 +44,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     cache_dir: str | None = _option(None, "Where datasets keeps its caches (default: that of datasets).")
     preprocessing_num_workers: int | None = _option(None, "Processes that compute features (default: all cores).")
     spec_augment: bool = _option(False, "Mask stripes of the training spectrograms.")
+    tempo_perturb: float = _option(
+        0.0, "Stretch training recordings by up to this share, e.g. 0.1: 90 to 110 percent."
+    )
     # What is trained
     freeze_audio_encoder: bool = _option(False, "Leave the audio encoder as it is.")
     freeze_audio_adaptor: bool = _option(False, "Leave the audio adaptor as it is.")
@@ -109,6 +112,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             raise ValueError(f"--feature_cache is {self.feature_cache!r}; choose float16, float32 or off")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction is {self.max_bad_fraction}; it must be between 0 and 1")
+        if not 0 <= self.tempo_perturb < 1:
+            raise ValueError(f"--tempo_perturb is {self.tempo_perturb}; it must be at least 0 and below 1")
         if self.fp16:
             raise ValueError(
                 "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"
@@ -188,7 +193,9 @@ def _yaml_to_argv(parser: _Parser, path: str) -> list[str]:
         option = [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
         # Parsed alone first, so that a wrong type is reported with the file it stands in.
         prog, parser.prog = parser.prog, f"{parser.prog}: {path}"
-        parser.parse_args(option)
+        _, rest = parser.parse_known_args(option)
+        if rest:
+            parser.error(f"argument --{key}: one value expected, not {value!r}")
         parser.prog = prog
         argv += option
     return argv

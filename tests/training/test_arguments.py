@@ -1,0 +1,185 @@
+"""Options: the YAML first, the command line over it; mistakes are told with their key before anything is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_speechllm.training.arguments import parse_arguments
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REQUIRED = ["--model_name_or_path", "model", "--train_file", "train.jsonl", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def error_of(capsys):
+    """The message with which a command line is refused."""
+
+    def parse(*argv):
+        with pytest.raises(SystemExit) as end:
+            parse_arguments([*argv])
+        assert end.value.code == 2
+        message = capsys.readouterr().err
+        assert "usage:" not in message  # of 150 options
+        return message
+
+    return parse
+
+
+def test_command_line_goes_before_the_yaml_and_the_yaml_before_the_defaults(yaml_file):
+    path = yaml_file("learning_rate: 2.0e-4\nnum_train_epochs: 7\nfreeze_llm: true\nwarmup_steps: 12\n")
+    args = parse_arguments([path, *REQUIRED, "--learning_rate", "0.5", "--freeze_llm", "false"])
+    assert (args.learning_rate, args.freeze_llm) == (0.5, False)
+    assert (args.num_train_epochs, args.warmup_steps) == (7, 12)
+    assert (args.lr_scheduler_type, args.feature_cache) == ("cosine", "float16")
+
+
+def test_command_line_alone_suffices():
+    args = parse_arguments([*REQUIRED, "--freeze_audio_encoder", "--llm_learning_rate", "1e-5"])
+    assert args.freeze_audio_encoder and not args.freeze_llm
+    assert args.llm_learning_rate == 1e-5
+    assert args.audio_encoder_learning_rate is None
+
+
+def test_yaml_holds_lists_dicts_and_nothing(yaml_file):
+    path = yaml_file(
+        "train_file: [a.jsonl, b.jsonl]\ntrain_weight: [2, 0.5]\nlora_target_modules: [q_proj]\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: true}\ncache_dir:\n"
+    )
+    args = parse_arguments([path, "--model_name_or_path", "model", "--use_cpu", "true"])
+    assert args.train_file == ["a.jsonl", "b.jsonl"]
+    assert args.train_weight == [2.0, 0.5]
+    assert args.lora_target_modules == ["q_proj"]
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    assert args.cache_dir is None
+
+
+def test_list_of_the_command_line_replaces_that_of_the_yaml(yaml_file):
+    path = yaml_file("train_file: [a.jsonl, b.jsonl]\n")
+    args = parse_arguments([path, "--model_name_or_path", "model", "--use_cpu", "true", "--train_file", "c.jsonl"])
+    assert args.train_file == ["c.jsonl"]
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(config):
+    parse_arguments([str(config), *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [("freeze_audio_encodr", "freeze_audio_encoder"), ("lerning_rate", "learning_rate"), ("zzz", None)],
+)
+def test_unknown_key_of_the_yaml_is_named_with_the_file_and_a_suggestion(yaml_file, error_of, key, suggestion):
+    path = yaml_file(f"learning_rate: 1.0e-3\n{key}: 1\n")
+    message = error_of(path, *REQUIRED)
+    assert path in message and repr(key) in message
+    assert ("did you mean" in message) == (suggestion is not None)
+    assert suggestion is None or repr(suggestion) in message
+
+
+def test_unknown_option_of_the_command_line_is_named(error_of):
+    assert "--freeze_audio_encodr" in error_of(*REQUIRED, "--freeze_audio_encodr", "true")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_train_epochs", "many"),
+        ("freeze_llm", "perhaps"),
+        ("lora_r", "[1, 2]"),
+        ("lora_r", "1.5"),
+        ("train_weight", "[1, heavy]"),
+        ("learning_rate", "{a: 1}"),
+        ("per_device_train_batch_seconds", "long"),
+    ],
+)
+def test_wrong_type_is_told_with_file_and_key(yaml_file, error_of, key, value):
+    path = yaml_file(f"{key}: {value}\n")
+    message = error_of(path, *REQUIRED)
+    assert path in message and f"--{key}" in message
+
+
+def test_wrong_type_on_the_command_line_is_told_with_the_key(error_of):
+    assert "--num_train_epochs" in error_of(*REQUIRED, "--num_train_epochs", "many")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: b: c\n", "just words\n"])
+def test_yaml_that_holds_no_keys_is_an_error(yaml_file, error_of, text):
+    path = yaml_file(text)
+    assert path in error_of(path, *REQUIRED)
+
+
+def test_missing_yaml_is_an_error(error_of):
+    assert "no/such.yaml" in error_of("no/such.yaml", *REQUIRED)
+
+
+FROZEN = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true", "--freeze_llm", "true"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (FROZEN, ["nothing is left to train", "--freeze_llm", "--use_lora"]),
+        (["--fp16", "true"], ["--fp16", "--bf16"]),
+        (["--train_weight", "1", "2"], ["--train_weight", "2 numbers for 1 files"]),
+        (["--train_weight", "0"], ["--train_weight", "above 0"]),
+        (["--feature_cache", "int8"], ["--feature_cache", "float16, float32 or off"]),
+        (["--max_bad_fraction", "1.5"], ["--max_bad_fraction", "between 0 and 1"]),
+        (["--per_device_train_batch_seconds", "0"], ["--per_device_train_batch_seconds"]),
+    ],
+)
+def test_contradictions_are_told_with_their_keys(error_of, argv, expected):
+    message = error_of(*REQUIRED, *argv)
+    assert all(part in message for part in expected)
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "train_file"])
+def test_missing_model_or_data_is_named(error_of, missing):
+    position = REQUIRED.index(f"--{missing}")
+    assert f"--{missing}" in error_of(*REQUIRED[:position], *REQUIRED[position + 2 :])
+
+
+def test_all_parts_may_be_frozen_with_lora():
+    assert parse_arguments([*REQUIRED, *FROZEN, "--use_lora"]).use_lora
+
+
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("last", True), ("exp/checkpoint-5", "exp/checkpoint-5")])
+def test_checkpoint_to_go_on_from_is_the_last_or_a_named_one(value, expected):
+    assert parse_arguments([*REQUIRED, "--resume_from_checkpoint", value]).resume_from_checkpoint == expected
+
+
+def test_validation_files_have_names():
+    argv = [*REQUIRED, "--validation_file", "data/dev.jsonl", "far=other/dev.jsonl", "odd=a=b.jsonl"]
+    files = parse_arguments(argv).validation_files
+    assert files == {"dev": "data/dev.jsonl", "far": "other/dev.jsonl", "odd": "a=b.jsonl"}
+    twice = parse_arguments([*REQUIRED, "--validation_file", "a/dev.jsonl", "b/dev.jsonl"])
+    with pytest.raises(ValueError, match="'dev'.*NAME=FILE"):
+        _ = twice.validation_files
+
+
+def test_mistakes_are_told_before_anything_heavy_is_loaded(yaml_file):
+    """The recipe itself: exit status 2, a line without a traceback, and no data code was imported."""
+    path = yaml_file("freeze_audio_encodr: true\n")
+    script = (
+        "import atexit, runpy, sys\n"
+        "heavy = ('hf_speechllm.data.dataset', 'hf_speechllm.training.trainer', 'datasets', 'pyarrow')\n"
+        "atexit.register(lambda: print('loaded:', [name for name in heavy if name in sys.modules]))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    recipe = str(REPOSITORY / "recipes/finetune.py")
+    result = subprocess.run([sys.executable, "-c", script, recipe, path, *REQUIRED], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "freeze_audio_encodr" in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == "loaded: []\n"

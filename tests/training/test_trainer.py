@@ -1,0 +1,399 @@
+"""Training: what is frozen stays, what is trained moves, an interruption leaves no trace, the log tells what happened."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import row_seconds
+from hf_speechllm.data.sampler import BudgetBatchSampler
+from hf_speechllm.modeling import PARTS
+from hf_speechllm.training.freezing import count_parameters, freeze_parts, part_of
+from hf_speechllm.training.lora import add_lora
+from hf_speechllm.training.runs import find_checkpoint, save_final
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+FREEZES = [
+    (),
+    ("audio_encoder",),
+    ("audio_encoder", "llm"),
+    ("audio_encoder", "audio_adaptor"),
+    ("audio_adaptor", "llm"),
+    ("llm",),
+]
+LORA_TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+class Interruption(TrainerCallback):
+    """Ends a run as Ctrl-C does, after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+def flags(frozen):
+    return {f"freeze_{part}": part in frozen for part in PARTS}
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def rows_of_the_optimizer(trainer):
+    """Learning rate and weight decay by parameter name."""
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.fixture
+def logits(tiny_rows, tiny_model):
+    """Logits of a model on a batch of the corpus."""
+    batch = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model))([tiny_rows[index] for index in range(6)])
+
+    def compute(model):
+        model.eval()
+        with torch.no_grad():
+            return model(**batch, return_logits=True).logits
+
+    return compute
+
+
+def test_every_part_has_its_own_learning_rate(make_trainer):
+    trainer = make_trainer(
+        learning_rate=0.1, audio_encoder_learning_rate=0.2, llm_learning_rate=0.3, weight_decay=0.05
+    )
+    trainer.create_optimizer()
+    rates = rows_of_the_optimizer(trainer)
+    assert rates.keys() == dict(trainer.model.named_parameters()).keys()
+    expected = {"audio_encoder": 0.2, "audio_adaptor": 0.1, "llm": 0.3}
+    for name, (rate, decay) in rates.items():
+        assert rate == expected[name.split(".")[0]], name
+        assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.05), name
+
+
+def test_learning_rate_of_zero_is_not_taken_for_none(make_trainer):
+    trainer = make_trainer(learning_rate=0.1, audio_adaptor_learning_rate=0.0)
+    trainer.create_optimizer()
+    rates = {name.split(".")[0]: rate for name, (rate, _) in rows_of_the_optimizer(trainer).items()}
+    assert rates == {"audio_encoder": 0.1, "audio_adaptor": 0.0, "llm": 0.1}
+
+
+def test_adapters_train_at_the_rate_of_the_llm(make_trainer):
+    trainer = make_trainer(
+        use_lora=True, freeze_audio_encoder=True, learning_rate=0.1, audio_adaptor_learning_rate=0.2,
+        llm_learning_rate=0.3,
+    )  # fmt: skip
+    trainer.create_optimizer()
+    rates = rows_of_the_optimizer(trainer)
+    assert {rate for name, (rate, _) in rates.items() if "lora_" in name} == {0.3}
+    assert {rate for name, (rate, _) in rates.items() if "lora_" not in name} == {0.2}
+
+
+@pytest.mark.parametrize("frozen", FREEZES, ids="+".join)
+def test_frozen_weights_stay_to_the_bit_and_trained_ones_move(make_trainer, frozen):
+    trainer = make_trainer(**flags(frozen), weight_decay=0.1, max_steps=3)
+    before = weights_of(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        same = torch.equal(parameter, before[name])
+        # The encoder's last layers serve timestamps in the original; here, the output goes through all of them.
+        assert same == (name.split(".")[0] in frozen), name
+    trained = {id(p) for name, p in trainer.model.named_parameters() if name.split(".")[0] not in frozen}
+    assert {id(parameter) for parameter in trainer.optimizer.state} == trained
+    assert all(parameter.grad is None for parameter in trainer.model.parameters() if id(parameter) not in trained)
+
+
+@pytest.mark.parametrize("frozen", [(), ("audio_encoder",), ("audio_encoder", "audio_adaptor")], ids="+".join)
+def test_lora_moves_adapters_and_unfrozen_parts_and_nothing_else(make_trainer, frozen):
+    trainer = make_trainer(
+        **flags(frozen), use_lora=True, lora_target_modules=LORA_TARGETS, weight_decay=0.1, max_steps=3
+    )
+    before = weights_of(trainer.model)
+    trainer.train()
+    moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    for name in before:
+        expected = "lora_" in name or ("modules_to_save" in name and part_of(name) not in frozen)
+        assert (name in moved) == expected, name
+    layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in moved if "lora_" in name}
+    assert layers == set(LORA_TARGETS)
+    assert all(part_of(name) == "llm" for name in moved if "lora_" in name)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert {names[id(parameter)] for parameter in trainer.optimizer.state} == moved
+
+
+def test_parameters_of_every_part_are_counted(compose_tiny):
+    model, _ = compose_tiny()
+    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
+    assert count_parameters(model) == {part: (size, size) for part, size in sizes.items()}
+    freeze_parts(model, audio_encoder=True, llm=True)
+    model = add_lora(model, r=2, target_modules=("q_proj",))
+    counts = count_parameters(model)
+    assert counts["audio_encoder"][0] == 0
+    assert counts["audio_adaptor"][0] == sizes["audio_adaptor"]
+    assert counts["llm"][0] == 2 * 2 * (32 + 32)  # layers, rank, in + out
+
+
+def test_unknown_lora_layers_are_named(compose_tiny):
+    model, _ = compose_tiny()
+    with pytest.raises(ValueError, match="--lora_target_modules.*q_prj"):
+        add_lora(model, target_modules=("q_prj", "v_proj"))
+
+
+@pytest.mark.parametrize("frozen", [("audio_encoder",), ("audio_encoder", "audio_adaptor"), ()], ids="+".join)
+def test_lora_saved_loaded_by_stock_peft_and_merged_gives_the_same_logits(
+    make_trainer, logits, tiny_model, tmp_path, run_recipe, frozen
+):
+    from peft import PeftModel
+
+    trainer = make_trainer(
+        **flags(frozen), use_lora=True, lora_target_modules=LORA_TARGETS, learning_rate=0.02, max_steps=3
+    )
+    untrained = logits(SpeechLLMForConditionalGeneration.from_pretrained(tiny_model))
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    trained = logits(trainer.model)
+    assert (trained - untrained).abs().max() > 0.1
+
+    base = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
+    stock = PeftModel.from_pretrained(base, folder)
+    assert torch.equal(logits(stock), trained)
+    torch.testing.assert_close(logits(stock.merge_and_unload()), trained, rtol=1e-4, atol=1e-4)
+
+    loaded = SpeechLLMForConditionalGeneration.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-4)
+    run_recipe("merge_lora.py", "--input", folder, "--output", tmp_path / "merged")
+    merged = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def test_trained_model_is_saved_with_its_processor_and_loads_with_the_same_logits(make_trainer, logits):
+    trainer = make_trainer(max_steps=2)
+    result = trainer.train()
+    save_final(trainer, result)
+    folder = Path(trainer.args.output_dir)
+    assert torch.equal(logits(SpeechLLMForConditionalGeneration.from_pretrained(folder)), logits(trainer.model))
+    assert SpeechLLMProcessor.from_pretrained(folder).tokenizer.eos_token == "<|im_end|>"
+    assert json.loads((folder / "train_results.json").read_text())["train_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "lora", "workers"),
+    [(3, False, 0), (6, False, 0), (6, True, 0), (4, False, 0), (6, False, 1)],
+    ids=["first-epoch", "second-epoch", "second-epoch-lora", "between-epochs", "second-epoch-workers"],
+)
+def test_interrupted_and_resumed_training_gives_the_same_weights(
+    make_trainer, compose_tiny, tiny_config, tmp_path, checkpoint, lora, workers
+):
+    config = tiny_config()
+    config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters, too
+    model, processor = compose_tiny(config)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "use_lora": lora,
+        "per_device_train_batch_seconds": 3.5,  # 7 batches, the last step of an epoch has but one
+        "gradient_accumulation_steps": 2,
+        "spec_augment": True,
+        "tempo_perturb": 0.1,
+        "max_steps": 9,
+        "dataloader_num_workers": workers,
+    }
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    whole.save_model()
+    assert len(whole.get_train_dataloader()) == 7
+
+    options.update(output_dir=str(tmp_path / "resumed"), save_strategy="steps", save_steps=checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([Interruption(checkpoint + 1)], **options).train()
+    resumed = make_trainer(**options, resume_from_checkpoint="true")
+    folder = find_checkpoint(resumed.args)
+    assert folder == str(tmp_path / "resumed" / f"checkpoint-{checkpoint}")
+    resumed.train(resume_from_checkpoint=folder)
+    resumed.save_model()
+
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    expected, found = (load_file(tmp_path / run / file) for run in ("whole", "resumed"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    losses = [
+        [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arguments, tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        find_checkpoint(make_arguments(resume_from_checkpoint="true"))
+    make_trainer(save_strategy="steps", save_steps=1, max_steps=2, freeze_audio_encoder=True, freeze_llm=True).train()
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true, or choose another --output_dir"):
+        find_checkpoint(make_arguments())
+    with pytest.raises(ValueError, match="is not a checkpoint folder"):
+        find_checkpoint(make_arguments(resume_from_checkpoint=str(tmp_path)))
+    first = str(tmp_path / "run" / "checkpoint-1")
+    assert find_checkpoint(make_arguments(resume_from_checkpoint=first)) == first
+
+
+def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows):
+    budget = 4.0
+    trainer = make_trainer(max_steps=3, per_device_train_batch_seconds=budget, learning_rate=0.0)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    sampler = BudgetBatchSampler(row_seconds(tiny_rows), budget, seed=trainer.args.seed)
+    for line, indices in zip(lines, sampler.batches(0), strict=False):
+        batch = trainer.data_collator([{**tiny_rows[int(index)], "seed": 0} for index in indices])
+        with torch.no_grad():
+            output = trainer.model.eval()(**batch)
+        mask = batch["input_features_mask"]
+        assert line["loss"] == pytest.approx(output.loss.item(), abs=1e-4)
+        assert line["token_accuracy"] == pytest.approx(output.token_accuracy.item(), abs=1e-4)
+        assert line["padding_share"] == pytest.approx(1 - mask.sum().item() / mask.numel(), abs=1e-4)
+        assert line["audio_seconds_per_second"] > 0
+        assert 0 <= line["data_wait_share"] <= 1
+        assert {"learning_rate", "grad_norm", "epoch"} <= line.keys()
+
+
+def test_loss_is_learned(make_trainer):
+    trainer = make_trainer(max_steps=40, learning_rate=5e-3, logging_steps=5)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_loss_with_gradient_accumulation_is_weighted_by_tokens(make_trainer):
+    """Two batches of unlike size in one step have the gradient of one batch that holds both."""
+    gradients = []
+    for budget, accumulation in ((100.0, 1), (4.0, 100)):
+        trainer = make_trainer(
+            per_device_train_batch_seconds=budget, gradient_accumulation_steps=accumulation, max_steps=1,
+            optim="sgd", learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        before = weights_of(trainer.model)
+        trainer.train()
+        after = weights_of(trainer.model)
+        gradients.append({name: before[name] - after[name] for name in before})
+    together, accumulated = gradients
+    for name in together:
+        scale = max(together[name].abs().max().item(), 1e-2)
+        torch.testing.assert_close(accumulated[name], together[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("frozen", FREEZES, ids="+".join)
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_gradient_checkpointing_gives_the_same_gradients(make_trainer, frozen, lora):
+    if lora and "llm" in frozen:
+        pytest.skip("peft freezes the LLM")
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            **flags(frozen), use_lora=lora, lora_dropout=0.0, gradient_checkpointing=checkpointing, max_steps=2
+        )
+        trainer.train()
+        weights.append(weights_of(trainer.model))
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_gradient_checkpointing_recomputes_every_part_that_is_trained(make_trainer, part, monkeypatch):
+    layer = {
+        "audio_encoder": "audio_encoder.layers.1",
+        "audio_adaptor": "audio_adaptor.blocks.0",
+        "llm": "llm.model.layers.0",
+    }[part]
+    runs = []
+    trainer = make_trainer(gradient_checkpointing=True, max_steps=1)
+    inner = trainer.model.get_submodule(layer).self_attn
+    inner.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("budget", [1.6, 3.0, 100.0])
+def test_validation_loss_does_not_depend_on_the_batches(make_trainer, tiny_rows, budget):
+    trainer = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=budget)
+    metrics = trainer.evaluate()
+    collator = trainer.eval_collator
+    sums = np.zeros(3)
+    for row in tiny_rows:
+        with torch.no_grad():
+            output = trainer.model.eval()(**collator([row]))
+        count = int(output.num_label_tokens)
+        sums += [output.loss.item() * count, output.token_accuracy.item() * count, count]
+    assert metrics["eval_loss"] == pytest.approx(sums[0] / sums[2], rel=1e-5)
+    assert metrics["eval_token_accuracy"] == pytest.approx(sums[1] / sums[2], rel=1e-5)
+    assert metrics["eval_runtime"] > 0
+
+
+def test_validation_takes_rows_that_are_longer_than_its_budget(make_trainer, tiny_rows):
+    trainer = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=0.5)
+    wide = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=50.0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wide.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_validation_sets_are_reported_by_name_and_leave_training_as_it_is(make_trainer, tiny_rows, tmp_path):
+    sets = {"near": tiny_rows.select(range(8)), "far": tiny_rows.select(range(8, 16))}
+    options = {"max_steps": 4, "freeze_audio_encoder": True}
+    with_sets = make_trainer(
+        eval_dataset=sets, eval_strategy="steps", eval_steps=2, output_dir=str(tmp_path / "a"), **options
+    )
+    with_sets.train()
+    without = make_trainer(output_dir=str(tmp_path / "b"), **options)
+    without.train()
+    evaluations = [entry for entry in with_sets.state.log_history if "eval_near_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    assert all(
+        {"eval_far_loss", "eval_far_token_accuracy"} <= entry.keys()
+        for entry in with_sets.state.log_history
+        if "eval_far_loss" in entry
+    )
+    assert any("eval_far_loss" in entry for entry in with_sets.state.log_history)
+    for name, weight in weights_of(without.model).items():
+        assert torch.equal(weight, with_sets.model.get_parameter(name)), name
+
+
+def test_validation_has_no_augmentation_and_no_dropout(make_trainer, tiny_rows):
+    trainer = make_trainer(eval_dataset=tiny_rows, spec_augment=True, use_lora=True, lora_dropout=0.5)
+    trainer.model.train()
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert trainer.data_collator.augmentations and not trainer.eval_collator.augmentations
+
+
+def test_training_curve_is_drawn(make_trainer, tiny_rows):
+    trainer = make_trainer(eval_dataset=tiny_rows, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    picture = matplotlib.image.imread(Path(trainer.args.output_dir) / "training_curve.png")
+    assert picture.shape[0] >= 300 and picture.shape[1] >= 800
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10  # not blank
+
+
+def test_trainer_is_the_one_of_transformers(make_trainer):
+    from transformers import Trainer
+
+    assert issubclass(SpeechLLMTrainer, Trainer)
+    trainer = make_trainer(max_steps=-1, num_train_epochs=2)
+    steps = len(trainer.get_train_dataloader())
+    result = trainer.train()
+    assert result.global_step == 2 * steps
+    assert trainer.state.epoch == 2
