@@ -200,7 +200,7 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
         system = _text_of(messages.pop(0), "system")
     if not messages:
         raise ChatError('no "user" message')
-    turns = []
+    turns: list[Turn] = []
     for index, message in enumerate(messages):
         expected = ("user", "assistant")[index % 2]
         if message.get("role") != expected:

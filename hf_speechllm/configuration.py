@@ -46,8 +46,8 @@ class AudioAdaptorConfig(PreTrainedConfig):
     adaptor_type: str = "transformer"
     downsample_rate: int = 1
     use_low_frame_rate: bool = False
-    encoder_hidden_size: int | None = None
-    hidden_size: int | None = None
+    encoder_hidden_size: int = 512
+    hidden_size: int = 1024
     projector_hidden_size: int = 2048
     projector_hidden_act: str = "relu"
     num_hidden_layers: int = 2

@@ -116,7 +116,7 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(f"got audio at {sampling_rate} Hz, need {self.sampling_rate} Hz: resample it first")
         single = isinstance(raw_speech, (np.ndarray, torch.Tensor)) and raw_speech.ndim == 1
-        waveforms = [raw_speech] if single or np.isscalar(raw_speech[0]) else list(raw_speech)
+        waveforms: list = [raw_speech] if single or np.isscalar(raw_speech[0]) else list(raw_speech)
         features = [self.stack(self.fbank(waveform)).numpy() for waveform in waveforms]
         batch = self.pad(
             BatchFeature({"input_features": features}), padding=padding, return_tensors=return_tensors, **kwargs

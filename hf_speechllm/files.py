@@ -32,7 +32,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
         raise OSError(f"{path}: cannot be written: not a regular file; name a file in an existing folder")
     # The random part keeps writers of the same file apart; the name stays short where that of the file is long.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    text_options = {} if mode == "wb" else {"encoding": encoding, "newline": "\n"}
+    text_options: dict[str, Any] = {} if mode == "wb" else {"encoding": encoding, "newline": "\n"}
     try:
         with open(temporary, mode.replace("w", "x"), **text_options) as file:
             yield file

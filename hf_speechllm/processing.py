@@ -96,7 +96,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             chat.ChatError: if a dialogue is not well formed.
             AudioError: if a recording can't be loaded.
         """
-        conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+        conversations: Sequence = [conversation] if isinstance(conversation[0], dict) else conversation
         dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
         return_labels = return_labels and all(dialogue.turns[-1].answer is not None for dialogue in dialogues)
         waveforms = [

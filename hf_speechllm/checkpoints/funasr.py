@@ -154,7 +154,7 @@ def read(folder: Path) -> Checkpoint:
             of a wrong shape.
     """
     config = read_config(folder)
-    files = config.funasr_files
+    files = config.funasr_files or {}
     metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
     file = folder / metas.get("init_param", WEIGHTS_FILE)
     state = load_state_dict(file)

@@ -151,7 +151,7 @@ def load_model(
         options["state_dict"] = checkpoint.tensors
     # transformers loads in one dtype: the widest loses nothing, and each part gets its own back afterwards.
     loaded = widest(stored.values()) if dtype is None and stored else dtype
-    load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained
+    load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
     model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckpointError(
@@ -197,7 +197,7 @@ def load_processor(
     own = _read_json(name, "processor_config.json", hub).get("processor_class") == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
     if layout == OWN:
-        return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)
+        return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
         return processor_class.from_pretrained(adapters.base_model(folder), **_base_options(options))

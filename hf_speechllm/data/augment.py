@@ -13,8 +13,8 @@ from torch.nn import functional
 class TempoPerturb:
     """Speaks faster or slower at the same pitch: features are stretched in time.
 
-    On features rather than waveforms, so that it works on cached ones and costs next to nothing; its model is the tempo
-    perturbation of Ko et al. 2015 ("Audio augmentation for speech recognition"), which uses waveforms.
+    On features rather than waveforms, so that it works on cached ones and costs next to nothing; its model is the
+    tempo perturbation of Ko et al. 2015 ("Audio augmentation for speech recognition"), which uses waveforms.
 
     Args:
         spread: durations are multiplied by a number drawn evenly from 1 - spread to 1 + spread.

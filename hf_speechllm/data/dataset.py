@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from ..audio import AudioError, load_audio, source_stamp
+from ..audio import AudioError, is_url, load_audio, source_stamp
 from ..features import cacheable_features, num_encoder_input_frames
 from ..processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
@@ -76,7 +78,9 @@ def load_rows(files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | N
 
 
 def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
+    empty = True
     for row in read_jsonl(file):
+        empty = False
         if isinstance(row, BadRow):
             yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": row.line, "error": row.reason}
             continue
@@ -90,6 +94,8 @@ def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
             "line": row.line,
             "error": None,
         }
+    if empty:  # `datasets` has no dataset without rows
+        yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": 1, "error": "no rows: the file is empty"}
 
 
 def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
@@ -175,26 +181,44 @@ def add_features(
         }
     )
     num_proc = None if num_proc is None or num_proc < 2 else min(num_proc, len(rows))
-    mapped = rows.map(
-        FeatureMapper(processor.feature_extractor, dtype),
-        input_columns=["recordings"],
-        features=features,
-        num_proc=num_proc,
-        writer_batch_size=200,  # a row is about 100 kB
-        desc="fbank",
-    )
+    with _one_thread():
+        mapped = rows.map(
+            FeatureMapper(processor.feature_extractor, dtype),
+            input_columns=["recordings"],
+            features=features,
+            num_proc=num_proc,
+            writer_batch_size=200,  # a row is about 100 kB
+            desc="fbank",
+        )
     return drop_bad_rows(mapped, bad_rows)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Lets `map`'s processes compute with a thread each.
+
+    More would fight over the cores, and hang if torch has computed in this process before: threads don't survive a fork.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -> Dataset:
-    """Measures the recordings of rows that lack `speech_length`, for training without cached features.
+    """Adds `num_frames` as `add_features` does, for training without cached features.
+
+    Only recordings of rows that lack `speech_length` or have several recordings are decoded; of the others it is only
+    seen to that they are there.
 
     Args:
         rows: from `load_rows`.
         bad_rows: gets every row whose audio can't be used.
         num_proc: processes.
     """
-    features = Features({**rows.features, "error": Value("string")})
+    features = Features({**rows.features, "num_frames": List(Value("int64")), "error": Value("string")})
     mapped = rows.map(
         _measure, input_columns=["recordings", "speech_length"], features=features, num_proc=num_proc, desc="lengths"
     )
@@ -203,18 +227,20 @@ def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -
 
 def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
     try:
-        if length is None:
-            length = sum(measure_recording(source)[1] for source in recordings)
+        if length is None or len(recordings) > 1:
+            return {"num_frames": [measure_recording(source)[1] for source in recordings], "error": None}
+        if not is_url(recordings[0]) and os.path.getsize(recordings[0]) == 0:
+            raise AudioError(f"{recordings[0]}: the file is empty")
     except AudioError as error:
-        return {"speech_length": None, "error": str(error)}
-    return {"speech_length": length, "error": None}
+        return {"num_frames": [], "error": str(error)}
+    except OSError as error:
+        return {"num_frames": [], "error": f"{recordings[0]}: can't be read: {error.strerror}"}
+    return {"num_frames": [length], "error": None}
 
 
 def row_seconds(rows: Dataset) -> np.ndarray:
-    """Audio of each row in seconds, shape = (rows,): from cached features, else from `speech_length`."""
-    if "num_frames" in rows.column_names:
-        return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
-    return np.array(rows["speech_length"]) / FRAMES_PER_SECOND
+    """Audio of each row in seconds, shape = (rows,)."""
+    return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
 
 
 def drop_too_long(
@@ -227,11 +253,7 @@ def drop_too_long(
         `SpeechLLMConfig.max_feature_frames`.
         batch_seconds: the batch budget, in seconds.
     """
-    longest = (
-        [max(frames) for frames in rows["num_frames"]]
-        if "num_frames" in rows.column_names
-        else list(rows["speech_length"])
-    )
+    longest = [max(frames) for frames in rows["num_frames"]]
     good = []
     for index, (seconds, frames) in enumerate(zip(row_seconds(rows), longest, strict=True)):
         reason = None
@@ -277,6 +299,8 @@ def prepare_rows(
     rows = load_rows(files, bad_rows, args.cache_dir)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
+    if len(rows) == 0:
+        raise BadDataError(f"{', '.join(files)}: no rows to train on")
     lacking = sum(length is None for length in rows["speech_length"])
     if lacking:
         logger.info(

@@ -35,7 +35,7 @@ class BudgetBatchSampler:
             epoch. Default 1.
 
     Raises:
-        ValueError: if a row alone is longer than the budget, or there are no rows.
+        ValueError: if a row alone is longer than the budget, or there are no rows, or the weights leave none.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BudgetBatchSampler:
         self.rank = rank
         self.seed = seed
         self.shuffle = shuffle
-        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        self.weights = np.ones(len(self.seconds)) if weights is None else np.asarray(weights, dtype=np.float64)
         self.epoch = 0
         buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO)).astype(np.int64)
         self._buckets = buckets - buckets.min()
@@ -71,12 +71,14 @@ class BudgetBatchSampler:
         # the order.
         self._padded_seconds = longest[self._buckets]
         self._num_batches = len(self._cut(self._draw(np.random.default_rng((seed, 0)))))
+        if self._num_batches == 0:
+            raise ValueError("the weights are so small that no row is left; raise them")
         if self._has_fractions:
             self._num_batches += 2 + self._num_batches // 50  # room for epochs whose draw needs a few more
 
     @property
     def _has_fractions(self) -> bool:
-        return self.weights is not None and bool((self.weights % 1).any())
+        return bool((self.weights % 1).any())
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order is dealt next."""
@@ -108,24 +110,30 @@ class BudgetBatchSampler:
             batches = self._cut(rows)
         if self.shuffle:
             batches = [batches[index] for index in rng.permutation(len(batches))]
-        missing = len(self) * self.num_replicas - len(batches)
-        return self._split(batches, missing)
+        batches, missing = self._split(batches, len(self) * self.num_replicas - len(batches))
+        if missing and self._has_fractions:  # batches of one row can't be split: a few more rows of the sample, then
+            extra = self._fractional(rows, missing, rng)
+            batches, missing = [*batches, *extra[:, None]], missing - len(extra)
+        return batches, missing
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """The rows of an epoch, in buckets of similar length."""
-        rows = np.arange(len(self.seconds))
-        if self.weights is not None:
-            whole = np.floor(self.weights).astype(np.int64)
-            extra = np.zeros_like(whole)
-            for weight in np.unique(self.weights[self.weights % 1 > 0]):
-                candidates = np.flatnonzero(self.weights == weight)
-                chosen = rng.choice(candidates, size=round(float(weight % 1) * len(candidates)), replace=False)
-                extra[chosen] = 1
-            rows = np.repeat(rows, whole + extra)
+        copies = np.floor(self.weights).astype(np.int64)
+        for weight in np.unique(self.weights[self.weights % 1 > 0]):
+            candidates = np.flatnonzero(self.weights == weight)
+            copies[rng.choice(candidates, size=round(float(weight % 1) * len(candidates)), replace=False)] += 1
+        rows = np.repeat(np.arange(len(self.seconds)), copies)
         if self.shuffle:
             rows = rng.permutation(rows)
             return rows[np.argsort(self._buckets[rows], kind="stable")]
         return rows[np.argsort(self.seconds[rows], kind="stable")]
+
+    def _fractional(self, drawn: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+        """More rows with fractional weights; those that the epoch has left out, if there are enough."""
+        fractional = self.weights % 1 > 0
+        left_out = fractional & (np.bincount(drawn, minlength=len(self.weights)) <= np.floor(self.weights))
+        candidates = np.flatnonzero(left_out if left_out.sum() >= number else fractional)
+        return rng.choice(candidates, size=number, replace=len(candidates) < number)
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         padded = self._padded_seconds[rows]

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -120,8 +120,6 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             )
         if self.per_device_train_batch_seconds <= 0:
             raise ValueError("--per_device_train_batch_seconds must be above 0")
-        if self.resume_from_checkpoint in ("true", "True", "last"):
-            self.resume_from_checkpoint = True
 
     @property
     def validation_files(self) -> dict[str, str]:
@@ -144,8 +142,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
 class _Parser(HfArgumentParser):
     """Errors in one line: the usage of 150 options would bury them."""
 
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        sys.exit(2)
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> SpeechLLMTrainingArguments:

@@ -35,7 +35,7 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
         ValueError: if there is none, or there are some and it was not asked to go on from them.
     """
     last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if args.resume_from_checkpoint is True:
+    if args.resume_from_checkpoint in ("true", "True", "last"):
         if last is None:
             raise ValueError(f"--resume_from_checkpoint: {args.output_dir} has no checkpoint")
         return last

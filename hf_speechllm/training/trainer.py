@@ -39,6 +39,7 @@ class SpeechLLMTrainer(Trainer):
     """
 
     args: SpeechLLMTrainingArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *, args, eval_collator: Callable | None = None, train_weights=None, **kwargs):
         super().__init__(args=args, **kwargs)
@@ -97,7 +98,7 @@ class SpeechLLMTrainer(Trainer):
 
     # Optimizer
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer | None:
         """AdamW (or what `--optim` says) with a group for each part, with and without weight decay."""
         if self.optimizer is not None:
             return self.optimizer
@@ -173,6 +174,8 @@ class SpeechLLMTrainer(Trainer):
             logs["padding_share"] = round(1 - audio / max(padded, 1e-9), 4)
             logs["data_wait_share"] = round(waited / elapsed / self.args.world_size, 4)
             self._reset_progress()
+        elif "train_runtime" in logs and self.args.device.type == "cuda":
+            logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         super().log(logs, start_time)
 
     # Validation

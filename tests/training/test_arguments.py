@@ -154,11 +154,6 @@ def test_all_parts_may_be_frozen_with_lora():
     assert parse_arguments([*REQUIRED, *FROZEN, "--use_lora"]).use_lora
 
 
-@pytest.mark.parametrize(("value", "expected"), [("true", True), ("last", True), ("exp/checkpoint-5", "exp/checkpoint-5")])
-def test_checkpoint_to_go_on_from_is_the_last_or_a_named_one(value, expected):
-    assert parse_arguments([*REQUIRED, "--resume_from_checkpoint", value]).resume_from_checkpoint == expected
-
-
 def test_validation_files_have_names():
     argv = [*REQUIRED, "--validation_file", "data/dev.jsonl", "far=other/dev.jsonl", "odd=a=b.jsonl"]
     files = parse_arguments(argv).validation_files

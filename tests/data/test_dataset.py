@@ -1,0 +1,410 @@
+"""From JSONL to rows: features are computed once and again when something changed, bad rows are told with their line."""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor
+from hf_speechllm.audio import load_audio
+from hf_speechllm.data import dataset as dataset_module
+from hf_speechllm.data.augment import SpecAugment, TempoPerturb, augmentations
+from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import FeatureMapper, prepare_rows, row_seconds
+from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
+
+LIMIT = 2048  # frames of the encoder
+
+
+@pytest.fixture
+def corpus(tiny_corpus, tmp_path):
+    """A copy of six recordings, for a test to spoil, and their JSONL with relative paths."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:6]
+    for index in range(6):
+        shutil.copy(tiny_corpus.folder / f"utt{index:02d}.wav", folder)
+    text = "\n".join(line.replace(str(tiny_corpus.folder) + "/", "") for line in lines)
+    (folder / "train.jsonl").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def edit(corpus):
+    """Changes rows of the JSONL: `edit(line=function)` with lines from 1; the function changes a row in place."""
+
+    def change(lines, function, name="train.jsonl"):
+        rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            function(rows[line - 1])
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (corpus / name).write_text(text, encoding="utf-8")
+        return corpus / name
+
+    return change
+
+
+@pytest.fixture
+def processor(tiny_model):
+    return SpeechLLMProcessor.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def prepare(corpus, processor, tmp_path):
+    """Runs `prepare_rows` on the corpus as the recipe does."""
+
+    def run(*files, limit=LIMIT, feature_extractor=None, weights=(), **options):
+        files = [str(file) for file in files] or [str(corpus / "train.jsonl")]
+        args = SpeechLLMTrainingArguments(
+            model_name_or_path="model", train_file=files, cache_dir=str(tmp_path / "cache"), use_cpu=True,
+            **{"preprocessing_num_workers": 1, **options},
+        )  # fmt: skip
+        if feature_extractor is not None:
+            processor.feature_extractor = feature_extractor
+        return prepare_rows(files, processor, limit, args, weights)
+
+    return run
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Recordings whose features were computed, by name; cleared with `.clear()`."""
+    names = []
+
+    def load(source, rate):
+        names.append(os.path.basename(source))
+        return load_audio(source, rate)
+
+    monkeypatch.setattr(dataset_module, "load_audio", load)
+    return names
+
+
+ALL = [f"utt{index:02d}.wav" for index in range(6)]
+
+
+def test_rows_have_what_the_model_needs(prepare, corpus, processor):
+    rows, weights = prepare()
+    assert weights is None
+    assert len(rows) == 6
+    assert rows["line"] == [1, 2, 3, 4, 5, 6]
+    assert rows["recordings"][0] == [str(corpus / "utt00.wav")]
+    for row in rows:
+        waveform = load_audio(row["recordings"][0])
+        fbank = processor.feature_extractor.fbank(waveform)
+        assert row["num_frames"] == [len(fbank)] == [row["speech_length"]]
+    assert row_seconds(rows).tolist() == [length / 100 for length in rows["speech_length"]]
+
+
+def test_second_run_computes_nothing(prepare, computed, tmp_path):
+    first, _ = prepare()
+    assert sorted(computed) == ALL
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert files
+    computed.clear()
+    second, _ = prepare()
+    assert computed == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == files
+    assert second.to_dict() == first.to_dict()
+
+
+def test_processor_loaded_anew_uses_the_same_cache(prepare, computed, tiny_model):
+    prepare()
+    computed.clear()
+    extractor = SpeechLLMProcessor.from_pretrained(tiny_model).feature_extractor
+    extractor.fbank(np.zeros(16000, np.float32))
+    prepare(feature_extractor=extractor)
+    assert computed == []
+
+
+def test_changed_recording_is_computed_again(prepare, computed, corpus):
+    before, _ = prepare()
+    computed.clear()
+    path = corpus / "utt03.wav"
+    status = path.stat()
+    samples, rate = soundfile.read(path)
+    soundfile.write(path, samples[::-1], rate, subtype="PCM_16")  # the same size
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    after, _ = prepare()
+    assert "utt03.wav" in computed
+    assert after[3]["features"] != before[3]["features"]
+    assert after[2]["features"] == before[2]["features"]
+
+
+def test_changed_jsonl_is_read_again(prepare, edit):
+    prepare()
+    edit([2], lambda row: row["messages"][2].update(content="anders"))
+    rows, _ = prepare()
+    assert json.loads(rows[1]["messages"])[2]["content"] == "anders"
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        FbankFeatureExtractor(window_type="povey"),
+        FbankFeatureExtractor(waveform_scale=1.0),
+        FbankFeatureExtractor(frame_shift=20),
+    ],
+    ids=["window", "scale", "shift"],
+)
+def test_changed_front_end_computes_all_again(prepare, computed, extractor):
+    before, _ = prepare()
+    computed.clear()
+    after, _ = prepare(feature_extractor=extractor)
+    assert sorted(computed) == ALL
+    assert after[0]["features"] != before[0]["features"]
+
+
+def test_changed_dtype_computes_all_again(prepare, computed):
+    half, _ = prepare(feature_cache="float16")
+    computed.clear()
+    full, _ = prepare(feature_cache="float32")
+    assert sorted(computed) == ALL
+    assert len(full[0]["features"][0]) == 2 * len(half[0]["features"][0])
+
+
+def test_new_version_of_the_numbers_computes_all_again(processor):
+    from datasets.fingerprint import Hasher
+
+    mapper = FeatureMapper(processor.feature_extractor, "float16")
+    assert Hasher.hash(mapper) == Hasher.hash(FeatureMapper(processor.feature_extractor, "float16"))
+    assert Hasher.hash(mapper) != Hasher.hash(replace(mapper, version=mapper.version + 1))
+
+
+def test_stored_and_computed_features_give_the_same_batches(prepare, processor):
+    batches = {}
+    for kind in ("float32", "float16", "off"):
+        rows, _ = prepare(feature_cache=kind)
+        batches[kind] = SpeechLLMCollator(processor)([rows[index] for index in range(6)])
+    for key, expected in batches["off"].items():
+        assert torch.equal(batches["float32"][key], expected), key
+        if key == "input_features":
+            # Log-mel energies are below 32: half precision is off by 2^-7 at most.
+            assert (batches["float16"][key] - expected).abs().max() <= 2**-7
+            assert not torch.equal(batches["float16"][key], expected)
+        else:
+            assert torch.equal(batches["float16"][key], expected), key
+
+
+def test_collated_batch_equals_that_of_the_processor(prepare, processor):
+    rows, _ = prepare(feature_cache="float32")
+    batch = SpeechLLMCollator(processor)([rows[index] for index in range(6)])
+    expected = processor.apply_chat_template([json.loads(row["messages"]) for row in rows])
+    assert batch.keys() == expected.keys()
+    for key in batch:
+        assert torch.equal(batch[key], expected[key]), key
+
+
+def test_unsupervised_rows_have_no_labels(prepare, processor):
+    rows, _ = prepare()
+    collator = SpeechLLMCollator(processor)
+    batch = collator([{**rows[0], "supervised": True}, {**rows[1], "supervised": False}])
+    assert (batch["labels"][0] != -100).any()
+    assert (batch["labels"][1] == -100).all()
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_several_processes_give_the_same_rows_as_one(prepare, kind, tmp_path):
+    alone, _ = prepare(feature_cache=kind)
+    shutil.rmtree(tmp_path / "cache")
+    together, _ = prepare(feature_cache=kind, preprocessing_num_workers=2)
+    assert together.to_dict() == alone.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_more_processes_than_rows_are_no_error(prepare, kind):
+    assert len(prepare(feature_cache=kind, preprocessing_num_workers=9)[0]) == 6
+
+
+def spoil(corpus):
+    """What can be wrong with a recording: line, file and the reason that is told."""
+    (corpus / "utt01.wav").unlink()
+    (corpus / "utt02.wav").write_bytes(b"")
+    (corpus / "utt03.wav").write_text("no audio at all")
+    soundfile.write(corpus / "utt04.wav", np.zeros(399), 16000)
+    data = (corpus / "utt05.wav").read_bytes()
+    (corpus / "utt05.wav").write_bytes(data[: len(data) // 2])
+    return {2: "no such file", 3: "empty", 4: "not audio", 5: "25 ms", 6: "truncated"}
+
+
+def test_missing_and_empty_recordings_are_told_even_if_their_lengths_are_known(prepare, corpus):
+    (corpus / "utt01.wav").unlink()
+    (corpus / "utt02.wav").write_bytes(b"")
+    with pytest.raises(BadDataError, match="2 of 6 rows are bad") as error:
+        prepare(feature_cache="off")
+    assert f"train.jsonl:2: {corpus / 'utt01.wav'}: can't be read: No such file" in str(error.value)
+    assert f"train.jsonl:3: {corpus / 'utt02.wav'}: the file is empty" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_bad_recordings_are_told_with_line_path_and_reason(prepare, corpus, edit, kind):
+    edit(range(1, 7), lambda row: row.pop("speech_length"))
+    reasons = spoil(corpus)
+    with pytest.raises(BadDataError) as error:
+        prepare(feature_cache=kind)
+    message = str(error.value)
+    assert "5 of 6 rows are bad" in message
+    for line, reason in reasons.items():
+        told = next(text for text in message.splitlines() if f"train.jsonl:{line}: " in text)
+        assert str(corpus / f"utt0{line - 1}.wav") in told and reason in told
+
+
+def test_allowed_share_of_bad_rows_is_left_out_with_a_warning(prepare, corpus, caplog):
+    spoil(corpus)
+    with caplog.at_level(logging.WARNING):
+        rows, _ = prepare(max_bad_fraction=0.84)
+    assert rows["line"] == [1]
+    assert "train.jsonl:2: " in caplog.text and "left out" in caplog.text
+    with pytest.raises(BadDataError, match="allows 83.00%"):
+        prepare(max_bad_fraction=0.83)
+
+
+def test_bad_dialogues_and_bad_recordings_count_together(prepare, corpus, edit):
+    edit([1], lambda row: row["messages"][2].update(content=" "))
+    (corpus / "utt05.wav").unlink()
+    with pytest.raises(BadDataError, match="2 of 6 rows are bad") as error:
+        prepare(max_bad_fraction=0.2)
+    assert "train.jsonl:1: " in str(error.value) and "train.jsonl:6: " in str(error.value)
+    assert prepare(max_bad_fraction=0.4)[0]["line"] == [2, 3, 4, 5]
+
+
+def test_mended_row_is_read_anew(prepare, corpus, edit):
+    content = json.loads((corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"][2]
+    edit([1], lambda row: row["messages"][2].update(content=""))
+    with pytest.raises(BadDataError):
+        prepare()
+    edit([1], lambda row: row["messages"][2].update(content))
+    assert len(prepare()[0]) == 6
+
+
+def test_mended_recording_is_read_anew(prepare, corpus):
+    saved = (corpus / "utt02.wav").read_bytes()
+    (corpus / "utt02.wav").unlink()
+    with pytest.raises(BadDataError):
+        prepare()
+    (corpus / "utt02.wav").write_bytes(saved)
+    assert len(prepare()[0]) == 6
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_recording_too_long_for_the_encoder_is_told_with_length_and_limit(prepare, corpus, kind, edit):
+    soundfile.write(corpus / "utt02.wav", np.zeros(16000 * 3), 16000)
+    edit([3], lambda row: row.update(speech_length=298))
+    with pytest.raises(BadDataError) as error:
+        prepare(limit=40, feature_cache=kind)  # 40 encoder frames of 60 ms
+    told = [line for line in str(error.value).splitlines() if "train.jsonl:" in line]
+    assert len(told) == 1
+    assert "train.jsonl:3: a recording of 3.0 s; the encoder takes at most 2.4 s" in told[0]
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_recording_too_long_for_the_budget_is_told_with_length_and_limit(prepare, corpus, kind, edit):
+    soundfile.write(corpus / "utt02.wav", np.zeros(16000 * 3), 16000)
+    edit([3], lambda row: row.update(speech_length=298))
+    with pytest.raises(BadDataError, match=r"train.jsonl:3: 3.0 s of audio; the batch budget is 2 s") as error:
+        prepare(per_device_train_batch_seconds=2.0, feature_cache=kind)
+    assert "--per_device_train_batch_seconds" in str(error.value)
+
+
+def test_recordings_of_a_dialogue_count_one_by_one_for_the_encoder_and_together_for_the_budget(prepare, edit, corpus):
+    """Two turns of 1.5 s each fit an encoder of 2.4 s, but not a batch of 2.5 s."""
+    soundfile.write(corpus / "utt00.wav", np.zeros(24000), 16000)
+
+    def double(row):
+        row["messages"] += row["messages"][1:]
+        row.pop("speech_length")
+
+    edit([1], double)
+    rows, _ = prepare(limit=40, per_device_train_batch_seconds=5.0, feature_cache="off")
+    assert rows["num_frames"][0] == [148, 148]
+    assert prepare(limit=40, per_device_train_batch_seconds=5.0)[0]["num_frames"][0] == [148, 148]
+    with pytest.raises(BadDataError, match=r"train.jsonl:1: 3.0 s of audio"):
+        prepare(limit=40, per_device_train_batch_seconds=2.5)
+
+
+@pytest.mark.parametrize("kind", ["float16", "off"])
+def test_missing_speech_length_is_computed_with_a_notice(prepare, edit, caplog, kind):
+    expected = prepare(feature_cache=kind)[0]["speech_length"]
+    edit([2, 5], lambda row: row.pop("speech_length"))
+    with caplog.at_level(logging.INFO):
+        rows, _ = prepare(feature_cache=kind)
+    assert "2 of 6 rows lack speech_length" in caplog.text
+    assert row_seconds(rows).tolist() == [length / 100 for length in expected]
+
+
+def test_several_files_with_weights(prepare, edit, corpus):
+    shutil.copy(corpus / "train.jsonl", corpus / "more.jsonl")
+    lines = (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (corpus / "few.jsonl").write_text("".join(lines[:2]), encoding="utf-8")
+    rows, weights = prepare(corpus / "few.jsonl", corpus / "train.jsonl", weights=[2.0, 0.5])
+    assert [Path(file).name for file in rows["file"]] == ["few.jsonl"] * 2 + ["train.jsonl"] * 6
+    assert weights.tolist() == [2.0] * 2 + [0.5] * 6
+
+
+def test_weights_follow_their_rows_when_rows_are_left_out(prepare, corpus):
+    shutil.copy(corpus / "train.jsonl", corpus / "more.jsonl")
+    (corpus / "utt01.wav").unlink()
+    rows, weights = prepare(
+        corpus / "train.jsonl", corpus / "more.jsonl", weights=[3.0, 1.0], max_bad_fraction=0.2
+    )
+    assert rows["line"] == [1, 3, 4, 5, 6] * 2
+    assert weights.tolist() == [3.0] * 5 + [1.0] * 5
+
+
+def test_missing_file_and_file_without_rows_are_errors(prepare, corpus):
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        prepare(corpus / "none.jsonl")
+    (corpus / "empty.jsonl").write_text("\n")
+    with pytest.raises(BadDataError, match="empty.jsonl:1: no rows: the file is empty"):
+        prepare(corpus / "train.jsonl", corpus / "empty.jsonl")
+    with pytest.raises(BadDataError, match="empty.jsonl: no rows to train on"):
+        prepare(corpus / "empty.jsonl", max_bad_fraction=1.0)
+
+
+def test_augmentation_depends_on_the_seed_of_the_row_alone(prepare, processor):
+    rows, _ = prepare()
+    collator = SpeechLLMCollator(processor, augmentations(tempo_perturb=0.1, spec_augment=True))
+    first = collator([{**rows[0], "seed": (0, 0)}, {**rows[1], "seed": (0, 1)}])
+    alone = collator([{**rows[1], "seed": (0, 1)}])
+    frames = int(alone["input_features_mask"].sum())
+    assert torch.equal(first["input_features"][1, :frames], alone["input_features"][0])
+    other = collator([{**rows[1], "seed": (0, 7)}])
+    assert other["input_features"].shape != alone["input_features"].shape or not torch.equal(
+        other["input_features"], alone["input_features"]
+    )
+
+
+def test_masks_cover_stripes_of_bounded_width_and_leave_the_input():
+    features = torch.randn(200, 80)
+    original = features.clone()
+    augment = SpecAugment(
+        num_frequency_masks=1, frequency_width=10, num_time_masks=1, time_width=30, time_fraction=0.1
+    )
+    widths = []
+    for seed in range(100):
+        masked = augment(features, np.random.default_rng(seed)) != features
+        columns, lines = masked.all(0), masked.all(1)
+        widths.append((int(columns.sum()), int(lines.sum())))
+        assert torch.equal(masked, columns[None, :] | lines[:, None])
+    assert torch.equal(features, original)
+    assert max(width for width, _ in widths) == 10
+    assert max(width for _, width in widths) == 20
+
+
+def test_tempo_is_changed_within_its_spread_and_the_spectrum_is_kept():
+    features = torch.sin(torch.linspace(0, 6, 300)).unsqueeze(1) + torch.arange(80.0)
+    lengths = []
+    for seed in range(100):
+        stretched = TempoPerturb(0.1)(features, np.random.default_rng(seed))
+        lengths.append(len(stretched))
+        expected = torch.sin(torch.linspace(0, 6, len(stretched))).unsqueeze(1) + torch.arange(80.0)
+        assert (stretched - expected).abs().max() < 0.02
+    assert 270 <= min(lengths) < 275 and 325 < max(lengths) <= 330

@@ -1,0 +1,229 @@
+"""Batches: within the budget, of like lengths, every row once an epoch, dealt evenly, the same for the same seed."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_speechllm.data.sampler import BudgetBatchSampler, Rows
+
+
+def log_normal(rows, seed=0, longest=30.0):
+    """Lengths as they occur in speech corpora, in seconds."""
+    rng = np.random.default_rng(seed)
+    return np.clip(rng.lognormal(np.log(5), 0.7, rows), 0.3, longest)
+
+
+def ranks_of(seconds, budget, num_replicas, epoch=0, **options):
+    """What each rank is dealt: lists of keys."""
+    dealt = []
+    for rank in range(num_replicas):
+        sampler = BudgetBatchSampler(seconds, budget, num_replicas, rank, **options)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        dealt.append(batches)
+    return dealt
+
+
+def padded_seconds(seconds, batch):
+    return len(batch) * max(seconds[index] for index in batch)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("budget", [30.0, 60.0, 240.0])
+def test_no_batch_is_over_the_budget(budget, shuffle):
+    seconds = log_normal(2000)
+    sampler = BudgetBatchSampler(seconds, budget, shuffle=shuffle)
+    for epoch in range(3):
+        assert max(padded_seconds(seconds, batch) for batch in sampler.batches(epoch)) <= budget + 1e-9
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 257, 1000])
+def test_every_row_is_seen_once_an_epoch_and_every_rank_does_as_many_steps(rows, num_replicas):
+    seconds = log_normal(rows, seed=rows)
+    for epoch in (0, 1, 5):
+        dealt = ranks_of(seconds, 40.0, num_replicas, epoch)
+        assert len({len(batches) for batches in dealt}) == 1
+        keys = [key for batches in dealt for batch in batches for key in batch]
+        seen = [key - epoch * rows for key in keys if key >= 0]
+        assert sorted(seen) == list(range(rows))
+        fillers = [key for key in keys if key < 0]
+        # A filler is a row of the same epoch, and only comes where there are fewer rows than ranks.
+        assert all(0 <= -1 - key - epoch * rows < rows for key in fillers)
+        assert len(fillers) == max(0, num_replicas - rows)
+        for batch in (batch for batches in dealt for batch in batches):
+            indices = [(key if key >= 0 else -1 - key) - epoch * rows for key in batch]
+            assert padded_seconds(seconds, indices) <= 40.0
+
+
+def test_filler_rows_are_not_supervised():
+    """With fewer rows than ranks, the others do a step without labels."""
+    dataset = Dataset.from_dict({"text": ["a", "b"]})
+    rows = Rows(dataset)
+    for epoch in (0, 3):
+        dealt = ranks_of([1.0, 2.0], 10.0, 5, epoch)
+        served = [row for batches in dealt for batch in batches for row in rows.__getitems__(batch)]
+        assert len(served) == 5
+        assert sorted(row["text"] for row in served if row["supervised"]) == ["a", "b"]
+        assert sum(not row["supervised"] for row in served) == 3
+
+
+def test_rows_know_their_epoch_and_index():
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
+    rows = Rows(dataset, seed=7)
+    assert len(rows) == 3
+    assert rows[4] == {"text": "b", "seed": (7, 4), "supervised": True}
+    assert [row["text"] for row in rows.__getitems__([2, 0, 5, -1 - 1])] == ["c", "a", "c", "b"]
+    seeds = [row["seed"] for row in rows.__getitems__(list(range(9)))]
+    assert len(set(seeds)) == 9  # another one in every epoch
+
+
+@pytest.mark.parametrize("num_replicas", [2, 3, 4])
+def test_order_of_batches_does_not_depend_on_the_number_of_ranks(num_replicas):
+    seconds = log_normal(1000)
+    (alone,) = ranks_of(seconds, 60.0, 1, epoch=2)
+    dealt = ranks_of(seconds, 60.0, num_replicas, epoch=2)
+    merged = [batch for step in zip(*dealt, strict=True) for batch in step]
+    # Where the number of batches is no multiple of the ranks, a few are split, in their place.
+    assert [key for batch in merged for key in batch] == [key for batch in alone for key in batch]
+    assert sum(batch in alone for batch in merged) >= len(alone) - (num_replicas - 1)
+
+
+def test_same_seed_gives_the_same_batches_and_another_epoch_or_seed_others():
+    seconds = log_normal(500)
+    batches = [[list(batch) for batch in BudgetBatchSampler(seconds, 60.0, seed=3).batches(0)] for _ in range(2)]
+    assert batches[0] == batches[1]
+    composition = {frozenset(batch) for batch in batches[0]}
+    for seed, epoch in ((3, 1), (4, 0)):
+        other = [list(batch) for batch in BudgetBatchSampler(seconds, 60.0, seed=seed).batches(epoch)]
+        assert other != batches[0]
+        assert len(composition & {frozenset(batch) for batch in other}) < len(composition) / 2
+
+
+def test_batches_come_in_random_order_of_lengths():
+    """Not from short to long: a run would forget one while it learns the other."""
+    seconds = log_normal(5000)
+    batches = BudgetBatchSampler(seconds, 60.0).batches(0)
+    means = np.array([seconds[batch].mean() for batch in batches])
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.1
+
+
+def test_without_shuffling_rows_come_sorted_by_length():
+    seconds = log_normal(300)
+    batches = BudgetBatchSampler(seconds, 60.0, shuffle=False).batches(0)
+    order = np.concatenate(batches)
+    assert (np.diff(seconds[order]) >= 0).all()
+    assert sorted(order.tolist()) == list(range(300))
+
+
+@pytest.mark.parametrize("budget", [60.0, 240.0])
+def test_padding_is_under_six_percent_on_speech_like_lengths(budget):
+    seconds = log_normal(20_000)
+    for epoch in (0, 1):
+        batches = BudgetBatchSampler(seconds, budget).batches(epoch)
+        padded = sum(padded_seconds(seconds, batch) for batch in batches)
+        assert 1 - seconds.sum() / padded < 0.06
+
+
+def test_batches_are_nearly_full():
+    seconds = log_normal(20_000)
+    batches = BudgetBatchSampler(seconds, 240.0).batches(0)
+    assert sum(padded_seconds(seconds, batch) for batch in batches) / (240.0 * len(batches)) > 0.9
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_weights_say_how_often_a_row_is_seen(num_replicas):
+    seconds = log_normal(900)
+    weights = np.repeat([2.0, 0.5, 1.0], 300)
+    counts = Counter()
+    halves = []
+    for epoch in range(4):
+        dealt = ranks_of(seconds, 60.0, num_replicas, epoch, weights=weights)
+        keys = [key - epoch * 900 for batches in dealt for batch in batches for key in batch if key >= 0]
+        seen = Counter(keys)
+        assert all(seen[index] == 2 for index in range(300))
+        assert all(seen[index] == 1 for index in range(600, 900))
+        half = {index for index in range(300, 600) if seen[index]}
+        assert all(seen[index] == 1 for index in half)
+        # A few may give way, so that all epochs are equally long.
+        assert 140 <= len(half) <= 150
+        halves.append(half)
+        counts.update(keys)
+    assert len({frozenset(half) for half in halves}) == 4  # other ones each epoch
+    assert sum(counts[index] for index in range(300, 600)) == pytest.approx(600, rel=0.05)
+
+
+def test_weight_beyond_one_with_a_fraction():
+    seconds = log_normal(200)
+    sampler = BudgetBatchSampler(seconds, 60.0, weights=np.full(200, 1.25))
+    seen = Counter(np.concatenate(sampler.batches(0)).tolist())
+    assert set(seen.values()) == {1, 2}
+    assert 245 <= sum(seen.values()) <= 250
+
+
+@pytest.mark.parametrize("weights", [None, (2.0, 0.5), (0.3, 0.7)])
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_all_epochs_are_equally_long(weights, num_replicas):
+    seconds = log_normal(777)
+    if weights is not None:
+        weights = np.resize(weights, 777)
+    lengths = set()
+    for epoch in range(12):
+        dealt = ranks_of(seconds, 35.0, num_replicas, epoch, weights=weights)
+        lengths |= {len(batches) for batches in dealt}
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.99, 1.5])
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_rows_that_fill_a_batch_each_are_dealt_evenly_whatever_their_weights(weight, num_replicas):
+    seconds, weights = np.full(200, 30.0), np.full(200, weight)
+    weights[:10] = 1.0
+    for epoch in range(3):
+        dealt = ranks_of(seconds, 30.0, num_replicas, epoch, weights=weights)
+        assert len({len(batches) for batches in dealt}) == 1
+        keys = [key - epoch * 200 for batches in dealt for batch in batches for key in batch]
+        assert min(keys) >= 0  # nothing unsupervised
+        seen = Counter(keys)
+        assert all(seen[index] == 1 for index in range(10))
+        assert sum(seen[index] for index in range(10, 200)) == pytest.approx(190 * weight, rel=0.1)
+
+
+def test_weights_that_leave_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="weights are so small"):
+        BudgetBatchSampler([1.0, 2.0], 30.0, weights=[0.1, 0.1])
+
+
+def test_row_that_is_longer_than_the_budget_is_an_error():
+    with pytest.raises(ValueError, match=r"31\.0 s of audio, the batch budget is 30 s"):
+        BudgetBatchSampler([1.0, 31.0], 30.0)
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="no rows"):
+        BudgetBatchSampler([], 30.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit"), [pytest.param(500_000, 2.0), pytest.param(5_000_000, 10.0, marks=pytest.mark.slow)]
+)
+def test_batches_of_many_rows_are_made_quickly(rows, limit):
+    seconds = log_normal(rows)
+    start = time.process_time()
+    sampler = BudgetBatchSampler(seconds, 240.0, num_replicas=7, rank=3)
+    sampler.set_epoch(1)
+    batches = list(sampler)
+    assert time.process_time() - start < limit
+    assert len(batches) == len(sampler)
+
+
+def test_a_few_rows_over_many_ranks_are_split_quickly():
+    seconds = np.full(100_000, 1.0)
+    start = time.process_time()
+    dealt = ranks_of(seconds, 100.0, 64)[0]
+    assert time.process_time() - start < 20
+    assert len(dealt) == -(-1000 // 64)

@@ -1,0 +1,214 @@
+"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores; in one process and two."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CPU_CONFIG = REPOSITORY / "accelerate_configs/cpu.yaml"
+
+# What a process of a distributed run sees; the same trainer as recipes/finetune.py builds.
+DISTRIBUTED_SCRIPT = '''
+import json, sys
+from transformers import set_seed
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+class Watched(SpeechLLMTrainer):
+    seen = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.wrapper = type(model).__name__
+        self.seen.append(inputs["input_features"].shape[0])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+args = parse_arguments(sys.argv[2:])
+set_seed(args.seed)
+processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path)
+trainer = Watched(
+    model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=SpeechLLMCollator(processor),
+    processing_class=processor,
+)
+trainer.train()
+loss = trainer.evaluate()["eval_loss"]
+with open(f"{sys.argv[1]}.{args.process_index}", "w") as file:
+    json.dump({
+        "world_size": args.world_size, "wrapper": trainer.wrapper, "batches": trainer.seen, "eval_loss": loss,
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+    }, file)
+'''
+
+
+def launch(*arguments, config=None, check=True):
+    """Runs `accelerate launch`, as a user would."""
+    choice = ["--config_file", config] if config else ["--num_processes", 1, "--num_machines", 1, "--cpu",
+                                                       "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
+    )
+    assert result.returncode == 0 or not check, result.stderr[-4000:]
+    return result
+
+
+def read_table(path):
+    return dict(line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
+
+
+def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
+    (tmp_path / "model.yaml").write_text(json.dumps(tiny_config()), encoding="utf-8")  # JSON is YAML
+    model, trained = tmp_path / "init", tmp_path / "trained"
+    assert not run_recipe(
+        "compose_model.py", tmp_path / "model.yaml", "--transcripts", tiny_corpus.text, "--output_dir", model,
+        "--vocab_size", 300,
+    )  # fmt: skip
+    jsonl = tmp_path / "train.jsonl"
+    assert not run_recipe(
+        "scp2jsonl.py", "--scp_file", tiny_corpus.scp, "--transcript_file", tiny_corpus.text,
+        "--jsonl_file", jsonl, "--model_name_or_path", model,
+    )  # fmt: skip
+    assert len(jsonl.read_text(encoding="utf-8").splitlines()) == 24
+
+    result = launch(
+        "recipes/finetune.py", REPOSITORY / "recipes/configs/all.yaml", "--model_name_or_path", model,
+        "--train_file", jsonl, "--validation_file", jsonl, "--output_dir", trained, "--max_steps", 8,
+        "--learning_rate", "1e-2", "--per_device_train_batch_seconds", 4, "--logging_steps", 2, "--save_steps", 4,
+        "--dataloader_num_workers", 0, "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1,
+        "--report_to", "none", "--use_cpu", "true",
+    )  # fmt: skip
+    assert "parameters are trained" in result.stderr
+    assert f"training curve: {trained / 'training_curve.png'}" in result.stderr
+    state = json.loads((trained / "trainer_state.json").read_text())
+    losses = [line["loss"] for line in state["log_history"] if "loss" in line]
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [2, 4, 6, 8]
+    assert losses[-1] < losses[0]
+    assert {"checkpoint-4", "checkpoint-8", "training_curve.png", "model.safetensors", "eval_results.json"} <= {
+        path.name for path in trained.iterdir()
+    }
+
+    hypotheses = tmp_path / "hyp.txt"
+    assert not run_recipe(
+        "decode.py", "--model_name_or_path", trained, "--scp_file", tiny_corpus.scp, "--output_file", hypotheses,
+        "--max_new_tokens", 12, "--batch_seconds", 5,
+    )  # fmt: skip
+    expected = [line.split(maxsplit=1)[0] for line in tiny_corpus.scp.read_text().splitlines()]
+    assert list(read_table(hypotheses)) == expected
+
+    for source, target in ((tiny_corpus.text, "ref.norm"), (hypotheses, "hyp.norm")):
+        assert not run_recipe("whisper_mix_normalize.py", source, tmp_path / target)
+    scorer = shutil.which("compute-wer", path=os.path.dirname(sys.executable)) or shutil.which("compute-wer")
+    files = [tmp_path / name for name in ("ref.norm", "hyp.norm", "cer.txt")]
+    subprocess.run([scorer, *files], check=True, capture_output=True)
+    tail = files[2].read_text(encoding="utf-8").splitlines()[-8:]
+    assert any("%" in line for line in tail)
+
+
+def test_two_processes_follow_the_course_of_one_that_accumulates(tiny_corpus, tiny_model, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED_SCRIPT, encoding="utf-8")
+    runs = {}
+    for name, config, accumulation in (("one", None, 2), ("two", CPU_CONFIG, 1)):
+        launch(
+            script, tmp_path / name, "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl,
+            "--output_dir", tmp_path / f"{name}_run", "--max_steps", 5, "--gradient_accumulation_steps", accumulation,
+            "--learning_rate", "3e-3", "--warmup_steps", 0, "--per_device_train_batch_seconds", 3,
+            "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true",
+            "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
+            config=config,
+        )  # fmt: skip
+        runs[name] = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{name}.[0-9]"))]
+
+    (one,), two = runs["one"], runs["two"]
+    assert (one["world_size"], one["wrapper"]) == (1, "SpeechLLMForConditionalGeneration")
+    assert [(run["world_size"], run["wrapper"]) for run in two] == [(2, "DistributedDataParallel")] * 2
+    # The ranks share the same order of batches: an even number of them, so that none is split.
+    assert len(one["batches"]) == 10
+    assert two[0]["batches"] == one["batches"][::2]
+    assert two[1]["batches"] == one["batches"][1::2]
+    for key, tolerance in (("loss", 1e-5), ("token_accuracy", 1e-4), ("padding_share", 1e-4), ("grad_norm", 1e-3)):
+        expected = [line[key] for line in one["log"]]
+        assert [line[key] for line in two[0]["log"]] == pytest.approx(expected, rel=tolerance, abs=tolerance), key
+    for run in two:
+        assert run["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+
+
+def test_data_errors_end_the_training_before_the_model_is_loaded(tiny_corpus, tiny_model, tmp_path, run_recipe):
+    rows = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()]
+    rows[2]["messages"][1]["content"] = "语音转写：<|startofspeech|>!/no/such.wav<|endofspeech|>"
+    rows[4]["messages"][1]["content"] = "语音转写：<|startofspeech|>a.wav<|endofspeech|>"
+    jsonl = tmp_path / "bad.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    without_weights = tmp_path / "model"
+    shutil.copytree(tiny_model, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def run(*options):
+        return run_recipe(
+            "finetune.py", "--model_name_or_path", without_weights, "--train_file", jsonl,
+            "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", "--use_cpu", "true",
+            "--preprocessing_num_workers", 1, *options,
+        )  # fmt: skip
+
+    message = run()
+    assert f"{jsonl}:5: " in message and "no '!'" in message and "--max_bad_fraction" in message
+    message = run("--max_bad_fraction", "0.05")
+    assert f"{jsonl}:3: " in message and "/no/such.wav: no such file" in message
+    assert f"{jsonl}:5: " in message and "2 of 24 rows are bad" in message
+    message = run("--max_bad_fraction", "0.1", "--per_device_train_batch_seconds", "0.5")
+    assert "the batch budget is 0.5 s" in message
+
+
+def test_decoding_finishes_the_rest_and_lists_what_failed(tiny_corpus, tiny_model, tmp_path, run_recipe):
+    lines = tiny_corpus.scp.read_text().splitlines()[:4]
+    damaged = tmp_path / "damaged.wav"
+    damaged.write_bytes(Path(lines[0].split()[1]).read_bytes()[:5000])
+    (tmp_path / "text.wav").write_text("no audio")
+    scp = tmp_path / "wav.scp"
+    scp.write_text("\n".join([lines[0], "gone /no/such.wav", lines[1], f"cut {damaged}", lines[2], "notes text.wav"]))
+    output = tmp_path / "hyp.txt"
+    message = run_recipe(
+        "decode.py", "--model_name_or_path", tiny_model, "--scp_file", scp, "--output_file", output,
+        "--max_new_tokens", 4,
+    )  # fmt: skip
+    # A message makes the exit status 1.
+    assert isinstance(message, str) and "3 failed" in message
+    assert "gone: /no/such.wav: no such file" in message
+    assert "cut: " in message and "truncated" in message
+    assert "notes: " in message and "not audio" in message
+    assert list(read_table(output)) == [line.split()[0] for line in lines[:3]]
+
+
+def test_decoding_refuses_to_replace_its_output_unasked(tiny_corpus, tiny_model, tmp_path, run_recipe):
+    output = tmp_path / "hyp.txt"
+    output.write_text("precious")
+    options = ["--model_name_or_path", tiny_model, "--scp_file", tiny_corpus.scp, "--output_file", output]
+    assert run_recipe("decode.py", *options) == 2
+    assert output.read_text() == "precious"
+
+
+def test_decoding_of_jsonl_rows_uses_their_prompts(tiny_corpus, tiny_model, tmp_path, run_recipe):
+    texts = []
+    for prompt, options in ((None, []), ("语音转写成英文：", []), (None, ["--language", "en"])):
+        rows = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
+        for row in rows:
+            if prompt:
+                row["messages"][1]["content"] = row["messages"][1]["content"].replace("语音转写：", prompt)
+        jsonl, output = tmp_path / f"{len(texts)}.jsonl", tmp_path / f"{len(texts)}.txt"
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        assert not run_recipe(
+            "decode.py", "--model_name_or_path", tiny_model, "--jsonl_file", jsonl, "--output_file", output,
+            "--max_new_tokens", 6, *options,
+        )  # fmt: skip
+        texts.append(read_table(output))
+    assert list(texts[0]) == ["utt00", "utt01", "utt02"]
+    assert texts[1] == texts[2]
