@@ -218,7 +218,7 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
 def _text_of(message: dict, role: str) -> str:
     text = message.get("content")
     if isinstance(text, list):
-        text = "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in text)
+        text = "".join(_text_of_part(part, role) for part in text)
     if not isinstance(text, str):
         raise ChatError(f'the "content" of the {role} message must be a string')
     for marker in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
@@ -229,15 +229,23 @@ def _text_of(message: dict, role: str) -> str:
     return text
 
 
+def _text_of_part(part: Any, role: str) -> str:
+    if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+        raise ChatError(f'the parts of the {role} message must be {{"type": "text", "text": ...}}, with a string')
+    return part["text"]
+
+
 def _pieces_of(message: dict) -> list[str | Recording]:
     content = message.get("content")
     if isinstance(content, list):
         pieces: list[str | Recording] = []
         for part in content:
             if not isinstance(part, dict) or part.get("type") not in ("text", "audio"):
-                raise ChatError('the parts of a user message must be {"type": "text", ...} or {"type": "audio", ...}')
+                raise ChatError(
+                    'the parts of the user message must be {"type": "text", ...} or {"type": "audio", ...}'
+                )
             if part["type"] == "text":
-                pieces.extend(_split_speech(part["text"]))
+                pieces.extend(_split_speech(_text_of_part(part, "user")))
             else:
                 sources = [part[key] for key in ("audio", "path", "url") if part.get(key) is not None]
                 if len(sources) != 1:

@@ -46,7 +46,8 @@ def main() -> None:
         processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
         limit = SpeechLLMConfig.from_pretrained(args.model_name_or_path).max_feature_frames
         with args.main_process_first(desc="preparing the data"):
-            train_rows, weights = prepare_rows(args.train_file, processor, limit, args, args.train_weight)
+            stretched = int(limit / (1 + args.tempo_perturb))  # augmentation may lengthen a recording
+            train_rows, weights = prepare_rows(args.train_file, processor, stretched, args, args.train_weight)
             validation_rows = {
                 name: prepare_rows([file], processor, limit, args)[0] for name, file in args.validation_files.items()
             }

@@ -1,4 +1,5 @@
-"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores; in one process and two."""
+"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores; in one process
+and two."""
 
 import json
 import os
@@ -13,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CPU_CONFIG = REPOSITORY / "accelerate_configs/cpu.yaml"
 
 # What a process of a distributed run sees; the same trainer as recipes/finetune.py builds.
-DISTRIBUTED_SCRIPT = '''
+DISTRIBUTED_SCRIPT = """
 import json, sys
 from transformers import set_seed
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -46,13 +47,23 @@ with open(f"{sys.argv[1]}.{args.process_index}", "w") as file:
         "world_size": args.world_size, "wrapper": trainer.wrapper, "batches": trainer.seen, "eval_loss": loss,
         "log": [line for line in trainer.state.log_history if "loss" in line],
     }, file)
-'''
+"""
 
 
 def launch(*arguments, config=None, check=True):
     """Runs `accelerate launch`, as a user would."""
-    choice = ["--config_file", config] if config else ["--num_processes", 1, "--num_machines", 1, "--cpu",
-                                                       "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    one_process = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--cpu",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    choice = ["--config_file", config] if config else one_process
     command = [sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -7,8 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
-from transformers import WhisperFeatureExtractor
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    WhisperFeatureExtractor,
+)
 
 from hf_speechllm import (
     FbankFeatureExtractor,
@@ -124,6 +130,20 @@ def test_padded_batch_gives_loss_and_gradients_of_single_examples(
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_padded_batch_equals_single_examples_before_a_whisper_encoder(whisper_parts, dialogues, padding_side):
     assert_batch_equals_singles(*whisper_parts, dialogues, padding_side)
+
+
+def test_whisper_encoder_sees_thirty_seconds_as_from_its_own_feature_extractor(whisper_parts, waveforms):
+    model, processor = whisper_parts
+    waveform = waveforms[1].copy()
+    waveform[-400:] = 0  # else a window reaches from the padding, which is not stored, back into the recording
+    stored = processor.extract_features([waveform])
+    full = processor.feature_extractor(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
+    with torch.no_grad():
+        tokens, lengths = model.get_audio_features(**stored)
+        states = model.audio_encoder(full).last_hidden_state[:, : -(-len(waveform) // 320)]
+        expected, _ = model.audio_adaptor(states, torch.ones(states.shape[:2]))
+    assert int(lengths) == tokens.shape[1] == expected.shape[1]
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_features_do_not_matter(compose_tiny, dialogues):

@@ -197,7 +197,8 @@ def add_features(
 def _one_thread() -> Iterator[None]:
     """Lets `map`'s processes compute with a thread each.
 
-    More would fight over the cores, and hang if torch has computed in this process before: threads don't survive a fork.
+    More would fight over the cores, and hang if torch has computed in this process before: a fork takes no threads
+    along.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -301,11 +302,10 @@ def prepare_rows(
     bad_rows.check(total)
     if len(rows) == 0:
         raise BadDataError(f"{', '.join(files)}: no rows to train on")
-    lacking = sum(length is None for length in rows["speech_length"])
-    if lacking:
-        logger.info(
-            "%s: %d of %d rows lack speech_length; it is computed from the audio", ", ".join(files), lacking, len(rows)
-        )
+    for key in ("speech_length", "text_length"):
+        lacking = sum(length is None for length in rows[key])
+        if lacking:
+            logger.info("%s: %d of %d rows lack %s; it is computed", ", ".join(files), lacking, len(rows), key)
     workers = args.preprocessing_num_workers or os.cpu_count()
     if args.feature_cache == "off":
         rows = add_lengths(rows, bad_rows, workers)

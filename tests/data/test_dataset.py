@@ -1,4 +1,5 @@
-"""From JSONL to rows: features are computed once and again when something changed, bad rows are told with their line."""
+"""From JSONL to rows: features are computed once, and again when something changed; bad rows are told with their
+line."""
 
 import json
 import logging
@@ -352,9 +353,7 @@ def test_several_files_with_weights(prepare, edit, corpus):
 def test_weights_follow_their_rows_when_rows_are_left_out(prepare, corpus):
     shutil.copy(corpus / "train.jsonl", corpus / "more.jsonl")
     (corpus / "utt01.wav").unlink()
-    rows, weights = prepare(
-        corpus / "train.jsonl", corpus / "more.jsonl", weights=[3.0, 1.0], max_bad_fraction=0.2
-    )
+    rows, weights = prepare(corpus / "train.jsonl", corpus / "more.jsonl", weights=[3.0, 1.0], max_bad_fraction=0.2)
     assert rows["line"] == [1, 3, 4, 5, 6] * 2
     assert weights.tolist() == [3.0] * 5 + [1.0] * 5
 

@@ -1,4 +1,5 @@
-"""Training: what is frozen stays, what is trained moves, an interruption leaves no trace, the log tells what happened."""
+"""Training: what is frozen stays, what is trained moves, an interruption leaves no trace, the log tells what
+happened."""
 
 import json
 from pathlib import Path

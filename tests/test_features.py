@@ -1,0 +1,161 @@
+"""The front-end: numbers of the original, alone and in a batch, and what may be stored of them."""
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import WhisperFeatureExtractor
+
+from hf_speechllm import FbankFeatureExtractor
+from hf_speechllm.features import cacheable_features, encoder_input, num_encoder_input_frames
+
+
+def noise(samples, seed=0):
+    return (np.random.default_rng(seed).standard_normal(samples) * 0.1).astype(np.float32)
+
+
+def stack_frame_by_frame(fbank, num_frames=7, stride=6):
+    """`apply_lfr` of FunASR's `wav_frontend.py`: the first frame three times in front, the last as often as needed."""
+    frames = [fbank[0]] * ((num_frames - 1) // 2) + list(fbank)
+    stacks = []
+    for index in range(int(np.ceil(len(fbank) / stride))):
+        chosen = frames[index * stride : index * stride + num_frames]
+        chosen += [frames[-1]] * (num_frames - len(chosen))
+        stacks.append(torch.cat(chosen))
+    return torch.stack(stacks)
+
+
+def fbank_of_the_original(waveform):
+    """`WavFrontend.forward` of FunASR before stacking, without its dither."""
+    waveform = torch.from_numpy(waveform)[None] * (1 << 15)
+    return torchaudio.compliance.kaldi.fbank(
+        waveform, num_mel_bins=80, frame_length=min(25, waveform.shape[1] / 16000 * 1000), frame_shift=10, dither=0.0,
+        energy_floor=0.0, window_type="hamming", sample_frequency=16000, snip_edges=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("samples", [400, 401, 559, 560, 561, 1360, 4000, 16000, 33333])
+def test_shapes(samples):
+    extractor = FbankFeatureExtractor()
+    frames = 1 + (samples - 400) // 160
+    assert extractor.fbank(noise(samples)).shape == (frames, 80)
+    batch = extractor(noise(samples), sampling_rate=16000)
+    assert batch["input_features"].shape == (1, -(-frames // 6), 560)
+    assert batch["input_features"].dtype == torch.float32
+    assert batch["input_features_mask"].sum() == -(-frames // 6)
+
+
+@pytest.mark.parametrize("samples", [200, 399, 400, 1000, 16000])
+def test_fbank_is_that_of_the_original_short_recordings_included(samples):
+    waveform = noise(samples)
+    found = FbankFeatureExtractor().fbank(waveform)
+    assert torch.equal(found, fbank_of_the_original(waveform))
+    assert len(found) == max(1, 1 + (samples - 400) // 160)
+    assert torch.isfinite(found).all()
+
+
+def test_silence_is_finite():
+    assert torch.isfinite(FbankFeatureExtractor().fbank(np.zeros(16000, np.float32))).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames=st.integers(1, 60), num_frames=st.integers(1, 9), stride=st.integers(1, 8))
+def test_stacking_is_that_of_a_plain_loop(frames, num_frames, stride):
+    fbank = torch.randn(frames, 5, generator=torch.Generator().manual_seed(frames))
+    extractor = FbankFeatureExtractor(feature_size=5, num_frames_lfr=num_frames, stride_lfr=stride)
+    expected = stack_frame_by_frame(fbank, num_frames, stride)
+    assert torch.equal(extractor.stack(fbank), expected)
+    assert num_encoder_input_frames(extractor, frames) == len(expected)
+
+
+def test_batch_holds_the_features_of_single_recordings_and_zeros():
+    extractor = FbankFeatureExtractor()
+    waveforms = [noise(samples, samples) for samples in (5000, 16000, 9000)]
+    batch = extractor(waveforms, sampling_rate=16000)
+    assert batch["input_features_mask"].sum(-1).tolist() == [
+        -(-(1 + (n - 400) // 160) // 6) for n in (5000, 16000, 9000)
+    ]
+    for row, waveform in enumerate(waveforms):
+        frames = int(batch["input_features_mask"][row].sum())
+        assert torch.equal(batch["input_features"][row, :frames], extractor(waveform)["input_features"][0])
+        assert not batch["input_features"][row, frames:].any()
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "list of numbers", "list of arrays", "two-dimensional"])
+def test_waveforms_of_any_container(kind):
+    waveform = noise(2000)
+    given_as = {
+        "array": waveform,
+        "tensor": torch.from_numpy(waveform),
+        "list of numbers": waveform.tolist(),
+        "list of arrays": [waveform],
+        "two-dimensional": waveform[None],
+    }[kind]
+    extractor = FbankFeatureExtractor()
+    assert torch.equal(extractor(given_as)["input_features"], extractor([waveform])["input_features"])
+
+
+def test_other_sampling_rate_is_refused():
+    with pytest.raises(ValueError, match="8000 Hz, need 16000 Hz"):
+        FbankFeatureExtractor()(noise(8000), sampling_rate=8000)
+
+
+def test_features_are_the_same_every_time_unless_dither_is_asked_for():
+    waveform = noise(8000)
+    plain, dithered = FbankFeatureExtractor(), FbankFeatureExtractor(dither=1.0)
+    assert torch.equal(plain.fbank(waveform), plain.fbank(waveform))
+    assert not torch.equal(dithered.fbank(waveform), dithered.fbank(waveform))
+
+
+def test_saved_front_end_keeps_its_options(tmp_path):
+    extractor = FbankFeatureExtractor(
+        feature_size=40, window_type="povey", num_frames_lfr=5, stride_lfr=3, frame_length=20, waveform_scale=1.0,
+        dither=0.5,
+    )  # fmt: skip
+    extractor.save_pretrained(tmp_path)
+    loaded = FbankFeatureExtractor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == extractor.to_dict()
+    assert loaded.window_type == "povey"
+    loaded.dither = extractor.dither = 0.0
+    assert torch.equal(loaded(noise(8000))["input_features"], extractor(noise(8000))["input_features"])
+    assert not torch.equal(
+        loaded.fbank(noise(8000)),
+        FbankFeatureExtractor(feature_size=40, frame_length=20, waveform_scale=1.0).fbank(noise(8000)),
+    )
+
+
+@pytest.mark.parametrize("level", [1e-4, 0.1, 1.0])
+def test_half_precision_is_good_enough_to_store(level):
+    """Log-mel energies of 16-bit samples lie between -16 and 32: rounding is at most 2^-7, training noise is more."""
+    extractor = FbankFeatureExtractor()
+    features = cacheable_features(extractor, noise(32000) * level)
+    assert np.abs(features).max() < 32
+    assert np.abs(features.astype(np.float16).astype(np.float32) - features).max() <= 2**-7
+
+
+def test_stored_features_become_the_input_of_the_encoder():
+    extractor = FbankFeatureExtractor()
+    waveform = noise(12345)
+    stored = cacheable_features(extractor, waveform)
+    assert stored.dtype == np.float32 and stored.shape[1] == 80
+    expected = extractor(waveform)["input_features"][0]
+    found = encoder_input(extractor, torch.from_numpy(stored))
+    assert torch.equal(found, expected)
+    assert num_encoder_input_frames(extractor, len(stored)) == len(expected)
+
+
+@pytest.mark.parametrize("samples", [1600, 1601, 1759, 16000, 480_000])
+def test_of_whisper_only_the_recording_is_stored_not_its_padding(samples):
+    extractor = WhisperFeatureExtractor()
+    waveform = noise(samples)
+    stored = cacheable_features(extractor, waveform)
+    full = extractor(waveform, sampling_rate=16000, return_tensors="np")["input_features"][0]
+    assert full.shape == (80, 3000)
+    assert stored.dtype == np.float32
+    assert len(stored) == -(-samples // 160)
+    np.testing.assert_array_equal(stored, full[:, : len(stored)].T)
+    features = torch.from_numpy(stored)
+    assert encoder_input(extractor, features) is features
+    assert num_encoder_input_frames(extractor, len(stored)) == len(stored)
