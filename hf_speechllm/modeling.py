@@ -103,6 +103,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
             write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs) -> str:
+        """Uploads the model in our own layout; unlike with transformers, a new repository is private by default."""
+        return super().push_to_hub(repo_id, private=private, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embeddings."""
         return self.llm.get_input_embeddings()

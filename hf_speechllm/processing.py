@@ -56,6 +56,10 @@ class SpeechLLMProcessor(ProcessorMixin):
 
         return load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs) -> str:
+        """Uploads the processor; unlike with transformers, a new repository is private by default."""
+        return super().push_to_hub(repo_id, private=private, **kwargs)
+
     def num_audio_tokens(self, num_frames: int) -> int:
         """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
         return chat.num_audio_tokens(

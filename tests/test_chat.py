@@ -133,7 +133,10 @@ def test_prompt_asks_for_language_and_normalisation(options, expected):
     assert chat.transcription_prompt(**options) == expected
 
 
-HEADER = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n**上下文信息：**\n\n\n热词列表：[{}]\n"
+HEADER = (
+    "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n"
+    "**上下文信息：**\n\n\n热词列表：[{}]\n"
+)
 
 
 def test_hotwords_stand_in_a_header():

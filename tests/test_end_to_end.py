@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_speechllm.inference.transcriber import Transcriber
+from hf_speechllm.modeling import PARTS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU_CONFIG = REPOSITORY / "accelerate_configs/cpu.yaml"
 
@@ -93,8 +96,9 @@ def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
 
     result = launch(
         "recipes/finetune.py", REPOSITORY / "recipes/configs/all.yaml", "--model_name_or_path", model,
-        "--train_file", jsonl, "--validation_file", jsonl, "--output_dir", trained, "--max_steps", 8,
-        "--learning_rate", "1e-2", "--per_device_train_batch_seconds", 4, "--logging_steps", 2, "--save_steps", 4,
+        "--train_file", jsonl, "--validation_file", jsonl, "--output_dir", trained, "--max_steps", 24,
+        "--per_device_train_batch_seconds", 4,
+        *(f"--{part}_learning_rate=1e-2" for part in PARTS), "--logging_steps", 6, "--save_steps", 12,
         "--dataloader_num_workers", 0, "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1,
         "--report_to", "none", "--use_cpu", "true",
     )  # fmt: skip
@@ -102,9 +106,9 @@ def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
     assert f"training curve: {trained / 'training_curve.png'}" in result.stderr
     state = json.loads((trained / "trainer_state.json").read_text())
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
-    assert [line["step"] for line in state["log_history"] if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == [6, 12, 18, 24]
     assert losses[-1] < losses[0]
-    assert {"checkpoint-4", "checkpoint-8", "training_curve.png", "model.safetensors", "eval_results.json"} <= {
+    assert {"checkpoint-12", "checkpoint-24", "training_curve.png", "model.safetensors", "eval_results.json"} <= {
         path.name for path in trained.iterdir()
     }
 
@@ -115,6 +119,7 @@ def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
     )  # fmt: skip
     expected = [line.split(maxsplit=1)[0] for line in tiny_corpus.scp.read_text().splitlines()]
     assert list(read_table(hypotheses)) == expected
+    assert any(read_table(hypotheses).values())
 
     for source, target in ((tiny_corpus.text, "ref.norm"), (hypotheses, "hyp.norm")):
         assert not run_recipe("whisper_mix_normalize.py", source, tmp_path / target)
@@ -207,19 +212,31 @@ def test_decoding_refuses_to_replace_its_output_unasked(tiny_corpus, tiny_model,
     assert output.read_text() == "precious"
 
 
-def test_decoding_of_jsonl_rows_uses_their_prompts(tiny_corpus, tiny_model, tmp_path, run_recipe):
-    texts = []
-    for prompt, options in ((None, []), ("语音转写成英文：", []), (None, ["--language", "en"])):
-        rows = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
-        for row in rows:
-            if prompt:
-                row["messages"][1]["content"] = row["messages"][1]["content"].replace("语音转写：", prompt)
-        jsonl, output = tmp_path / f"{len(texts)}.jsonl", tmp_path / f"{len(texts)}.txt"
-        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def test_decoding_of_jsonl_rows_asks_with_their_prompts_or_those_of_the_options(
+    tiny_corpus, tiny_model, tmp_path, run_recipe, monkeypatch
+):
+    def say_the_prompt(transcriber, inputs):
+        texts = transcriber.processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        return [text.split("user\n")[1].removesuffix("\nassistant\n") for text in texts]
+
+    monkeypatch.setattr(Transcriber, "generate", say_the_prompt)
+    rows = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
+    rows[1]["messages"][1]["content"] = rows[1]["messages"][1]["content"].replace("语音转写：", "Transcribe:")
+    rows[2]["hotwords"] = "Qwen"
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def decode(*options):
+        output = tmp_path / "hyp.txt"
         assert not run_recipe(
             "decode.py", "--model_name_or_path", tiny_model, "--jsonl_file", jsonl, "--output_file", output,
-            "--max_new_tokens", 6, *options,
+            "--overwrite", *options,
         )  # fmt: skip
-        texts.append(read_table(output))
-    assert list(texts[0]) == ["utt00", "utt01", "utt02"]
-    assert texts[1] == texts[2]
+        return read_table(output)
+
+    own = decode()
+    assert own["utt00"] == "语音转写："
+    assert own["utt01"] == "Transcribe:"
+    assert "热词列表：[Qwen]" in own["utt02"] and own["utt02"].endswith("语音转写：")
+    assert set(decode("--language", "英文", "--no_itn").values()) == {"语音转写成英文，不进行文本规整："}
+    assert set(decode("--prompt", "Speech transcription:").values()) == {"Speech transcription:"}

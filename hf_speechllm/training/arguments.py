@@ -80,6 +80,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         False, "Must stay false: the collator reads columns that the model does not."
     )
     ddp_find_unused_parameters: bool | None = _option(False, "All that is trained is used in every step.")
+    hub_private_repo: bool | None = _option(True, "Whether a repository that --push_to_hub creates is private.")
+    hub_strategy: str = _option("end", "Must stay `end`: the finished model is pushed, checkpoints are not.")
 
     def __post_init__(self):
         self.check()
@@ -117,6 +119,11 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         if self.fp16:
             raise ValueError(
                 "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"
+            )
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"--hub_strategy {self.hub_strategy} would publish optimizer states and pickled options with the "
+                "token and paths of this machine; only `end` is offered"
             )
         if self.per_device_train_batch_seconds <= 0:
             raise ValueError("--per_device_train_batch_seconds must be above 0")

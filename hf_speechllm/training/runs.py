@@ -62,9 +62,9 @@ def describe_data(train_rows, validation_rows: dict, processor) -> None:
 
 
 def save_final(trainer, result: TrainOutput) -> None:
-    """Saves model, processor, state and metrics into the output folder, and evaluates once more if there is something
-    to evaluate."""
-    trainer.save_model()
+    """Saves model, processor, state, metrics and card into the output folder, and evaluates once more if there is
+    something to evaluate."""
+    trainer.save_model(_internal_call=True)  # by itself it would push before there are scores for the card
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -72,6 +72,7 @@ def save_final(trainer, result: TrainOutput) -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         logger.info("model: %s", trainer.args.output_dir)
         logger.info("training curve: %s", os.path.join(trainer.args.output_dir, CURVE_FILE))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -15,7 +18,9 @@ from ..data.dataset import row_seconds
 from ..data.sampler import BudgetBatchSampler, Rows
 from .arguments import SpeechLLMTrainingArguments
 from .callbacks import TrainingCurve
-from .freezing import part_of
+from .card import CARD_FILE, DataSummary, model_card
+from .freezing import count_parameters, part_of
+from .publishing import publish
 
 logger = logging.getLogger(__name__)
 
@@ -206,3 +211,76 @@ class SpeechLLMTrainer(Trainer):
         }
         self._started += time.perf_counter() - began  # validation is not training time
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    # Publishing
+
+    def create_model_card(self, language=None, license=None, **kwargs) -> None:
+        """Writes our model card into the output folder; other options of the parent are without effect.
+
+        A card that can't be written is reported, and doesn't end the run.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = model_card(
+            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            self.args,
+            count_parameters(self.accelerator.unwrap_model(self.model)),
+            self._data_summaries(),
+            self.state.log_history,
+            epochs=self.state.epoch,
+            steps=self.state.global_step,
+            language=[language] if isinstance(language, str) else language,
+            licence=license,
+        )
+        path = Path(self.args.output_dir) / CARD_FILE
+        try:
+            path.write_text(card, encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s can't be written: %s", path, error)
+
+    def _data_summaries(self) -> list[DataSummary]:
+        known = "file" in self.train_dataset.column_names
+        files = self.train_dataset["file"] if known else ["training"] * len(self.train_dataset)
+        seconds = defaultdict(list)
+        for file, duration in zip(files, row_seconds(self.train_dataset), strict=True):
+            seconds[file].append(float(duration))
+        sets = [DataSummary(Path(file).name, "training", len(rows), sum(rows)) for file, rows in seconds.items()]
+        validation = self.eval_dataset or {}
+        for name, dataset in (validation if isinstance(validation, dict) else {"validation": validation}).items():
+            sets.append(DataSummary(name, "validation", len(dataset), float(row_seconds(dataset).sum())))
+        return sets
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Saves and publishes the model; unlike the parent's, without optimizer states and `training_args.bin`.
+
+        Args:
+            blocking: must be true.
+            private: default `args.hub_private_repo`.
+            **kwargs: for `create_model_card`.
+        """
+        if not blocking:
+            raise ValueError("push_to_hub only returns when all is uploaded; leave `blocking` true")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**kwargs)
+        if not self.is_world_process_zero():
+            return None
+        folder = self.args.output_dir
+        logger.info(
+            "publishing %s as %s; if this breaks off: python recipes/push_to_hub.py --input %s --hub_model_id %s",
+            folder, self.hub_model_id, folder, self.hub_model_id,
+        )  # fmt: skip
+        revision = revision or self.args.hub_revision
+        return publish(folder, self.hub_model_id, private, token, revision, commit_message or "End of training")

@@ -212,11 +212,20 @@ def test_unsupervised_rows_have_no_labels(prepare, processor):
     assert (batch["labels"][1] == -100).all()
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["float16", "off"])
 def test_several_processes_give_the_same_rows_as_one(prepare, kind, tmp_path):
-    alone, _ = prepare(feature_cache=kind)
-    shutil.rmtree(tmp_path / "cache")
-    together, _ = prepare(feature_cache=kind, preprocessing_num_workers=2)
+    """Also after torch has computed with several threads, which a forked process lacks and would wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        FbankFeatureExtractor().fbank(np.zeros(160_000, np.float32))
+        alone, _ = prepare(feature_cache=kind)
+        shutil.rmtree(tmp_path / "cache")
+        together, _ = prepare(feature_cache=kind, preprocessing_num_workers=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert together.to_dict() == alone.to_dict()
 
 

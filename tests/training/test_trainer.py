@@ -116,6 +116,7 @@ def test_frozen_weights_stay_to_the_bit_and_trained_ones_move(make_trainer, froz
         assert same == (name.split(".")[0] in frozen), name
     trained = {id(p) for name, p in trainer.model.named_parameters() if name.split(".")[0] not in frozen}
     assert {id(parameter) for parameter in trainer.optimizer.state} == trained
+    assert rows_of_the_optimizer(trainer).keys() == {name for name in before if name.split(".")[0] not in frozen}
     assert all(parameter.grad is None for parameter in trainer.model.parameters() if id(parameter) not in trained)
 
 
@@ -130,6 +131,7 @@ def test_lora_moves_adapters_and_unfrozen_parts_and_nothing_else(make_trainer, f
     for name in before:
         expected = "lora_" in name or ("modules_to_save" in name and part_of(name) not in frozen)
         assert (name in moved) == expected, name
+    assert {part_of(name) for name in moved} == {*PARTS, "llm"} - set(frozen)
     layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in moved if "lora_" in name}
     assert layers == set(LORA_TARGETS)
     assert all(part_of(name) == "llm" for name in moved if "lora_" in name)
