@@ -41,6 +41,5 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
         if replaced:
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
-    except BaseException:  # KeyboardInterrupt and SystemExit too; the exception goes on
+    finally:  # once it has taken its place, it is not there any more
         temporary.unlink(missing_ok=True)
-        raise

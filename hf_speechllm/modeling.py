@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
@@ -131,6 +132,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             part = getattr(self, name)
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
+                if mode:
+                    _allow_checkpointing(part)
         return self
 
     def get_audio_features(
@@ -272,6 +275,19 @@ def supervised_loss(
         num_label_tokens=count,
         token_accuracy=correct / count.clamp(min=1),
     )
+
+
+def _allow_checkpointing(part: PreTrainedModel) -> None:
+    """Lets gradient checkpointing work in a frozen part, through which gradients flow to a trained one before it.
+
+    transformers' layers recompute only in training mode. A layer's own flag is set where that changes nothing else: if
+    the part has no dropout; the modules inside stay in eval mode.
+    """
+    if any("drop" in name and value for name, value in part.config.to_dict().items()):
+        return
+    for module in part.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
 
 
 def _refuse_scaled_logits(llm_config) -> None:

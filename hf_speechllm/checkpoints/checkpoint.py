@@ -225,6 +225,5 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(output)
-    except BaseException:  # KeyboardInterrupt and SystemExit too; the exception goes on
+    finally:  # once renamed, it is not there any more
         shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -118,6 +118,7 @@ def _rename(name: str, column: int) -> str:
 
 
 def to_funasr(tensors: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str, torch.Tensor]:
+    """Our tensors under FunASR's names, with query, key and value of the encoder in one."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         target = to_funasr_name(name, config)

@@ -10,6 +10,7 @@ class _NumberNormalizer(EnglishNumberNormalizer):
     """Whisper's arithmetic without its last step, which makes "one" of the 1 in $1 and 1%, and so loses the signs."""
 
     def postprocess(self, s: str) -> str:
+        """Joins cents to their dollars, as the parent does, and stops there."""
         s = re.sub(r"[$€£]0\.(\d\d)\b", lambda match: f"¢{int(match[1])}", s)
         return re.sub(r"([$€£]\d+) (?:and )?¢(\d{1,2})\b", lambda match: f"{match[1]}.{int(match[2]):02d}", s)
 

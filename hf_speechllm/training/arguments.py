@@ -103,6 +103,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"--train_weight has {len(self.train_weight)} numbers for {len(self.train_file)} files of --train_file"
             )
+        if len(set(self.train_file)) < len(self.train_file):
+            raise ValueError("--train_file names a file twice; give it once, with a higher --train_weight")
         if any(weight <= 0 for weight in self.train_weight):
             raise ValueError("--train_weight must be above 0; leave the file out instead")
         if self.freeze_audio_encoder and self.freeze_audio_adaptor and self.freeze_llm and not self.use_lora:
@@ -150,6 +152,7 @@ class _Parser(HfArgumentParser):
     """Errors in one line: the usage of 150 options would bury them."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program with the message and status 2."""
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         sys.exit(2)
 

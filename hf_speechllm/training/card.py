@@ -136,7 +136,7 @@ def _settings(
     rows += [
         (
             "schedule",
-            f"{schedule}, warm-up {args.warmup_steps:g}" + (" of the steps" if args.warmup_steps < 1 else ""),
+            f"{schedule}, warm-up {args.warmup_steps:g}" + (" of the steps" if 0 < args.warmup_steps < 1 else ""),
         ),
         ("batch", f"{args.per_device_train_batch_seconds:g} s x {devices} device(s) x {accumulation} accumulated"),
         ("epochs", "" if epochs is None else f"{epochs:.2f}"),

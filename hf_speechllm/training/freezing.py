@@ -26,6 +26,8 @@ def count_parameters(model) -> dict[str, tuple[int, int]]:
     """Parameters of each part: trained and in all."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # what peft keeps of a part that is trained whole
+            continue
         part = part_of(name)
         trained, total = counts[part]
         counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())

@@ -333,6 +333,15 @@ def test_gradient_checkpointing_recomputes_every_part_that_is_trained(make_train
     assert len(runs) == 2
 
 
+def test_gradient_checkpointing_recomputes_a_frozen_llm_behind_a_trained_adaptor(make_trainer):
+    runs = []
+    trainer = make_trainer(gradient_checkpointing=True, max_steps=1, freeze_audio_encoder=True, freeze_llm=True)
+    attention = trainer.model.llm.model.layers[0].self_attn
+    attention.register_forward_hook(lambda *_: runs.append(attention.training))
+    trainer.train()
+    assert runs == [False, False]
+
+
 @pytest.mark.parametrize("budget", [1.6, 3.0, 100.0])
 def test_validation_loss_does_not_depend_on_the_batches(make_trainer, tiny_rows, budget):
     trainer = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=budget)
