@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 exp=${1:-exp/quickstart}
 data=recipes/quickstart_data
 rm -rf "$exp" && mkdir -p "$exp"
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 processes=$(python -c "import os; print(min(2, os.cpu_count()))")
 
 echo "== 1. A small model with random weights, and a tokenizer of the transcripts"
