@@ -53,7 +53,7 @@ def main() -> None:
             }
     except (BadDataError, OSError, ValueError) as error:
         sys.exit(f"finetune.py: error: {error}")
-    describe_data(train_rows, validation_rows, processor)
+    describe_data(train_rows, validation_rows)
 
     # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
     model = SpeechLLMForConditionalGeneration.from_pretrained(

@@ -51,8 +51,8 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     return None
 
 
-def describe_data(train_rows, validation_rows: dict, processor) -> None:
-    """Logs rows and hours of every set, and which lengths were computed because the JSONL lacks them."""
+def describe_data(train_rows, validation_rows: dict) -> None:
+    """Logs rows and hours of every set."""
     for name, rows in {"training": train_rows, **validation_rows}.items():
         seconds = row_seconds(rows)
         logger.info(
