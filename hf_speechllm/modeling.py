@@ -13,9 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
+from .chat import IGNORE_INDEX
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 
-IGNORE_INDEX = -100  # label of a token that is not supervised
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
 
@@ -283,11 +283,15 @@ def _allow_checkpointing(part: PreTrainedModel) -> None:
     transformers' layers recompute only in training mode. A layer's own flag is set where that changes nothing else: if
     the part has no dropout; the modules inside stay in eval mode.
     """
-    if any("drop" in name and value for name, value in part.config.to_dict().items()):
-        return
-    for module in part.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
+    layers = [
+        module
+        for module in part.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    # The Trainer sets training mode in every step, so the config is looked at only where there is something to set.
+    if layers and not any("drop" in name and value for name, value in part.config.to_dict().items()):
+        for layer in layers:
+            layer.training = True
 
 
 def _refuse_scaled_logits(llm_config) -> None:

@@ -20,7 +20,7 @@ from ..features import cacheable_features, num_encoder_input_frames
 from ..processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
-from .kaldi import measure_recording
+from .kaldi import FRAME_LENGTH, measure_recording
 
 if TYPE_CHECKING:
     from ..training.arguments import SpeechLLMTrainingArguments
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1  # raise it when the numbers that `cacheable_features` gives change: old caches are then not used
 FRAMES_PER_SECOND = 100  # of the cached features
-MINIMUM_SECONDS = 0.025  # one window of the fbank
 
 ROW_FEATURES = Features(
     {
@@ -55,8 +54,7 @@ def load_rows(files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | N
 
     Returns:
         A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (what changes when a recording
-        changes),
-        `hotwords`, `speech_length`, `text_length`, `file`, `line`.
+        changes), `hotwords`, `speech_length`, `text_length`, `file`, `line`.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -143,8 +141,8 @@ class FeatureMapper:
         try:
             for source in recordings:
                 waveform = load_audio(source, self.extractor.sampling_rate)
-                if len(waveform) < MINIMUM_SECONDS * self.extractor.sampling_rate:
-                    raise AudioError(f"{source}: shorter than 25 ms")
+                if 1000 * len(waveform) < FRAME_LENGTH * self.extractor.sampling_rate:
+                    raise AudioError(f"{source}: shorter than {FRAME_LENGTH} ms")
                 item = cacheable_features(self.extractor, waveform)
                 features.append(item.astype(self.dtype).tobytes())
                 num_frames.append(len(item))
@@ -163,8 +161,7 @@ def add_features(
     """Adds `features` (bytes) and `num_frames` (10 ms frames) of every recording, cached by `map` in Arrow files.
 
     The cache is used again as long as the rows, the recordings' size and time, the front-end and its options, and
-    `dtype` are
-    the same.
+    `dtype` are the same.
 
     Args:
         rows: from `load_rows`.
@@ -250,17 +247,16 @@ def drop_too_long(
     """Moves rows that the encoder or the batch budget can't take to `bad_rows`.
 
     Args:
-        max_feature_frames: the most frames of one recording that the encoder takes;
-        `SpeechLLMConfig.max_feature_frames`.
+        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
         batch_seconds: the batch budget, in seconds.
     """
     longest = [max(frames) for frames in rows["num_frames"]]
     good = []
     for index, (seconds, frames) in enumerate(zip(row_seconds(rows), longest, strict=True)):
         reason = None
-        if num_encoder_input_frames(processor.feature_extractor, frames) > max_feature_frames:
-            per_frame = frames / num_encoder_input_frames(processor.feature_extractor, frames)
-            limit = max_feature_frames * per_frame / FRAMES_PER_SECOND
+        inputs = num_encoder_input_frames(processor.feature_extractor, frames)
+        if inputs > max_feature_frames:
+            limit = max_feature_frames * frames / inputs / FRAMES_PER_SECOND
             reason = f"a recording of {frames / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
         elif seconds > batch_seconds:
             reason = (
