@@ -79,6 +79,8 @@ def main() -> None:
     save_final(trainer, result)
     if args.push_to_hub:
         trainer.push_to_hub()
+    # Gloo threads that outlive the interpreter abort the process.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

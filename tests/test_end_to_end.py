@@ -50,6 +50,7 @@ with open(f"{sys.argv[1]}.{args.process_index}", "w") as file:
         "world_size": args.world_size, "wrapper": trainer.wrapper, "batches": trainer.seen, "eval_loss": loss,
         "log": [line for line in trainer.state.log_history if "loss" in line],
     }, file)
+trainer.accelerator.end_training()
 """
 
 
