@@ -32,6 +32,6 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "deepspeed", "ruff", "mypy", "pre-commit"],
     },
 )

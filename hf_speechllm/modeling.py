@@ -59,7 +59,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FunAsrNanoEncoderLayer", "WhisperEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -77,6 +76,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Tensors that belong to the checkpoint but not to the model: FunASR's CTC branch.
         self.side_tensors: dict[str, torch.Tensor] = {}
         self.post_init()
+        # Whisper's encoder also names its decoder's layers; FSDP fails on a class that the model does not have.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -98,6 +99,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Saves model, config and generation config in our own layout; the options are those of transformers."""
+        if state_dict := kwargs.get("state_dict"):
+            # Gathered from the shards of DeepSpeed or FSDP, tied weights no longer share memory and would be saved twice.
+            kwargs["state_dict"] = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if self.all_tied_weights_keys.get(name) not in state_dict
+            }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             from .checkpoints.layouts import SIDE_FILE, write_side  # `checkpoints` builds on this module

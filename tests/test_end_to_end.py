@@ -1,5 +1,4 @@
-"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores; in one process
-and two."""
+"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores."""
 
 import json
 import os
@@ -8,53 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.modeling import PARTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CPU_CONFIG = REPOSITORY / "accelerate_configs/cpu.yaml"
-
-# What a process of a distributed run sees; the same trainer as recipes/finetune.py builds.
-DISTRIBUTED_SCRIPT = """
-import json, sys
-from transformers import set_seed
-from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.data.dataset import prepare_rows
-from hf_speechllm.training.arguments import parse_arguments
-from hf_speechllm.training.trainer import SpeechLLMTrainer
-
-class Watched(SpeechLLMTrainer):
-    seen = []
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.wrapper = type(model).__name__
-        self.seen.append(inputs["input_features"].shape[0])
-        return super().training_step(model, inputs, num_items_in_batch)
-
-args = parse_arguments(sys.argv[2:])
-set_seed(args.seed)
-processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-rows = prepare_rows(args.train_file, processor, 2048, args)[0]
-model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path)
-trainer = Watched(
-    model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=SpeechLLMCollator(processor),
-    processing_class=processor,
-)
-trainer.train()
-loss = trainer.evaluate()["eval_loss"]
-with open(f"{sys.argv[1]}.{args.process_index}", "w") as file:
-    json.dump({
-        "world_size": args.world_size, "wrapper": trainer.wrapper, "batches": trainer.seen, "eval_loss": loss,
-        "log": [line for line in trainer.state.log_history if "loss" in line],
-    }, file)
-trainer.accelerator.end_training()
-"""
 
 
-def launch(*arguments, config=None, check=True):
+def launch(*arguments, check=True):
     """Runs `accelerate launch`, as a user would."""
     one_process = [
         "--num_processes",
@@ -67,8 +26,7 @@ def launch(*arguments, config=None, check=True):
         "--dynamo_backend",
         "no",
     ]
-    choice = ["--config_file", config] if config else one_process
-    command = [sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0, *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *one_process, "--main_process_port", 0, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
@@ -129,35 +87,6 @@ def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
     subprocess.run([scorer, *files], check=True, capture_output=True)
     tail = files[2].read_text(encoding="utf-8").splitlines()[-8:]
     assert any("%" in line for line in tail)
-
-
-def test_two_processes_follow_the_course_of_one_that_accumulates(tiny_corpus, tiny_model, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(DISTRIBUTED_SCRIPT, encoding="utf-8")
-    runs = {}
-    for name, config, accumulation in (("one", None, 2), ("two", CPU_CONFIG, 1)):
-        launch(
-            script, tmp_path / name, "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl,
-            "--output_dir", tmp_path / f"{name}_run", "--max_steps", 5, "--gradient_accumulation_steps", accumulation,
-            "--learning_rate", "3e-3", "--warmup_steps", 0, "--per_device_train_batch_seconds", 3,
-            "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true",
-            "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
-            config=config,
-        )  # fmt: skip
-        runs[name] = [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{name}.[0-9]"))]
-
-    (one,), two = runs["one"], runs["two"]
-    assert (one["world_size"], one["wrapper"]) == (1, "SpeechLLMForConditionalGeneration")
-    assert [(run["world_size"], run["wrapper"]) for run in two] == [(2, "DistributedDataParallel")] * 2
-    # The ranks share the same order of batches: an even number of them, so that none is split.
-    assert len(one["batches"]) == 10
-    assert two[0]["batches"] == one["batches"][::2]
-    assert two[1]["batches"] == one["batches"][1::2]
-    for key, tolerance in (("loss", 1e-5), ("token_accuracy", 1e-4), ("padding_share", 1e-4), ("grad_norm", 1e-3)):
-        expected = [line[key] for line in one["log"]]
-        assert [line[key] for line in two[0]["log"]] == pytest.approx(expected, rel=tolerance, abs=tolerance), key
-    for run in two:
-        assert run["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
 
 
 def test_data_errors_end_the_training_before_the_model_is_loaded(tiny_corpus, tiny_model, tmp_path, run_recipe):

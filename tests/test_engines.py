@@ -1,0 +1,202 @@
+"""Training under every engine of accelerate_configs, in two processes on the CPU: the same course as one process that
+accumulates."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENGINES = ["multi_gpu", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
+WRAPPERS = {
+    "one": "SpeechLLMForConditionalGeneration",
+    "multi_gpu": "DistributedDataParallel",
+    "deepspeed_zero1": "DeepSpeedEngine",
+    "deepspeed_zero2": "DeepSpeedEngine",
+    "deepspeed_zero3": "DeepSpeedEngine",
+    "fsdp2": "FSDPSpeechLLMForConditionalGeneration",
+}
+
+# recipes/finetune.py, with a note of the engine at each rank.
+SCRIPT = """
+import json, runpy, sys
+import torch
+
+note, engine, recipe = sys.argv[1:4]
+sys.argv = [recipe, *sys.argv[4:]]
+if engine == "fsdp2":
+    # accelerate offers FSDP2 on GPUs alone, and takes DDP on the CPU without a word: what it sees is a GPU's type.
+    from accelerate.state import DistributedType, PartialState
+
+    create = PartialState.__init__
+
+    def __init__(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = __init__
+
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+class Watched(SpeechLLMTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows.append(inputs["input_ids"].shape[0])
+        record.update(
+            wrapper=type(model).__name__, world_size=self.args.world_size,
+            zero_stage=model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
+            sharded=any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()),
+        )
+        return super().training_step(model, inputs, num_items_in_batch)
+
+record, rows = {}, []
+import hf_speechllm.training.trainer as module
+module.SpeechLLMTrainer = Watched
+runpy.run_path(recipe, run_name="__main__")
+import os
+with open(f"{note}.{os.environ.get('RANK', 0)}", "w") as file:
+    json.dump({**record, "rows": rows}, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def train(tiny_corpus, tiny_model, tmp_path_factory):
+    """Trains under an engine and gives the notes of the ranks, the log, and the folder."""
+    root = tmp_path_factory.mktemp("engines")
+    script = root / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+
+    def run(engine, *options, num_processes=2, accumulation=1, folder=None):
+        folder = folder or Path(tempfile.mkdtemp(dir=root)) / engine
+        choice = [
+            "--num_processes",
+            1,
+            "--num_machines",
+            1,
+            "--cpu",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
+        if engine != "one":
+            config = yaml.safe_load((REPOSITORY / f"accelerate_configs/{engine}.yaml").read_text())
+            config = {**config, "use_cpu": True, "num_processes": num_processes}
+            config.pop("gpu_ids", None)
+            folder.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+            choice = ["--config_file", folder.with_suffix(".yaml")]
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0,
+            script, folder, engine, REPOSITORY / "recipes/finetune.py",
+            "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir", folder,
+            "--validation_file", tiny_corpus.jsonl, "--max_steps", 4, "--gradient_accumulation_steps", accumulation,
+            "--learning_rate", "3e-3", "--warmup_steps", 0, "--per_device_train_batch_seconds", 3,
+            "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true",
+            "--adam_epsilon", "1e-3",  # far above rounding noise, which Adam would scale up
+            "--cache_dir", root / "cache", "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
+            *options,
+        ]  # fmt: skip
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-9000:]
+        notes = [json.loads(path.read_text()) for path in sorted(folder.parent.glob(f"{folder.name}.[0-9]"))]
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        log.append(json.loads((folder / "eval_results.json").read_text()))
+        return notes, log, folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_process(train):
+    """What one process gives that takes two batches a step."""
+    return train("one", accumulation=2)
+
+
+def check_engine(engine, notes, num_processes=2):
+    assert [(note["world_size"], note["wrapper"]) for note in notes] == [
+        (num_processes, WRAPPERS[engine])
+    ] * num_processes
+    if engine.startswith("deepspeed"):
+        assert [note["zero_stage"] for note in notes] == [int(engine[-1])] * num_processes
+    assert [note["sharded"] for note in notes] == [engine == "fsdp2"] * num_processes
+
+
+def check_log(log, expected):
+    for key, tolerance in (("loss", 1e-5), ("token_accuracy", 1e-4), ("padding_share", 1e-4), ("grad_norm", 1e-3)):
+        values = [[line[key] for line in lines if key in line] for lines in (log, expected)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance, abs=tolerance), key
+        assert len(values[0]) == 4
+    losses = [
+        [line[key] for line in lines for key in sorted(line) if "eval" in key and "loss" in key]
+        for lines in (log, expected)
+    ]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def check_weights(folder, expected, file="model.safetensors"):
+    saved, reference = load_file(folder / file), load_file(expected / file)
+    assert saved.keys() == reference.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(
+            saved[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, one_process):
+    (one,), expected, reference = one_process
+    two, log, folder = train(engine)
+
+    check_engine(engine, two)
+    # The ranks share one order of batches: an even number of them, so that none is split.
+    assert two[0]["rows"] == one["rows"][::2] and two[1]["rows"] == one["rows"][1::2]
+    check_log(log, expected)
+    check_weights(folder, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true"],
+        ["--freeze_audio_encoder", "true", "--freeze_llm", "true"],
+        ["--freeze_llm", "true"],
+        ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1, "--freeze_audio_adaptor", 1],
+        ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1],
+        ["--gradient_checkpointing", "true"],
+    ],
+    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing"],
+)  # fmt: skip
+def test_four_processes_train_every_combination_of_parts(engine, options, train):
+    notes, log, folder = train(engine, *options, num_processes=4)
+    _, expected, reference = train("one", *options, accumulation=4)
+
+    check_engine(engine, notes, num_processes=4)
+    check_log(log, expected)
+    check_weights(folder, reference, "adapter_model.safetensors" if "--use_lora" in options else "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(engine, train):
+    saving = ["--save_strategy", "steps", "--save_steps", 2]
+    notes, log, folder = train(engine, *saving)
+    check_engine(engine, notes)
+    resumed = folder.parent / "resumed"
+    resumed.mkdir()
+    shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
+    _, resumed_log, _ = train(engine, *saving, "--resume_from_checkpoint", "true", folder=resumed)
+    check_log(resumed_log, log)
+    check_weights(resumed, folder)
