@@ -1,0 +1,140 @@
+"""Reading what is scored: transcripts by ID, and Kaldi's maps from an ID to a language, a data set or a duration."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..chat import parse_hotwords
+from ..data.bad_rows import BadDataError, BadRow
+from ..data.jsonl import read_jsonl
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """Transcripts of a file.
+
+    Args:
+        texts: by ID, in the order of the file; may be empty strings.
+        recordings: by ID, paths or URLs; only a JSONL has them.
+        hotwords: by ID; only a JSONL has them.
+    """
+
+    texts: dict[str, str]
+    recordings: dict[str, str] = field(default_factory=dict)
+    hotwords: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Numbers and lines without their ends; empty ones are passed over.
+
+    Raises:
+        BadDataError: at a line that is not UTF-8.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            try:
+                text = line.decode("utf-8").strip(" \t\r\n")
+            except UnicodeDecodeError as error:
+                raise BadDataError(
+                    f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); convert the file, for "
+                    "example with iconv -f GB18030 -t UTF-8"
+                ) from error
+            if "\0" in text:
+                raise BadDataError(f"{path}:{number}: zero bytes, as in UTF-16; convert the file with iconv")
+            if text:
+                yield number, text
+
+
+def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[str, str]:
+    """Reads lines of an ID and a value, with spaces or a tab between them, as Kaldi's `text`, `utt2lang`, `utt2dur`.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+        empty_values: whether a line may have an ID only.
+
+    Raises:
+        BadDataError: at a line that is not UTF-8, repeats an ID, or lacks the value.
+        OSError: if the file can't be read.
+    """
+    values: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for number, line in _read_lines(path):
+        id_, value = (re.split(r"[ \t]+", line, maxsplit=1) + [""])[:2]
+        if id_ in values:
+            raise BadDataError(
+                f'{path}:{number}: duplicate ID: "{id_}" is in line {lines[id_]}, too; every ID must be there once'
+            )
+        if not value and not empty_values:
+            raise BadDataError(f'{path}:{number}: one field only: "{id_}" has no value')
+        values[id_], lines[id_] = value, number
+    return values
+
+
+def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Transcripts:
+    """Reads transcripts: lines `ID TEXT`, or, if the name ends in .jsonl, rows as for training.
+
+    A row's ID is the stem of its last recording's name, as in what recipes/decode.py writes; its text is the last
+    answer.
+
+    Args:
+        path: UTF-8, with or without a byte order mark. A line with an ID only is an empty transcript.
+        required: whether there must be any.
+
+    Raises:
+        BadDataError: at a line that is not UTF-8, repeats an ID, or is no row; if there are none and must be.
+        OSError: if the file can't be read.
+    """
+    transcripts = _read_rows(path) if Path(path).suffix == ".jsonl" else Transcripts(read_map(path, empty_values=True))
+    if required and not transcripts.texts:
+        raise BadDataError(f"{path}: no transcripts")
+    return transcripts
+
+
+def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
+    transcripts = Transcripts({})
+    lines: dict[str, int] = {}
+    for row in read_jsonl(path):
+        if isinstance(row, BadRow):
+            raise BadDataError(str(row))
+        id_ = Path(row.recordings[-1]).stem
+        if id_ in lines:
+            raise BadDataError(
+                f'{path}:{row.line}: duplicate ID: line {lines[id_]} has a recording called "{id_}", too; score lines '
+                "`ID TEXT` instead"
+            )
+        lines[id_] = row.line
+        transcripts.texts[id_] = row.dialogue.turns[-1].answer or ""
+        transcripts.recordings[id_] = row.recordings[-1]
+        transcripts.hotwords[id_] = row.hotwords
+    return transcripts
+
+
+def read_hotwords(words_or_file: str | None) -> list[str]:
+    """Hotwords of a command line: a file with one in each line, or words with commas between them.
+
+    Raises:
+        BadDataError: at a line that is not UTF-8.
+    """
+    if words_or_file and Path(words_or_file).is_file():
+        return list(dict.fromkeys(line for _, line in _read_lines(words_or_file)))
+    return parse_hotwords(words_or_file)
+
+
+def read_durations(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Reads Kaldi's `utt2dur`: lines of an ID and seconds.
+
+    Raises:
+        BadDataError: as `read_map`, and at a value that is not a positive number.
+    """
+    durations = {}
+    for id_, value in read_map(path).items():
+        if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
+            raise BadDataError(f'{path}: "{id_}" has no duration in seconds but "{value}"')
+        durations[id_] = float(value)
+    return durations

@@ -1,0 +1,149 @@
+"""Score transcripts: error rates with intervals, a comparison, hotwords, and a page that shows the worst utterances.
+
+    python recipes/score.py data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
+
+REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL. Writes cer.txt (as compute-wer does),
+score.json and report.html. References without a hypothesis count as deletions, and are named.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+OUTPUTS = ("cer.txt", "score.json", "report.html")
+
+logger = logging.getLogger("score")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", metavar="REF", help="lines `ID TEXT`, or rows of a .jsonl")
+    parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, as recipes/decode.py writes them")
+    parser.add_argument("--output_dir", required=True, help=f"folder for {', '.join(OUTPUTS)}")
+    parser.add_argument(
+        "--compare", metavar="HYP2", help="other hypotheses, such as those of the model before training"
+    )
+    parser.add_argument("--scp_file", help="recordings, for durations and the players of the page")
+    parser.add_argument("--utt2dur", help="lines `ID SECONDS`, instead of measuring the recordings")
+    parser.add_argument("--utt2dataset", help="lines `ID NAME`: the data sets to score one by one, too")
+    parser.add_argument("--utt2lang", help="lines `ID LANGUAGE`, instead of telling languages by script")
+    parser.add_argument("--hotwords", help="words with commas between them, or a file with one in each line")
+    parser.add_argument("--no_normalize", action="store_true", help="count the tokens that compute-wer finds")
+    parser.add_argument("--num_worst", type=int, default=30, help="utterances shown on the page")
+    parser.add_argument("--no_audio", action="store_true", help="no recordings in the page")
+    parser.add_argument("--num_resamples", type=int, default=10_000, help="bootstrap samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes that normalise")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
+    args = parser.parse_args()
+    for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.error(f"{getattr(args, name)}: no such file")
+    existing = [name for name in OUTPUTS if Path(args.output_dir, name).exists()]
+    if existing and not args.overwrite:
+        parser.error(f"{args.output_dir} has {', '.join(existing)}; remove, or replace with --overwrite")
+    for name, least in (("num_worst", 0), ("num_resamples", 100), ("num_workers", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be {least} or more")
+    return args
+
+
+def warn_of_ids(what: str, ids: list[str]) -> None:
+    if ids:
+        more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
+        logger.warning("%s: %d: %s%s", what, len(ids), ", ".join(ids[:20]), more)
+
+
+def score(args: argparse.Namespace) -> None:
+    from hf_speechllm.data.bad_rows import BadRows
+    from hf_speechllm.data.kaldi import read_scp
+    from hf_speechllm.evaluation import hotwords, recordings, report, scoring, statistics, transcripts
+    from hf_speechllm.files import atomic_write
+
+    reference = transcripts.read_transcripts(args.reference, required=True)
+    hypotheses = transcripts.read_transcripts(args.hypothesis).texts
+    other_hypotheses = transcripts.read_transcripts(args.compare).texts if args.compare else {}
+    datasets = transcripts.read_map(args.utt2dataset) if args.utt2dataset else {}
+    languages = transcripts.read_map(args.utt2lang) if args.utt2lang else {}
+    words = transcripts.read_hotwords(args.hotwords)
+    sources = reference.recordings
+    if args.scp_file:
+        bad_rows = BadRows(max_bad_fraction=1.0)
+        scp = read_scp(args.scp_file, bad_rows)
+        bad_rows.check(len(scp.entries) + len(bad_rows))
+        sources = {entry.id: entry.value for entry in scp.entries}
+
+    # Counts.
+    options = {"normalize": not args.no_normalize, "num_workers": args.num_workers}
+    utterances = scoring.score_utterances(
+        reference.texts, hypotheses, languages=languages, datasets=datasets, **options
+    )
+    result = scoring.score_set(utterances, args.num_resamples, args.seed)
+    result["files"] = {"reference": args.reference, "hypothesis": args.hypothesis}
+    result["normalized"] = not args.no_normalize
+    result["missing_hypotheses"] = [id_ for id_ in reference.texts if id_ not in hypotheses]
+    result["extra_hypotheses"] = [id_ for id_ in hypotheses if id_ not in reference.texts]
+    warn_of_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
+    warn_of_ids("hypotheses without a reference, not scored", result["extra_hypotheses"])
+    warn_of_ids("references without a word, where all is insertions", result["empty_references"])
+    if datasets:
+        warn_of_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in reference.texts if id_ not in datasets])
+
+    comparison = None
+    if args.compare:
+        others = scoring.rescore(utterances, other_hypotheses, **options)
+        errors, other_errors = ([u.counts.errors for u in scored] for scored in (utterances, others))
+        tokens = [u.counts.reference_tokens for u in utterances]
+        comparison = statistics.compare_systems(errors, other_errors, tokens, args.num_resamples, args.seed)
+        rate = sum((u.counts for u in others), scoring.ErrorCounts()).rate
+        absent = [id_ for id_ in reference.texts if id_ not in other_hypotheses]
+        warn_of_ids(f"references not in {args.compare}, counted as deletions", absent)
+        result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
+    counted = []
+    if words or any(reference.hotwords.values()):
+        counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)
+        result["hotwords"] = hotwords.summarize(counted)
+
+    # Recordings.
+    wanted = {id_: source for id_, source in sources.items() if id_ in reference.texts}
+    if args.utt2dur:
+        durations = transcripts.read_durations(args.utt2dur)
+    else:
+        durations, reasons = recordings.measure_durations(wanted)
+        warn_of_ids("recordings that can't be read", list(reasons.values()))
+    worst = report.worst_utterances(utterances, args.num_worst)
+    sounds = {u.id: recordings.embed_sound(wanted[u.id]) for u in worst if u.id in wanted and not args.no_audio}
+    page = report.html_report(
+        result, utterances, reference.texts, hypotheses, worst, durations, sounds, counted, comparison
+    )
+
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "cer.txt") as file:
+        report.write_compute_wer(utterances, len(result["missing_hypotheses"]), len(result["extra_hypotheses"]), file)
+    with atomic_write(folder / "score.json") as file:
+        json.dump(result, file, ensure_ascii=False, indent=1)
+    with atomic_write(folder / "report.html") as file:
+        file.write(page)
+    low, high = (100 * end for end in result["interval_95"])
+    logger.info("%s %.2f %% (95 %%: %.2f to %.2f)", result["metric"], 100 * result["rate"], low, high)
+    if comparison:
+        points = [100 * value for value in comparison[:3]]
+        logger.info("against %s: %+.2f points (95 %%: %+.2f to %+.2f)", args.compare, *points)
+    logger.info("%s", folder / "report.html")
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        score(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"score.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The text file is compared with compute-wer's own; the page is read by a parser and opened in a browser."""
+
+import base64
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from hf_speechllm.evaluation import normalize_text, report
+from hf_speechllm.evaluation.hotwords import count_hotwords, summarize
+from hf_speechllm.evaluation.recordings import MAX_SOUND_SECONDS, embed_sound, measure_durations
+from hf_speechllm.evaluation.report import duration_chart, html_report, worst_utterances, write_compute_wer
+from hf_speechllm.evaluation.scoring import score_set, score_utterances
+from hf_speechllm.evaluation.statistics import compare_systems
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+def random_texts(seed, number=60):
+    rng = random.Random(seed)
+    words = ["hello", "世", "界", "二十", "it's", "こ", "ど", "안", "$5", "7th", "groß", "да"]
+    return {f"utt-{index:02d}": " ".join(rng.choices(words, k=rng.randint(0, 9))) for index in range(number)}
+
+
+def test_text_file_is_what_the_compute_wer_command_writes(tmp_path):
+    references, hypotheses = random_texts(0), random_texts(1)
+    for name, texts in (("ref", references), ("hyp", hypotheses)):
+        rows = [f"{id_}\t{normalize_text(text)}\n" for id_, text in texts.items()]
+        (tmp_path / name).write_text("".join(rows), encoding="utf-8")
+    files = [tmp_path / name for name in ("ref", "hyp", "theirs.txt")]
+    command = Path(sys.executable).with_name("compute-wer")
+    subprocess.run([command, "--sort", "utt", *files], check=True, capture_output=True)
+
+    file = io.StringIO()
+    write_compute_wer(score_utterances(references, hypotheses), 0, 0, file)
+    ours, theirs = file.getvalue().splitlines(), files[2].read_text(encoding="utf-8").splitlines()
+    start = theirs.index(report.RULE)
+    # Scripts are in the order in which they occur; there, in any order.
+    assert ours[: start + 2] == theirs[: start + 2]
+    assert sorted(ours[start + 2 : -2]) == sorted(theirs[start + 2 : -2])
+    assert len(ours) == len(theirs) and ours[-2].startswith("SER -> ") and ours[-2].endswith(" ML=0 MH=0")
+
+
+def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, others=None):
+    utterances = score_utterances(references, hypotheses, datasets=datasets)
+    score = score_set(utterances, 200)
+    score["files"] = {"reference": f"{HOSTILE}/ref", "hypothesis": f"{HOSTILE}/hyp"}
+    score["normalized"] = True
+    score["missing_hypotheses"] = [id_ for id_ in references if id_ not in hypotheses]
+    score["extra_hypotheses"] = [id_ for id_ in hypotheses if id_ not in references]
+    counted = count_hotwords(utterances, hotwords)
+    if hotwords:
+        score["hotwords"] = summarize(counted)
+    comparison = None
+    if others:
+        errors = [utterance.counts.errors for utterance in utterances]
+        tokens = [utterance.counts.reference_tokens for utterance in utterances]
+        comparison = compare_systems(errors, others, tokens)
+        score["comparison"] = {"file": f"{HOSTILE}/other", "rate": 0.5}
+    worst = worst_utterances(utterances, 10)
+    durations, _ = measure_durations(sources or {})
+    sounds = {utterance.id: embed_sound(sources[utterance.id]) for utterance in worst} if sources else {}
+    return html_report(score, utterances, references, hypotheses, worst, durations, sounds, counted, comparison)
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and all text outside of styles."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_every_text_in_the_page_is_escaped(tmp_path):
+    references = {f"{HOSTILE}{number}": f"hello {HOSTILE} 你好" for number in range(3)}
+    hypotheses = {f"{HOSTILE}1": f"{HOSTILE} goodbye", f"{HOSTILE}2": "", f"{HOSTILE}extra": "x"}
+    sources = {id_: str(tmp_path / f"{HOSTILE}.wav") for id_ in references}
+    datasets = {id_: f"{HOSTILE}{number}" for number, id_ in enumerate(references)}
+    page = make_page(references, hypotheses, sources, [f"hello {HOSTILE}"], datasets, [1, 2, 3])
+    reader = Reader(page)
+    assert not {"script", "img"} & {tag for tag, _ in reader.elements}
+    assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
+    # Title, file names, IDs, texts as written, data sets, hotwords, paths of unreadable recordings, other hypotheses.
+    assert reader.text.count(HOSTILE) >= 3 * 5 + 6
+    assert "no such file" in reader.text.lower()
+
+
+def test_page_needs_nothing_from_elsewhere(make_wav):
+    page = make_page({"a": "one two"}, {"a": "one"}, {"a": str(make_wav())})
+    addresses = [
+        value
+        for _, attributes in Reader(page).elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "data", "poster", "srcset")
+    ]
+    assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
+    assert not re.search(r"url\(\s*['\"]?(?!#)|@import", page)
+
+
+def test_perfect_and_empty_results_make_a_page_too():
+    assert "Utterances with most errors" not in make_page({"a": "one"}, {"a": "one"})
+    assert "0.00\u00a0%" in make_page({"a": ""}, {"a": ""})
+    assert "100.00\u00a0%" in make_page({"a": "", "b": "one"}, {"a": "noise"})
+
+
+def test_worst_utterances_have_most_errors_then_the_highest_rate():
+    texts = {"a": "1 2 3 4", "b": "1 2", "c": "1 2 3 4 5", "d": "1"}
+    utterances = score_utterances(texts, {"a": "1 2", "b": "", "c": "1 2", "d": "1"})
+    assert [utterance.id for utterance in worst_utterances(utterances, 9)] == ["c", "b", "a"]
+    assert [utterance.id for utterance in worst_utterances(utterances, 1)] == ["c"]
+
+
+@pytest.mark.parametrize("number", [1, 3, 100, report.NUM_DOTS + 7])
+def test_chart_has_a_dot_for_each_utterance_up_to_a_limit(number):
+    texts = {str(index): "one two" for index in range(number)}
+    utterances = score_utterances(texts, {"0": "one"})
+    links = {"0": "#worst-1"}
+    svg = duration_chart(utterances, {id_: 1 + int(id_) % 50 for id_ in texts}, links)
+    assert len(re.findall("<use [^>]*fill: #(?:94a3b8|c2410c)", svg)) == min(number, report.NUM_DOTS + 1)
+    assert svg.count("#worst-1") == 1
+    assert "duration (s)" in svg and "error rate (%)" in svg
+
+
+def test_durations_come_from_headers_and_urls_are_left_alone(make_wav, tmp_path):
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    sources = {"a": str(make_wav(seconds=0.75)), "b": str(tmp_path / "b.wav"), "c": "http://127.0.0.1:9/c.wav"}
+    durations, reasons = measure_durations(sources)
+    assert durations == {"a": pytest.approx(0.75)}
+    assert list(reasons) == ["b"] and str(tmp_path / "b.wav") in reasons["b"]
+
+
+def test_sound_is_small_and_the_same_recording(make_wav):
+    path = make_wav(seconds=4, rate=44100, channels=6)
+    sound = embed_sound(str(path))
+    data = base64.b64decode(sound.uri.removeprefix("data:audio/ogg;base64,"))
+    assert len(data) < 40_000 and sound.note == ""
+    waveform, rate = soundfile.read(io.BytesIO(data))
+    assert waveform.ndim == 1 and len(waveform) / rate == pytest.approx(4, abs=0.01)
+    spectrum = np.abs(np.fft.rfft(waveform))
+    assert np.argmax(spectrum) * rate / len(waveform) == pytest.approx(440, abs=2)
+
+
+def test_sound_of_a_long_recording_is_cut_and_says_so(make_wav):
+    sound = embed_sound(str(make_wav(seconds=MAX_SOUND_SECONDS + 5, rate=8000)))
+    data = base64.b64decode(sound.uri.partition(",")[2])
+    assert soundfile.info(io.BytesIO(data)).duration == pytest.approx(MAX_SOUND_SECONDS, abs=0.01)
+    assert sound.note == "first 120 s of 125 s"
+
+
+def browse(path, folder):
+    """The page's elements after loading, as HTML, and what its console said."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return output.stdout, [line for line in output.stderr.splitlines() if "CONSOLE" in line]
+
+
+PROBE = """<script>
+const height = element => Math.round(element.getBoundingClientRect().height);
+const result = {seconds: [...document.querySelectorAll("audio")].map(audio => audio.duration),
+  chart: height(document.querySelector("#chart svg")), wide: document.documentElement.scrollWidth - innerWidth,
+  colours: ["replace", "delete", "insert"].map(name =>
+    getComputedStyle(document.querySelector(".alignment ." + name)).backgroundColor)};
+document.body.setAttribute("data-result", JSON.stringify(result));
+</script>"""
+
+
+@needs_browser
+def test_page_in_a_browser(tmp_path, make_wav):
+    references = {"a": "one two three four", "b": "今天天气很好", "c": f"five {HOSTILE}"}
+    hypotheses = {"a": "one too three four five", "b": "今天气很好", "c": "five"}
+    sources = {id_: str(make_wav(f"{id_}.wav", seconds)) for id_, seconds in (("a", 1), ("b", 2), ("c", 3))}
+    page = make_page(references, hypotheses, sources, ["two"], {"a": "first", "b": "second"}, [0, 3, 1])
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    shown, messages = browse(path, tmp_path)
+    assert messages == []
+    reader = Reader(shown)
+    names = [tag for tag, _ in reader.elements]
+    assert names.count("article") == names.count("audio") == 3 and names.count("svg") == 1
+    sections = [attributes.get("id") for tag, attributes in reader.elements if tag == "section"]
+    assert sections == ["comparison", "datasets", "languages", "hotwords", "chart", "worst"]
+
+    # What only scripts can tell; the page itself forbids all scripts.
+    probed = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page)
+    waiting = PROBE.replace("<script>", '<script>addEventListener("load", () => {').replace("</script>", "})</script>")
+    path.write_text(probed.replace("</body>", f"{waiting}</body>"), encoding="utf-8")
+    shown, messages = browse(path, tmp_path)
+    assert messages == []
+    body = next(attributes for tag, attributes in Reader(shown).elements if tag == "body")
+    result = json.loads(body["data-result"])
+    assert sorted(result["seconds"]) == pytest.approx([1, 2, 3], abs=0.05)
+    assert result["chart"] > 100 and result["wide"] <= 0
+    assert len(set(result["colours"])) == 3
+
+    path.write_text(page.replace("</body>", "<script>console.error(1)</script></body>"), encoding="utf-8")
+    assert "Content Security Policy" in " ".join(browse(path, tmp_path)[1])

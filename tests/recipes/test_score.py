@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_speechllm.chat import transcription_messages, transcription_prompt
+
+REFERENCES = {"a": "今天天气很好。", "b": "Turn on the light!", "c": "打开 radio", "d": "350"}
+HYPOTHESES = {"d": "三百五十", "b": "turn the light", "a": "今天田气很好", "c": "打开 radio 吧"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes lists: `write(name, {ID: text})` gives the path."""
+
+    def make(name, texts, separator=" "):
+        path = tmp_path / name
+        path.write_text("".join(f"{id_}{separator}{text}\n" for id_, text in texts.items()), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture
+def score(write, run_recipe, tmp_path):
+    """Scores texts with options and gives score.json, or the message of the recipe if it fails."""
+
+    def run(references, hypotheses, *options):
+        files = [
+            texts if isinstance(texts, Path) else write(name, texts, separator)
+            for name, texts, separator in (("ref", references, " "), ("hyp", hypotheses, "\t"))
+        ]
+        failure = run_recipe("score.py", *files, "--output_dir", tmp_path / "out", *options)
+        return failure or json.loads((tmp_path / "out" / "score.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_three_files_are_written(score, tmp_path):
+    result = score(REFERENCES, HYPOTHESES)
+    assert [result[key] for key in ("metric", "substitutions", "deletions", "insertions")] == ["MER", 1, 1, 1]
+    assert result["rate"] == 3 / 16
+    low, high = result["interval_95"]
+    assert 0 <= low < result["rate"] < high
+    assert {name: part["metric"] for name, part in result["languages"].items()} == {
+        "zh": "CER",
+        "en": "WER",
+        "zh+en": "MER",
+        "none": "WER",
+    }
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cer.txt", "report.html", "score.json"]
+    tail = (tmp_path / "out" / "cer.txt").read_text(encoding="utf-8").splitlines()[-7:]
+    assert tail == [
+        "=" * 75,
+        "Overall -> 18.75 % N=16 Cor=14 Sub=1 Del=1 Ins=1",
+        "Chinese -> 25.00 % N=8 Cor=7 Sub=1 Del=0 Ins=1",
+        "English -> 20.00 % N=5 Cor=4 Sub=0 Del=1 Ins=0",
+        "Number -> 0.00 % N=3 Cor=3 Sub=0 Del=0 Ins=0",
+        "SER -> 75.00 % N=4 Cor=1 Err=3 ML=0 MH=0",
+        "=" * 75,
+    ]
+
+
+def test_differing_ids_are_named_and_missing_hypotheses_are_deletions(score, tmp_path, caplog):
+    result = score({"a": "one two", "b": "three four five"}, {"a": "one two", "x": "six"})
+    assert (result["deletions"], result["reference_tokens"], result["insertions"]) == (3, 5, 0)
+    assert (result["missing_hypotheses"], result["extra_hypotheses"]) == (["b"], ["x"])
+    assert "without a hypothesis, counted as deletions: 1: b" in caplog.text
+    assert "without a reference, not scored: 1: x" in caplog.text
+    assert "ML=1 MH=1" in (tmp_path / "out" / "cer.txt").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert '<code dir="auto">b</code>' in page and '<code dir="auto">x</code>' in page
+
+
+@pytest.mark.parametrize("hypotheses", [{}, {"a": "", "b": ""}, {"x": "one"}])
+def test_no_recognised_word_at_all_is_an_error_rate_of_one(score, hypotheses):
+    result = score({"a": "one two", "b": "three"}, hypotheses)
+    assert (result["rate"], result["deletions"], result["empty_hypotheses"]) == (1.0, 3, ["a", "b"])
+
+
+def test_words_in_silence_are_insertions(score, caplog):
+    result = score({"a": "", "b": "one two"}, {"a": "thank you", "b": "one two"})
+    assert (result["rate"], result["insertions"], result["empty_references"]) == (1.0, 2, ["a"])
+    assert "references without a word, where all is insertions: 1: a" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "words"),
+    [
+        ("a 好\nb 坏".encode() + "坏\n".encode("gb18030"), 2, "not UTF-8"),
+        ("a 好\n".encode("utf-16"), 1, "not UTF-8"),
+        ("a good\n".encode("utf-16-le"), 1, "UTF-16"),
+        (b"a one\nb two\na one\n", 3, 'duplicate ID: "a" is in line 1'),
+    ],
+)
+@pytest.mark.parametrize("which", ["reference", "hypothesis"])
+def test_bad_lists_are_errors_that_name_file_and_line(score, tmp_path, which, content, place, words):
+    bad = tmp_path / "bad"
+    bad.write_bytes(content)
+    message = score(bad, {"a": "one"}) if which == "reference" else score({"a": "one"}, bad)
+    assert f"{bad}:{place}: " in message and words in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_references_are_an_error(score, tmp_path):
+    assert f"{tmp_path / 'ref'}: no transcripts" in score({}, {"a": "one"})
+
+
+def test_byte_order_mark_and_windows_line_ends_are_no_part_of_the_texts(score, tmp_path):
+    path = tmp_path / "windows"
+    path.write_bytes("\ufeffa\tone\r\n\r\nb two\r\n".encode())
+    assert score(path, {"a": "one", "b": "two"}, "--no_normalize")["rate"] == 0
+
+
+def test_results_are_replaced_only_if_asked(score, capsys):
+    first = score({"a": "one"}, {"a": "two"})
+    assert score({"a": "one"}, {"a": "one"}) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (first["rate"], score({"a": "one"}, {"a": "one"}, "--overwrite")["rate"]) == (1.0, 0.0)
+
+
+def test_without_normalisation_spelling_and_punctuation_count(score):
+    texts = {"a": "Twenty, please"}, {"a": "20 please"}
+    assert score(*texts)["rate"] == 0
+    result = score(*texts, "--no_normalize", "--overwrite")
+    assert (result["substitutions"], result["deletions"], result["reference_tokens"]) == (1, 1, 3)
+
+
+def test_comparison_with_a_second_file(score, write, tmp_path, caplog):
+    references = {str(index): "red green blue grey" for index in range(30)}
+    good = {id_: "red green blue grey" for id_ in references}
+    bad = {id_: "red green blue" if int(id_) % 3 else "red" for id_ in references}
+    caplog.set_level("INFO")
+    comparison = score(references, good, "--compare", write("other", bad))["comparison"]
+    assert comparison["difference"] == -comparison["rate"] == pytest.approx(-50 / 120)
+    assert comparison["low"] < comparison["difference"] < comparison["high"] < 0
+    assert comparison["p_value"] < 0.001 and (comparison["better"], comparison["worse"]) == (30, 0)
+    assert "-41.67 points" in caplog.text
+    assert "Fewer errors" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_sets_and_languages_are_scored_one_by_one(score, write, caplog):
+    datasets = write("utt2dataset", {"a": "home", "b": "street", "c": "home"})
+    languages = write("utt2lang", {"b": "fr"})
+    result = score(REFERENCES, HYPOTHESES, "--utt2dataset", datasets, "--utt2lang", languages)
+    assert {name: part["utterances"] for name, part in result["datasets"].items()} == {"": 1, "home": 2, "street": 1}
+    assert set(result["languages"]) == {"zh", "fr", "zh+en", "none"}
+    assert f"IDs not in {datasets}: 1: d" in caplog.text
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_hotwords(score, tmp_path, as_file):
+    hotwords = "Zürich,通义"
+    if as_file:
+        path = tmp_path / "hotwords.txt"
+        path.write_text(hotwords.replace(",", "\n\n"), encoding="utf-8")
+        hotwords = path
+    texts = {"a": "from Zürich to 通义", "b": "Zürich"}, {"a": "from zurich to 通一", "b": "Zürich 通义"}
+    result = score(*texts, "--hotwords", hotwords)["hotwords"]
+    assert (result["said"], result["written"], result["found"]) == (3, 3, 2)
+    assert (result["recall"], result["precision"]) == (2 / 3, 2 / 3)
+
+
+def test_ten_thousand_hotwords(score, tmp_path):
+    hotwords = tmp_path / "hotwords.txt"
+    hotwords.write_text("".join(f"通{index}\n" for index in range(10_000)), encoding="utf-8")
+    texts = {str(index): f"打开通{index}吧" for index in range(100)}
+    result = score(texts, texts, "--hotwords", hotwords)["hotwords"]
+    assert (result["hotwords"], result["recall"], result["precision"]) == (10_000, 1.0, 1.0)
+    assert result["said"] == 190  # 通10 holds 通1
+
+
+def test_training_rows_as_references_bring_recordings_and_hotwords(score, make_wav, tmp_path):
+    rows = []
+    for name, answer, words in (("a", "call Anna", ["Anna"]), ("b", "call Bob", ["Bob"])):
+        messages = transcription_messages(str(make_wav(f"{name}.wav")), transcription_prompt(), answer)
+        rows.append({"messages": messages, "hotwords": words})
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = score(path, {"a": "call Anna", "b": "call Rob"})
+    assert (result["substitutions"], result["hotwords"]["recall"]) == (1, 0.5)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 1 and "<svg" in page
+
+
+def test_recordings_make_a_chart_and_players_for_the_worst_only(score, write, make_wav, tmp_path, caplog):
+    sources = {name: make_wav(f"{name}.wav", seconds=1 + index) for index, name in enumerate("abc")}
+    scp = write("wav.scp", {**sources, "d": "missing.wav"})
+    score(REFERENCES, HYPOTHESES, "--scp_file", scp, "--num_worst", 2)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 2 and page.count("<article") == 2 and page.count("<svg") == 1
+    assert "recordings that can't be read: 1" in caplog.text and "missing.wav" in caplog.text
+
+    durations = write("utt2dur", {"a": "2.5", "b": "3"})
+    score(REFERENCES, HYPOTHESES, "--scp_file", scp, "--no_audio", "--utt2dur", durations, "--overwrite")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 0 and page.count("<svg") == 1
+
+
+@pytest.mark.parametrize("value", ["", "long", "-1", "0", "nan"])
+def test_durations_must_be_seconds(score, write, value):
+    durations = write("utt2dur", {"a": value})
+    message = score(REFERENCES, HYPOTHESES, "--utt2dur", durations)
+    assert str(durations) in message and '"a" has no' in message
