@@ -1,7 +1,9 @@
 """Transcribe recordings with a speech LLM: `ID<tab>text` lines, in the order of the input.
 
 python recipes/decode.py --model_name_or_path exp/model --scp_file data/test/wav.scp --output_file exp/hyp.txt
+accelerate launch --num_processes 8 recipes/decode.py ...  (a GPU each, sharing the list)
 
+A run that was interrupted, or in which recordings failed, goes on where it was when it is started again.
 Exit status: 0 if all were decoded, 1 if some failed (they are listed, the others are in the file), 2 for wrong usage.
 """
 
@@ -9,10 +11,14 @@ import argparse
 import logging
 import os
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 logger = logging.getLogger("decode")
+# What the texts depend on: an unfinished run goes on with the same only.
+SETTINGS = ("language", "no_itn", "hotwords", "prompt", "max_new_tokens", "num_beams", "repetition_guard", "vad")
+SETTINGS += ("vad_max_seconds",)
+TRANSCRIBER_OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,19 +28,31 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
     source.add_argument("--jsonl_file", help="rows as for training, with their own prompts; IDs are the files' stems")
     parser.add_argument("--output_file", required=True, help="where the texts go")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output_file")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --output_file, or an unfinished run's results"
+    )
     parser.add_argument("--language", help="language to write: 中文, 英文, 日文, ... or zh, en, ja, ...")
     parser.add_argument("--no_itn", action="store_true", help="write numbers as they are spoken")
-    parser.add_argument("--hotwords", help="words that may occur, separated by commas")
+    parser.add_argument(
+        "--hotwords", help="words that may occur, with commas between, or a file with one in each line"
+    )
     parser.add_argument("--prompt", help="an instruction of one's own, instead of --language and --no_itn")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest text, in tokens")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest text (of a segment), in tokens")
     parser.add_argument("--batch_seconds", type=float, default=240.0, help="padded audio seconds in a batch")
     parser.add_argument("--num_beams", type=int, default=1, help="1: greedy search")
+    parser.add_argument(
+        "--repetition_guard", action="store_true", help="stop, cut and report texts that end in a loop"
+    )
+    parser.add_argument("--vad", action="store_true", help="find speech, decode segments, write their times")
+    parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="the longest segment")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
-    parser.add_argument("--device", help="default: the first GPU, else the CPU")
+    parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args()
-    if Path(args.output_file).exists() and not args.overwrite:
+    if not Path(args.output_file).absolute().parent.is_dir():
+        parser.error(f"{args.output_file}: no such folder; make it first")
+    unfinished = Path(f"{args.output_file}.partial-0.jsonl").exists()
+    if Path(args.output_file).exists() and not args.overwrite and not unfinished:
         parser.error(f"{args.output_file} exists; remove it, or replace it with --overwrite")
     return args
 
@@ -45,9 +63,10 @@ def read_requests(args, bad_rows) -> list:
     from hf_speechllm.data.bad_rows import BadRow
     from hf_speechllm.data.jsonl import read_jsonl
     from hf_speechllm.data.kaldi import read_scp
+    from hf_speechllm.inference.hotwords import read_hotwords
     from hf_speechllm.inference.transcriber import Request
 
-    hotwords = chat.parse_hotwords(args.hotwords)
+    hotwords = read_hotwords(args.hotwords)
     prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt)
     if args.scp_file:
         entries = read_scp(args.scp_file, bad_rows).entries
@@ -70,43 +89,57 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import torch
-    from tqdm import tqdm
 
     from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from hf_speechllm.data.bad_rows import BadRows
-    from hf_speechllm.files import atomic_write
+    from hf_speechllm.inference.journal import Journal, model_stamp
+    from hf_speechllm.inference.processes import Processes
+    from hf_speechllm.inference.results import write_results
+    from hf_speechllm.inference.run import decode_requests
     from hf_speechllm.inference.transcriber import Transcriber
+    from hf_speechllm.inference.vad import VoiceDetector
 
     bad_rows = BadRows(max_bad_fraction=1.0)
-    try:
-        requests = read_requests(args, bad_rows)
-    except (OSError, ValueError) as error:
-        sys.exit(f"decode.py: error: {error}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=dtype).to(device)
-    processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-    transcriber = Transcriber(
-        model, processor, args.batch_seconds, args.max_new_tokens, args.num_beams, args.num_workers
-    )
+    with Processes() as processes:
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        device = args.device or (f"cuda:{processes.local_rank}" if on_gpu else "cpu")
+        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        settings = {name: getattr(args, name) for name in SETTINGS if args.vad or name != "vad_max_seconds"}
+        settings |= {"dtype": dtype, "model": model_stamp(args.model_name_or_path)}
+        journal = Journal(args.output_file, settings, processes.rank)
+        if args.overwrite and processes.rank == 0:
+            journal.remove()
+        processes.gather(None)  # nobody reads before it is removed
+        try:
+            requests = read_requests(args, bad_rows)
+            journal.read()
+            twice = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
+            if args.vad and twice:
+                raise ValueError(f"two recordings are called {twice[0]}; --vad writes files named by ID: rename one")
+            vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
+            model = SpeechLLMForConditionalGeneration.from_pretrained(
+                args.model_name_or_path, dtype=getattr(torch, dtype)
+            )
+            processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+            options = {name: getattr(args, name) for name in TRANSCRIBER_OPTIONS}
+            transcriber = Transcriber(model.to(device), processor, vad=vad, **options)
+        except (OSError, ValueError) as error:
+            sys.exit(f"decode.py: error: {error}")
+        outcome = decode_requests(transcriber, requests, journal, processes)
+        if processes.rank > 0:
+            return
 
-    started, seconds, failures = time.perf_counter(), 0.0, [str(row) for row in bad_rows]
-    texts: dict[int, str] = {}
-    with tqdm(total=len(requests), desc="decoding", unit="recording") as progress:
-        for transcript in transcriber(requests):
-            if transcript.error is None:
-                texts[transcript.index] = transcript.text
-            else:
-                failures.append(f"{requests[transcript.index].id}: {transcript.error}")
-            seconds += transcript.seconds
-            progress.set_postfix(RTFx=f"{seconds / (time.perf_counter() - started):.0f}", refresh=False)
-            progress.update()
-    with atomic_write(args.output_file) as file:
-        file.writelines(f"{requests[index].id}\t{' '.join(texts[index].split())}\n" for index in sorted(texts))
-    elapsed = time.perf_counter() - started
-    logger.info("%s: %d texts, %.0f s of audio in %.0f s", args.output_file, len(texts), seconds, elapsed)
+    write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
+    failures = [*map(str, bad_rows), *outcome.failures]
+    logger.info(
+        "%s: %d texts; %.0f s of audio in %.0f s (RTFx %.0f); %d failed; %d loops cut",
+        args.output_file, len(outcome.results), outcome.seconds, outcome.elapsed, outcome.seconds / outcome.elapsed,
+        len(failures), sum(transcript.looped for _, transcript in outcome.results),
+    )  # fmt: skip
     if failures:
-        sys.exit("\n".join([f"decode.py: {len(failures)} failed:", *failures]))
+        hint = f"Mend them and start again; the others are kept in {args.output_file}.partial-*.jsonl"
+        sys.exit("\n".join([f"decode.py: {len(failures)} failed:", *failures, hint]))
+    journal.remove()
 
 
 if __name__ == "__main__":

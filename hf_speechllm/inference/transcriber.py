@@ -1,25 +1,29 @@
-"""Recordings in, transcripts out: in batches by audio seconds, loading while the model works."""
+"""Recordings in, transcripts out: in batches by audio seconds, prepared in threads while the model works."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import BatchFeature
 
 from .. import chat
-from ..audio import AudioError, load_audio, probe_audio
+from ..audio import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
+from .loading import in_background, measure_seconds
+from .repetition import LoopStop, cut_loop
+from .segments import Segment, join_texts
+from .vad import VoiceDetector
 
-logger = logging.getLogger(__name__)
-
-PREFETCHED_BATCHES = 4  # loaded ahead of the model
+PREFETCHED_BATCHES = 4  # prepared ahead of the model, or as many as there are threads
+WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
+LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,45 @@ class Transcript:
 
     Args:
         index: position of the request.
-        text: what was said; empty if it failed.
+        text: what was said; empty if it failed, or nothing was said.
         seconds: of audio.
         error: why it failed; `None` if it did not.
+        segments: the stretches that were decoded, in order; one, the whole recording, without voice detection.
     """
 
     index: int
     text: str = ""
     seconds: float = 0.0
     error: str | None = None
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def looped(self) -> bool:
+        """Whether a loop was cut from the text."""
+        return any(segment.looped for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is decoded at once: a request, or a segment of its recording.
+
+    Args:
+        index: of the request.
+        start, end: in the recording, in seconds.
+        pieces: number of pieces of the request.
+        waveform: shape = (samples,); `None` where the recordings are still to be loaded.
+    """
+
+    index: int
+    start: float
+    end: float
+    pieces: int = 1
+    waveform: np.ndarray | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.end - self.start
 
 
 class Transcriber:
@@ -68,15 +102,24 @@ class Transcriber:
     >>> transcriber = Transcriber(model, processor)
     >>> transcriber.transcribe(["a.wav", "b.wav"], language="en")
     ['hello', 'good morning']
+
+    >>> transcriber = Transcriber(model, processor, vad=VoiceDetector(max_seconds=30))
+    >>> for segment in transcriber.transcripts(["lecture.mp3"])[0].segments:
+    ...     print(segment.start, segment.end, segment.text)
     ```
 
     Args:
         model: on its device, in its dtype.
         processor: the model's.
         batch_seconds: padded audio seconds in a batch.
-        max_new_tokens: the longest transcript.
+        max_new_tokens: the longest transcript, of each segment.
         num_beams: 1 is greedy search.
-        num_workers: threads that load recordings.
+        num_workers: threads that load recordings, detect voices, and compute features.
+        repetition_guard: whether a hypothesis that ends in a loop is stopped and cut; see `repetition`.
+        vad: makes segments of recordings; `None` decodes each at once.
+
+    Raises:
+        ValueError: with `vad`, if the processor's sampling rate is not that of the voice detection.
     """
 
     def __init__(
@@ -87,6 +130,8 @@ class Transcriber:
         max_new_tokens: int = 512,
         num_beams: int = 1,
         num_workers: int = 4,
+        repetition_guard: bool = False,
+        vad: VoiceDetector | None = None,
     ):
         self.model = model.eval()
         self.processor = processor
@@ -94,6 +139,17 @@ class Transcriber:
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
         self.num_workers = num_workers
+        self.repetition_guard = repetition_guard
+        self.vad = vad
+        self.max_seconds = model.config.max_feature_frames * processor.frame_seconds
+        if vad is not None and processor.sampling_rate != SAMPLE_RATE:
+            raise ValueError(f"voice detection needs {SAMPLE_RATE} Hz, the processor has {processor.sampling_rate} Hz")
+        if vad is not None and vad.max_seconds > self.max_seconds:
+            raise ValueError(
+                f"segments of {vad.max_seconds:g} s; the encoder takes at most {self.max_seconds:.1f} s: lower "
+                "--vad_max_seconds"
+            )
+        self._prompt_tokens: dict[str, int] = {}
 
     def transcribe(self, recordings: Sequence[Any], **prompt_options) -> list[str]:
         """Transcripts of recordings, in their order.
@@ -105,94 +161,188 @@ class Transcriber:
         Raises:
             AudioError: if one of them can't be used.
         """
+        return [transcript.text for transcript in self.transcripts(recordings, **prompt_options)]
+
+    def transcripts(self, recordings: Sequence[Any], **prompt_options) -> list[Transcript]:
+        """As `transcribe`, with all that is known of each: the times and texts of its segments, and whether it looped.
+
+        Raises:
+            AudioError: if one of them can't be used.
+        """
         prompt = chat.transcription_prompt(**prompt_options)
         requests = [Request(str(i), chat.transcription_messages(item, prompt)) for i, item in enumerate(recordings)]
-        texts = [""] * len(requests)
-        for transcript in self(requests):
+        results = sorted(self(requests), key=lambda transcript: transcript.index)
+        for transcript in results:
             if transcript.error is not None:
                 raise AudioError(transcript.error)
-            texts[transcript.index] = transcript.text
-        return texts
+        return results
 
-    def __call__(self, requests: Sequence[Request]) -> Iterator[Transcript]:
+    def __call__(
+        self, requests: Sequence[Request], lengths: Sequence[float | str] | None = None
+    ) -> Iterator[Transcript]:
         """Decodes requests, sorted by length; each result tells its position.
 
         A request that fails, since its recording can't be read or is too long, gives a `Transcript` with an `error`.
+
+        Args:
+            lengths: what `measure` gave, if it is known already.
+        """
+        lengths = self.measure(requests) if lengths is None else lengths
+        usable = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
+        seconds = {index: float(lengths[index]) for index in usable}
+        yield from (Transcript(i, error=length) for i, length in enumerate(lengths) if isinstance(length, str))
+        with ThreadPoolExecutor(self.num_workers) as listeners, ThreadPoolExecutor(self.num_workers) as loaders:
+            found: dict[int, list[tuple[float, Segment]]] = {index: [] for index in usable}
+            if self.vad is None:
+                pieces = [Piece(index, 0.0, seconds[index]) for index in usable]
+                batches: Iterable[list[Piece] | Transcript] = self._batches(pieces)
+            else:
+                batches = self._segmented(listeners, requests, seconds)
+
+            def prepare(batch):
+                return batch if isinstance(batch, Transcript) else self._prepare(requests, batch)
+
+            room = max(PREFETCHED_BATCHES, self.num_workers)
+            for result in in_background(loaders, prepare, ((batch, 1.0) for batch in batches), room):
+                if isinstance(result, Transcript):
+                    yield result
+                    continue
+                failed, decodable, inputs = result
+                yield from failed
+                for piece, segment in zip(decodable, self._decode(decodable, inputs), strict=True):
+                    found[piece.index].append((piece.start, segment))
+                    if len(found[piece.index]) == piece.pieces:
+                        segments = tuple(item for _, item in sorted(found.pop(piece.index), key=lambda part: part[0]))
+                        text = join_texts(item.text for item in segments)
+                        yield Transcript(piece.index, text, seconds[piece.index], segments=segments)
+
+    def measure(self, requests: Sequence[Request]) -> list[float | str]:
+        """Audio seconds of each request, or why it can't be decoded.
+
+        Where a recording's header says how long it is, nothing else is read; damage behind it is found on loading.
         """
         with ThreadPoolExecutor(self.num_workers) as pool:
-            seconds: dict[int, float] = {}
-            for index, result in enumerate(pool.map(self._measure, requests)):
-                if isinstance(result, str):
-                    yield Transcript(index, error=result)
-                else:
-                    seconds[index] = result
-            if not seconds:
-                return
-            indices = list(seconds)
-            lengths = np.array([seconds[index] for index in indices])
-            budget = max(self.batch_seconds, float(lengths.max()))
-            # Longest first: if memory does not suffice, that is known at once.
-            batches = BudgetBatchSampler(lengths, budget, shuffle=False).batches(0)[::-1]
-            waiting: list[tuple[list[int], Future]] = []
-            for batch in batches:
-                chosen = [indices[position] for position in batch]
-                waiting.append((chosen, pool.submit(self._load, [requests[index] for index in chosen])))
-                if len(waiting) >= PREFETCHED_BATCHES:
-                    yield from self._decode(*waiting.pop(0), seconds)
-            for chosen, loaded in waiting:
-                yield from self._decode(chosen, loaded, seconds)
+            return list(pool.map(self._measure, requests, chunksize=1))
 
     def _measure(self, request: Request) -> float | str:
-        """Audio seconds of a request, or why it can't be decoded."""
         try:
-            sources = request.dialogue.recordings
-            if not sources:
-                return "no recording"
-            durations = []
-            for source in sources:
-                if isinstance(source, np.ndarray):
-                    durations.append(len(source) / self.processor.sampling_rate)
-                else:
-                    samples, rate = probe_audio(source)
-                    durations.append(samples / rate)
+            dialogue = request.dialogue
+            durations = [measure_seconds(source, self.processor.sampling_rate) for source in dialogue.recordings]
         except (AudioError, chat.ChatError) as error:
             return str(error)
-        limit = self.model.config.max_feature_frames * self.processor.frame_seconds
-        if max(durations) > limit:
-            return f"{sources[0]}: {max(durations):.1f} s; the encoder takes at most {limit:.1f} s"
+        if not durations:
+            return "no recording"
+        source = dialogue.recordings[int(np.argmax(durations))]
+        name = source if isinstance(source, str) else "the waveform"
         if min(durations) == 0:
-            return f"{sources[0]}: no samples"
-        return sum(durations)
+            return f"{name}: no samples"
+        if max(durations) > self.max_seconds and not self._is_segmented(dialogue):
+            return (
+                f"{name}: {max(durations):.1f} s; the encoder takes at most {self.max_seconds:.1f} s: --vad cuts long "
+                "recordings into segments"
+            )
+        return self._context_error(dialogue, durations) or sum(durations)
 
-    def _load(self, requests: list[Request]) -> list[tuple[chat.Dialogue, list[np.ndarray]] | str]:
-        loaded: list[tuple[chat.Dialogue, list[np.ndarray]] | str] = []
-        for request in requests:
-            dialogue = request.dialogue
+    def _is_segmented(self, dialogue: chat.Dialogue) -> bool:
+        """Dialogues with several recordings are decoded as they are."""
+        return self.vad is not None and len(dialogue.recordings) == 1
+
+    def _context_error(self, dialogue: chat.Dialogue, durations: Sequence[float]) -> str | None:
+        """Why a request does not fit into the LLM's context, which is what long lists of hotwords lead to."""
+        limit = getattr(self.model.config.llm_config, "max_position_embeddings", None)
+        if limit is None:
+            return None
+        if self._is_segmented(dialogue):
+            durations = [min(*durations, self.vad.max_seconds)]
+        texts = [piece for turn in dialogue.turns for piece in turn.pieces if isinstance(piece, str)]
+        text = "".join([dialogue.system or "", *texts])
+        if text not in self._prompt_tokens:
+            self._prompt_tokens[text] = len(self.processor.tokenizer.encode(text, add_special_tokens=False))
+        frames = [int(duration / self.processor.frame_seconds) for duration in durations]
+        tokens = self._prompt_tokens[text] + sum(map(self.processor.num_audio_tokens, frames))
+        if tokens < limit:
+            return None
+        return f"{tokens} tokens of prompt and audio; the LLM takes at most {limit}: give fewer hotwords or less audio"
+
+    def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
+        """Batches of pieces, the longest first: if memory does not suffice, that is known at once."""
+        if not pieces:
+            return []
+        seconds = np.array([piece.seconds for piece in pieces])
+        sampler = BudgetBatchSampler(seconds, max(self.batch_seconds, float(seconds.max())), shuffle=False)
+        return [[pieces[position] for position in batch] for batch in sampler.batches(0)[::-1]]
+
+    def _segmented(
+        self, pool: ThreadPoolExecutor, requests: Sequence[Request], seconds: dict[int, float]
+    ) -> Iterator[list[Piece] | Transcript]:
+        """Batches of segments of an hour of recordings after the other; and what needs none, since nothing is said."""
+        window: list[Piece] = []
+        heard = 0.0
+        todo = ((index, seconds[index]) for index in seconds)
+        for result in in_background(pool, lambda index: self._segment(index, requests[index]), todo, LISTENED_SECONDS):
+            if isinstance(result, Transcript):
+                yield result if result.error else Transcript(result.index, seconds=seconds[result.index])
+                continue
+            window += result
+            heard += seconds[result[0].index]
+            if heard >= WINDOW_SECONDS:
+                yield from self._batches(window)
+                window, heard = [], 0.0
+        yield from self._batches(window)
+
+    def _segment(self, index: int, request: Request) -> list[Piece] | Transcript:
+        """The pieces of a request; a result if it fails, or has none."""
+        dialogue = request.dialogue
+        try:
+            waveforms = [load_audio(source, SAMPLE_RATE) for source in dialogue.recordings]
+        except AudioError as error:
+            return Transcript(index, error=str(error))
+        if not self._is_segmented(dialogue):
+            return [Piece(index, 0.0, sum(map(len, waveforms)) / SAMPLE_RATE)]
+        spans = self.vad.segments(waveforms[0])
+        return [
+            # Copied, so that the silence between them need not stay in memory.
+            Piece(index, start / SAMPLE_RATE, end / SAMPLE_RATE, len(spans), waveforms[0][start:end].copy())
+            for start, end in spans
+        ] or Transcript(index)
+
+    def _prepare(
+        self, requests: Sequence[Request], batch: list[Piece]
+    ) -> tuple[list[Transcript], list[Piece], BatchFeature | None]:
+        """What failed to load, the other pieces, and the model's inputs for these."""
+        failed, decodable, dialogues, waveforms = [], [], [], []
+        for piece in batch:
+            dialogue = requests[piece.index].dialogue
             try:
-                loaded.append(
-                    (dialogue, [load_audio(source, self.processor.sampling_rate) for source in dialogue.recordings])
-                )
-            except AudioError as error:  # vanished since it was measured
-                loaded.append(str(error))
-        return loaded
+                if piece.waveform is not None:
+                    loaded = [piece.waveform]
+                else:
+                    loaded = [load_audio(source, self.processor.sampling_rate) for source in dialogue.recordings]
+            except AudioError as error:
+                failed.append(Transcript(piece.index, error=str(error)))
+                continue
+            decodable.append(piece)
+            dialogues.append(dialogue)
+            waveforms += loaded
+        inputs = self.processor.batch(dialogues, waveforms, return_labels=False) if decodable else None
+        return failed, decodable, inputs
 
-    def _decode(self, indices: list[int], loaded: Future, seconds: dict[int, float]) -> Iterator[Transcript]:
-        items = list(zip(indices, loaded.result(), strict=True))
-        yield from (Transcript(index, error=item) for index, item in items if isinstance(item, str))
-        usable = [(index, *item) for index, item in items if not isinstance(item, str)]
-        if not usable:
-            return
-        waveforms = [waveform for _, _, recordings in usable for waveform in recordings]
-        inputs = self.processor.batch([dialogue for _, dialogue, _ in usable], waveforms, return_labels=False)
-        for (index, _, _), text in zip(usable, self.generate(inputs), strict=True):
-            yield Transcript(index, text, seconds[index])
+    def _decode(self, pieces: list[Piece], inputs: BatchFeature | None) -> Iterator[Segment]:
+        """The segment that each piece is, with its text."""
+        for piece, text in zip(pieces, self.generate(inputs) if pieces else [], strict=True):
+            text, looped = cut_loop(text) if self.repetition_guard else (text, False)
+            yield Segment(piece.start, piece.end, text, looped)
 
     @torch.inference_mode()
     def generate(self, inputs) -> list[str]:
-        """Texts for a batch of the processor."""
+        """Texts for a batch of the processor; loops are stopped if they are guarded against, but not yet cut."""
         inputs = inputs.to(self.model.device)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        options = {}
+        if self.repetition_guard:
+            options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         output = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False
+            **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
         )
-        tokens = output[:, inputs["input_ids"].shape[1] :]
+        tokens = output[:, prompt_tokens:]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

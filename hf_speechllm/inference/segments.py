@@ -1,0 +1,48 @@
+"""Stretches of a recording with their texts, and how these texts join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Scripts without spaces between words: CJK punctuation, kana, Han (with extensions), full-width forms; Thai, Lao,
+# Burmese, Khmer.
+UNSPACED_RANGES = (
+    (0x2E80, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF00, 0xFFEF),
+    (0x20000, 0x3FFFF), (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),
+)  # fmt: skip
+UNSPACED_PUNCTUATION = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f\u300b\u300d\u300f\u3011"  # these close, in CJK
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording that was decoded at once.
+
+    Args:
+        start, end: in the recording, in seconds.
+        text: what was said; empty if nothing was.
+        looped: whether the text ended in a loop, which was cut.
+    """
+
+    start: float
+    end: float
+    text: str = ""
+    looped: bool = False
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Joins texts that follow each other: with a space, but none within a script that has no spaces between words."""
+    joined = ""
+    for text in texts:
+        text = text.strip()
+        if not text:
+            continue
+        unspaced = (
+            joined and _is_unspaced(joined[-1]) and (_is_unspaced(text[0]) or joined[-1] in UNSPACED_PUNCTUATION)
+        )
+        joined += text if unspaced or not joined else f" {text}"
+    return joined
+
+
+def _is_unspaced(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in UNSPACED_RANGES)

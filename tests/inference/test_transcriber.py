@@ -1,0 +1,204 @@
+"""Recordings to texts: the same in a batch as alone, prepared while the model works, a reason for every failure."""
+
+import threading
+
+import numpy as np
+import pytest
+import soundfile
+
+from hf_speechllm.audio import AudioError, load_audio
+from hf_speechllm.chat import transcription_messages, transcription_prompt
+from hf_speechllm.inference.hotwords import read_hotwords
+from hf_speechllm.inference.loading import in_background, measure_seconds
+from hf_speechllm.inference.segments import Segment
+from hf_speechllm.inference.transcriber import Request, Transcriber
+
+
+class Spans:
+    """A detector that finds what it is told."""
+
+    def __init__(self, spans, max_seconds=2.0):
+        self.spans = spans
+        self.max_seconds = max_seconds
+
+    def segments(self, waveform):
+        return [(int(start * 16000), int(end * 16000)) for start, end in self.spans]
+
+
+@pytest.fixture(scope="module")
+def parts(compose_tiny):
+    return compose_tiny(seed=3)
+
+
+@pytest.fixture(scope="module")
+def waveforms():
+    """Tones with noise, of many lengths, out of order."""
+    rng = np.random.default_rng(0)
+    result = []
+    for seconds in (0.9, 3.1, 0.2, 1.7, 2.4, 0.5, 1.2):
+        time = np.arange(int(seconds * 16000)) / 16000
+        tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * time)
+        result.append((0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32))
+    return result
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_gives_what_recordings_give_alone(parts, waveforms, num_beams):
+    options = {"max_new_tokens": 24, "num_beams": num_beams}
+    hotwords = [(), ("one",), (), ("two", "three"), (), (), ()]  # prompts of many lengths are padded, too
+    requests = [
+        Request(str(i), transcription_messages(waveform, transcription_prompt()), words)
+        for i, (waveform, words) in enumerate(zip(waveforms, hotwords, strict=True))
+    ]
+    together = {item.index: item.text for item in Transcriber(*parts, **options)(requests)}
+    alone = [next(iter(Transcriber(*parts, **options)([request]))).text for request in requests]
+    assert [together[index] for index in range(len(requests))] == alone
+    assert len(set(alone)) > 3
+
+
+def test_beams_find_other_texts_than_greedy_search(parts, waveforms):
+    greedy, beams = (
+        Transcriber(*parts, max_new_tokens=24, num_beams=number).transcribe(waveforms) for number in (1, 4)
+    )
+    assert greedy != beams
+
+
+def test_the_next_batches_are_prepared_while_the_model_works(parts, waveforms, monkeypatch):
+    transcriber = Transcriber(*parts, batch_seconds=1, num_workers=2)
+    batch, threads, counts, in_time = parts[1].batch, set(), {"prepared": 0, "decoded": 0}, []
+    changed = threading.Condition()
+
+    def watched_batch(dialogues, *args, **options):
+        threads.add(threading.current_thread())
+        result = batch(dialogues, *args, **options)
+        with changed:
+            counts["prepared"] += len(dialogues)
+            changed.notify()
+        return result
+
+    def waiting_model(inputs):
+        counts["decoded"] += len(inputs["input_ids"])
+        if counts["decoded"] < len(waveforms):
+            with changed:
+                in_time.append(changed.wait_for(lambda: counts["prepared"] > counts["decoded"], timeout=20))
+        return ["text"] * len(inputs["input_ids"])
+
+    monkeypatch.setattr(parts[1], "batch", watched_batch)
+    monkeypatch.setattr(transcriber, "generate", waiting_model)
+    assert transcriber.transcribe(waveforms) == ["text"] * len(waveforms)
+    assert len(in_time) > 2 and all(in_time)
+    assert threading.main_thread() not in threads
+
+
+def test_results_come_in_the_background_in_order_and_not_too_far_ahead():
+    from concurrent.futures import ThreadPoolExecutor
+
+    begun = []
+    with ThreadPoolExecutor(2) as pool:
+        results = in_background(pool, lambda item: begun.append(item) or item, ((i, 2.0) for i in range(20)), 6.0)
+        assert next(results) == 0
+        assert len(begun) <= 4
+        assert list(results) == list(range(1, 20))
+
+
+def test_segments_are_joined_in_their_order_with_their_times(parts, waveforms, monkeypatch):
+    transcriber = Transcriber(*parts, batch_seconds=1, vad=Spans([(0.0, 0.5), (0.6, 2.0), (2.1, 2.3)]))
+    lengths = []
+
+    def name_the_length(inputs):
+        frames = inputs["input_features_mask"].sum(-1).tolist()
+        lengths.extend(frames)
+        return [f"{count} frames" for count in frames]
+
+    monkeypatch.setattr(transcriber, "generate", name_the_length)
+    (result,) = transcriber.transcripts(waveforms[1:2])
+    texts = [f"{frames} frames" for frames in (8, 23, 3)]
+    assert lengths[0] == 23  # the longest first
+    assert result.segments == (
+        Segment(0.0, 0.5, texts[0]), Segment(0.6, 2.0, texts[1]), Segment(2.1, 2.3, texts[2])
+    )  # fmt: skip
+    assert result.text == " ".join(texts)
+    assert result.seconds == pytest.approx(3.1)
+
+
+def test_a_segment_is_decoded_as_if_it_were_a_recording(parts, waveforms):
+    spans = [(0.1, 0.9), (1.0, 2.9)]
+    (result,) = Transcriber(*parts, max_new_tokens=16, vad=Spans(spans)).transcripts(waveforms[1:2])
+    stretches = [waveforms[1][int(start * 16000) : int(end * 16000)] for start, end in spans]
+    assert [item.text for item in result.segments] == Transcriber(*parts, max_new_tokens=16).transcribe(stretches)
+
+
+def test_without_speech_there_is_no_text(parts, waveforms):
+    (result,) = Transcriber(*parts, vad=Spans([])).transcripts(waveforms[:1])
+    assert (result.text, result.segments, result.error) == ("", (), None)
+    assert result.seconds == pytest.approx(0.9)
+
+
+def test_recordings_beyond_the_encoder_are_refused_unless_they_are_segmented(parts, waveforms):
+    model, processor = parts
+    transcriber = Transcriber(model, processor, max_new_tokens=2)
+    transcriber.max_seconds = 3.0
+    with pytest.raises(AudioError, match=r"3\.1 s; the encoder takes at most 3\.0 s: --vad "):
+        transcriber.transcribe(waveforms)
+    transcriber.vad = Spans([(0.0, 1.0)])
+    assert len(transcriber.transcribe(waveforms)) == len(waveforms)
+    with pytest.raises(ValueError, match="lower --vad_max_seconds"):
+        Transcriber(model, processor, vad=Spans([], max_seconds=1e6))
+
+
+def test_prompts_beyond_the_context_of_the_llm_are_refused(parts, waveforms):
+    words = [f"word{number}" for number in range(10_000)]
+    (result,) = Transcriber(*parts)(
+        [Request("a", transcription_messages(waveforms[0], transcription_prompt(hotwords=words)))]
+    )
+    assert "the LLM takes at most 32768: give fewer hotwords" in result.error
+
+
+def test_hotwords_come_from_a_list_or_a_file_and_are_limited(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("\ufeffQwen, the model\n\n开放时间 \nQwen, the model\n", encoding="utf-8")
+    assert read_hotwords(str(path)) == ["Qwen, the model", "开放时间"]
+    assert read_hotwords("Qwen,开放时间， x") == ["Qwen", "开放时间", "x"]
+    assert read_hotwords(None) == []
+    path.write_text("\n".join(map(str, range(10_000))))
+    with pytest.raises(ValueError, match=f"{path}: 10000 hotwords; .* 1000 at most"):
+        read_hotwords(str(path))
+    with pytest.raises(ValueError, match="--hotwords: 10000 hotwords"):
+        read_hotwords(",".join(map(str, range(10_000))))
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_hotwords(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+def test_a_surround_recording_is_decoded_as_its_mixdown(parts, tmp_path, name):
+    rng = np.random.default_rng(0)
+    time = np.arange(2 * 44100) / 44100
+    channels = np.stack([0.2 * np.sin(2 * np.pi * 150 * (k + 1) * time) for k in range(6)], axis=1)
+    channels += 0.01 * rng.standard_normal(channels.shape)
+    soundfile.write(tmp_path / name, channels, 44100)
+    soundfile.write(tmp_path / "mono.wav", channels.mean(axis=1), 44100, subtype="FLOAT")
+    mixed, mono = load_audio(tmp_path / name), load_audio(tmp_path / "mono.wav")
+    assert measure_seconds(tmp_path / name, 16000) == pytest.approx(2.0)
+    assert len(mixed) == len(mono) == 32000
+    assert np.abs(mixed - mono).max() < (0.1 if name == "a.ogg" else 1e-3)
+    if name != "a.ogg":
+        texts = Transcriber(*parts, max_new_tokens=16).transcribe([str(tmp_path / name), str(tmp_path / "mono.wav")])
+        assert texts[0] == texts[1] != ""
+
+
+def test_lengths_come_from_headers_and_damage_is_found_on_loading(parts, make_wav):
+    whole, cut = make_wav("whole.flac", seconds=2), make_wav("cut.flac", seconds=2)
+    cut.write_bytes(cut.read_bytes()[:-500])
+    empty = make_wav("empty.wav")
+    empty.write_bytes(b"")
+    requests = [
+        Request(path.name, transcription_messages(str(path), transcription_prompt())) for path in (whole, cut, empty)
+    ]
+    transcriber = Transcriber(*parts, max_new_tokens=2)
+    lengths = transcriber.measure(requests)
+    assert lengths[:2] == [2.0, 2.0] and "empty.wav: the file is empty" in lengths[2]
+    errors = {item.index: item.error for item in transcriber(requests, lengths)}
+    assert errors[0] is None
+    assert "cut.flac: truncated" in errors[1]
+    assert "the file is empty" in errors[2]
