@@ -2,8 +2,7 @@
 knows them.
 
 Training and decoding build their prompts here, from the same functions, so they can't drift apart. The layout is that
-of
-Fun-ASR: `load_data_template` and `get_prompt` of its `model.py`, `FunASR`'s `fun_asr_datasets/datasets.py`.
+of Fun-ASR: `load_data_template` and `get_prompt` of its `model.py`, `FunASR`'s `fun_asr_datasets/datasets.py`.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ def num_audio_tokens(
         num_frames: feature frames given to the encoder.
         downsample_rate: encoder frames per adaptor frame.
         use_low_frame_rate: whether only the first `ceil(n / 8)` adaptor frames are kept. The original writes this as
-        three
-            strided convolutions' lengths, which is the same for every length.
+            three strided convolutions' lengths, which is the same for every length.
         encoder_downsample_rate: feature frames per encoder frame.
     """
     tokens = -(-num_frames // encoder_downsample_rate)
@@ -107,21 +105,26 @@ def num_audio_tokens(
 
 
 def language_name(language: str) -> str:
-    """The name of a language in the prompts: from an ISO 639 code or the name itself.
+    """The name of a language in the prompts: from an ISO 639 code, or the Chinese name itself, known here or not.
 
     Raises:
-        ValueError: if the language is not known.
+        ValueError: if the language is neither a known code nor a name in Chinese.
     """
     name = LANGUAGES.get(language.lower(), language)
-    if name not in LANGUAGES.values():
+    if not name or name.isascii():
         raise ValueError(
-            f"unknown language {language!r}; known: {', '.join(f'{k} ({v})' for k, v in LANGUAGES.items())}"
+            f"unknown language {language!r}; give its name in Chinese, or one of: "
+            f"{', '.join(f'{k} ({v})' for k, v in LANGUAGES.items())}"
         )
     return name
 
 
 def transcription_prompt(
-    language: str | None = None, itn: bool = True, hotwords: Sequence[str] = (), prompt: str | None = None
+    language: str | None = None,
+    itn: bool = True,
+    hotwords: Sequence[str] = (),
+    prompt: str | None = None,
+    context: str | None = None,
 ) -> str:
     """The user's text before a recording: `get_prompt` of Fun-ASR's `model.py`.
 
@@ -130,6 +133,7 @@ def transcription_prompt(
         itn: whether numbers and the like are written as one writes them (inverse text normalisation).
         hotwords: words that may occur.
         prompt: replaces the instruction; language and `itn` can't be given with it.
+        context: what the recording is about.
 
     Raises:
         ValueError: if `prompt` comes with a language or without ITN, or the language is unknown.
@@ -143,17 +147,19 @@ def transcription_prompt(
     else:
         instruction = "语音转写" if language is None else f"语音转写成{language_name(language)}"
         instruction += "：" if itn else "，不进行文本规整："
-    return hotword_context(hotwords) + instruction
+    return hotword_context(hotwords, context) + instruction
 
 
-def hotword_context(hotwords: Sequence[str]) -> str:
-    """The header that names hotwords, as the original sends it when decoding; empty without hotwords."""
-    if not hotwords:
+def hotword_context(hotwords: Sequence[str], context: str | None = None) -> str:
+    """The header that names hotwords, as the original sends it when decoding; empty if there is nothing to say.
+
+    Free text about the recording stands before the hotwords, where transformers' `fun_asr_nano` processor puts it.
+    """
+    if not hotwords and not context:
         return ""
-    return (
-        "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n**上下文信息：**\n\n\n"
-        f"热词列表：[{', '.join(hotwords)}]\n"
-    )
+    header = "请结合上下文信息，更加准确地完成语音转写任务。如果没有相关信息，我们会留空。\n\n\n**上下文信息：**\n\n\n"
+    header += f"{context}\n" if context else ""
+    return header + (f"热词列表：[{', '.join(hotwords)}]\n" if hotwords else "")
 
 
 def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
@@ -289,8 +295,8 @@ def tokenize(
     """Token ids and labels of a dialogue.
 
     Every stretch of text between recordings and answers is tokenised by itself, as the original does, so that the ids
-    of an
-    answer don't depend on what stands before it. The last turn may lack its answer: that is the prompt for decoding.
+    of an answer don't depend on what stands before it. The last turn may lack its answer: that is the prompt for
+    decoding.
 
     Args:
         tokenizer: of the LLM.

@@ -159,4 +159,7 @@ def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedC
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(default) if config is None else {"model_type": default["model_type"], **config}
-    return CONFIG_MAPPING[config.pop("model_type")](**config)
+    model_type = config.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {model_type!r}, which transformers doesn't know")
+    return CONFIG_MAPPING[model_type](**config)

@@ -100,7 +100,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Saves model, config and generation config in our own layout; the options are those of transformers."""
         if state_dict := kwargs.get("state_dict"):
-            # Gathered from the shards of DeepSpeed or FSDP, tied weights no longer share memory and would be saved twice.
+            # Gathered from the shards of DeepSpeed or FSDP, tied weights share no memory and would be saved twice.
             kwargs["state_dict"] = {
                 name: tensor
                 for name, tensor in state_dict.items()
@@ -112,9 +112,24 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
             write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs) -> str:
-        """Uploads the model in our own layout; unlike with transformers, a new repository is private by default."""
-        return super().push_to_hub(repo_id, private=private, **kwargs)
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
+        """Uploads the model with a card; unlike with transformers, a new repository is private by default.
+
+        It gets the layout of transformers' `fun_asr_nano` where that class computes the same, else ours, with this
+        package's code. May be repeated if it breaks off.
+
+        Args:
+            repo_id: `USER/MODEL`; created if it is not there.
+            private: of a new repository; `None` as the account's default says.
+            token: default the one of `hf auth login`.
+            **kwargs: `max_shard_size`, and options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
+
+        Returns:
+            The commit, as `HfApi.upload_folder` gives it.
+        """
+        from .checkpoints.publishing import push_model  # `checkpoints` builds on this module
+
+        return push_model(self, repo_id, private, token, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embeddings."""

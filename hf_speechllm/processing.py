@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         tokenizer: of the LLM; must know `<|im_start|>`, `<|im_end|>` and the audio token.
         audio_token: placeholder in `input_ids` where an audio token goes.
         downsample_rate, use_low_frame_rate, encoder_downsample_rate: how the model shortens recordings; as in its
-        config.
+            config.
+        think_block: whether an empty thinking block stands before each answer (the original's `do_think: false`).
+        system_prompt: whether dialogues begin with a system prompt (the original's `sys_prompt`).
     """
 
     def __init__(
@@ -34,6 +37,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         downsample_rate: int = 1,
         use_low_frame_rate: bool = False,
         encoder_downsample_rate: int = 1,
+        think_block: bool = False,
+        system_prompt: bool = True,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         for token in (chat.TURN_START, chat.TURN_END, audio_token):
@@ -44,6 +49,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         self.downsample_rate = downsample_rate
         self.use_low_frame_rate = use_low_frame_rate
         self.encoder_downsample_rate = encoder_downsample_rate
+        self.think_block = think_block
+        self.system_prompt = system_prompt
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> SpeechLLMProcessor:
@@ -56,9 +63,14 @@ class SpeechLLMProcessor(ProcessorMixin):
 
         return load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs) -> str:
-        """Uploads the processor; unlike with transformers, a new repository is private by default."""
-        return super().push_to_hub(repo_id, private=private, **kwargs)
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
+        """Uploads the processor, for transformers' `fun_asr_nano` where that class can hold it, else as ours.
+
+        Args, result: as `SpeechLLMForConditionalGeneration.push_to_hub`.
+        """
+        from .checkpoints.publishing import push_processor  # `checkpoints` builds on this module
+
+        return push_processor(self, repo_id, private, token, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
@@ -73,7 +85,9 @@ class SpeechLLMProcessor(ProcessorMixin):
             num_frames: feature frames (encoder input) of each of its recordings.
         """
         counts = [self.num_audio_tokens(frames) for frames in num_frames]
-        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id)
+        if not self.system_prompt:
+            dialogue = dataclasses.replace(dialogue, system=None)
+        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id, self.think_block)
 
     def apply_chat_template(
         self,
@@ -115,18 +129,19 @@ class SpeechLLMProcessor(ProcessorMixin):
         itn: bool = True,
         hotwords: str | Sequence[str] | None = None,
         prompt: str | None = None,
+        context: str | None = None,
     ) -> BatchFeature:
         """The inputs of `generate` that ask for transcripts.
 
         Args:
             audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
-            language, itn, hotwords, prompt: see `chat.transcription_prompt`; shared by all recordings.
+            language, itn, hotwords, prompt, context: see `chat.transcription_prompt`; shared by all recordings.
 
         Returns:
             As `apply_chat_template`, padded on the left.
         """
         recordings = list(audio) if isinstance(audio, (list, tuple)) else [audio]
-        text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt)
+        text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt, context)
         return self.apply_chat_template([chat.transcription_messages(item, text) for item in recordings])
 
     def batch(

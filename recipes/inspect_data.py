@@ -65,10 +65,8 @@ def describe(record: dict, processor, coloured: bool) -> str:
     return f"{head}\n{''.join(pieces)}\n"
 
 
-def main() -> None:
-    args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-
+def inspect(args: argparse.Namespace) -> int:
+    """Prints the rows and gives the number of bad ones."""
     import torch
 
     from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, chat
@@ -107,11 +105,21 @@ def main() -> None:
         if not args.inference:
             record["labels"] = batch["labels"][0].tolist()
         record["num_audio_tokens"] = record["input_ids"].count(processor.audio_token_id)
-        record["num_frames"] = int(batch["input_features_mask"].sum())
+        record["num_frames"] = int(batch["input_features_mask"].sum()) if "input_features_mask" in batch else 0
         if model is not None:
             with torch.no_grad():
                 record["loss"] = model(**batch).loss.item()
         print(json.dumps(record) if args.json else describe(record, processor, coloured))
+    return bad
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        bad = inspect(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"inspect_data.py: error: {error}")
     sys.exit(1 if bad else 0)
 
 

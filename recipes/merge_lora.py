@@ -4,6 +4,7 @@ python recipes/merge_lora.py --input exp/lora --output exp/lora_merged
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -15,11 +16,14 @@ def main() -> None:
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
 
-    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from hf_speechllm import SpeechLLMProcessor
+    from hf_speechllm.checkpoints.layouts import read_checkpoint, write_checkpoint
 
-    model = SpeechLLMForConditionalGeneration.from_pretrained(args.input)  # merges what it loads from a LoRA folder
-    model.save_pretrained(args.output)
-    SpeechLLMProcessor.from_pretrained(args.input).save_pretrained(args.output)
+    try:
+        checkpoint = read_checkpoint(args.input)  # merges what it reads from a LoRA folder
+        write_checkpoint(checkpoint, SpeechLLMProcessor.from_pretrained(args.input), args.output, "speech_llm")
+    except (OSError, ValueError) as error:
+        sys.exit(f"merge_lora.py: error: {error}")
     print(f"{args.output}: merged")
 
 

@@ -1,11 +1,12 @@
 """The dialogue format: what is supervised, what is asked, how many audio tokens there are, what can't be
 understood."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_speechllm import chat
+from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor, chat
 from hf_speechllm.chat import AUDIO_TOKEN, IGNORE_INDEX, TURN_END, TURN_START, ChatError, parse_messages, tokenize
 from hf_speechllm.checkpoints.composition import train_tokenizer
 
@@ -103,6 +104,48 @@ def test_answers_and_their_ends_are_supervised_and_nothing_else(system, turns, o
     assert result.input_ids.count(END_ID) == 1 + len(turns) + len(answers)
 
 
+PROCESSOR = SpeechLLMProcessor(FbankFeatureExtractor(), TOKENIZER, use_low_frame_rate=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(dialogues=st.lists(TURNS, min_size=1, max_size=4), side=st.sampled_from(["left", "right"]))
+def test_padding_on_either_side_moves_the_labels_with_their_tokens(dialogues, side):
+    parsed, frames = [], []
+    for turns in dialogues:
+        messages = []
+        for before, count, after, answer in turns:
+            speech = "" if count is None else SPEECH
+            messages += [user(before + speech + after), assistant(answer)]
+        parsed.append(parse_messages(messages))
+        frames.append([8 * count for _, count, _, _ in turns if count is not None])
+    examples = [PROCESSOR.tokenize(*pair) for pair in zip(parsed, frames, strict=True)]
+    columns = {"input_ids": [item.input_ids for item in examples], "labels": [item.labels for item in examples]}
+    batch = PROCESSOR.pad_tokens(columns, side)
+    for row, turns in enumerate(dialogues):
+        mask, ids, labels = (batch[name][row].tolist() for name in ("attention_mask", "input_ids", "labels"))
+        length = len(examples[row].input_ids)
+        assert mask == ([0] * (len(mask) - length) + [1] * length)[:: 1 if side == "left" else -1]
+        kept = slice(len(mask) - length, None) if side == "left" else slice(length)
+        assert (ids[kept], labels[kept]) == (examples[row].input_ids, examples[row].labels)
+        assert all(label == IGNORE_INDEX for label, real in zip(labels, mask, strict=True) if not real)
+        answers = [TOKENIZER.encode(answer, add_special_tokens=False) + [END_ID] for _, _, _, answer in turns]
+        assert supervised_stretches(labels) == answers
+
+
+def test_thinking_block_and_system_prompt_are_options_of_the_processor(tmp_path):
+    dialogue = parse_messages([user(SPEECH), assistant("one")])
+    plain = decoded(PROCESSOR.tokenize(dialogue, [8]).input_ids)
+    options = {"think_block": True, "system_prompt": False}
+    SpeechLLMProcessor(FbankFeatureExtractor(), TOKENIZER, **options).save_pretrained(tmp_path)
+    loaded = SpeechLLMProcessor.from_pretrained(tmp_path)
+    system, rest = plain.split("<|im_start|>user", 1)
+    expected = ("<|im_start|>user" + rest).replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+    assert system and decoded(loaded.tokenize(dialogue, [1]).input_ids) == expected
+    waveform = np.zeros(1600, np.float32)
+    asked = decoded(loaded.apply_transcription_request(waveform, prompt="P:")["input_ids"][0].tolist())
+    assert asked.startswith("<|im_start|>user\nP:") and asked.endswith("assistant\n<think>\n\n</think>\n\n")
+
+
 def test_ids_of_an_answer_do_not_depend_on_what_stands_before():
     answers = [
         supervised_stretches(example([user(text + SPEECH), assistant("hello world")], [n]).labels)[0]
@@ -125,6 +168,7 @@ def test_number_of_lengths_must_be_that_of_the_recordings():
         ({"language": "ZH"}, "语音转写成中文："),
         ({"language": "ja", "itn": False}, "语音转写成日文，不进行文本规整："),
         ({"itn": False}, "语音转写，不进行文本规整："),
+        ({"language": "德文"}, "语音转写成德文："),  # one that the released models were not trained on
         ({"prompt": "Speech transcription:"}, "Speech transcription:"),
         ({"prompt": "Transcribe speech into Chinese:"}, "Transcribe speech into Chinese:"),
     ],
@@ -144,6 +188,13 @@ def test_hotwords_stand_in_a_header():
     assert chat.transcription_prompt(hotwords=hotwords) == HEADER.format("开放时间, Qwen") + "语音转写："
     assert chat.transcription_prompt(prompt="P:", hotwords=["a"]) == HEADER.format("a") + "P:"
     assert chat.hotword_context([]) == ""
+
+
+def test_context_stands_before_the_hotwords():
+    header = HEADER.format("ICE").replace("热词列表", "About trains.\n热词列表")
+    assert chat.transcription_prompt(hotwords=["ICE"], context="About trains.") == header + "语音转写："
+    alone = header.partition("热词列表")[0]
+    assert chat.transcription_prompt("en", context="About trains.") == alone + "语音转写成英文："
 
 
 def test_hotwords_of_a_dialogue_stand_before_its_first_prompt_only():

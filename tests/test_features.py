@@ -1,5 +1,7 @@
 """The front-end: numbers of the original, alone and in a batch, and what may be stored of them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
-from hf_speechllm import FbankFeatureExtractor
+from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor
+from hf_speechllm.chat import transcription_messages
+from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.features import cacheable_features, encoder_input, num_encoder_input_frames
 
 
@@ -47,7 +51,7 @@ def test_shapes(samples):
     assert batch["input_features_mask"].sum() == -(-frames // 6)
 
 
-@pytest.mark.parametrize("samples", [200, 399, 400, 1000, 16000])
+@pytest.mark.parametrize("samples", [80, 200, 399, 400, 1000, 16000])
 def test_fbank_is_that_of_the_original_short_recordings_included(samples):
     waveform = noise(samples)
     found = FbankFeatureExtractor().fbank(waveform)
@@ -159,3 +163,30 @@ def test_of_whisper_only_the_recording_is_stored_not_its_padding(samples):
     features = torch.from_numpy(stored)
     assert encoder_input(extractor, features) is features
     assert num_encoder_input_frames(extractor, len(stored)) == len(stored)
+
+
+def test_dither_of_training_depends_on_the_row_and_leaves_decoding_alone(tiny_model, make_wav):
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    path = str(make_wav(seconds=0.4))
+    messages = transcription_messages(path, "P:", "one")
+    row = {"messages": json.dumps(messages), "recordings": [path], "hotwords": []}
+    train, evaluate = SpeechLLMCollator(processor, dither=1.0), SpeechLLMCollator(processor)
+    state = torch.get_rng_state()
+
+    def features(collator, seed):
+        return collator([{**row, "seed": seed}])["input_features"]
+
+    plain = features(evaluate, (0, 1))
+    assert torch.equal(features(train, (0, 1)), features(train, (0, 1)))  # a resumed run sees the same
+    assert not torch.equal(features(train, (0, 1)), features(train, (0, 2)))
+    assert not torch.equal(features(train, (0, 1)), plain)
+    assert torch.equal(features(evaluate, (0, 2)), plain)
+    assert processor.feature_extractor.dither == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    # Noise of one 16-bit step: what kaldi adds, so that a loud tone is changed by little.
+    assert (features(train, (0, 1)) - plain).abs().median() < (
+        features(SpeechLLMCollator(processor, dither=100.0), (0, 1)) - plain
+    ).abs().median()
+    processor.feature_extractor = WhisperFeatureExtractor()
+    with pytest.raises(ValueError, match="dither belongs to the fbank front-end"):
+        SpeechLLMCollator(processor, dither=1.0)

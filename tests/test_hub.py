@@ -82,6 +82,146 @@ def test_model_and_processor_come_back_from_the_hub(hub, tiny_model, inputs):
     assert processor.to_dict() == SpeechLLMProcessor.from_pretrained(tiny_model).to_dict()
 
 
+def in_a_process_of_its_own(hub, tmp_path, script, *arguments):
+    """Runs a script that knows the server, from outside the checkout."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+model, processor = (cls.from_pretrained("user/tiny") for cls in (AutoModelForMultimodalLM, AutoProcessor))
+assert "hf_speechllm" not in sys.modules and type(processor).__name__ == "FunAsrNanoProcessor"
+inputs = torch.load(sys.argv[1])
+with torch.no_grad():
+    torch.save(model.eval()(**inputs).logits, sys.argv[2])
+"""
+
+
+def test_what_behaves_the_same_in_transformers_is_pushed_in_its_layout(hub, tiny_model, inputs, tmp_path):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
+    SpeechLLMProcessor.from_pretrained(tiny_model).push_to_hub("user/tiny")
+    model.push_to_hub("user/tiny")
+    files = files_of(hub, "user/tiny")
+    assert json.loads(files["config.json"].content)["model_type"] == "fun_asr_nano"
+    assert not any(name.startswith("code/") for name in files)
+    torch.save(dict(inputs), tmp_path / "inputs.pt")
+    in_a_process_of_its_own(hub, tmp_path, STOCK, tmp_path / "inputs.pt", tmp_path / "logits.pt")
+    mask = inputs["attention_mask"].bool()
+    found, expected = torch.load(tmp_path / "logits.pt"), logits_of(model, inputs)
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=0)
+
+
+OURS = """
+import sys, torch
+from huggingface_hub import snapshot_download
+folder = snapshot_download("user/tiny", allow_patterns="code/*")
+sys.path.insert(0, folder + "/code")
+import hf_speechllm
+assert hf_speechllm.__file__.startswith(folder), hf_speechllm.__file__
+model, processor = (
+    cls.from_pretrained("user/tiny")
+    for cls in (hf_speechllm.SpeechLLMForConditionalGeneration, hf_speechllm.SpeechLLMProcessor)
+)
+inputs = torch.load(sys.argv[1])
+with torch.no_grad():
+    torch.save(model.eval()(**inputs).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("adaptor", [{"use_low_frame_rate": True}, {"adaptor_type": "linear"}])
+def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
+    adaptor, hub, compose_tiny, tiny_config, tone, tmp_path
+):
+    model, processor = compose_tiny(tiny_config(**adaptor))
+    for item in (model, processor):
+        item.push_to_hub("user/tiny")
+    files = files_of(hub, "user/tiny")
+    assert json.loads(files["config.json"].content)["model_type"] == "speech_llm"
+    assert "hf_speechllm" in files["code/pyproject.toml"].content.decode()
+    assert "pip install ./speech_llm/code" in files["README.md"].content.decode()
+    assert_nothing_private(files, tmp_path)
+    inputs = processor.apply_transcription_request([tone(0.7)[:, 0], tone(1.1)[:, 0]])
+    torch.save(dict(inputs), tmp_path / "inputs.pt")
+    if "adaptor_type" in adaptor:
+        in_a_process_of_its_own(hub, tmp_path, OURS, tmp_path / "inputs.pt", tmp_path / "logits.pt")
+        # Another process may compute with another number of threads.
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(model, inputs), atol=1e-5, rtol=0)
+    assert torch.equal(
+        logits_of(SpeechLLMForConditionalGeneration.from_pretrained("user/tiny"), inputs), logits_of(model, inputs)
+    )
+    returned = SpeechLLMProcessor.from_pretrained("user/tiny")
+    assert returned.use_low_frame_rate == adaptor.get("use_low_frame_rate", False)
+    again = returned.apply_transcription_request([tone(0.7)[:, 0], tone(1.1)[:, 0]])
+    assert all(torch.equal(again[key], inputs[key]) for key in inputs)
+
+
+def test_card_of_a_model_pushed_by_itself(hub, tiny_model, tmp_path):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
+    model.push_to_hub("user/tiny")
+    card = files_of(hub, "user/tiny")["README.md"].content.decode()
+    assert "- speech_llm" in card and "| audio_encoder | fun_asr_nano_encoder |" in card
+    assert 'from_pretrained("user/tiny")' in card and "base_model" not in card
+    assert "automatically generated" not in card and "More Information Needed" not in card  # transformers' own
+    again = SpeechLLMForConditionalGeneration.from_pretrained("user/tiny")
+    again.push_to_hub("user/again")
+    assert "base_model: user/tiny" in files_of(hub, "user/again")["README.md"].content.decode()
+    # Of a run, the card that training wrote tells more.
+    model.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("---\ntags:\n- speech_llm\n---\n\n# Run\n3 hours", encoding="utf-8")
+    SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "run").push_to_hub("user/run")
+    assert "# Run\n3 hours\n\n## Layout" in files_of(hub, "user/run")["README.md"].content.decode()
+
+
+def test_folders_and_secrets_of_a_funasr_run_stay_at_home(hub, tiny_model, inputs):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
+    secrets = ["/home/anna", "wandb-secret", "C:\\Users", "~/anna"]
+    model.config.funasr_files = {
+        "config.yaml": {
+            "model": "FunASRNano",
+            "audio_encoder_conf": {"freeze": False, "init_param": "/home/anna/encoder.pt"},
+            "llm_conf": {"init_param_path": "/home/anna/Qwen3-0.6B", "lists": ["~/anna/a.jsonl", "kept"]},
+            "dataset_conf": {"do_think": False, "data_split_num": 1, "hotwords": "/home/anna/words"},
+            "train_data_set_list": "/home/anna/train.jsonl",
+            "train_conf": {"wandb_token": "wandb-secret"},
+            "output_dir": "C:\\Users\\anna",
+        },
+        "configuration.json": {"file_path_metas": {"init_param": "/home/anna/model.pt", "config": "config.yaml"}},
+    }
+    model.push_to_hub("user/tiny")
+    files = files_of(hub, "user/tiny")
+    assert_nothing_private(files, *secrets)
+    assert json.loads(files["config.json"].content)["funasr_files"] == {
+        "config.yaml": {
+            "model": "FunASRNano",
+            "audio_encoder_conf": {"freeze": False},
+            "llm_conf": {"lists": ["kept"]},
+            "dataset_conf": {"do_think": False},
+        },
+        "configuration.json": {"file_path_metas": {"config": "config.yaml"}},
+    }
+    assert "output_dir" in model.config.funasr_files["config.yaml"]  # the model in memory is as it was
+
+
+def test_large_files_that_came_through_are_not_sent_again(hub, tiny_model, inputs):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
+    hub.refused_uploads = 1
+    with pytest.raises(RuntimeError, match="Error while uploading"):
+        model.push_to_hub("user/tiny", max_shard_size="40KB")
+    assert set(files_of(hub, "user/tiny")) == set()
+    model.push_to_hub("user/tiny", max_shard_size="40KB")
+    shards = [name for name in files_of(hub, "user/tiny") if name.startswith("model-")]
+    assert len(shards) == len(hub.uploads) == len(set(hub.uploads)) > 3
+    returned = SpeechLLMForConditionalGeneration.from_pretrained("user/tiny")
+    assert torch.equal(logits_of(returned, inputs), logits_of(model, inputs))
+
+
 def test_a_repository_is_public_only_on_request(hub, tiny_model):
     SpeechLLMProcessor.from_pretrained(tiny_model).push_to_hub("user/open", private=False)
     assert not hub.repositories["user/open"].private
@@ -149,12 +289,13 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
     assert len(repository.commits) == 2  # the empty first one, and the finished model with its card
     assert set(files) == {
         "README.md", "training_curve.png", "config.json", "generation_config.json", "model.safetensors",
-        "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+        "processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert_nothing_private(files, tmp_path, tiny_corpus.folder, tiny_model)
 
     card = files["README.md"].content.decode()
-    assert card == (run / "README.md").read_text(encoding="utf-8")
+    assert card.startswith((run / "README.md").read_text(encoding="utf-8"))
+    assert "## Layout" in card and "transformers' own `fun_asr_nano`" in card
     front_matter, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
     assert "library_name: transformers" in front_matter
     assert "- automatic-speech-recognition" in front_matter and "- speech_llm" in front_matter
@@ -165,7 +306,7 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
     assert "learning rate, audio_encoder" not in body  # it was frozen
     assert "| steps | 2 |" in body and "| seed | 42 |" in body and "transformers 5" in body
     loss = json.loads((run / "eval_results.json").read_text())["eval_dev_loss"]
-    assert f"| `dev` | 2 | {loss:.4f} |" in body
+    assert f"| {loss:.4f} |" in body
     assert 'from_pretrained("user/tuned")' in body and "convert_checkpoint.py" in body
 
     trained = SpeechLLMForConditionalGeneration.from_pretrained(run)

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -80,6 +82,11 @@ def whisper_parts(compose_tiny, tiny_config):
         return compose_tiny(config)
 
 
+@pytest.fixture(scope="module")
+def low_frame_rate_model(compose_tiny, tiny_config):
+    return compose_tiny(tiny_config(use_low_frame_rate=True))
+
+
 def gradients(model, batch):
     """Loss, supervised tokens, and the gradient of the summed loss, by parameter."""
     model.zero_grad()
@@ -144,6 +151,37 @@ def test_whisper_encoder_sees_thirty_seconds_as_from_its_own_feature_extractor(w
         expected, _ = model.audio_adaptor(states, torch.ones(states.shape[:2]))
     assert int(lengths) == tokens.shape[1] == expected.shape[1]
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    samples=st.lists(st.integers(1, 30_000), min_size=2, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 9),
+)
+def test_batch_of_any_lengths_equals_one_by_one(low_frame_rate_model, samples, side, seed):
+    model, processor = low_frame_rate_model
+    rng = np.random.default_rng(seed)
+    waveforms = [(0.1 * rng.standard_normal(max(count, 160))).astype(np.float32) for count in samples]
+    dialogues = [
+        transcription_messages(waveform, "语音转写：", TEXTS[index % 3]) for index, waveform in enumerate(waveforms)
+    ]
+    batch = processor.apply_chat_template(dialogues, padding_side=side)
+    with torch.no_grad():
+        together = model(**batch)
+        encoded = model.audio_encoder(batch["input_features"], batch["input_features_mask"]).last_hidden_state
+        total = 0.0
+        for row, dialogue in enumerate(dialogues):
+            single = processor.apply_chat_template(dialogue)
+            output = model(**single)
+            total += output.loss.item() * int(output.num_label_tokens)
+            alone = model.audio_encoder(single["input_features"], single["input_features_mask"]).last_hidden_state[0]
+            torch.testing.assert_close(encoded[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+            frames = int(single["input_features_mask"].sum())
+            tokens, counts = model.get_audio_features(single["input_features"], single["input_features_mask"])
+            placeholders = int((single["input_ids"] == model.config.audio_token_id).sum())
+            assert placeholders == int(counts) == tokens.shape[1] == processor.num_audio_tokens(frames)
+    assert total == pytest.approx(together.loss.item() * int(together.num_label_tokens), rel=1e-5)
 
 
 def test_padding_features_do_not_matter(compose_tiny, dialogues):

@@ -173,9 +173,16 @@ def _open(file: Path):
 def write_safetensors(
     tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int = MAX_SHARD_SIZE
 ) -> None:
-    """Writes `model.safetensors`, or shards with an index beyond `max_shard_size`."""
+    """Writes `model.safetensors`, or shards with an index beyond `max_shard_size`.
+
+    Raises:
+        OSError: if the disk is full.
+    """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{WEIGHTS_FILE} can't be written: {error}") from error
 
 
 def read_side(file: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:

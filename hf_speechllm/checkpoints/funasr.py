@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from .checkpoint import (
     widest,
 )
 from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METAS_FILE, WEIGHTS_FILE, LLM_FOLDER = "config.yaml", "configuration.json", "model.pt", "Qwen3-0.6B"
 CTC_PREFIX = "ctc"  # `ctc_decoder.*` and `ctc.*`: a branch for timestamps that training never touches
@@ -112,16 +115,15 @@ def _refuse_unknown(conf: dict, folder: Path) -> None:
         if conf.get(key) != known:
             raise CheckpointError(f"{folder / CONFIG_FILE}: {key} is {conf.get(key)!r}; only {known} can be read")
     encoder, frontend = conf.get("audio_encoder_conf") or {}, conf.get("frontend_conf") or {}
-    if encoder.get("sanm_shfit", 0) != 0:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: audio_encoder_conf.sanm_shfit must be 0, not {encoder['sanm_shfit']}"
-        )
-    if encoder.get("tp_blocks", 0) < 1:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: audio_encoder_conf.tp_blocks must be at least 1")
-    if frontend.get("cmvn_file") is not None:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: frontend_conf.cmvn_file must be null: features are not normalised here"
-        )
+    for wrong, reason in (
+        (encoder.get("sanm_shfit", 0) != 0, "audio_encoder_conf.sanm_shfit must be 0"),
+        (encoder.get("tp_blocks", 0) < 1, "audio_encoder_conf.tp_blocks must be at least 1"),
+        (frontend.get("cmvn_file") is not None, "frontend_conf.cmvn_file must be null: features are not normalised"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {reason}")
+    if (rate := (conf.get("audio_adaptor_conf") or {}).get("downsample_rate", 2)) != 1:
+        logger.warning("%s: FunASR's audio tokens don't heed downsample_rate %s, ours do", folder / CONFIG_FILE, rate)
 
 
 def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
@@ -164,25 +166,24 @@ def read(folder: Path) -> Checkpoint:
     merge_lora(state, files[CONFIG_FILE].get("llm_conf") or {}, file)
     tensors = to_ours(state, config)
     if HEAD not in tensors and not config.llm_config.tie_word_embeddings:
-        raise CheckpointError(
-            f"{file}: llm.lm_head.weight is missing, and the LLM's config.json says that it is not tied"
-        )
+        raise CheckpointError(f"{file}: {HEAD} is missing, and the LLM's config.json says that it is not tied")
     settle_tying(config, tensors)
     config.dtype = widest(tensor.dtype for tensor in tensors.values())
     saved = (files[CONFIG_FILE].get(SECTION) or {}).get("generation_config")
-    generation_config = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
-    checkpoint = Checkpoint(config, tensors, generation_config, side)
+    generation = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
+    checkpoint = Checkpoint(config, tensors, generation, side)
     check_tensors(checkpoint, str(file), lambda name: to_funasr_name(name, config))
     return checkpoint
 
 
 def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
-    """Our processor of a FunASR checkpoint. Dither is off: the original's makes decoding random.
+    """Our processor of a FunASR checkpoint. Dither is off: the original's (1.0) makes decoding random.
 
     Raises:
         CheckpointError: if the tokenizer lacks the audio token.
     """
-    frontend = _read_files(folder)[CONFIG_FILE].get("frontend_conf") or {}
+    conf = _read_files(folder)[CONFIG_FILE]
+    frontend, dialogue = conf.get("frontend_conf") or {}, conf.get("dataset_conf") or {}
     features = FbankFeatureExtractor(
         feature_size=frontend.get("n_mels", 80),
         sampling_rate=frontend.get("fs", 16000),
@@ -195,15 +196,15 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
     audio_token = tokenizer.convert_ids_to_tokens(config.audio_token_id)
     if audio_token is None:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has no token {config.audio_token_id}, the place of audio tokens"
-        )
+        raise CheckpointError(f"{folder}: the tokenizer has no token {config.audio_token_id}, the place of audio")
     return SpeechLLMProcessor(
         features,
         tokenizer,
         audio_token=audio_token,
         downsample_rate=config.downsample_rate,
         use_low_frame_rate=config.use_low_frame_rate,
+        think_block=not dialogue.get("do_think", True),
+        system_prompt=dialogue.get("sys_prompt", True),
     )
 
 
@@ -225,13 +226,11 @@ def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
         reasons.append("its adaptor's activation is ReLU")
     if reasons:
         raise CheckpointError("FunASR's layout can't hold this model: " + "; ".join(reasons))
-    if adaptor.downsample_rate != 1 and not force:
+    if adaptor.downsample_rate != 1:
         reasons.append("FunASR counts audio tokens without regard to downsample_rate")
-    if adaptor.layer_norm_eps != LAYER_NORM_EPS and not force:
-        reasons.append(
-            f"FunASR's adaptor has a LayerNorm epsilon of {LAYER_NORM_EPS}, this one {adaptor.layer_norm_eps}"
-        )
-    if reasons:
+    if (eps := adaptor.layer_norm_eps) != LAYER_NORM_EPS:
+        reasons.append(f"FunASR's adaptor has a LayerNorm epsilon of {LAYER_NORM_EPS}, this one {eps}")
+    if reasons and not force:
         raise CheckpointError(
             f"this model would behave differently in FunASR: {'; '.join(reasons)}; `force` writes it nevertheless"
         )
@@ -251,7 +250,10 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
             (folder / name.removeprefix(FILE_PREFIX)).write_bytes(tensor.numpy().tobytes())
         else:
             state[name] = tensor
-    torch.save({"state_dict": state}, folder / WEIGHTS_FILE)
+    try:
+        torch.save({"state_dict": state}, folder / WEIGHTS_FILE)
+    except RuntimeError as error:  # how torch tells a full disk
+        raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
     files = copy.deepcopy(config.funasr_files or {})
     conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(conf, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -268,6 +270,9 @@ def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProce
     tp_blocks = encoder.num_timestamp_prediction_layers
     llm_conf = {"hub": "hf", "freeze": True, **(conf.get("llm_conf") or {})}
     llm_conf.pop("lora_conf", None)
+    dialogue = conf.get("dataset_conf") or {}
+    layout = {"do_think": not processor.think_block, "sys_prompt": processor.system_prompt}
+    dialogue = {**dialogue, **{key: value for key, value in layout.items() if dialogue.get(key, True) != value}}
     llm_conf.update(
         llm_dtype=LLM_DTYPES[checkpoint.tensors[EMBEDDINGS].dtype], init_param_path=LLM_FOLDER, use_lora=False
     )
@@ -314,10 +319,12 @@ def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProce
             "lfr_m": features.num_frames_lfr,
             "lfr_n": features.stride_lfr,
             "upsacle_samples": features.waveform_scale != 1.0,
+            "dither": features.dither,  # FunASR's default of 1.0 would make decoding random
             "cmvn_file": None,
         },
         "tokenizer": "HuggingfaceTokenizer",
         "tokenizer_conf": {"init_param_path": "${llm_conf.init_param_path}", **(conf.get("tokenizer_conf") or {})},
+        **({"dataset_conf": dialogue} if dialogue else {}),
         SECTION: {
             "audio_token_id": config.audio_token_id,
             "max_position_embeddings": encoder.max_position_embeddings,

@@ -151,6 +151,8 @@ def load_model(
         options["state_dict"] = checkpoint.tensors
     # transformers loads in one dtype: the widest loses nothing, and each part gets its own back afterwards.
     loaded = widest(stored.values()) if dtype is None and stored else dtype
+    strict = not options.pop("ignore_mismatched_sizes", False)  # told below, as one error
+    options["ignore_mismatched_sizes"] = True
     load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
     model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
@@ -158,6 +160,11 @@ def load_model(
             f"{name}: the tensors don't fit the config; missing: {', '.join(sorted(info['missing_keys'])) or 'none'}; "
             f"unexpected: {', '.join(sorted(info['unexpected_keys'])) or 'none'}"
         )
+    if strict and info["mismatched_keys"]:
+        shapes = [
+            f"{key} is {tuple(found)}, not {tuple(asked)}" for key, found, asked in sorted(info["mismatched_keys"])
+        ]
+        raise CheckpointError(f"{name}: the tensors don't fit the config; of a wrong shape: {', '.join(shapes)}")
     if dtype is None and len(set(stored.values())) > 1:
         for part, part_dtype in stored.items():
             for parameter in getattr(model, part).parameters():  # not the buffers: position tables stay float32
@@ -194,8 +201,14 @@ def load_processor(
         CheckpointError: if a file is missing or damaged, or the tokenizer lacks a token of the dialogue format.
     """
     hub = _hub_options(options)
-    own = _read_json(name, "processor_config.json", hub).get("processor_class") == SpeechLLMProcessor.__name__
+    written_by = _read_json(name, "processor_config.json", hub).get("processor_class")
+    own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
+    if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed apart from its model
+        folder = _fetch(name, NATIVE, hub, weights=False)
+        return native.read_processor(
+            folder, AutoTokenizer.from_pretrained(folder), SpeechLLMConfig.from_pretrained(folder)
+        )
     if layout == OWN:
         return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
     folder = _fetch(name, layout, hub, weights=False)
@@ -249,21 +262,31 @@ def write_checkpoint(
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     with new_folder(output) as folder:
-        if layout == NATIVE:
-            native.write(checkpoint, processor, folder, force, max_shard_size)
-        elif layout == FUNASR:
+        if layout == FUNASR:
             funasr.write(checkpoint, processor, folder, force)
         else:
-            _write_own(checkpoint, processor, folder, max_shard_size)
+            write_files(checkpoint, processor, folder, layout, force, max_shard_size)
 
 
-def _write_own(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, max_shard_size: str | int) -> None:
+def write_files(
+    checkpoint: Checkpoint,
+    processor: SpeechLLMProcessor | None,
+    folder: Path,
+    layout: str,
+    force: bool = False,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a checkpoint into an existing folder, in our layout or the native one, without a processor if `None`."""
+    if layout == NATIVE:
+        native.write(checkpoint, processor, folder, force, max_shard_size)
+        return
     config = checkpoint.config
     config.architectures = [SpeechLLMForConditionalGeneration.__name__]
     config.dtype = widest(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
     config.save_pretrained(folder)
     checkpoint.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     write_safetensors(checkpoint.tensors, folder, max_shard_size)
     write_side(checkpoint.side, folder / SIDE_FILE)
 

@@ -27,7 +27,7 @@ from .checkpoint import (
     write_side,
 )
 
-MODEL_TYPE = "fun_asr_nano"
+MODEL_TYPE, PROCESSOR_CLASS = "fun_asr_nano", FunAsrNanoProcessor.__name__
 # Our own key in the native config: how the model was trained. Where it is missing, the model is a release, or trained
 # from one by others, and the original's numerics are taken to be the truth.
 MARKER = "use_low_frame_rate"
@@ -56,18 +56,19 @@ ADAPTOR_FIELDS = (
     "projector_hidden_size",
     "projector_hidden_act",
 )
+DIALOGUE_FIELDS = ("think_block", "system_prompt")  # of our processor
 FEATURE_FIELDS = ("feature_size", "sampling_rate", "frame_length", "frame_shift", "num_frames_lfr", "stride_lfr")
 
 # Renders what `chat.tokenize` builds. A user message whose list begins with the recording is a request as
 # `FunAsrNanoProcessor.apply_transcription_request` makes it: texts are context, keywords are hotwords. Any other list,
 # and any string, is taken as it stands.
 CHAT_TEMPLATE = """\
-{%- if not messages or messages[0]['role'] != 'system' -%}
+{%- if @WANTED@ and (not messages or messages[0]['role'] != 'system') -%}
 {{- '<|im_start|>system\\n@SYSTEM@<|im_end|>\\n' -}}
 {%- endif -%}
-{%- for message in messages -%}
+{%- for message in messages if @WANTED@ or message['role'] != 'system' -%}
 {%- set content = message['content'] -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{{- '<|im_start|>' + message['role'] + '\\n' + ('@THINK@' if message['role'] == 'assistant' else '') -}}
 {%- if content is string -%}
 {%- for piece in content.split('<|startofspeech|>') -%}
 {%- if '<|endofspeech|>' in piece -%}
@@ -105,16 +106,24 @@ CHAT_TEMPLATE = """\
 {{- '<|im_end|>' if message['role'] == 'assistant' else '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
+{{- '<|im_start|>assistant\\n@THINK@' -}}
 {%- endif -%}
 """
 
 
-def chat_template(audio_token: str = chat.AUDIO_TOKEN) -> str:
-    """The Jinja template that makes the native processor build our prompts."""
-    header = chat.hotword_context(["x"]).split("热词列表")[0].replace("\n", "\\n")
-    template = CHAT_TEMPLATE.replace("@SYSTEM@", chat.DEFAULT_SYSTEM).replace("@HEADER@", header)
-    return template.replace("@AUDIO@", audio_token)
+def chat_template(audio_token: str = chat.AUDIO_TOKEN, think_block: bool = False, system_prompt: bool = True) -> str:
+    """The Jinja template that makes the native processor build our prompts; see `SpeechLLMProcessor`."""
+    values = {
+        "@SYSTEM@": chat.DEFAULT_SYSTEM,
+        "@HEADER@": chat.hotword_context(["x"]).split("热词列表")[0],
+        "@THINK@": chat.THINK_BLOCK if think_block else "",
+        "@WANTED@": "true" if system_prompt else "false",
+        "@AUDIO@": audio_token,
+    }
+    template = CHAT_TEMPLATE
+    for mark, value in values.items():
+        template = template.replace(mark, value.replace("\n", "\\n"))
+    return template
 
 
 def read_config(folder: Path) -> SpeechLLMConfig:
@@ -166,7 +175,9 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
         FbankFeatureExtractor(**options),
         tokenizer,
         audio_token=raw.get("audio_token", chat.AUDIO_TOKEN),
+        downsample_rate=config.downsample_rate,
         use_low_frame_rate=config.use_low_frame_rate,
+        **{name: features[name] for name in DIALOGUE_FIELDS if name in features},
     )
 
 
@@ -201,12 +212,12 @@ def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
 
 def write(
     checkpoint: Checkpoint,
-    processor: SpeechLLMProcessor,
+    processor: SpeechLLMProcessor | None,
     folder: Path,
     force: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a native checkpoint into an existing folder.
+    """Writes a native checkpoint into an existing folder, without a processor if `None`.
 
     Raises:
         CheckpointError: see `refuse`; or if the LLM's tensors are not named as the native class names them.
@@ -221,7 +232,8 @@ def write(
     config.save_pretrained(folder)
     _fix_adaptor_attention(folder / "config.json")
     checkpoint.generation_config.save_pretrained(folder)
-    _native_processor(processor).save_pretrained(folder)
+    if processor is not None:
+        native_processor(processor).save_pretrained(folder)
     write_safetensors(tensors, folder, max_shard_size)
     write_side(checkpoint.side, folder / SIDE_FILE)
 
@@ -253,19 +265,22 @@ def _fix_adaptor_attention(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _native_processor(processor: SpeechLLMProcessor) -> FunAsrNanoProcessor:
+def native_processor(processor: SpeechLLMProcessor) -> FunAsrNanoProcessor:
+    """The native class's processor with our tokenizer, prompts and options of features."""
     ours = processor.feature_extractor
     features = FunAsrNanoFeatureExtractor(
         window=ours.window_type,
-        waveform_scale=ours.waveform_scale,  # unknown there, kept for the way back
+        # What the class doesn't know is kept for the way back.
+        waveform_scale=ours.waveform_scale,
         dither=ours.dither,
+        **{name: getattr(processor, name) for name in DIALOGUE_FIELDS},
         **{name: getattr(ours, name) for name in FEATURE_FIELDS},
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
     # `generate` wants prompts of a batch padded, and on the left; the native processor does what its tokenizer says.
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs.update(padding=True, padding_side="left")
-    template = chat_template(processor.audio_token)
+    template = chat_template(processor.audio_token, processor.think_block, processor.system_prompt)
     return FunAsrNanoProcessor(features, tokenizer, chat_template=template, audio_token=processor.audio_token)
 
 

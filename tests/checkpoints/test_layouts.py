@@ -179,6 +179,34 @@ def test_how_the_model_was_trained_is_known_in_every_layout(layout, make_checkpo
         assert SpeechLLMProcessor.from_pretrained(folder).use_low_frame_rate == flag
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_dialogues_are_laid_out_is_known_in_every_layout(layout, make_model, make_checkpoint):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False})
+    for think_block, system_prompt in ((True, True), (False, False), (True, False)):
+        processor.think_block, processor.system_prompt = think_block, system_prompt
+        folder = make_checkpoint(layout, f"{layout}{think_block}{system_prompt}", model, processor)
+        loaded = SpeechLLMProcessor.from_pretrained(folder)
+        assert (loaded.think_block, loaded.system_prompt) == (think_block, system_prompt)
+        expected = processor.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"]
+        assert torch.equal(loaded.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"], expected)
+        if layout == "native":
+            stock = FunAsrNanoProcessor.from_pretrained(folder)
+            assert torch.equal(stock.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"], expected)
+
+
+def test_a_funasr_config_says_how_dialogues_are_laid_out(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "dataset_conf" not in conf and conf["frontend_conf"]["dither"] == 0
+    conf["dataset_conf"] = {"do_think": False, "sys_prompt": False, "batch_size": 6000}
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    processor = SpeechLLMProcessor.from_pretrained(folder)
+    assert processor.think_block and not processor.system_prompt
+    save_funasr(load(folder), processor, folder.parent / "again")
+    again = yaml.safe_load((folder.parent / "again" / "config.yaml").read_text())
+    assert again["dataset_conf"] == conf["dataset_conf"]
+
+
 def test_a_native_release_is_taken_for_the_original(make_checkpoint):
     folder = make_checkpoint("native", adaptor={"use_low_frame_rate": False, "layer_norm_eps": 1e-5})
     adaptor = load(folder).config.audio_adaptor_config
