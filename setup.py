@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["hf_speechllm", "hf_speechllm.*"]),
+    package_data={"hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"]},
     install_requires=[
         "torch>=2.9",
         "torchaudio>=2.9",
@@ -25,13 +26,17 @@ setup(
         "tqdm",
         "matplotlib",
         "tensorboard",
+        "silero-vad[onnx-cpu]>=6.2.3",
         "compute-wer",
+        "rapidfuzz",
+        "jinja2",
         "jiwer",
         "whisper-normalizer",
         "zhconv",
     ],
     extras_require={
         "deepspeed": ["deepspeed"],
+        "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "deepspeed", "ruff", "mypy", "pre-commit"],
     },
 )

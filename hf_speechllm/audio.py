@@ -8,31 +8,30 @@ import io
 import itertools
 import os
 import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
+
+from .archives import container_of, read_member
+from .downloads import DownloadError, download, is_url, redact
 
 if TYPE_CHECKING:
     import soundfile
 
 SAMPLE_RATE = 16000  # Hz
-URL_TIMEOUT = 30  # seconds without an answer before a download is given up
 BLOCK_LENGTH = 1 << 20  # samples decoded at once; a minute at 16 kHz, so that most recordings are one block
 PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
+MP3_SAMPLES_PER_BYTE = 100  # at 8 kbit/s and 24 kHz, the least and the most, there are 24
 UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
 
 
 class AudioError(ValueError):
-    """A recording that can't be used; the message has its path and the reason."""
+    """A recording that can't be used; the message has its path and the reason, without secrets of a URL."""
 
-
-def is_url(source: Any) -> bool:
-    """Whether a source is an http(s) URL."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+    def __init__(self, message: str):
+        super().__init__(redact(message))
 
 
 def resolve_source(source: str, folder: str) -> str:
@@ -44,6 +43,21 @@ def resolve_source(source: str, folder: str) -> str:
         return source
     base = _real_folder(folder) if ".." in source else os.path.abspath(folder)
     return os.path.normpath(os.path.join(base, source))
+
+
+def check_root(source: str, root: str) -> None:
+    """Sees to it that a path, symbolic links followed, lies in a folder; URLs do not point into the file system.
+
+    Raises:
+        AudioError: if it does not.
+    """
+    if is_url(source):
+        return
+    if "\0" in source:
+        raise AudioError(f"{source!r}: a path can't hold a zero byte")
+    path = os.path.realpath(container_of(source) or source)
+    if os.path.commonpath((path, _real_folder(root))) != _real_folder(root):
+        raise AudioError(f"{source}: outside --audio_root {root}")
 
 
 @functools.cache
@@ -65,21 +79,26 @@ def load_audio(source: str | Path | bytes | np.ndarray, sampling_rate: int = SAM
         AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached.
     """
     if isinstance(source, (str, Path, bytes)):
-        waveform, rate = read_audio(source)
-        return resample(waveform.mean(axis=1), rate, sampling_rate)
+        waveform, rate = read_audio(source, mono=True)
+        return resample(waveform, rate, sampling_rate)
     waveform = np.asarray(source, dtype=np.float32)
     if waveform.ndim != 1:
         raise AudioError(f"a waveform must have one dimension (samples,), got shape {waveform.shape}")
     return waveform
 
 
-def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+def read_audio(source: str | Path | bytes, mono: bool = False) -> tuple[np.ndarray, int]:
     """Decodes a recording: float32, shape = (samples, channels), in [-1, 1], and its rate in Hz.
+
+    Args:
+        mono: whether to average the channels; the shape is then (samples,).
 
     Raises:
         AudioError: as `load_audio`.
     """
-    blocks, rates = zip(*_decode(source), strict=True)
+    # Averaged block by block: an hour in six channels would take 4 GB.
+    decoded = ((block.mean(axis=1) if mono else block, rate) for block, rate in _decode(source))
+    blocks, rates = zip(*decoded, strict=True)
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rates[0]
 
 
@@ -92,30 +111,35 @@ def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
     Raises:
         AudioError: as `load_audio`.
     """
-    plain = None if isinstance(source, bytes) or is_url(source) else _probe_plain_wav(source)
+    data = read_bytes(source) if is_url(source) or container_of(source) else None
+    plain = _probe_plain_wav(source if data is None else data)
     if plain:
         return plain
-    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source)), strict=True)
+    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source, data)), strict=True)
     return sum(lengths), rates[0]
 
 
-def _probe_plain_wav(path: str | Path) -> tuple[int, int] | None:
+def _probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
     """As `probe_audio`; `None` for whatever must be decoded, or can't be read, which decoding then says."""
     import soundfile
 
     try:
-        with open(path, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             if file.read(4) not in (b"RIFF", b"RF64") or missing_bytes(file):
                 return None
             file.seek(0)
-            with soundfile.SoundFile(file) as wav:
+            # By its name where it has one: libsndfile then reads by itself, not through Python.
+            with soundfile.SoundFile(file if isinstance(source, bytes) else source) as wav:
                 return (wav.frames, wav.samplerate) if wav.subtype in PLAIN_PCM and wav.frames else None
     except (OSError, ValueError, soundfile.LibsndfileError):
         return None
 
 
-def _decode(source: str | Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
+def _decode(source: str | Path | bytes, data: bytes | None = None) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks of a recording, at least one: float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
+
+    Args:
+        data: the recording's bytes, if they have been read.
 
     libsndfile reads WAV, FLAC, Ogg, Opus and MP3; FFmpeg, as bundled by PyAV, the rest (M4A, AAC, WMA, AMR, video).
 
@@ -125,7 +149,7 @@ def _decode(source: str | Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
     import soundfile
 
     name = "<bytes>" if isinstance(source, bytes) else str(source)
-    data = read_bytes(source)
+    data = read_bytes(source) if data is None else data
     if not data:
         raise AudioError(f"{name}: the file is empty")
     missing = missing_bytes(io.BytesIO(data))
@@ -136,7 +160,7 @@ def _decode(source: str | Path | bytes) -> Iterator[tuple[np.ndarray, int]]:
     except soundfile.LibsndfileError as error:
         file, cause = None, error.error_string.rstrip(".")
     # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all.
-    if file and 0 < file.frames < UNKNOWN_LENGTH and (file.format != "MP3" or _mp3_has_length(data)):
+    if file and 0 < file.frames < UNKNOWN_LENGTH and (file.format != "MP3" or _mp3_has_length(data, file.frames)):
         blocks = _blocks_of_libsndfile(file, name)
     else:
         blocks = _blocks_of_ffmpeg(data, name, cause)
@@ -187,7 +211,7 @@ def _blocks_of_ffmpeg(data: bytes, name: str, cause: str) -> Iterator[tuple[np.n
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
-    """The content of a file or URL.
+    """The content of a file, a URL, or a recording in a tar or Parquet file (see `archives`).
 
     Raises:
         AudioError: if it can't be had.
@@ -196,11 +220,12 @@ def read_bytes(source: str | Path | bytes) -> bytes:
         return source
     try:
         if is_url(source):
-            # Non-ASCII paths must be quoted, what is quoted already must stay.
-            url = urllib.parse.quote(str(source), safe="%/:=&?~#+!$,;'@()*[]")
-            with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as answer:  # noqa: S310 (is_url checked the scheme)
-                return answer.read()
+            return download(str(source))
+        if container_of(source):
+            return read_member(str(source))
         return Path(source).read_bytes()
+    except DownloadError as error:
+        raise AudioError(f"{source}: {error}") from error
     except urllib.error.HTTPError as error:
         raise AudioError(f"{source}: the server answers {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
@@ -303,8 +328,13 @@ def _matroska_end(head: bytes) -> int:
     return 0 if size < 0 else start + size  # live recordings leave the size open
 
 
-def _mp3_has_length(data: bytes) -> bool:
-    """Whether an MP3 file tells its number of frames, in a tag in the first one; else libsndfile guesses it."""
+def _mp3_has_length(data: bytes, samples: int) -> bool:
+    """Whether an MP3 file tells its number of samples, in a tag in the first frame; else libsndfile guesses it.
+
+    More samples than that many bytes can hold are a damaged tag, and memory for them must not be asked for.
+    """
+    if samples > MP3_SAMPLES_PER_BYTE * len(data):
+        return False
     start = 0
     if data[:3] == b"ID3":  # four bytes of 7 bits each
         start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
@@ -333,7 +363,7 @@ def source_stamp(source: str) -> str:
     if is_url(source):
         return ""
     try:
-        status = os.stat(source)
-    except OSError:
+        status = os.stat(container_of(source) or source)
+    except (OSError, ValueError):  # a path with a zero byte gives the latter
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"

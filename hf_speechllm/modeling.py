@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
-from .chat import IGNORE_INDEX
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+from .loss import supervised_loss
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -159,6 +158,24 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     _allow_checkpointing(part)
         return self
 
+    def encode_audio(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the encoder.
+
+        Args:
+            input_features: shape = (recordings, feature frames, feature size).
+            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+
+        Returns:
+            Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
+            encoder frames).
+        """
+        if self.config.audio_encoder_config.model_type == "whisper":
+            return self._run_whisper(input_features, input_features_mask)
+        outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask)
+        return outputs.last_hidden_state, input_features_mask
+
     def get_audio_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,11 +189,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Audio tokens, shape = (recordings, tokens, LLM width), and how many of them each recording has,
             shape = (recordings,).
         """
-        if self.config.audio_encoder_config.model_type == "whisper":
-            states, mask = self._run_whisper(input_features, input_features_mask)
-        else:
-            mask = input_features_mask
-            states = self.audio_encoder(input_features=input_features, input_features_mask=mask).last_hidden_state
+        return self._audio_tokens(input_features, input_features_mask)
+
+    def _audio_tokens(self, features, mask, states=None) -> tuple[torch.Tensor, torch.Tensor]:
+        if states is None:
+            states, mask = self.encode_audio(features, mask)
         tokens, lengths = self.audio_adaptor(states, mask)
         if self.config.use_low_frame_rate:
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
@@ -212,6 +229,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_logits: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_positions: torch.Tensor | None = None,
+        encoder_states: torch.Tensor | None = None,
+        audio_tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
         """Runs the model; with labels, computes logits only at supervised positions.
@@ -226,14 +246,22 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return_logits: whether to return all logits although there are labels.
             logits_to_keep: without labels, how many last positions (0: all) get logits.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
+            label_positions: of `loss.label_positions`, computed on the host: spares a GPU's queue from running empty.
+            encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
+                then theirs.
+            audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
 
         Raises:
             ValueError: if placeholders and audio tokens differ in number.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if input_features is not None:
-                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, input_features, input_features_mask)
+            if audio_tokens is not None:
+                lengths = torch.tensor([len(audio_tokens)], device=input_ids.device)
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio_tokens.unsqueeze(0), lengths)
+            elif input_features is not None or encoder_states is not None:
+                audio = self._audio_tokens(input_features, input_features_mask, encoder_states)
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
         outputs = self.llm.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -247,57 +275,27 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return SpeechLLMOutput(logits=head(hidden_states[:, kept]), past_key_values=outputs.past_key_values)
-        result = supervised_loss(hidden_states, labels, head, num_items_in_batch)
-        if return_logits:
-            result.logits = head(hidden_states)
-        return result
+        loss, count, accuracy = supervised_loss(hidden_states, labels, head, num_items_in_batch, label_positions)
+        logits = head(hidden_states) if return_logits else None
+        return SpeechLLMOutput(loss=loss, logits=logits, num_label_tokens=count, token_accuracy=accuracy)
 
-    def _insert_audio(self, input_ids, inputs_embeds, input_features, input_features_mask) -> torch.Tensor:
-        tokens, lengths = self.get_audio_features(input_features, input_features_mask)
+    def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
         placeholders = input_ids == self.config.audio_token_id
-        valid = torch.arange(tokens.shape[1], device=lengths.device) < lengths.unsqueeze(-1)
-        audio = tokens[valid].to(inputs_embeds.dtype)
-        # Compared on the host only: on a GPU the comparison would stall every step, and masked_scatter checks for too
-        # few.
-        if input_ids.device.type == "cpu" and int(placeholders.sum()) != audio.shape[0]:
+        # Compared on the host only: on a GPU the comparison would stall every step.
+        if input_ids.device.type == "cpu" and int(placeholders.sum()) != int(lengths.sum()):
             raise ValueError(
                 f"input_ids hold {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
-                f"but the recordings give {audio.shape[0]} audio tokens; build both with the same processor"
+                f"but the recordings give {int(lengths.sum())} audio tokens; build both with the same processor"
             )
-        return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), audio)
-
-
-def supervised_loss(
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor,
-    head: nn.Module,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> SpeechLLMOutput:
-    """Cross-entropy of the next token, with logits at supervised positions only.
-
-    Args:
-        hidden_states: shape = (batch, tokens, width).
-        labels: shape = (batch, tokens), -100 where not supervised.
-        head: maps width to vocabulary.
-        num_items_in_batch: what to divide the summed loss by; default the supervised tokens of this batch.
-
-    Returns:
-        `SpeechLLMOutput` with loss, number of supervised tokens and token accuracy.
-    """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    targets = targets[supervised]
-    # Upcast as transformers' own loss does: bf16 log-sum-exp over 150,000 words loses digits.
-    logits = head(hidden_states[:, :-1][supervised]).float()
-    count = supervised.sum()
-    total = functional.cross_entropy(logits, targets, reduction="sum")
-    with torch.no_grad():
-        correct = (logits.argmax(-1) == targets).sum()
-    return SpeechLLMOutput(
-        loss=total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
-        num_label_tokens=count,
-        token_accuracy=correct / count.clamp(min=1),
-    )
+        # The n-th placeholder takes the n-th audio token. Looked up, not compressed with a mask: how much that leaves
+        # is known only once the GPU has come so far.
+        ends = lengths.cumsum(0)
+        order = placeholders.flatten().cumsum(0) - 1
+        recording = torch.searchsorted(ends, order, right=True).clamp(max=len(lengths) - 1)
+        index = recording * tokens.shape[1] + order - (ends - lengths)[recording]
+        audio = tokens.flatten(0, 1)[index.clamp(0, tokens.shape[0] * tokens.shape[1] - 1)]
+        audio = audio.view(*placeholders.shape, -1).to(inputs_embeds.dtype)
+        return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
 
 
 def _allow_checkpointing(part: PreTrainedModel) -> None:

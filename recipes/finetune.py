@@ -32,9 +32,15 @@ def main() -> None:
     from hf_speechllm.data.bad_rows import BadDataError
     from hf_speechllm.data.collator import SpeechLLMCollator
     from hf_speechllm.data.dataset import prepare_rows
+    from hf_speechllm.data.encoder_cache import add_encoded
+    from hf_speechllm.data.hotwords import hotword_sampler
+    from hf_speechllm.data.stream import open_stream
+    from hf_speechllm.downloads import UrlPolicy
+    from hf_speechllm.training.cache_level import choose_level
     from hf_speechllm.training.freezing import count_parameters, freeze_parts
     from hf_speechllm.training.lora import add_lora
     from hf_speechllm.training.runs import describe_data, find_checkpoint, save_final, set_up_logging
+    from hf_speechllm.training.selection import RetentionError
     from hf_speechllm.training.trainer import SpeechLLMTrainer
 
     set_up_logging(args)
@@ -42,12 +48,18 @@ def main() -> None:
 
     # Data first: its errors are found before the model is loaded.
     try:
+        UrlPolicy.change(args.url_max_megabytes, args.url_timeout_seconds, args.allow_private_redirects)
         checkpoint = find_checkpoint(args)
         processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
         limit = SpeechLLMConfig.from_pretrained(args.model_name_or_path).max_feature_frames
+        stretched = int(limit / (1 + args.tempo_perturb))  # augmentation may lengthen a recording
+        collator = SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment), args.dither)
         with args.main_process_first(desc="preparing the data"):
-            stretched = int(limit / (1 + args.tempo_perturb))  # augmentation may lengthen a recording
-            train_rows, weights = prepare_rows(args.train_file, processor, stretched, args, args.train_weight)
+            if args.streaming:
+                train_rows, weights = open_stream(args.train_file, collator, stretched, args, args.train_weight), None
+            else:
+                train_rows, weights = prepare_rows(args.train_file, processor, stretched, args, args.train_weight)
+            collator.hotwords = hotword_sampler(args, None if args.streaming else train_rows)
             validation_rows = {
                 name: prepare_rows([file], processor, limit, args)[0] for name, file in args.validation_files.items()
             }
@@ -62,6 +74,8 @@ def main() -> None:
     freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
     if args.use_lora:
         model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    if (level := choose_level(args)) != "fbank":
+        train_rows = add_encoded(train_rows, model, processor, level, args)
     for part, (trained, total) in count_parameters(model).items():
         logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
 
@@ -70,12 +84,16 @@ def main() -> None:
         args=args,
         train_dataset=train_rows,
         eval_dataset=validation_rows or None,
-        data_collator=SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment)),
+        data_collator=collator,
         eval_collator=SpeechLLMCollator(processor),
         processing_class=processor,
         train_weights=weights,
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except RetentionError as error:
+        trainer.accelerator.end_training()
+        sys.exit(f"finetune.py: {error}")
     save_final(trainer, result)
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm import audio
-from hf_speechllm.audio import AudioError, load_audio, missing_bytes, probe_audio, read_audio, resolve_source
+from hf_speechllm import audio, downloads
+from hf_speechllm.audio import (
+    AudioError,
+    check_root,
+    load_audio,
+    missing_bytes,
+    probe_audio,
+    read_audio,
+    resolve_source,
+)
 
 SECONDS = 1.5
 
@@ -284,7 +292,7 @@ def test_broken_and_silent_connections_are_refused(serve, monkeypatch):
     address = serve(handler=Handler)
     with pytest.raises(AudioError, match="truncated: the connection broke after 4 bytes"):
         probe_audio(f"{address}/broken.wav")
-    monkeypatch.setattr(audio, "URL_TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "URL_TIMEOUT", 0.2)
     with pytest.raises(AudioError, match=r"silent\.wav: can't be read: .*timed out"):
         probe_audio(f"{address}/silent.wav")
 
@@ -293,6 +301,43 @@ def test_source_is_resolved_from_a_folder():
     assert resolve_source("a/../b.wav", "/data") == "/data/b.wav"
     assert resolve_source("/x/b.wav", "/data") == "/x/b.wav"
     assert resolve_source("https://x/../b.wav", "/data") == "https://x/../b.wav"
+
+
+@pytest.mark.parametrize(
+    "name, inside",
+    [
+        ("a.wav", True), ("b/../a.wav", True), ("missing.wav", True), ("shard.tar::../../x@0+9", True),
+        ("../a.wav", False), ("../rootless/a.wav", False), ("link/a.wav", False), ("link.wav", False),
+        ("/etc/passwd", False), ("link/shard.tar::x@0+9", False), ("a\0.wav", False),
+    ],
+)  # fmt: skip
+def test_paths_can_not_leave_the_root(tmp_path, name, inside):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "rootless").mkdir()
+    (root / "link").symlink_to(tmp_path)
+    (root / "link.wav").symlink_to("/etc/passwd")
+    source = name if name.startswith("/") else f"{root}/{name}"
+    if inside:
+        check_root(source, str(root))
+    else:
+        with pytest.raises(AudioError, match="outside --audio_root|zero byte"):
+            check_root(source, str(root))
+    check_root("https://host/a.wav", str(root))
+
+
+def test_root_may_be_reached_by_a_link(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    check_root(f"{tmp_path}/link/a.wav", f"{tmp_path}/root")
+    check_root(f"{tmp_path}/root/a.wav", f"{tmp_path}/link")
+
+
+def test_secrets_of_a_url_are_not_told(serve, tmp_path):
+    address = serve(tmp_path).removeprefix("http://")
+    with pytest.raises(AudioError) as info:
+        load_audio(f"http://user:pa%40ss@{address}/none.wav?token=secret#frag")
+    assert str(info.value) == f"http://***@{address}/none.wav?***: the server answers 404 File not found"
 
 
 def test_real_recordings_are_sound(shared):

@@ -24,8 +24,9 @@ from hf_speechllm import (
     SpeechLLMForConditionalGeneration,
     SpeechLLMProcessor,
 )
-from hf_speechllm.chat import num_audio_tokens, transcription_messages
-from hf_speechllm.modeling import IGNORE_INDEX, PARTS
+from hf_speechllm.chat import IGNORE_INDEX, num_audio_tokens, transcription_messages
+from hf_speechllm.loss import label_positions
+from hf_speechllm.modeling import PARTS
 
 ADAPTORS = [
     {"adaptor_type": kind, "downsample_rate": rate, "use_low_frame_rate": low}
@@ -322,13 +323,44 @@ def test_audio_tokens_stand_at_their_placeholders_in_order(compose_tiny, dialogu
         embeddings = model._insert_audio(
             batch["input_ids"],
             model.get_input_embeddings()(batch["input_ids"]),
-            batch["input_features"],
-            batch["input_features_mask"],
+            tokens,
+            counts,
         )
     for row, ids in enumerate(batch["input_ids"]):
         placeholders = ids == model.config.audio_token_id
         assert torch.equal(embeddings[row][placeholders], tokens[row, : counts[row]])
         assert torch.equal(embeddings[row][~placeholders], model.get_input_embeddings()(ids[~placeholders]))
+
+
+def test_what_frozen_parts_computed_before_gives_the_same_loss(compose_tiny, dialogues):
+    model, processor = compose_tiny()
+    batch = processor.apply_chat_template(dialogues)
+    features = {key: batch.pop(key) for key in ("input_features", "input_features_mask")}
+    with torch.no_grad():
+        expected = model(**batch, **features)
+        states, mask = model.encode_audio(**features)
+        tokens, counts = model.get_audio_features(**features)
+        audio_tokens = torch.cat([row[:count] for row, count in zip(tokens, counts, strict=True)])
+        from_states = model(**batch, encoder_states=states, input_features_mask=mask)
+        from_tokens = model(**batch, audio_tokens=audio_tokens)
+    assert torch.equal(from_states.loss, expected.loss)
+    assert torch.equal(from_tokens.loss, expected.loss)
+
+
+def test_logits_in_chunks_give_the_same_loss_and_gradients(compose_tiny, dialogues, monkeypatch):
+    model, processor = compose_tiny()
+    batch = processor.apply_chat_template(dialogues)
+    results = []
+    for size in (10_000, 3):
+        monkeypatch.setattr("hf_speechllm.loss.POSITIONS_PER_CHUNK", size)
+        model.zero_grad()
+        output = model(**batch, label_positions=label_positions(batch["labels"]))
+        assert output.num_label_tokens == (batch["labels"] != IGNORE_INDEX).sum() > 2 * 3
+        output.loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append([output.loss, output.token_accuracy, *gradients])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("surplus", [-1, 1])

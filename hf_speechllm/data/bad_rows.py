@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..downloads import redact
 from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,19 @@ class BadRow:
 
     Args:
         file: list or JSONL that has it.
-        line: counted from 1.
+        line: counted from 1; or another place in the file, as text.
         reason: what is wrong, as "KIND: DETAILS", and how to mend it.
     """
 
     file: str
-    line: int
+    line: int | str
     reason: str
+
+    def __post_init__(self):
+        # What comes from data must neither give away the password in a URL nor steer the terminal.
+        object.__setattr__(self, "reason", _printable(redact(self.reason)))
+        if isinstance(self.line, str):
+            object.__setattr__(self, "line", _printable(self.line))
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
@@ -55,7 +62,7 @@ class BadRows:
         self.report_file = report_file
         self._rows: list[BadRow] = []
 
-    def add(self, file: str | os.PathLike[str], line: int, reason: str) -> None:
+    def add(self, file: str | os.PathLike[str], line: int | str, reason: str) -> None:
         """Notes a bad row; arguments as `BadRow`."""
         self._rows.append(BadRow(os.fspath(file), line, reason))
 
@@ -101,3 +108,7 @@ class BadRows:
 def _rounded_up(fraction: float) -> float:
     """To a number of few digits that is not smaller."""
     return -(-fraction * 1000 // 1) / 1000
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import torch
 
 from .. import chat
 from ..audio import load_audio
-from ..features import cacheable_features, encoder_input
+from ..features import FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
+from ..loss import label_positions
 from ..processing import SpeechLLMProcessor, pad_features
+from .hotwords import HotwordSampler, answers_of
 
+ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # of `data.encoder_cache`
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
@@ -25,30 +29,66 @@ class SpeechLLMCollator:
     Args:
         processor: gives features, ids and labels.
         augmentations: applied to the features in turn; their randomness comes from each row's `seed`.
+        dither: noise in the front-end, see `FbankFeatureExtractor`, where features are not cached; its randomness too
+            comes from each row's `seed`.
+        hotwords: draws each row's hotwords; `None` leaves those that it carries. Randomness as above.
+
+    Raises:
+        ValueError: if the front-end has no dither.
     """
 
     processor: SpeechLLMProcessor
     augmentations: Sequence[Augmentation] = ()
+    dither: float = 0.0
+    hotwords: HotwordSampler | None = None
+
+    def __post_init__(self):
+        if self.dither and not isinstance(self.processor.feature_extractor, FbankFeatureExtractor):
+            raise ValueError("dither belongs to the fbank front-end; this model has another one")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pads a batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `input_features`,
-            shape =
-            (recordings, frames, feature size), `input_features_mask`.
+            `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `label_positions`;
+            `input_features`, shape = (recordings, frames, feature size), `input_features_mask`, or, of rows from
+            `data.encoder_cache`, `encoder_states` or `audio_tokens` instead of the features.
         """
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        features: list[torch.Tensor] = []
+        audio: list[torch.Tensor] = []
+        num_frames: list[int] = []
+        level = next((name for name in ENCODED_COLUMNS if rows[0].get(name) is not None), None)
         for row in rows:
-            inputs = [encoder_input(self.processor.feature_extractor, item) for item in self.row_features(row)]
-            dialogue = chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ())
-            example = self.processor.tokenize(dialogue, [len(item) for item in inputs])
+            if level is None:
+                inputs = self.row_inputs(row)
+                lengths = [len(item) for item in inputs]
+            else:
+                inputs = [stored_states(item) for item in row[level]]
+                lengths = [num_encoder_input_frames(self.processor.feature_extractor, n) for n in row["num_frames"]]
+            hotwords = row["hotwords"] or ()
+            if self.hotwords is not None:
+                hotwords = self.hotwords(hotwords, answers_of(row["messages"]), row["seed"])
+            dialogue = chat.parse_messages(json.loads(row["messages"]), hotwords)
+            example = self.processor.tokenize(dialogue, lengths)
             columns["input_ids"].append(example.input_ids)
             supervised = row.get("supervised", True)
             columns["labels"].append(example.labels if supervised else [chat.IGNORE_INDEX] * len(example.labels))
-            features.extend(inputs)
-        return {**self.processor.pad_tokens(columns, "right"), **pad_features(features)}
+            audio.extend(inputs)
+            num_frames.extend(lengths)
+        batch = self.processor.pad_tokens(columns, "right")
+        batch["label_positions"] = label_positions(batch["labels"])
+        if level == "audio_tokens":
+            frames = torch.tensor(num_frames)  # the mask only tells how much audio there is
+            batch["input_features_mask"] = torch.arange(int(frames.max())) < frames.unsqueeze(-1)
+            return {**batch, "audio_tokens": torch.cat(audio)}
+        padded = pad_features(audio)
+        if level == "encoder_states":
+            padded["encoder_states"] = padded.pop("input_features")
+        return {**batch, **padded}
+
+    def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:
+        """Encoder inputs of a row's recordings, each of shape = (frames, feature size)."""
+        return [encoder_input(self.processor.feature_extractor, item) for item in self.row_features(row)]
 
     def row_features(self, row: dict[str, Any]) -> list[torch.Tensor]:
         """Features of a row's recordings, each of shape = (10 ms frames, mel bins): from the cache, or from the
@@ -60,15 +100,31 @@ class SpeechLLMCollator:
             ]
         else:
             extractor = self.processor.feature_extractor
-            features = [
-                torch.from_numpy(cacheable_features(extractor, load_audio(source, self.processor.sampling_rate)))
-                for source in row["recordings"]
-            ]
+            with torch.random.fork_rng(devices=[], enabled=self.dither > 0):
+                if self.dither:
+                    extractor = copy.copy(extractor)  # the processor's own decodes and validates, without
+                    extractor.dither = self.dither
+                    torch.manual_seed(int(np.random.default_rng(row["seed"]).integers(2**63)))
+                features = [
+                    torch.from_numpy(cacheable_features(extractor, load_audio(source, self.processor.sampling_rate)))
+                    for source in row["recordings"]
+                ]
         if self.augmentations:
             rng = np.random.default_rng(row["seed"])
             for augmentation in self.augmentations:
                 features = [augmentation(item, rng) for item in features]
         return features
+
+
+def stored_states(data: bytes) -> torch.Tensor:
+    """States of `data.encoder_cache` as a tensor, shape = (frames or tokens, width).
+
+    Args:
+        data: the width and the bytes of a number, both as 32-bit integers, then the numbers: bfloat16 or float32.
+    """
+    width, size = np.frombuffer(data[:8], dtype=np.int32)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[int(size)]
+    return torch.frombuffer(bytearray(data[8:]), dtype=dtype).view(-1, int(width))
 
 
 def stored_features(data: bytes, frames: int, feature_size: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from ..audio import AudioError, is_url, load_audio, source_stamp
+from ..archives import container_of
+from ..audio import AudioError, check_root, is_url, load_audio, source_stamp
 from ..features import cacheable_features, num_encoder_input_frames
 from ..processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
+from .shards import Shard, as_columns, expand, is_archive, read_shard
 
 if TYPE_CHECKING:
     from ..training.arguments import SpeechLLMTrainingArguments
@@ -44,13 +46,17 @@ ROW_FEATURES = Features(
 )
 
 
-def load_rows(files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | None = None) -> Dataset:
-    """The rows of training JSONL files, one dialogue each.
+def load_rows(
+    files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | None = None, audio_root: str | None = None
+) -> Dataset:
+    """The rows of training files, one dialogue each.
 
     Args:
-        files: paths; what is read is kept in the cache until a file's size or time changes.
+        files: JSONL, tar or Parquet; what is read is kept in the cache until a file's size or time changes. The
+            recordings in tar and Parquet files stay there; see `archives`.
         bad_rows: gets every row that can't be used; call its `check` afterwards.
         cache_dir: default that of `datasets`.
+        audio_root: folder that recordings must lie in.
 
     Returns:
         A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (what changes when a recording
@@ -71,27 +77,40 @@ def load_rows(files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | N
         )
         parts.append(part)
     rows = drop_bad_rows(concatenate_datasets(parts), bad_rows)
+    if audio_root is not None:
+        rows = _drop_outside(rows, bad_rows, audio_root)
     stamps = [[source_stamp(source) for source in sources] for sources in rows["recordings"]]
     return rows.add_column("stamps", stamps, feature=List(Value("string")))
 
 
+def _drop_outside(rows: Dataset, bad_rows: BadRows, audio_root: str) -> Dataset:
+    good = []
+    for index, sources in enumerate(rows["recordings"]):
+        try:
+            for source in sources:
+                check_root(source, audio_root)
+            good.append(index)
+        except AudioError as error:
+            row = rows[index]
+            bad_rows.add(row["file"], row["line"], str(error))
+    return rows if len(good) == len(rows) else rows.select(good)
+
+
 def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
     empty = True
-    for row in read_jsonl(file):
+    if is_archive(file):
+        rows: Iterable = (item.row for item in read_shard(Shard(file), embed=False))
+    else:
+        rows = read_jsonl(file)
+    for number, row in enumerate(rows, start=1):
         empty = False
-        if isinstance(row, BadRow):
+        if not isinstance(row, BadRow):
+            yield {**(row if isinstance(row, dict) else as_columns(row)), "error": None}
+        elif isinstance(row.line, int):
             yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": row.line, "error": row.reason}
-            continue
-        yield {
-            "messages": json.dumps(row.messages, ensure_ascii=False),
-            "recordings": row.recordings,
-            "hotwords": row.hotwords,
-            "speech_length": row.speech_length,
-            "text_length": row.text_length,
-            "file": file,
-            "line": row.line,
-            "error": None,
-        }
+        else:
+            error = f"{row.line}: {row.reason}"
+            yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": number, "error": error}
     if empty:  # `datasets` has no dataset without rows
         yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": 1, "error": "no rows: the file is empty"}
 
@@ -227,12 +246,13 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
     try:
         if length is None or len(recordings) > 1:
             return {"num_frames": [measure_recording(source)[1] for source in recordings], "error": None}
-        if not is_url(recordings[0]) and os.path.getsize(recordings[0]) == 0:
+        if not is_url(recordings[0]) and os.path.getsize(container_of(recordings[0]) or recordings[0]) == 0:
             raise AudioError(f"{recordings[0]}: the file is empty")
     except AudioError as error:
         return {"num_frames": [], "error": str(error)}
-    except OSError as error:
-        return {"num_frames": [], "error": f"{recordings[0]}: can't be read: {error.strerror}"}
+    except (OSError, ValueError) as error:  # the latter for a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        return {"num_frames": [], "error": f"{recordings[0]}: can't be read: {reason}"}
     return {"num_frames": [length], "error": None}
 
 
@@ -277,10 +297,10 @@ def prepare_rows(
     args: SpeechLLMTrainingArguments,
     weights: Sequence[float] = (),
 ) -> tuple[Dataset, np.ndarray | None]:
-    """Everything between JSONL files and the trainer: rows, features or lengths, and the checks of both.
+    """Everything between files of rows and the trainer: rows, features or lengths, and the checks of both.
 
     Args:
-        files: JSONL.
+        files: JSONL, tar or Parquet files; a glob stands for all that it matches.
         max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
         args: its options about data are used.
         weights: one for each file.
@@ -293,7 +313,8 @@ def prepare_rows(
         FileNotFoundError: if a file is missing.
     """
     bad_rows = BadRows(args.max_bad_fraction)
-    rows = load_rows(files, bad_rows, args.cache_dir)
+    found = expand(files)
+    rows = load_rows([file for group in found for file in group], bad_rows, args.cache_dir, args.audio_root)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
     if len(rows) == 0:
@@ -313,5 +334,7 @@ def prepare_rows(
         raise BadDataError(f"{', '.join(files)}: no rows to train on")
     if not weights:
         return rows, None
-    by_file = {str(Path(file).resolve()): weight for file, weight in zip(files, weights, strict=True)}
+    by_file = {
+        str(Path(file).resolve()): weight for group, weight in zip(found, weights, strict=True) for file in group
+    }
     return rows, np.array([by_file[file] for file in rows["file"]])

@@ -16,6 +16,7 @@ from ..files import atomic_write
 from .bad_rows import BadDataError, BadRow
 
 KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written
+LONGEST = 1 << 31  # frames or tokens; what is longer is a mistake
 _MARKED_PATH = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
 
 
@@ -65,11 +66,23 @@ def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> It
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
-            try:
-                yield _parse_row(_parse_object(line), require_answers, folder, name, number)
-            except (BadDataError, chat.ChatError) as error:
-                kind = "bad dialogue: " if isinstance(error, chat.ChatError) else ""
-                yield BadRow(name, number, f"{kind}{error}")
+            yield parse_line(line, folder, name, number, require_answers)
+
+
+def parse_line(line: bytes, folder: str, file: str, number: int, require_answers: bool = True) -> Row | BadRow:
+    """A line of a JSONL.
+
+    Args:
+        folder: where relative paths start, absolute.
+        file: the JSONL, for messages.
+        number: of the line, for messages.
+        require_answers: as for `read_jsonl`.
+    """
+    try:
+        return _parse_row(parse_object(line), require_answers, folder, file, number)
+    except (BadDataError, chat.ChatError) as error:
+        kind = "bad dialogue: " if isinstance(error, chat.ChatError) else ""
+        return BadRow(file, number, f"{kind}{error}")
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -87,7 +100,12 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str])
             file.write(json.dumps({**ordered, **{k: row[k] for k in row if k not in KEYS}}, ensure_ascii=False) + "\n")
 
 
-def _parse_object(line: bytes) -> dict:
+def parse_object(line: bytes) -> dict:
+    """A JSON object in UTF-8.
+
+    Raises:
+        BadDataError: if it is none.
+    """
     try:
         record = json.loads(line.decode("utf-8"))
         # JSON may spell half a surrogate pair, which is no character: no tokenizer takes it.
@@ -101,6 +119,8 @@ def _parse_object(line: bytes) -> dict:
         raise BadDataError(
             f"not JSON: {error.msg} at column {error.colno}; a row is one object on one line"
         ) from error
+    except ValueError as error:  # a number with thousands of digits
+        raise BadDataError(f"not JSON: {str(error).partition(';')[0]}") from error
     except RecursionError as error:
         raise BadDataError("not JSON: nested too deeply; a row is one object on one line") from error
     if not isinstance(record, dict):
@@ -111,7 +131,7 @@ def _parse_object(line: bytes) -> dict:
 def _parse_row(record: dict, require_answers: bool, folder: str, name: str, number: int) -> Row:
     if "messages" not in record:
         raise BadDataError('no "messages": a row is {"messages": [...], ...}')
-    hotwords = _hotwords_of(record)
+    hotwords = hotwords_of(record)
     messages = map_recordings(record["messages"], lambda source: resolve_source(source, folder))
     dialogue = chat.parse_messages(messages, hotwords)
     if not dialogue.recordings:
@@ -127,8 +147,8 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
         messages,
         dialogue.recordings,
         hotwords,
-        _length_of(record, "speech_length"),
-        _length_of(record, "text_length"),
+        length_of(record, "speech_length"),
+        length_of(record, "text_length"),
         name,
         number,
     )
@@ -168,7 +188,12 @@ def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:
     return [in_message(message) for message in messages] if isinstance(messages, list) else messages
 
 
-def _hotwords_of(record: dict) -> list[str]:
+def hotwords_of(record: dict) -> list[str]:
+    """The hotwords of a row.
+
+    Raises:
+        BadDataError: if they are neither strings nor a string.
+    """
     hotwords = record.get("hotwords")
     if isinstance(hotwords, list) and not all(isinstance(word, str) for word in hotwords):
         raise BadDataError('bad "hotwords": each must be a string')
@@ -177,10 +202,15 @@ def _hotwords_of(record: dict) -> list[str]:
     return chat.parse_hotwords(hotwords)
 
 
-def _length_of(record: dict, key: str) -> int | None:
+def length_of(record: dict, key: str) -> int | None:
+    """A length that a row gives, or `None`.
+
+    Raises:
+        BadDataError: if it is no whole number, or beyond all measure.
+    """
     length = record.get(key)
     if length is None:
         return None
-    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise BadDataError(f'bad "{key}": {length!r}; must be a whole number, or left out')
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < LONGEST:
+        raise BadDataError(f'bad "{key}": {repr(length)[:40]}; must be a whole number, or left out')
     return length

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..audio import AudioError, probe_audio, resolve_source
+from ..audio import AudioError, check_root, probe_audio, resolve_source
 from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms
@@ -84,11 +84,12 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
     return result
 
 
-def read_scp(path: str | os.PathLike[str], bad_rows: BadRows) -> KaldiList:
+def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | None = None) -> KaldiList:
     """Reads a `wav.scp`; its paths, relative to its folder, become absolute.
 
     Args:
         bad_rows: gets what `read_list` finds, and commands and archives, which only Kaldi can read.
+        audio_root: folder that the paths may not leave.
 
     Raises:
         OSError: if the file can't be read.
@@ -104,8 +105,14 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows) -> KaldiList:
                 f'not a file: "{entry.value}" is a Kaldi archive; write its recordings to a file each and name those'
             )
         else:
-            entries.append(entry._replace(value=resolve_source(entry.value, folder)))
-            continue
+            source = resolve_source(entry.value, folder)
+            try:
+                if audio_root is not None:
+                    check_root(source, audio_root)
+                entries.append(entry._replace(value=source))
+                continue
+            except AudioError as error:
+                reason = str(error)
         bad_rows.add(path, entry.line, reason)
         scp.bad_ids.add(entry.id)
     return KaldiList(scp.file, entries, scp.bad_ids)

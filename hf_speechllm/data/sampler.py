@@ -61,15 +61,17 @@ class BudgetBatchSampler:
         self.rank = rank
         self.seed = seed
         self.shuffle = shuffle
-        self.weights = np.ones(len(self.seconds)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if weights is None:
+            self.weights = np.broadcast_to(1.0, len(self.seconds))  # takes no memory
+        else:
+            self.weights = np.asarray(weights, dtype=np.float64)
         self.epoch = 0
-        buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO)).astype(np.int64)
-        self._buckets = buckets - buckets.min()
-        longest = np.zeros(self._buckets.max() + 1)
-        np.maximum.at(longest, self._buckets, self.seconds)
+        buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO))
+        self._buckets = (buckets - buckets.min()).astype(np.int16)  # numpy sorts these in linear time
         # Batches are cut by the longest row of each bucket, so the cuts, and the number of batches, don't change with
         # the order.
-        self._padded_seconds = longest[self._buckets]
+        self._longest = np.zeros(int(self._buckets.max()) + 1)
+        np.maximum.at(self._longest, self._buckets, self.seconds)
         self._num_batches = len(self._cut(self._draw(np.random.default_rng((seed, 0)))))
         if self._num_batches == 0:
             raise ValueError("the weights are so small that no row is left; raise them")
@@ -122,7 +124,7 @@ class BudgetBatchSampler:
         for weight in np.unique(self.weights[self.weights % 1 > 0]):
             candidates = np.flatnonzero(self.weights == weight)
             copies[rng.choice(candidates, size=round(float(weight % 1) * len(candidates)), replace=False)] += 1
-        rows = np.repeat(np.arange(len(self.seconds)), copies)
+        rows = np.repeat(np.arange(len(self.seconds), dtype=np.int32), copies)
         if self.shuffle:
             rows = rng.permutation(rows)
             return rows[np.argsort(self._buckets[rows], kind="stable")]
@@ -136,15 +138,29 @@ class BudgetBatchSampler:
         return rng.choice(candidates, size=number, replace=len(candidates) < number)
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
-        padded = self._padded_seconds[rows]
+        buckets = self._buckets[rows]
+        ends = [*(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(rows)]  # of the runs of one bucket
+        longest = self._longest[buckets[[end - 1 for end in ends]]].tolist() if len(rows) else []
         batches = []
-        start = 0
+        start = run = 0
         while start < len(rows):
-            window = padded[start : start + max(1, int(self.batch_seconds / padded[start]))]
-            cost = window * np.arange(1, len(window) + 1)
-            size = max(1, int(np.searchsorted(cost, self.batch_seconds, side="right")))
-            batches.append(rows[start : start + size])
-            start += size
+            size = int(self.batch_seconds / longest[run])
+            while size > 1 and longest[run] * size > self.batch_seconds:  # the quotient may have been rounded up
+                size -= 1
+            stop, last = min(start + max(1, size), ends[run]), run
+            # A batch may go on with longer rows, as long as all of it fits when padded to them.
+            while stop == ends[last] and last + 1 < len(ends):
+                fitting = start + int(self.batch_seconds / longest[last + 1])
+                while fitting > stop and longest[last + 1] * (fitting - start) > self.batch_seconds:
+                    fitting -= 1
+                if fitting <= stop:
+                    break
+                last += 1
+                stop = min(fitting, ends[last])
+            batches.append(rows[start:stop])
+            while run < len(ends) and ends[run] <= stop:
+                run += 1
+            start = stop
         return batches
 
     @staticmethod

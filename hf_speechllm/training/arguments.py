@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .cache_level import choose_level
+
+RETENTION_SET = "retention"  # the name under which --retention_file is evaluated
+MEASURES = ("loss", "token_accuracy", "cer")  # what a validation set gives, and what checkpoints can be chosen by
 
 
 def _option(default: Any, help: str) -> Any:
@@ -34,18 +40,51 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     )
     attn_implementation: str = _option("sdpa", "Attention: sdpa, flash_attention_2 or eager.")
     # Data
-    train_file: list[str] = _option([], "Training JSONL, one or several.")
+    train_file: list[str] = _option(
+        [], "Training data: JSONL, .tar (WebDataset) or .parquet files, or globs of them ('data/*.tar')."
+    )
     train_weight: list[float] = _option(
         [], "How often the rows of each --train_file are seen in an epoch (default 1)."
     )
-    validation_file: list[str] = _option([], "Validation JSONL, one or several, each FILE or NAME=FILE.")
+    validation_file: list[str] = _option([], "Validation data, one or several, each FILE or NAME=FILE.")
+    streaming: bool = _option(
+        False, "Read training data on the way, without a cache and a list of all rows; needs --max_steps."
+    )
+    shuffle_buffer: int = _option(
+        2000, "Rows that each worker holds, sorts into batches and shuffles at a time, with --streaming."
+    )
+    audio_root: str | None = _option(None, "Folder that recordings of a JSONL must lie in (default: anywhere).")
+    url_max_megabytes: float | None = _option(None, "The largest recording to download (default 1000).")
+    url_timeout_seconds: float | None = _option(None, "The longest download of a recording (default 600).")
+    allow_private_redirects: bool | None = _option(
+        None, "Whether URLs may redirect to private, loopback and link-local addresses (default: no)."
+    )
     max_bad_fraction: float = _option(0.0, "Share of unusable rows at which the run stops.")
     feature_cache: str = _option("float16", "Cached fbank: float16, float32, or off (computed in every epoch).")
+    cache_level: str = _option(
+        "auto",
+        "What is cached: fbank, or what frozen parts make of it: encoder or adaptor; auto: the deepest, for more than "
+        "one epoch.",
+    )
     cache_dir: str | None = _option(None, "Where datasets keeps its caches (default: that of datasets).")
     preprocessing_num_workers: int | None = _option(None, "Processes that compute features (default: all cores).")
     spec_augment: bool = _option(False, "Mask stripes of the training spectrograms.")
     tempo_perturb: float = _option(
         0.0, "Stretch training recordings by up to this share, e.g. 0.1: 90 to 110 percent."
+    )
+    dither: float = _option(
+        0.0, "Noise added to training recordings, in 16-bit steps (the original's: 1.0); needs --feature_cache off."
+    )
+    # Hotwords; without these options, rows have those that they carry
+    hotword_file: str | None = _option(
+        None,
+        "Words, one in each line: hotwords of the rows that say them and carry none, distractors elsewhere (default: "
+        "distractors are the hotwords of other rows and, with --hotwords_from_text, phrases of their transcripts).",
+    )
+    hotword_distractors: int = _option(0, "The most hotwords that a training row gets besides its own; 0 to this.")
+    hotword_dropout: float = _option(0.0, "Share of training rows that get no hotwords at all.")
+    hotwords_from_text: float = _option(
+        0.0, "Share of training rows without hotwords that get one: a phrase of their own transcript."
     )
     # What is trained
     freeze_audio_encoder: bool = _option(False, "Leave the audio encoder as it is.")
@@ -71,7 +110,40 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     # Batches
     per_device_train_batch_seconds: float = _option(60.0, "Padded audio seconds in a batch on one device.")
     per_device_eval_batch_seconds: float | None = _option(None, "The same for validation (default: as for training).")
+    # Validation by decoding
+    eval_cer: bool = _option(
+        False,
+        "Decode the validation sets at every evaluation and before the first step, and choose checkpoints by CER.",
+    )
+    eval_cer_samples: int | None = _option(
+        None, "Decode only so many rows of each set, the same ones every time, spread over it (default: all)."
+    )
+    eval_max_new_tokens: int = _option(200, "The longest transcript in validation, in tokens.")
+    early_stopping_patience: int | None = _option(
+        None, "End training after so many evaluations in a row without a better --metric_for_best_model."
+    )
+    retention_file: str | None = _option(
+        None, "JSONL of general speech, whose CER must not rise over the base model's; needs --eval_cer."
+    )
+    max_retention_loss: float = _option(1.0, "How far it may rise, in percentage points.")
+    retention_action: str = _option(
+        "warn", "What happens if it rises further: warn, or stop and go back to the last good checkpoint."
+    )
+    keep_best_checkpoints: int | None = _option(
+        None,
+        "Keep so many checkpoints, the best by --metric_for_best_model, and the latest. Takes the place of "
+        "--save_total_limit and brings --load_best_model_at_end.",
+    )
+    average_best: bool = _option(
+        False, "At the end, average the weights of the kept best checkpoints, and save the mean if it scores better."
+    )
     # Other defaults than transformers has
+    metric_for_best_model: str | None = _option(
+        None,
+        "What checkpoints are chosen by: cer (default with --eval_cer), loss or token_accuracy, the mean over the "
+        "validation sets; of one set alone NAME_cer, ...",
+    )
+    greater_is_better: bool | None = _option(None, "Whether more of it is better (default: not of loss and cer).")
     bf16: bool | None = _option(None, "Compute in bfloat16 (default: on a GPU that can); weights stay float32.")
     logging_steps: float = _option(10, "Steps between two log lines; below 1: share of the run.")
     lr_scheduler_type: str = _option("cosine", "Schedule of the learning rates.")
@@ -91,6 +163,7 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        self._settle_validation()
         super().__post_init__()
 
     def check(self) -> None:
@@ -112,8 +185,22 @@ class SpeechLLMTrainingArguments(TrainingArguments):
                 "nothing is left to train: --freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm are all "
                 "set without --use_lora"
             )
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError(
+                "--streaming has no epochs, since nobody has counted the rows; say with --max_steps how long to train"
+            )
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; it must be at least 1")
         if self.feature_cache not in ("float16", "float32", "off"):
             raise ValueError(f"--feature_cache is {self.feature_cache!r}; choose float16, float32 or off")
+        choose_level(self)
+        if self.dither < 0:
+            raise ValueError(f"--dither is {self.dither}; it must be at least 0")
+        if self.dither and self.feature_cache != "off" and not self.streaming:
+            raise ValueError(
+                f"--dither {self.dither:g} with --feature_cache {self.feature_cache} would add the same noise in "
+                "every epoch; set --feature_cache off"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max_bad_fraction is {self.max_bad_fraction}; it must be between 0 and 1")
         if not 0 <= self.tempo_perturb < 1:
@@ -122,6 +209,7 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"
             )
+        self._check_hotwords()
         if self.hub_strategy != "end":
             raise ValueError(
                 f"--hub_strategy {self.hub_strategy} would publish optimizer states and pickled options with the "
@@ -129,10 +217,83 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             )
         if self.per_device_train_batch_seconds <= 0:
             raise ValueError("--per_device_train_batch_seconds must be above 0")
+        self._check_validation()
+
+    def _check_hotwords(self) -> None:
+        if self.hotword_distractors < 0:
+            raise ValueError(f"--hotword_distractors is {self.hotword_distractors}; it must be at least 0")
+        for option in ("hotword_dropout", "hotwords_from_text"):
+            value = getattr(self, option)
+            if not 0 <= value <= 1:
+                raise ValueError(f"--{option} is {value:g}; it must be between 0 and 1")
+        if self.hotword_distractors and self.streaming and self.hotword_file is None:
+            raise ValueError(
+                "--hotword_distractors are drawn from all training rows, which --streaming does not know; give "
+                "--hotword_file"
+            )
+
+    def _check_validation(self) -> None:
+        for option in ("eval_cer_samples", "eval_max_new_tokens", "early_stopping_patience", "keep_best_checkpoints"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"--{option} is {value}; it must be at least 1")
+        if self.eval_cer and not self.validation_file:
+            raise ValueError("--eval_cer decodes validation sets, but --validation_file is missing")
+        if self.eval_cer_samples is not None and not self.eval_cer:
+            raise ValueError("--eval_cer_samples is without effect; add --eval_cer")
+        if self.retention_file is not None and not self.eval_cer:
+            raise ValueError("--retention_file is watched by decoding it; add --eval_cer")
+        if self.retention_action not in ("warn", "stop"):
+            raise ValueError(f"--retention_action is {self.retention_action!r}; choose warn or stop")
+        if self.max_retention_loss < 0:
+            raise ValueError(f"--max_retention_loss is {self.max_retention_loss}; it must be at least 0")
+        if self.average_best and (self.keep_best_checkpoints or 0) < 2:
+            raise ValueError("--average_best needs --keep_best_checkpoints with at least 2 of them")
+        if self.stops_at_retention_loss and self.save_total_limit == 1 and not self.keep_best_checkpoints:
+            raise ValueError(
+                "--save_total_limit 1 leaves no room for the last good checkpoint that --retention_action stop goes "
+                "back to; at least 2"
+            )
+        for option in ("early_stopping_patience", "retention_file", "keep_best_checkpoints"):
+            if getattr(self, option) is not None and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+                raise ValueError(f"--{option} needs evaluations; add --eval_strategy steps (or epoch)")
+        metric = self.metric_for_best_model
+        if metric is None or not self.validation_file:
+            return
+        measures = MEASURES if self.eval_cer else MEASURES[:-1]
+        known = [*measures, *(f"{name}_{measure}" for name in self.validation_files for measure in measures)]
+        if metric.removeprefix("eval_") not in known:
+            hint = "" if self.eval_cer else " (and those with cer after --eval_cer)"
+            raise ValueError(f"--metric_for_best_model is {metric!r}; choose one of {', '.join(known)}{hint}")
+
+    def _settle_validation(self) -> None:
+        """What the options on validation mean for those of transformers."""
+        if self.eval_cer:
+            self.eval_on_start = True  # the base model is what training has to beat
+        if self.metric_for_best_model is None and (self.eval_cer or self.chooses_checkpoints):
+            self.metric_for_best_model = "cer" if self.eval_cer else "loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "cer"))
+        if self.keep_best_checkpoints is not None:
+            self.load_best_model_at_end = True
+            self.save_total_limit = None
+        if self.early_stopping_patience is not None:
+            self.restore_callback_states_from_checkpoint = True  # patience goes on counting after an interruption
+
+    @property
+    def chooses_checkpoints(self) -> bool:
+        """Whether anything depends on which evaluation was the best."""
+        return self.early_stopping_patience is not None or self.keep_best_checkpoints is not None
+
+    @property
+    def stops_at_retention_loss(self) -> bool:
+        """Whether training ends where the CER of --retention_file has risen too far."""
+        return self.retention_file is not None and self.retention_action == "stop"
 
     @property
     def validation_files(self) -> dict[str, str]:
-        """Validation files by name; one without a name is called after the file, or `eval` if it is the only one.
+        """Validation files by name, with --retention_file as `retention`; one without a name is called after the
+        file.
 
         Raises:
             ValueError: if two have the same name.
@@ -145,6 +306,10 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             if name in named:
                 raise ValueError(f"two files of --validation_file are called {name!r}; name them: NAME=FILE")
             named[name] = path
+        if self.retention_file is not None:
+            if RETENTION_SET in named:
+                raise ValueError(f"a file of --validation_file is called {RETENTION_SET!r}; name it: NAME=FILE")
+            named[RETENTION_SET] = self.retention_file
         return named
 
 

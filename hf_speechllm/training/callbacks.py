@@ -1,4 +1,4 @@
-"""What happens beside the training loop."""
+"""What happens beside the training loop: pictures and tables."""
 
 from __future__ import annotations
 
@@ -6,59 +6,99 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from .validation import TABLE_FILE, write_table
+
 CURVE_FILE = "training_curve.png"
+_TITLES = {
+    "loss": "Loss per supervised token",
+    "token_accuracy": "Token accuracy (teacher forcing)",
+    "cer": "CER of decoded validation sets, %",
+}
+_HIGHEST_CER = 105  # percent; an untrained model's may be anything, and would flatten the rest
 
 
 class TrainingCurve(TrainerCallback):
-    """Draws loss and token accuracy of training and validation over the steps, at every save and at the end."""
+    """Draws loss, token accuracy and CER over the steps, at every evaluation and save and at the end."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def __init__(self):
+        self._drawn_step = -1
+
+    def on_evaluate(self, args, state, control, **kwargs):
         """Redraws the picture, so that a long run can be looked at."""
         self._draw(args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Redraws the picture, unless an evaluation has just done so."""
+        if state.global_step != self._drawn_step:
+            self._draw(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Draws the final picture."""
         self._draw(args, state)
 
     def _draw(self, args, state) -> None:
+        self._drawn_step = state.global_step
         if state.is_world_process_zero:
             draw_curve(state.log_history, Path(args.output_dir) / CURVE_FILE)
+
+
+class ValidationTable(TrainerCallback):
+    """Writes all evaluations of a run that decodes its validation sets into a table, anew each time."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Writes the table."""
+        if args.eval_cer and state.is_world_process_zero:
+            write_table(state.log_history, Path(args.output_dir) / TABLE_FILE)
 
 
 def draw_curve(log_history: list[dict], path: Path) -> None:
     """Writes a picture of a run.
 
     Args:
-        log_history: of `TrainerState`: dicts with `step`, and `loss`, `token_accuracy`, or `eval_..._loss`, ...
-        path: of the PNG.
+        log_history: of `TrainerState`: dicts with `step`, and `loss`, `token_accuracy`, or `eval_..._loss`, ...; with
+            any `eval_..._cer` there is a third panel.
+        path: of the PNG; its folder is made.
     """
     # Not at the top: takes a second, and most processes never draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    curves = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
+    quantities = [quantity for quantity in _TITLES if quantity != "cer" or curves["cer"]]
+    labels = dict.fromkeys(label for quantity in _TITLES for label in curves[quantity])
+    colours = {label: f"C{index}" for index, label in enumerate(labels)}  # a set has the same one in every panel
+    figure = Figure(figsize=(5 * len(quantities), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    for axes, quantity, title in zip(
-        panels,
-        ("loss", "token_accuracy"),
-        ("Loss per supervised token", "Token accuracy (teacher forcing)"),
-        strict=True,
-    ):
-        names = sorted(
-            {key for entry in log_history for key in entry if key == quantity or key.endswith(f"_{quantity}")}
-        )
-        for name in names:
-            if name == f"train_{quantity}":  # the mean over the whole run, not a point of the curve
-                continue
-            points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-            label = "training" if name == quantity else name.removeprefix("eval_").removesuffix(f"_{quantity}")
-            label = "validation" if label == quantity else label
-            axes.plot(*zip(*points, strict=True), label=label, marker="" if name == quantity else "o", markersize=3)
-        axes.set_title(title)
+    for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
+        highest = 0.0
+        for label, points in curves[quantity].items():
+            steps = [step for step, _ in points]
+            values = [100 * value if quantity == "cer" else value for _, value in points]
+            highest = max(highest, *values)
+            marker = "" if label == "training" else "o"
+            axes.plot(steps, values, label=label, color=colours[label], marker=marker, markersize=3)
+        axes.set_title(_TITLES[quantity])
         axes.set_xlabel("Step")
         axes.grid(alpha=0.3)
-        if names:
+        if curves[quantity]:
             axes.legend()
-    panels[1].set_ylim(0, 1.02)
+        if quantity == "token_accuracy":
+            axes.set_ylim(0, 1.02)
+        elif quantity == "cer":
+            axes.set_ylim(0, min(max(1.05 * highest, 1.0), _HIGHEST_CER))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _curves(log_history: list[dict], quantity: str) -> dict[str, list[tuple[int, float]]]:
+    """Points of training, of every validation set, and, if there are several sets, of their mean, by label."""
+    keys = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith(f"_{quantity}")}
+    mean = f"eval_{quantity}"
+    labels = {key: key.removeprefix("eval_").removesuffix(f"_{quantity}") for key in sorted(keys - {mean})}
+    if mean in keys and len(labels) != 1:
+        labels[mean] = "mean" if labels else "validation"
+    labels = {quantity: "training", **labels}
+    points = {
+        label: [(entry["step"], entry[key]) for entry in log_history if key in entry] for key, label in labels.items()
+    }
+    return {label: line for label, line in points.items() if line}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 from .. import __version__
+from ..checkpoints.publishing import TAGS, hub_id, usage
+from ..data.dataset import row_seconds
+from ..data.stream import RowStream
+from .validation import set_names
 
 if TYPE_CHECKING:
     from .arguments import SpeechLLMTrainingArguments
 
-CARD_FILE = "README.md"
 LIBRARIES = ("transformers", "torch", "accelerate", "peft", "datasets")
 
 
@@ -27,19 +30,36 @@ class DataSummary:
     Args:
         name: of the set, or the name (not the path) of its file.
         use: `training` or `validation`.
-        rows: dialogues.
-        seconds: of audio.
+        rows: dialogues; `None` if they were streamed, and nobody has counted them.
+        seconds: of audio, or `None`.
     """
 
     name: str
     use: str
-    rows: int
-    seconds: float
+    rows: int | None
+    seconds: float | None
 
 
-def hub_id(name: str) -> str | None:
-    """The Hub id that a model was loaded by; `None` for a folder of this machine."""
-    return None if os.path.exists(name) or os.path.isabs(name) or name.count("/") > 1 else name
+def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
+    """Rows and seconds of the training files and the validation sets.
+
+    Args:
+        train_dataset: rows of `data.dataset`, or a stream.
+        eval_dataset: the same, or a dict of them by name, or `None`.
+    """
+    if isinstance(train_dataset, RowStream):
+        sets = [DataSummary(Path(file).name, "training", None, None) for file in train_dataset.files]
+    else:
+        known = "file" in train_dataset.column_names
+        files = train_dataset["file"] if known else ["training"] * len(train_dataset)
+        seconds = defaultdict(list)
+        for file, duration in zip(files, row_seconds(train_dataset), strict=True):
+            seconds[file].append(float(duration))
+        sets = [DataSummary(Path(file).name, "training", len(rows), sum(rows)) for file, rows in seconds.items()]
+    validation = eval_dataset or {}
+    for name, dataset in (validation if isinstance(validation, dict) else {"validation": validation}).items():
+        sets.append(DataSummary(name, "validation", len(dataset), float(row_seconds(dataset).sum())))
+    return sets
 
 
 def model_card(
@@ -48,6 +68,8 @@ def model_card(
     parameters: Mapping[str, tuple[int, int]],
     data: Sequence[DataSummary],
     log_history: Sequence[Mapping[str, float]] = (),
+    scores: Mapping[str, float] | None = None,
+    selection: str | None = None,
     epochs: float | None = None,
     steps: int | None = None,
     language: list[str] | None = None,
@@ -60,7 +82,9 @@ def model_card(
         args: of the training.
         parameters: of each part, trained and in all; see `freezing.count_parameters`.
         data: the sets.
-        log_history: of `TrainerState`; the last validation gives the scores.
+        log_history: of `TrainerState`; the validation at step 0, if there is one, gives the scores before training.
+        scores: metrics of the model as it is; default those of the last validation in the log.
+        selection: which weights these are, in words; `None` if they are simply the last.
         epochs, steps: that were trained.
         language, licence: ISO codes and SPDX id, where known.
 
@@ -74,8 +98,8 @@ def model_card(
         license=licence,
         library_name="transformers",
         base_model=base,
-        tags=["automatic-speech-recognition", "speech_llm", *(["lora"] if args.use_lora else [])],
-        pipeline_tag="automatic-speech-recognition",
+        tags=[*TAGS, *(["lora"] if args.use_lora else [])],
+        pipeline_tag=TAGS[0],
     )
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model `{Path(source).resolve().name}`"
     sections = [
@@ -84,9 +108,9 @@ def model_card(
         "`hf_speechllm`.",
         _trained(args, parameters, base),
         _data(data),
-        _settings(args, parameters, epochs, steps),
-        _scores(log_history),
-        _use(name),
+        _settings(args, parameters, epochs, steps, selection),
+        _scores(log_history, scores),
+        usage(name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -116,7 +140,15 @@ def _trained(args: SpeechLLMTrainingArguments, parameters: Mapping[str, tuple[in
 
 
 def _data(data: Sequence[DataSummary]) -> str:
-    rows = [(item.use, f"`{item.name}`", f"{item.rows:,}", f"{item.seconds / 3600:.2f}") for item in data]
+    rows = [
+        (
+            item.use,
+            f"`{item.name}`",
+            "streamed" if item.rows is None else f"{item.rows:,}",
+            "not counted" if item.seconds is None else f"{item.seconds / 3600:.2f}",
+        )
+        for item in data
+    ]
     return "## Data\n" + _table(("use", "set", "rows", "hours"), rows) if rows else ""
 
 
@@ -125,6 +157,7 @@ def _settings(
     parameters: Mapping[str, tuple[int, int]],
     epochs: float | None,
     steps: int | None,
+    selection: str | None,
 ) -> str:
     rows: list[tuple[str, object]] = []
     for part, (trained, _) in parameters.items():
@@ -141,6 +174,7 @@ def _settings(
         ("batch", f"{args.per_device_train_batch_seconds:g} s x {devices} device(s) x {accumulation} accumulated"),
         ("epochs", "" if epochs is None else f"{epochs:.2f}"),
         ("steps", "" if steps is None else f"{steps:,}"),
+        ("weights", selection or ""),
         ("weight decay", f"{args.weight_decay:g}"),
         ("precision", "float32 weights" + (", bfloat16 compute" if args.bf16 else "")),
         ("SpecAugment", "yes" if args.spec_augment else "no"),
@@ -151,38 +185,22 @@ def _settings(
     return "## Settings\n" + _table(("setting", "value"), [row for row in rows if row[1] != ""])
 
 
-def _scores(log_history: Sequence[Mapping[str, float]]) -> str:
-    last: dict[str, tuple[int, float, float]] = {}
-    for entry in log_history:
-        for key, value in entry.items():
-            name = key.removesuffix("_loss").removeprefix("eval").removeprefix("_") or "validation"
-            accuracy = entry.get(f"{key.removesuffix('_loss')}_token_accuracy")
-            if key.startswith("eval") and key.endswith("_loss") and accuracy is not None:
-                last[name] = (int(entry["step"]), value, accuracy)
-    if not last:
-        return ""
-    rows = [(f"`{name}`", step, f"{loss:.4f}", f"{accuracy:.2%}") for name, (step, loss, accuracy) in last.items()]
-    header = ("validation set", "step", "loss per token", "token accuracy (teacher forcing)")
-    return "## Scores\n" + _table(header, rows)
-
-
-def _use(name: str) -> str:
-    return f"""## Use
-```python
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.inference.transcriber import Transcriber
-
-model = SpeechLLMForConditionalGeneration.from_pretrained("{name}")
-processor = SpeechLLMProcessor.from_pretrained("{name}")
-Transcriber(model, processor).transcribe(["recording.wav"])
-```
-
-With lists, from a checkout of the project:
-
-```bash
-python recipes/decode.py --model_name_or_path {name} --scp_file wav.scp --output_file hyp.txt
-```
-
-For stock transformers (`fun_asr_nano`) or FunASR, convert it: `python recipes/convert_checkpoint.py --input {name}
---output converted --format native` (or `funasr`). Where the model would behave differently there, this is refused, and
-the reason given."""
+def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, float] | None) -> str:
+    evaluations = [entry for entry in log_history if set_names(entry)]
+    last = {key: value for entry in evaluations for key, value in entry.items()}
+    before = {key: value for entry in evaluations if entry["step"] == 0 for key, value in entry.items()}
+    scores = last if scores is None else scores
+    header = ["validation set", "loss per token", "token accuracy (teacher forcing)"]
+    decoded = any(key.endswith("_cer") for key in scores)
+    if decoded:
+        header += ["CER before training", "CER after training"]
+    rows = []
+    for name in set_names(scores):
+        prefix = f"eval_{name}" if name else "eval"
+        row = [f"`{name or 'validation'}`", f"{scores[f'{prefix}_loss']:.4f}"]
+        row.append(f"{scores[f'{prefix}_token_accuracy']:.2%}")
+        if decoded:
+            key = f"{prefix}_cer"
+            row += [f"{table[key]:.2%}" if key in table else "" for table in (before, scores)]
+        rows.append(row)
+    return "## Scores\n" + _table(header, rows) if rows else ""

@@ -10,8 +10,11 @@ import transformers
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from ..data.dataset import row_seconds
+from ..data.stream import RowStream
 from .arguments import SpeechLLMTrainingArguments
 from .callbacks import CURVE_FILE
+from .selection import check_resumable
+from .validation import TABLE_FILE, set_names
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +35,19 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     true`.
 
     Raises:
-        ValueError: if there is none, or there are some and it was not asked to go on from them.
+        ValueError: if there is none, or it lacks what the options need, or there are some and it was not asked to go
+            on from them.
     """
     last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
     if args.resume_from_checkpoint in ("true", "True", "last"):
         if last is None:
             raise ValueError(f"--resume_from_checkpoint: {args.output_dir} has no checkpoint")
+        check_resumable(args, last)
         return last
     if args.resume_from_checkpoint:
         if not os.path.isfile(os.path.join(args.resume_from_checkpoint, "trainer_state.json")):
             raise ValueError(f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not a checkpoint folder")
+        check_resumable(args, args.resume_from_checkpoint)
         return args.resume_from_checkpoint
     if last is not None:
         raise ValueError(
@@ -54,6 +60,9 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
 def describe_data(train_rows, validation_rows: dict) -> None:
     """Logs rows and hours of every set."""
     for name, rows in {"training": train_rows, **validation_rows}.items():
+        if isinstance(rows, RowStream):
+            logger.info("%s: streamed, %d shards of %s", name, len(rows.shards), ", ".join(rows.files))
+            continue
         seconds = row_seconds(rows)
         logger.info(
             "%s: %d rows, %.2f h of audio, %.1f s each (longest %.1f s)",
@@ -62,17 +71,30 @@ def describe_data(train_rows, validation_rows: dict) -> None:
 
 
 def save_final(trainer, result: TrainOutput) -> None:
-    """Saves model, processor, state, metrics and card into the output folder, and evaluates once more if there is
-    something to evaluate."""
+    """Saves model, processor, state, metrics and card into the output folder, and evaluates the model if that has not
+    been done."""
     trainer.save_model(_internal_call=True)  # by itself it would push before there are scores for the card
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
+        metrics = trainer.current_scores or trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         logger.info("model: %s", trainer.args.output_dir)
         logger.info("training curve: %s", os.path.join(trainer.args.output_dir, CURVE_FILE))
+        if trainer.args.eval_cer:
+            logger.info("validation: %s", os.path.join(trainer.args.output_dir, TABLE_FILE))
+            _tell_scores(trainer)
+
+
+def _tell_scores(trainer) -> None:
+    if trainer.selection is not None:
+        logger.info("saved: %s", trainer.selection)
+    before = {key: value for entry in trainer.state.log_history if entry["step"] == 0 for key, value in entry.items()}
+    for name in set_names(trainer.current_scores):
+        key = f"eval_{name}_cer" if name else "eval_cer"
+        told = f"{100 * before[key]:.2f} % before training, " if key in before else ""
+        logger.info("CER of %s: %s%.2f %% after", name or "validation", told, 100 * trainer.current_scores[key])

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import Trainer, TrainerControl
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
+from ..checkpoints.publishing import CARD_FILE
+from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
+from ..data.loader import StreamLoader
 from ..data.sampler import BudgetBatchSampler, Rows
+from ..data.stream import RowStream
+from ..modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
-from .callbacks import TrainingCurve
-from .card import CARD_FILE, DataSummary, model_card
+from .callbacks import TrainingCurve, ValidationTable
+from .card import model_card, summarize_data
+from .flops import FlopCounter
 from .freezing import count_parameters, part_of
+from .progress import Progress
 from .publishing import publish
+from .selection import checkpoints, delete_checkpoints, scores_at, set_up_selection, settle
+from .validation import PromptCollator, score_sets
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +50,46 @@ class SpeechLLMTrainer(Trainer):
         eval_collator: builds validation batches; default the training collator. Give one without augmentation.
         train_weights: how often each training row is seen in an epoch, shape = (rows,); default 1.
         **kwargs: as for `Trainer`; `processing_class` must be the processor.
+
+    Attributes:
+        current_scores: metrics (`eval_...`) of the weights as they are; `None` if they have not been evaluated.
+        selection: which weights remained at the end of training, in words; `None` if they are simply the last.
+
+    Raises:
+        ValueError: if `--average_best` is asked for with DeepSpeed or FSDP.
     """
 
     args: SpeechLLMTrainingArguments
     optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
-    def __init__(self, *, args, eval_collator: Callable | None = None, train_weights=None, **kwargs):
+    def __init__(self, *, args, eval_collator: SpeechLLMCollator | None = None, train_weights=None, **kwargs):
         super().__init__(args=args, **kwargs)
-        self.eval_collator = eval_collator or self.data_collator
+        self.eval_collator: SpeechLLMCollator = eval_collator or self.data_collator
         self.train_weights = train_weights
+        self.stream_loader: StreamLoader | None = None
+        self._resumed_from: Any = None  # folder of a checkpoint
         self.add_callback(TrainingCurve)
-        self._frame_seconds = self.processing_class.frame_seconds
-        self._reset_progress()
+        self.add_callback(ValidationTable)
+        self.retention_guard = set_up_selection(self)
+        self.current_scores: dict[str, float] | None = None
+        self.selection: str | None = None
+        frame_seconds = self.processing_class.frame_seconds
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
+        if "encoder_states" in columns:
+            frame_seconds *= self.processing_class.encoder_downsample_rate
+        self.progress = Progress(self.accelerator, frame_seconds, FlopCounter(self.model, cached))
 
     # Data. The loaders are not given to `accelerator.prepare`: it would shard batches that are dealt already.
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank for training."""
+        if isinstance(self.train_dataset, RowStream):
+            self.stream_loader = StreamLoader(self.train_dataset, **self._loader_options())
+            if self._resumed_from is not None:
+                self.stream_loader.load(self._resumed_from)
+            return self.stream_loader
         sampler = BudgetBatchSampler(
             row_seconds(self.train_dataset),
             self.args.per_device_train_batch_seconds,
@@ -74,6 +106,13 @@ class SpeechLLMTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif eval_dataset is None:
             eval_dataset = self.eval_dataset
+        return self._eval_loader(eval_dataset, self.eval_collator)
+
+    def get_decoding_dataloader(self, dataset) -> DataLoader:
+        """The same batches, as inputs of `generate`; see `validation.PromptCollator`."""
+        return self._eval_loader(dataset, PromptCollator(self.eval_collator))
+
+    def _eval_loader(self, eval_dataset, collator: Callable) -> DataLoader:
         seconds = row_seconds(eval_dataset)
         budget = self.args.per_device_eval_batch_seconds or self.args.per_device_train_batch_seconds
         sampler = BudgetBatchSampler(
@@ -83,19 +122,23 @@ class SpeechLLMTrainer(Trainer):
             rank=self.args.process_index,
             shuffle=False,
         )
-        return self._loader(eval_dataset, sampler, self.eval_collator)
+        return self._loader(eval_dataset, sampler, collator)
 
     def _loader(self, dataset, sampler: BudgetBatchSampler, collator: Callable) -> DataLoader:
-        workers = self.args.dataloader_num_workers
         return BudgetDataLoader(
             Rows(dataset, seed=sampler.seed),
             batch_sampler=sampler,
             collate_fn=collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
+            **self._loader_options(),
         )
+
+    def _loader_options(self) -> dict:
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rows of the dataset, over all ranks."""
@@ -128,62 +171,133 @@ class SpeechLLMTrainer(Trainer):
         self.optimizer = optimizer_class(list(groups.values()), **options)
         return self.optimizer
 
-    # Progress: counted on the device and read only when a line is logged, so that no step waits for the GPU.
+    # Training
 
-    def _reset_progress(self) -> None:
-        self._correct = torch.zeros((), device=self.args.device)
-        self._tokens = torch.zeros((), device=self.args.device)
-        self._audio_seconds = 0.0
-        self._padded_seconds = 0.0
-        self._waited_seconds = 0.0
-        self._started = time.perf_counter()
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """As the parent's; leaves the weights that `selection.settle` chooses.
+
+        Raises:
+            RetentionError: if the retention guard has ended training before there was a good checkpoint.
+        """
+        if isinstance(self.train_dataset, RowStream):  # it goes on by its own state; nothing needs to be skipped
+            self.args.ignore_data_skip = True
+            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            self._resumed_from = last or resume_from_checkpoint or None
+        on_start = self.args.eval_on_start
+        if resume_from_checkpoint and self.args.eval_cer:
+            self.args.eval_on_start = False  # the base model was scored when the run began
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.eval_on_start = on_start
+        result.metrics.update(settle(self))
+        return result
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As the parent's."""
+        self.current_scores = None
+        return super().training_step(*args, **kwargs)
+
+    # Checkpoints
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Loads the weights of a checkpoint, as transformers loads those of the best one."""
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, str(folder)
+        try:
+            self._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        name = Path(str(self.state.best_model_checkpoint)).name
+        steps = [step for step, path in checkpoints(self.args.output_dir).items() if path.name == name]
+        self.current_scores = scores_at(self.state.log_history, steps[0]) if steps else None
+        if steps:
+            self.selection = f"{name}, the best by {self.args.metric_for_best_model}"
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        if self.retention_guard is not None and self.retention_guard.stopped:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_rng_state(self, output_dir) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream_loader is not None:
+            self.stream_loader.save(output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.retention_guard is not None and self.retention_guard.stopped:
+            return  # one can't go on from there
+        limit = self.args.save_total_limit
+        if self.args.stops_at_retention_loss:
+            self.args.save_total_limit = None  # what is deleted is decided below
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and (self.args.stops_at_retention_loss or self.args.keep_best_checkpoints):
+            delete_checkpoints(self)
+
+    # Progress
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the parent's; measures the wait for data, the audio and its padding."""
         start = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waited_seconds += time.perf_counter() - start
-        for batch in batches:
-            mask = batch["input_features_mask"]
-            self._audio_seconds += int(mask.sum()) * self._frame_seconds
-            self._padded_seconds += mask.numel() * self._frame_seconds
+        self.progress.add_batches(batches, time.perf_counter() - start)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the parent's; counts tokens that are predicted right."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            self._tokens += outputs.num_label_tokens
-            self._correct += outputs.token_accuracy * outputs.num_label_tokens
+            self.progress.add_tokens(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to each line of training: token accuracy, audio seconds per second (all ranks), padding and waiting
         share."""
+        if self.stream_loader is not None:  # the parent counts from the last start on
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if "loss" in logs:
-            elapsed = time.perf_counter() - self._started
-            counts = torch.stack(
-                [
-                    self._correct.double(),
-                    self._tokens.double(),
-                    *torch.tensor(
-                        [self._audio_seconds, self._padded_seconds, self._waited_seconds],
-                        dtype=torch.float64,
-                        device=self.args.device,
-                    ),
-                ]
-            )
-            correct, tokens, audio, padded, waited = self.accelerator.reduce(counts, "sum").tolist()
-            logs["token_accuracy"] = round(correct / max(tokens, 1), 4)
-            logs["audio_seconds_per_second"] = round(audio / elapsed, 1)
-            logs["padding_share"] = round(1 - audio / max(padded, 1e-9), 4)
-            logs["data_wait_share"] = round(waited / elapsed / self.args.world_size, 4)
-            self._reset_progress()
+            logs.update(self.progress.summary())
+            if self.stream_loader is not None and self.stream_loader.bad_rows:
+                logs["bad_rows"] = self.stream_loader.bad_rows
         elif "train_runtime" in logs and self.args.device.type == "cuda":
             logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         super().log(logs, start_time)
 
     # Validation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Scores validation sets and logs the metrics, all sets in one line.
+
+        Args:
+            eval_dataset: rows, or a dict of them by name, or such a name; default what the trainer was given.
+            ignore_keys: without effect.
+            metric_key_prefix: of the metrics' names.
+
+        Returns:
+            `eval_loss`, `eval_token_accuracy`, and with `--eval_cer` `eval_cer`, `eval_substitutions`, ...; of several
+            sets the same as `eval_NAME_loss`, ..., and the means over the sets, each counting alike, but not of the
+            set of `--retention_file`.
+        """
+        metrics = self.score(eval_dataset, metric_key_prefix)
+        self.log(metrics)
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self.current_scores = dict(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As `evaluate`, without logging."""
+        sets = self.eval_dataset if eval_dataset is None else eval_dataset
+        sets = self.eval_dataset[sets] if isinstance(sets, str) else sets
+        began = time.perf_counter()
+        metrics = score_sets(self, sets if isinstance(sets, dict) else {"": sets}, metric_key_prefix)
+        self.progress.leave_out(time.perf_counter() - began)
+        return metrics
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -196,7 +310,6 @@ class SpeechLLMTrainer(Trainer):
             else self.model_wrapped
         )
         model.eval()
-        began = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
@@ -209,7 +322,6 @@ class SpeechLLMTrainer(Trainer):
             f"{metric_key_prefix}_loss": loss / max(tokens, 1),
             f"{metric_key_prefix}_token_accuracy": correct / max(tokens, 1),
         }
-        self._started += time.perf_counter() - began  # validation is not training time
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
     # Publishing
@@ -225,8 +337,10 @@ class SpeechLLMTrainer(Trainer):
             self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
             self.args,
             count_parameters(self.accelerator.unwrap_model(self.model)),
-            self._data_summaries(),
+            summarize_data(self.train_dataset, self.eval_dataset),
             self.state.log_history,
+            scores=self.current_scores,
+            selection=self.selection,
             epochs=self.state.epoch,
             steps=self.state.global_step,
             language=[language] if isinstance(language, str) else language,
@@ -237,18 +351,6 @@ class SpeechLLMTrainer(Trainer):
             path.write_text(card, encoding="utf-8")
         except OSError as error:
             logger.warning("%s can't be written: %s", path, error)
-
-    def _data_summaries(self) -> list[DataSummary]:
-        known = "file" in self.train_dataset.column_names
-        files = self.train_dataset["file"] if known else ["training"] * len(self.train_dataset)
-        seconds = defaultdict(list)
-        for file, duration in zip(files, row_seconds(self.train_dataset), strict=True):
-            seconds[file].append(float(duration))
-        sets = [DataSummary(Path(file).name, "training", len(rows), sum(rows)) for file, rows in seconds.items()]
-        validation = self.eval_dataset or {}
-        for name, dataset in (validation if isinstance(validation, dict) else {"validation": validation}).items():
-            sets.append(DataSummary(name, "validation", len(dataset), float(row_seconds(dataset).sum())))
-        return sets
 
     def push_to_hub(
         self,

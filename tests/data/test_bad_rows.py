@@ -85,3 +85,8 @@ def test_kinds_are_counted_by_the_words_before_the_colon():
 def test_fraction_outside_zero_to_one_is_refused(fraction):
     with pytest.raises(ValueError, match="from 0 to 1"):
         BadRows(fraction)
+
+
+def test_reason_gives_no_secrets_away_and_steers_no_terminal():
+    row = BadRow("a.jsonl", "\x1b[31mkey", "https://me:secret@host/a.wav?token=secret: gone \x1b[2J")
+    assert str(row) == "a.jsonl:\ufffd[31mkey: https://***@host/a.wav?***: gone \ufffd[2J"

@@ -54,11 +54,6 @@ def edit(corpus):
 
 
 @pytest.fixture
-def processor(tiny_model):
-    return SpeechLLMProcessor.from_pretrained(tiny_model)
-
-
-@pytest.fixture
 def prepare(corpus, processor, tmp_path):
     """Runs `prepare_rows` on the corpus as the recipe does."""
 
@@ -375,6 +370,70 @@ def test_missing_file_and_file_without_rows_are_errors(prepare, corpus):
         prepare(corpus / "train.jsonl", corpus / "empty.jsonl")
     with pytest.raises(BadDataError, match="empty.jsonl: no rows to train on"):
         prepare(corpus / "empty.jsonl", max_bad_fraction=1.0)
+
+
+def test_glob_stands_for_its_files_and_shares_their_weight(prepare, corpus):
+    lines = (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in (("part-b.jsonl", lines[2:4]), ("part-a.jsonl", lines[:2]), ("other.jsonl", lines[4:])):
+        (corpus / name).write_text("".join(part), encoding="utf-8")
+    rows, weights = prepare(corpus / "part-*.jsonl", corpus / "other.jsonl", weights=[2.0, 1.0])
+    assert [Path(file).name for file in rows["file"]][::2] == ["part-a.jsonl", "part-b.jsonl", "other.jsonl"]
+    assert weights.tolist() == [2.0] * 4 + [1.0] * 2
+    with pytest.raises(FileNotFoundError, match=r"none\*: no such file"):
+        prepare(corpus / "none*")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("cache", ["float32", "off"])
+def test_rows_of_archives_equal_those_of_files(prepare, processor, write_tar, write_parquet, samples, kind, cache):
+    if kind == "tar":
+        path = write_tar(
+            [(f"{n}.{e}", d) for n, wav, text in samples[:6] for e, d in (("wav", wav), ("txt", text.encode()))]
+        )
+    else:
+        path = write_parquet([{"audio": {"bytes": wav, "path": n}, "sentence": text} for n, wav, text in samples[:6]])
+    files, _ = prepare(feature_cache=cache)
+    rows, _ = prepare(path, feature_cache=cache, preprocessing_num_workers=2)
+    collator = SpeechLLMCollator(processor)
+    expected, batch = (collator([found[index] for index in range(6)]) for found in (files, rows))
+    for key in expected:
+        assert torch.equal(batch[key], expected[key]), key
+
+
+def test_changed_archive_is_read_again(prepare, computed, write_tar, samples):
+    def write(end):
+        return write_tar(
+            [(f"{n}.{e}", d) for n, wav, text in samples[:end] for e, d in (("wav", wav), ("txt", text.encode()))]
+        )
+
+    path = write(3)
+    assert len(prepare(path)[0]) == 3
+    computed.clear()
+    assert len(prepare(path)[0]) == 3 and computed == []
+    assert len(prepare(write(5))[0]) == 5
+
+
+def test_bad_sample_of_an_archive_is_told_with_its_key(prepare, write_tar, samples):
+    name, wav, _ = samples[0]
+    path = write_tar([("x.wav", wav), ("y.wav", b"no sound"), ("y.txt", b"two")])
+    with pytest.raises(BadDataError) as error:
+        prepare(path)
+    assert "shard.tar:1: x: no transcript" in str(error.value)
+    with pytest.raises(BadDataError, match=r"shard.tar::y.wav@\d+\+8: not audio"):
+        prepare(path, max_bad_fraction=0.5)
+
+
+def test_recordings_outside_the_root_are_bad(prepare, corpus, edit, make_wav):
+    outside = make_wav("outside.wav")
+    edit([2], lambda row: row["messages"][1].update(content=f"x<|startofspeech|>!{outside}<|endofspeech|>"))
+    (corpus / "utt03.wav").unlink()
+    (corpus / "utt03.wav").symlink_to(outside)
+    with pytest.raises(BadDataError) as error:
+        prepare(audio_root=str(corpus))
+    assert "2 of 6 rows are bad" in str(error.value)
+    assert f"train.jsonl:2: {outside}: outside --audio_root {corpus}" in str(error.value)
+    assert f"train.jsonl:4: {corpus / 'utt03.wav'}: outside --audio_root" in str(error.value)
+    assert len(prepare()[0]) == 6
 
 
 def test_augmentation_depends_on_the_seed_of_the_row_alone(prepare, processor):

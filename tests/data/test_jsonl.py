@@ -216,3 +216,11 @@ def test_reads_the_reference_data(shared):
     rows = list(read_jsonl(path))
     assert [len(row.recordings) for row in rows] == [1, 1, 1, 1, 1, 1, 2]
     assert rows[0].recordings == [str(path.parent / "audio" / "BAC009S0150W0050.wav")]
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 12, "1e9", "-1"])
+def test_lengths_beyond_all_measure_are_bad(jsonl, number):
+    line = json.dumps({"messages": messages()}, ensure_ascii=False)[:-1] + f', "speech_length": {number}}}'
+    (row,) = read_jsonl(jsonl(line.encode()))
+    assert isinstance(row, BadRow)
+    assert "not JSON: Exceeds the limit" in row.reason or 'bad "speech_length"' in row.reason

@@ -141,3 +141,12 @@ def test_recording_of_25_ms_is_one_frame_and_a_shorter_one_is_named(tmp_path):
 def test_missing_list_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_list(tmp_path / "none", BadRows())
+
+
+def test_paths_outside_the_root_are_bad(tmp_path):
+    (tmp_path / "wav.scp").write_text("a a.wav\nb ../b.wav\nc /etc/passwd\nd https://h/d.wav\n")
+    bad_rows = BadRows()
+    scp = read_scp(tmp_path / "wav.scp", bad_rows, str(tmp_path))
+    assert [entry.id for entry in scp.entries] == ["a", "d"]
+    assert [row.line for row in bad_rows] == [2, 3]
+    assert all("outside --audio_root" in row.reason for row in bad_rows)

@@ -72,7 +72,9 @@ def make_trainer(make_arguments, tiny_rows):
             args=args,
             train_dataset=train_dataset or tiny_rows,
             eval_dataset=eval_dataset,
-            data_collator=SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment)),
+            data_collator=SpeechLLMCollator(
+                processor, augmentations(args.tempo_perturb, args.spec_augment), args.dither
+            ),
             eval_collator=SpeechLLMCollator(processor),
             processing_class=processor,
             callbacks=list(callbacks),

@@ -88,6 +88,12 @@ def test_unknown_key_of_the_yaml_is_named_with_the_file_and_a_suggestion(yaml_fi
     assert suggestion is None or repr(suggestion) in message
 
 
+def test_dither_needs_features_that_are_computed_in_every_epoch(error_of):
+    assert parse_arguments([*REQUIRED, "--dither", "1.0", "--feature_cache", "off"]).dither == 1.0
+    assert "--feature_cache off" in error_of(*REQUIRED, "--dither", "1.0")
+    assert "--dither is -1" in error_of(*REQUIRED, "--dither", "-1", "--feature_cache", "off")
+
+
 def test_unknown_option_of_the_command_line_is_named(error_of):
     assert "--freeze_audio_encodr" in error_of(*REQUIRED, "--freeze_audio_encodr", "true")
 

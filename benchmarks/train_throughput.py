@@ -1,0 +1,131 @@
+"""Audio seconds per second of the real Trainer loop, from cached features; a JSON line for each configuration.
+
+python benchmarks/train_throughput.py --size fun_asr_nano --modes llm_only adaptor_only all lora --batch_seconds 1200
+python benchmarks/train_throughput.py --size tiny --modes llm_only all --batch_seconds 60 --steps 6   # on a CPU
+
+`--naive SECONDS` measures in the same run what a plain loop reaches with the same model and rows: random batches,
+padded to the longest, autocast, logits at every position, AdamW without options. Other options go to the Trainer
+(`--torch_compile true`).
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn import functional
+from workload import environment, make_model, make_rows
+
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import row_seconds
+from hf_speechllm.data.sampler import Rows
+from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.training.freezing import freeze_parts
+from hf_speechllm.training.lora import add_lora
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
+
+
+def measure(mode: str, options, model, processor, rows, others: list[str]) -> dict:
+    """Steps of the Trainer; the median of the log lines after the warm-up."""
+    config = yaml.safe_load((CONFIGS / f"{mode}.yaml").read_text(encoding="utf-8"))
+    config.pop("save_steps"), config.pop("save_total_limit")
+    config |= {
+        "model_name_or_path": options.size, "train_file": "made-up", "max_steps": options.warmup + options.steps,
+        "per_device_train_batch_seconds": options.batch_seconds, "logging_steps": max(1, options.steps // 4),
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": options.device == "cpu",
+    }  # fmt: skip
+    model.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
+        args = parse_arguments([str(file), *others])
+        freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
+        if args.use_lora:
+            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer = SpeechLLMTrainer(
+            model=model, args=args, train_dataset=rows, data_collator=SpeechLLMCollator(processor),
+            processing_class=processor,
+        )  # fmt: skip
+        trainer.train()
+    lines = [line for line in trainer.state.log_history if "audio_seconds_per_second" in line]
+    lines = sorted(
+        (line for line in lines if line["step"] > options.warmup), key=lambda line: line["audio_seconds_per_second"]
+    )
+    keys = ("audio_seconds_per_second", "padding_share", "data_wait_share", "model_flop_utilization")
+    result = {key: lines[len(lines) // 2].get(key) for key in keys}
+    memory = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
+    return {**result, "batch_seconds": args.per_device_train_batch_seconds, "peak_memory_gb": memory}
+
+
+def measure_naive(options, model, processor, rows) -> float:
+    """Audio seconds per second of a plain loop that trains what `model` leaves trainable."""
+    seconds = row_seconds(rows)
+    size = max(1, int(options.batch_seconds / seconds.max()))
+    collator = SpeechLLMCollator(processor)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    loader = torch.utils.data.DataLoader(
+        Rows(rows), batch_sampler=[order[i : i + size] for i in range(0, len(order), size)], collate_fn=collator,
+        num_workers=0 if options.device == "cpu" else 4,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    model.train()
+    audio, started = 0.0, 0.0
+    for step, batch in enumerate(loader):
+        if step == options.warmup + options.steps:
+            break
+        if step == options.warmup:
+            synchronize(options.device)
+            audio, started = 0.0, time.perf_counter()
+        audio += float(batch["input_features_mask"].sum()) * processor.frame_seconds
+        batch = {key: value.to(options.device) for key, value in batch.items()}
+        labels = batch.pop("labels")
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+            logits = model(**batch).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    synchronize(options.device)
+    return audio / (time.perf_counter() - started)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="fun_asr_nano", help="a model of recipes/configs/models")
+    parser.add_argument("--modes", nargs="+", default=["llm_only"], help="files of recipes/configs; lora last")
+    parser.add_argument("--batch_seconds", default="600", help="padded audio seconds in a batch")
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--naive", type=float, default=0.0, help="also measure a plain loop, with this batch_seconds")
+    options, others = parser.parse_known_args()
+    logging.basicConfig(level=logging.WARNING)
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = make_model(options.size, options.device)
+    rows = make_rows(options.rows)
+    for mode in options.modes:
+        line = {"mode": mode, "size": options.size, "steps": options.steps, "options": others}
+        line |= measure(mode, options, model, processor, rows, others)
+        if options.naive:
+            naive = argparse.Namespace(**{**vars(options), "batch_seconds": options.naive})
+            line["naive"] = measure_naive(naive, model, processor, rows)
+            line["ratio"] = line["audio_seconds_per_second"] / line["naive"]
+        print(json.dumps({**line, **environment()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

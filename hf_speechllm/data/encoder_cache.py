@@ -1,0 +1,128 @@
+"""What frozen parts compute is computed once: encoder outputs or audio tokens of every row, in Arrow files.
+
+The ladder: fbank (`data.dataset`) -> encoder output -> audio tokens. A rung may be used where all before it is frozen
+and nothing changes the features from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm import tqdm
+
+from ..files import atomic_write
+from ..modeling import SpeechLLMForConditionalGeneration
+from ..processing import SpeechLLMProcessor, pad_features
+from .collator import SpeechLLMCollator
+from .dataset import row_seconds
+from .sampler import BudgetBatchSampler
+
+if TYPE_CHECKING:
+    from ..training.arguments import SpeechLLMTrainingArguments
+
+CACHE_VERSION = 1  # raise it when what is stored changes
+ROWS_PER_FILE = 2000
+COLUMNS = {"encoder": "encoder_states", "adaptor": "audio_tokens"}
+
+
+def add_encoded(
+    rows: Dataset,
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    level: str,
+    args: SpeechLLMTrainingArguments,
+) -> Dataset:
+    """Replaces the features of rows by what the frozen parts make of them.
+
+    Files are named after the rows, the weights and the precision, so that a change of any computes them again. They
+    hold what autocast hands on, bfloat16, or float32 where that is computed with. The processes of a host share the
+    work.
+
+    Args:
+        rows: with `features`.
+        model: with or without adapters.
+        level: `encoder` or `adaptor`.
+        args: its options about precision, batches and places are used.
+
+    Returns:
+        The rows, with `encoder_states` or `audio_tokens`: the bytes of every recording, see `collator.stored_states`.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
+    folder /= _key(rows, model, level, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), ROWS_PER_FILE)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    missing = [start for start in starts if not _file(folder, start).exists()]
+    if missing:
+        was_training = model.training
+        model.to(args.device).eval()
+        for start in tqdm(missing[args.local_process_index :: local_ranks], desc=level, disable=not args.should_log):
+            part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
+            budget = args.per_device_train_batch_seconds
+            _write(_file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, budget))
+        model.train(was_training)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    encoded = concatenate_datasets([Dataset.from_file(str(_file(folder, start))) for start in starts])
+    return concatenate_datasets([rows.remove_columns("features").flatten_indices(), encoded], axis=1)
+
+
+def _file(folder: Path, start: int) -> Path:
+    return folder / f"{start:010d}.arrow"
+
+
+def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dtype: torch.dtype) -> str:
+    digest = hashlib.blake2b(f"{CACHE_VERSION} {rows._fingerprint} {level} {dtype}".encode(), digest_size=16)
+    for part in ("audio_encoder", "audio_adaptor")[: 1 + (level == "adaptor")]:
+        module = getattr(model, part)
+        digest.update(module.config.to_json_string().encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _encode(
+    rows: Dataset, model, processor, level: str, dtype: torch.dtype, batch_seconds: float
+) -> list[list[bytes]]:
+    """What the parts make of each row's recordings, in the order of the rows."""
+    collator = SpeechLLMCollator(processor)
+    result: list[list[bytes]] = [[] for _ in range(len(rows))]
+    seconds = row_seconds(rows)
+    sampler = BudgetBatchSampler(seconds, max(batch_seconds, float(seconds.max())), shuffle=False)
+    for indices in sampler.batches(0):
+        chosen = rows.__getitems__([int(index) for index in indices])
+        inputs = [collator.row_inputs(row) for row in chosen]
+        batch = pad_features([item for items in inputs for item in items])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if level == "encoder":
+                states, mask = model.encode_audio(**batch)
+                lengths = mask.sum(-1)
+            else:
+                states, lengths = model.get_audio_features(**batch)
+        header = np.array([states.shape[-1], dtype.itemsize], dtype=np.int32).tobytes()
+        recordings = iter(zip(states.to(dtype).cpu(), lengths.tolist(), strict=True))
+        for index, items in zip(indices, inputs, strict=True):
+            for state, length in (next(recordings) for _ in items):
+                result[index].append(header + state[:length].contiguous().view(torch.uint8).numpy().tobytes())
+    return result
+
+
+def _write(path: Path, column: str, rows: list[list[bytes]]) -> None:
+    schema = pa.schema([(column, pa.list_(pa.large_binary()))])
+    with atomic_write(path, "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for start in range(0, len(rows), 100):
+            stream.write_batch(
+                pa.RecordBatch.from_arrays([pa.array(rows[start : start + 100], schema.types[0])], schema=schema)
+            )

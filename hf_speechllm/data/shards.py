@@ -1,0 +1,331 @@
+"""Rows of tar shards (WebDataset's layout), Parquet files and blocks of a JSONL, read from any row on.
+
+`datasets` reads both kinds, too, but guesses columns from the first samples and ends at one that is not like them.
+Here a damaged sample is one bad row.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from .. import chat
+from ..archives import AUDIO_COLUMN, parquet_member, tar_member
+from .bad_rows import BadDataError, BadRow
+from .jsonl import Row, hotwords_of, length_of, map_recordings, parse_line, parse_object
+
+BLOCK_SIZE = 1 << 18  # bytes of a JSONL that are one shard: some 800 rows
+AUDIO_SUFFIXES = ("wav", "flac", "ogg", "mp3", "opus", "m4a")
+TEXT_SUFFIXES = ("json", "txt")
+TEXT_COLUMNS = ("messages", "text", "sentence", "transcription")
+END = 1 << 62  # position after a shard that can't be read further
+LARGEST_MEMBER = 1 << 30  # bytes of a recording in a tar file
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one worker reads in one go.
+
+    Args:
+        file: JSONL, tar or Parquet, an absolute path.
+        start: of a JSONL: the first byte; lines belong to the block in which they start.
+        stop: the byte after the last.
+    """
+
+    file: str
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a shard.
+
+    Args:
+        row: as the columns of `dataset.ROW_FEATURES`, without `error`; or what is wrong with it.
+        next: the position from which `read_shard` goes on after it.
+    """
+
+    row: dict[str, Any] | BadRow
+    next: int
+
+
+def expand(patterns: Sequence[str]) -> list[list[str]]:
+    """The files that each pattern of a list stands for, as absolute paths in alphabetical order.
+
+    Raises:
+        FileNotFoundError: if a pattern matches nothing.
+        ValueError: if a file is named twice.
+    """
+    found = []
+    for pattern in patterns:
+        files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not files:
+            raise FileNotFoundError(f"{pattern}: no such file")
+        found.append([os.path.abspath(file) for file in files])
+    counts = Counter(file for files in found for file in files)
+    if twice := [file for file, count in counts.items() if count > 1]:
+        raise ValueError(f"{twice[0]} is named twice; name it once, with a higher weight")
+    return found
+
+
+def is_archive(file: str) -> bool:
+    """Whether a file holds its recordings itself: tar or Parquet."""
+    return file.endswith((".tar", ".parquet"))
+
+
+def shards_of(file: str) -> list[Shard]:
+    """The shards of a file: blocks of a JSONL; a tar or Parquet file is one.
+
+    Raises:
+        OSError: if the file can't be read.
+        BadDataError: if it is of another kind.
+    """
+    size = os.path.getsize(file)
+    if is_archive(file):
+        return [Shard(file, 0, size)]
+    if file.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")):
+        raise BadDataError(f"{file}: compressed; give a JSONL, .tar or .parquet file (audio hardly gets smaller)")
+    return [Shard(file, start, min(start + BLOCK_SIZE, size)) for start in range(0, max(size, 1), BLOCK_SIZE)]
+
+
+def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[Item]:
+    """The rows of a shard, the bad ones as `BadRow`; a shard that can't be read is one bad row.
+
+    Args:
+        position: 0 or an item's `next`.
+        embed: whether `recordings` of a tar or Parquet file are bytes; else names as of `archives`.
+    """
+    if position == END:
+        return
+    if shard.file.endswith(".tar"):
+        read = _read_tar(shard.file, position, embed)
+    elif shard.file.endswith(".parquet"):
+        read = _read_parquet(shard.file, position, embed)
+    else:
+        read = _read_block(shard, position)
+    try:
+        yield from read
+    except OSError as error:
+        yield Item(BadRow(shard.file, "shard", f"can't be read: {error.strerror or error}"), END)
+
+
+def _read_block(shard: Shard, position: int) -> Iterator[Item]:
+    folder = os.path.dirname(shard.file)
+    with open(shard.file, "rb") as file:
+        if position or not shard.start:
+            file.seek(position)
+        else:  # a line that starts in the block before is that block's; one that starts right here is not
+            file.seek(shard.start - 1)
+            file.readline()
+        while (start := file.tell()) < shard.stop:
+            line = file.readline()
+            if start == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                row = parse_line(line, folder, shard.file, start)
+                if isinstance(row, BadRow):
+                    row = BadRow(shard.file, f"byte {start}", row.reason)
+                yield Item(row if isinstance(row, BadRow) else as_columns(row), start + len(line))
+
+
+def as_columns(row: Row) -> dict[str, Any]:
+    """A row of a JSONL as columns."""
+    return {
+        "messages": json.dumps(row.messages, ensure_ascii=False),
+        "recordings": row.recordings,
+        "hotwords": row.hotwords,
+        "speech_length": row.speech_length,
+        "text_length": row.text_length,
+        "file": row.file,
+        "line": row.line,
+    }
+
+
+def _read_tar(path: str, position: int, embed: bool) -> Iterator[Item]:
+    """Members are read one after the other, never unpacked; those of a name up to its last dot are a sample."""
+    key: str | None = None
+    number = 0
+    members: dict[str, bytes | str | BadDataError] = {}  # by suffix: content, name as of `archives`, what is wrong
+    with open(path, "rb") as file, _open_tar(file, path) as tar:
+        tar.offset = position
+        while True:
+            start = tar.offset
+            try:
+                member, problem = _next_member(tar), None
+            except BadDataError as error:
+                member, problem = None, str(error)
+            name = member.name.encode("utf-8", "replace").decode() if member else ""
+            stem, _, suffix = name.rpartition(".")
+            if key is not None and stem != key:
+                number += 1
+                yield Item(_tar_row(path, key, number, members), start)
+                key, members = None, {}
+            if problem:
+                yield Item(BadRow(path, f"byte {start}", problem), END)
+            if member is None:
+                return
+            suffix = suffix.lower()
+            if not stem or os.path.basename(name).startswith(".") or suffix not in AUDIO_SUFFIXES + TEXT_SUFFIXES:
+                continue
+            key = stem
+            if suffix in members:
+                members[suffix] = BadDataError(f"{name} is there twice")
+            elif not member.isreg():
+                members[suffix] = BadDataError(f"{name} is a link or device, not a file")
+            elif member.size > LARGEST_MEMBER:
+                members[suffix] = BadDataError(f"{name} has {member.size} bytes; at most {LARGEST_MEMBER} are read")
+            else:
+                members[suffix] = tar_member(path, name, member.offset_data, member.size)
+                if embed or suffix in TEXT_SUFFIXES:
+                    file.seek(member.offset_data)
+                    data = file.read(member.size)
+                    members[suffix] = data if len(data) == member.size else BadDataError(f"{name} is truncated")
+
+
+def _open_tar(file: BinaryIO, path: str) -> tarfile.TarFile:
+    if not file.read(1):
+        raise OSError("the file is empty")
+    file.seek(0)
+    try:
+        return tarfile.TarFile(fileobj=file, mode="r", errorlevel=1)
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        raise OSError(f"not a tar file: {error}") from error
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The member at `tar.offset`; `None` at the end.
+
+    Python's own iteration takes a damaged header for the end.
+    """
+    start = tar.offset
+    assert tar.fileobj is not None
+    tar.fileobj.seek(start)
+    try:
+        member = tarfile.TarInfo.fromtarfile(tar)
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+        return None
+    except (tarfile.TarError, ValueError, RecursionError, OverflowError, OSError) as error:
+        if isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+            raise BadDataError("truncated: the archive has no end mark") from error
+        raise BadDataError(f"damaged: what follows this place can't be read: {error}") from error
+    if member.size < 0 or tar.offset <= start:
+        raise BadDataError("damaged: what follows this place can't be read: a member of negative size")
+    return member
+
+
+def _tar_row(path: str, key: str, number: int, members: dict) -> dict[str, Any] | BadRow:
+    try:
+        for problem in members.values():
+            if isinstance(problem, BadDataError):
+                raise problem
+        audio = [suffix for suffix in AUDIO_SUFFIXES if suffix in members]
+        if len(audio) != 1:
+            given = " and ".join(f"{key}.{suffix}" for suffix in audio) or "none"
+            raise BadDataError(f"one recording expected, found {given}")
+        if "json" in members:
+            record = parse_object(members["json"])
+        elif "txt" in members:
+            try:
+                record = {"text": members["txt"].decode("utf-8").strip()}
+            except UnicodeDecodeError as error:
+                raise BadDataError(f"not UTF-8: {key}.txt") from error
+        else:
+            raise BadDataError(f"no transcript: {key}.txt or {key}.json is missing; a sample's members stand together")
+        return _archive_row(record, f"{key}.{audio[0]}", members[audio[0]], path, number)
+    except (BadDataError, chat.ChatError) as error:
+        return BadRow(path, key, str(error))
+
+
+def _archive_row(record: dict, name: str, recording: Any, file: str, number: int) -> dict[str, Any]:
+    """A row with one recording. Paths in its messages are not read: the sample's own recording stands there."""
+    hotwords = hotwords_of(record)
+    if "messages" in record:
+        messages = map_recordings(record["messages"], lambda _: name)
+    else:
+        text, language = record.get("text"), record.get("language")
+        if not isinstance(text, str) or not isinstance(language, (str, type(None))):
+            raise BadDataError('"text" must be a string, and "language", where it is given, too')
+        try:
+            prompt = chat.transcription_prompt(language)
+        except ValueError as error:
+            raise BadDataError(str(error)) from error
+        messages = chat.transcription_messages(name, prompt, text)
+    dialogue = chat.parse_messages(messages, hotwords)
+    if len(dialogue.recordings) != 1:
+        raise BadDataError(f"the messages have {len(dialogue.recordings)} places for the one recording")
+    if dialogue.turns[-1].answer is None:
+        raise BadDataError("no answer: the last message must be the assistant's, with the transcript")
+    try:
+        text = json.dumps(messages, ensure_ascii=False)
+    except TypeError as error:  # Parquet's types are more than JSON's
+        raise BadDataError(f"bad dialogue: {error}") from error
+    return {
+        "messages": text,
+        "recordings": [recording],
+        "hotwords": hotwords,
+        "speech_length": length_of(record, "speech_length"),
+        "text_length": length_of(record, "text_length"),
+        "file": file,
+        "line": number,
+    }
+
+
+def _read_parquet(path: str, position: int, embed: bool) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = position
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            text = next((name for name in TEXT_COLUMNS if name in names), None)
+            if AUDIO_COLUMN not in names or text is None:
+                raise OSError(f"columns {names}; needs {AUDIO_COLUMN!r} and one of {', '.join(TEXT_COLUMNS)}")
+            others = [n for n in ("hotwords", "language", "speech_length", "text_length") if n in names]
+            first = 0
+            for group in range(file.metadata.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if row < first + count:
+                    columns = [AUDIO_COLUMN, text, *others] if embed else [text, *others]
+                    batches = file.iter_batches(16, row_groups=[group], columns=columns)
+                    seen = first
+                    for batch in batches:
+                        for index in range(max(0, row - seen), len(batch)):
+                            record = {name: batch.column(name)[index].as_py() for name in columns}
+                            yield Item(_parquet_row(record, text, path, row, embed), row + 1)
+                            row += 1
+                        seen += len(batch)
+                first += count
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield Item(BadRow(path, f"row {row}", f"can't be read from here on: {reason}"), END)
+
+
+def _parquet_row(record: dict, text: str, path: str, row: int, embed: bool) -> dict[str, Any] | BadRow:
+    try:
+        value = record.pop(AUDIO_COLUMN, None)
+        if embed:
+            value = value.get("bytes") if isinstance(value, dict) else value
+            if not isinstance(value, bytes) or not value:
+                raise BadDataError(f"no bytes in column {AUDIO_COLUMN!r}: embed the recordings")
+        content = record.pop(text)
+        if text != "messages":
+            record["text"] = content
+        else:
+            record["messages"] = (
+                parse_object(b'{"m": %s}' % content.encode("utf-8", "surrogatepass"))["m"]
+                if isinstance(content, str)
+                else content
+            )
+        recording = value if embed else parquet_member(path, row)
+        return _archive_row(record, f"row-{row}", recording, path, row + 1)
+    except (BadDataError, chat.ChatError) as error:
+        return BadRow(path, f"row {row}", str(error))

@@ -1,0 +1,551 @@
+"""Validation by decoding, and what hangs on it: best checkpoint, early stopping, retention guard, averaging."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.sampler import Rows
+from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
+from hf_speechllm.inference.transcriber import Transcriber
+from hf_speechllm.training import callbacks, validation
+from hf_speechllm.training.callbacks import draw_curve
+from hf_speechllm.training.runs import find_checkpoint, save_final
+from hf_speechllm.training.selection import RetentionError
+from hf_speechllm.training.validation import COUNTS, PromptCollator, spread_rows
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DECODING = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 6}
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+QUICK = {"freeze_audio_encoder": True, "freeze_llm": True}
+
+
+class Interruption(TrainerCallback):
+    """Ends a run as Ctrl-C does, after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Draws only where a test looks at it: that takes longer than the training."""
+    if "drawn" not in request.node.name:
+        monkeypatch.setattr(callbacks, "draw_curve", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def talkative_model(compose_tiny, tmp_path_factory):
+    """Folder of a random model that writes something, and other things for other recordings."""
+    folder = tmp_path_factory.mktemp("talkative")
+    model, processor = compose_tiny(seed=3)
+    with torch.no_grad():
+        for parameter in model.llm.parameters():
+            parameter.mul_(1.6 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def sets(tiny_rows):
+    """Validation sets of 3 and 2 rows, and general speech of 4."""
+    return {
+        "near": tiny_rows.select(range(3)),
+        "far": tiny_rows.select(range(3, 5)),
+        "retention": tiny_rows.select(range(5, 9)),
+    }
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Replaces decoding by CERs in percent that are set for each step: `{rows of the set: {step: CER}}`."""
+
+    def script(by_size, averaged=None):
+        def decode_set(trainer, dataset):
+            if averaged is not None and not trainer.is_in_train:
+                percent = averaged[len(dataset)]
+            else:
+                percent = by_size[len(dataset)][trainer.state.global_step]
+            return ErrorCounts(substitutions=percent, reference_tokens=100), []
+
+        monkeypatch.setattr(validation, "decode_set", decode_set)
+
+    return script
+
+
+def cers_of(trainer, key="eval_cer"):
+    return {entry["step"]: round(100 * entry[key]) for entry in trainer.state.log_history if key in entry}
+
+
+def steps_kept(trainer):
+    return sorted(int(path.name.split("-")[1]) for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+
+def same_weights(trainer, folder, file="model.safetensors"):
+    stored = load_file(Path(folder) / file)
+    return all(torch.equal(tensor, trainer.model.get_parameter(name)) for name, tensor in stored.items())
+
+
+# Decoding
+
+
+def test_cer_is_that_of_the_transcripts_of_the_recordings(
+    make_trainer, make_arguments, tiny_corpus, talkative_model, tmp_path
+):
+    args = make_arguments(feature_cache="float32", cache_dir=str(tmp_path / "cache"))
+    processor = SpeechLLMProcessor.from_pretrained(talkative_model)
+    rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+    options = {"model_name_or_path": talkative_model, "per_device_eval_batch_seconds": 4.0}
+    metrics = make_trainer(eval_dataset=rows, **options, **DECODING).evaluate()
+
+    model = SpeechLLMForConditionalGeneration.from_pretrained(talkative_model)
+    lines = [line.split(maxsplit=1) for line in tiny_corpus.text.read_text(encoding="utf-8").splitlines()]
+    recordings = [str(tiny_corpus.folder / f"{name}.wav") for name, _ in lines]
+    hypotheses = Transcriber(model, processor, max_new_tokens=6).transcribe(recordings)
+    expected = sum((count_errors(text, hyp) for (_, text), hyp in zip(lines, hypotheses, strict=True)), ErrorCounts())
+    assert len(set(hypotheses)) > 3
+    assert [metrics[f"eval_{name}"] for name in COUNTS] == [getattr(expected, name) for name in COUNTS]
+    assert metrics["eval_cer"] == pytest.approx(expected.rate)
+
+
+def test_gradient_checkpointing_and_adapters_do_not_change_the_cer(make_trainer, sets, talkative_model):
+    options = {"eval_dataset": sets["near"], "model_name_or_path": talkative_model, **DECODING}
+    plain = make_trainer(**options).evaluate()
+    other = make_trainer(gradient_checkpointing=True, use_lora=True, lora_dropout=0.5, **options)
+    other.model.train()
+    assert plain["eval_insertions"] > 0
+    assert [other.evaluate()[f"eval_{name}"] for name in COUNTS] == [plain[f"eval_{name}"] for name in COUNTS]
+
+
+def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, make_arguments, tmp_path):
+    turns = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
+    messages = turns[0]["messages"] + turns[1]["messages"][1:]
+    rows = [{"messages": messages, "hotwords": ["Qwen"]}, {"messages": turns[2]["messages"]}]
+    jsonl = tmp_path / "dialogues.jsonl"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    args = make_arguments(cache_dir=str(tmp_path / "cache"), feature_cache="float32")
+    processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+    prepared = Rows(prepare_rows([str(jsonl)], processor, 2048, args)[0])
+
+    batch = PromptCollator(SpeechLLMCollator(processor))(prepared.__getitems__([0, 1]))
+    expected = [
+        processor.apply_chat_template(messages[:-1], hotwords=["Qwen"]),
+        processor.apply_chat_template(turns[2]["messages"][:-1]),
+    ]
+    inputs = batch["inputs"]
+    for ids, mask, single in zip(inputs["input_ids"], inputs["attention_mask"], expected, strict=True):
+        assert ids[mask.bool()].tolist() == single["input_ids"][0].tolist()
+        assert mask.tolist() == sorted(mask.tolist())  # padded on the left
+    assert len(inputs["input_features"]) == 3
+    frames = int(inputs["input_features_mask"][2].sum())
+    torch.testing.assert_close(inputs["input_features"][2, :frames], expected[1]["input_features"][0])
+    assert batch["references"] == [messages[-1]["content"], turns[2]["messages"][-1]["content"]]
+    assert batch["names"] == ["dialogues.jsonl:1", "dialogues.jsonl:2"]
+    assert batch["positions"] == [0, 1] and batch["counted"] == [True, True]
+    assert PromptCollator(SpeechLLMCollator(processor))(prepared.__getitems__([-1]))["counted"] == [False]
+
+
+@pytest.mark.parametrize(("rows", "number"), [(24, 5), (1000, 10), (7, 6), (5, 5), (5, 9), (5, None), (3, 1)])
+def test_sample_is_the_same_every_time_and_spread_over_the_set(rows, number):
+    chosen = spread_rows(rows, number)
+    assert np.array_equal(chosen, spread_rows(rows, number))
+    if number is None or number >= rows:
+        assert chosen.tolist() == list(range(rows))
+    else:
+        assert len(set(chosen.tolist())) == number and chosen.min() >= 0 and chosen.max() < rows
+        assert [int(index * number / rows) for index in chosen] == pytest.approx(range(number), abs=1)
+
+
+def test_only_the_sample_is_decoded(make_trainer, tiny_rows):
+    trainer = make_trainer(eval_dataset=tiny_rows, eval_cer_samples=4, **DECODING)
+    metrics = trainer.evaluate()
+    chosen = [json.loads(tiny_rows[int(index)]["messages"])[-1]["content"] for index in spread_rows(24, 4)]
+    assert metrics["eval_reference_tokens"] == sum(count_errors(text, "").reference_tokens for text in chosen)
+    whole = make_trainer(eval_dataset=tiny_rows).evaluate()
+    assert metrics["eval_loss"] == whole["eval_loss"] and "eval_cer" not in whole
+
+
+# What it leaves alone
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_decoding_leaves_training_as_it_is(make_trainer, compose_tiny, tiny_config, sets, tmp_path, lora):
+    config = tiny_config()
+    config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters
+    for part in compose_tiny(config):
+        part.save_pretrained(tmp_path / "model")
+    options = {
+        "model_name_or_path": str(tmp_path / "model"), "use_lora": lora, "max_steps": 3, "spec_augment": True,
+        "freeze_audio_encoder": True, "gradient_checkpointing": True,
+    }  # fmt: skip
+    without = make_trainer(output_dir=str(tmp_path / "without"), **options)
+    without.train()
+    decoding = make_trainer(
+        eval_dataset=sets["near"], output_dir=str(tmp_path / "with"), eval_strategy="steps", eval_steps=1,
+        **DECODING, **options,
+    )  # fmt: skip
+    decoding.train()
+    assert list(cers_of(decoding)) == [0, 1, 2, 3]
+    for (name, expected), found in zip(without.model.named_parameters(), decoding.model.parameters(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_resumed_run_has_the_same_weights_and_the_same_log(make_trainer, sets, tmp_path):
+    sets.pop("far")
+    options = {**DECODING, **EVERY_STEP, "save_steps": 2, "retention_file": "general.jsonl", "max_steps": 4,
+               "early_stopping_patience": 3, "max_retention_loss": 500.0, "retention_action": "stop"}  # fmt: skip
+    whole = make_trainer(eval_dataset=sets, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    options["output_dir"] = str(tmp_path / "resumed")
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([Interruption(3)], eval_dataset=sets, **options).train()
+    resumed = make_trainer(eval_dataset=sets, resume_from_checkpoint="true", **options)
+    resumed.train(resume_from_checkpoint=find_checkpoint(resumed.args))
+    assert same_weights(resumed, tmp_path / "whole" / "checkpoint-4")
+    for key in ("eval_cer", "eval_retention_cer", "eval_loss"):
+        expected = [(entry["step"], entry[key]) for entry in whole.state.log_history if key in entry]
+        assert [step for step, _ in expected] == [0, 1, 2, 3, 4]
+        assert [(entry["step"], entry[key]) for entry in resumed.state.log_history if key in entry] == expected
+    tables = [(tmp_path / run / "validation.tsv").read_text() for run in ("whole", "resumed")]
+    assert tables[0] == tables[1]
+
+
+# What is told
+
+
+def test_scores_of_all_sets_are_logged_tabled_and_drawn(make_trainer, sets):
+    trainer = make_trainer(
+        eval_dataset=sets, retention_file="data/general.jsonl", max_retention_loss=900.0, max_steps=2,
+        eval_strategy="steps", eval_steps=2, **DECODING, **QUICK,
+    )  # fmt: skip
+    result = trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_cer" in entry]
+    assert [entry["step"] for entry in evaluations] == [0, 2]
+    for entry in evaluations:
+        for measure in ("loss", "token_accuracy", "cer"):
+            pair = [entry[f"eval_{name}_{measure}"] for name in ("near", "far")]
+            assert entry[f"eval_{measure}"] == pytest.approx(sum(pair) / 2)
+            assert f"eval_retention_{measure}" in entry
+        errors = sum(entry[f"eval_far_{name}"] for name in COUNTS[:3])
+        assert entry["eval_far_cer"] == errors / entry["eval_far_reference_tokens"]
+
+    save_final(trainer, result)
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_cer" in entry] == [0, 2]  # not once more
+    folder = Path(trainer.args.output_dir)
+    lines = [line.split("\t") for line in (folder / "validation.tsv").read_text().splitlines()]
+    assert lines[0] == ["step", "set", "loss", "token_accuracy", "cer_percent", *COUNTS]
+    assert [line[:2] for line in lines[1:]] == [[step, name] for step in "02" for name in sets]
+    assert float(lines[5][4]) == pytest.approx(100 * evaluations[1]["eval_far_cer"], abs=1e-3)
+    assert [int(cell) for cell in lines[5][5:]] == [evaluations[1][f"eval_far_{name}"] for name in COUNTS]
+    samples = (folder / "validation_samples" / "step-2.txt").read_text(encoding="utf-8")
+    assert samples.count("\nref: ") == samples.count("\nhyp: ") == 9
+    assert (
+        "# retention" in samples
+        and "train.jsonl:4: " in samples
+        and (folder / "validation_samples/step-0.txt").exists()
+    )
+    saved = json.loads((folder / "eval_results.json").read_text())
+    assert saved["eval_near_cer"] == evaluations[1]["eval_near_cer"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "CER before training | CER after training" in card
+    assert f"| {evaluations[0]['eval_near_cer']:.2%} | {evaluations[1]['eval_near_cer']:.2%} |" in card
+    assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (480, 1800)
+
+
+def test_curve_has_no_panel_for_cer_without_any(tmp_path):
+    draw_curve([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}], tmp_path / "new" / "curve.png")
+    assert matplotlib.image.imread(tmp_path / "new" / "curve.png").shape[:2] == (480, 1200)
+
+
+# What is chosen
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_mean_cer(make_trainer, sets, scripted):
+    scripted({3: {0: 90, 1: 40, 2: 10, 3: 30}, 2: {0: 90, 1: 40, 2: 20, 3: 5}})  # means 90, 40, 15, 17.5
+    sets.pop("retention")
+    options = {**DECODING, **EVERY_STEP, **QUICK, "load_best_model_at_end": True, "max_steps": 3}
+    trainer = make_trainer(eval_dataset=sets, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert same_weights(trainer, trainer.state.best_model_checkpoint)
+    assert trainer.current_scores["eval_near_cer"] == 0.1
+
+
+def test_best_checkpoint_may_be_chosen_by_one_set_or_another_measure(make_arguments, make_trainer, sets, scripted):
+    scripted({3: {0: 90, 1: 40, 2: 10}, 2: {0: 90, 1: 5, 2: 20}})
+    sets.pop("retention")
+    options = {**DECODING, **EVERY_STEP, **QUICK, "max_steps": 2, "validation_file": ["near=a.jsonl", "far=b.jsonl"]}
+    trainer = make_trainer(eval_dataset=sets, metric_for_best_model="eval_far_cer", **options)
+    trainer.train()
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (1, 0.05)
+    assert make_arguments(**options).metric_for_best_model == "cer"
+    assert not make_arguments(**options).greater_is_better
+    assert make_arguments(**options, metric_for_best_model="near_token_accuracy").greater_is_better
+
+
+def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer, sets, scripted, tmp_path):
+    scripted({3: {0: 90, 1: 40, 2: 50, 3: 60, 4: 1}})
+    options = {**DECODING, **EVERY_STEP, **QUICK, "early_stopping_patience": 2, "max_steps": 4}
+    trainer = make_trainer(eval_dataset={"near": sets["near"]}, **options)
+    trainer.train()
+    assert cers_of(trainer) == {0: 90, 1: 40, 2: 50, 3: 60}
+
+    options["output_dir"] = str(tmp_path / "resumed")
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([Interruption(3)], eval_dataset={"near": sets["near"]}, **options).train()
+    resumed = make_trainer(eval_dataset={"near": sets["near"]}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    assert cers_of(resumed) == cers_of(trainer)
+
+
+# What is kept
+
+
+RETENTION = {"retention_file": "general.jsonl", "max_retention_loss": 2.0}
+
+
+def test_retention_loss_is_warned_of(make_trainer, sets, scripted, caplog):
+    scripted({3: {0: 50, 1: 40, 2: 30}, 4: {0: 10, 1: 12, 2: 13}})
+    sets.pop("far")
+    trainer = make_trainer(eval_dataset=sets, max_steps=2, **DECODING, **EVERY_STEP, **QUICK, **RETENTION)
+    trainer.train()
+    warnings = [record.message for record in caplog.records if record.message.startswith("retention: ")]
+    assert len(warnings) == 1
+    assert "at step 2 the CER of general.jsonl is 13.00 %, 3.00 points above the base model's" in warnings[0]
+    assert trainer.state.global_step == 2 and trainer.state.best_global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "kept", "cer"),
+    [
+        # The best of those that are good: step 2, though step 3 decodes better.
+        ({"load_best_model_at_end": True}, 2, [1, 2], 40),
+        ({}, 2, [1, 2], 40),
+        ({"save_total_limit": 2}, 2, [1, 2], 40),
+        # Saved between evaluations: the latest that is not younger than a good evaluation; it is scored at the end.
+        ({"eval_steps": 3, "save_steps": 2}, 2, [2, 4], 44),
+        # Neither the best (step 2) nor the latest: the limit spares it.
+        ({"eval_steps": 2, "save_total_limit": 2}, 4, [2, 4, 5], 45),
+    ],
+    ids=["best", "last", "limit", "between", "often"],
+)
+def test_training_that_forgets_goes_back_to_the_last_good_checkpoint(
+    make_trainer, sets, scripted, caplog, options, expected, kept, cer
+):
+    sets.pop("far")
+    forgets_at = 6 if "eval_steps" in options else 3
+    general = {step: 10 if step == 0 else 11 if step < forgets_at else 15 for step in range(7)}
+    scripted({3: dict(enumerate((50, 45, 40, 5 if forgets_at == 3 else 42, 45, 5, 5))), 4: general})
+    options = {**DECODING, **EVERY_STEP, **QUICK, **RETENTION, **options}
+    trainer = make_trainer(eval_dataset=sets, max_steps=8, retention_action="stop", **options)
+    result = trainer.train()
+    assert trainer.state.global_step == forgets_at
+    assert steps_kept(trainer) == kept
+    assert trainer.state.best_metric in (0.4, 0.42)  # not that of the model that has forgotten
+    assert same_weights(trainer, Path(trainer.args.output_dir) / f"checkpoint-{expected}")
+    assert "training ends" in caplog.text and f"that of {trainer.args.output_dir}/checkpoint-{expected}" in caplog.text
+    scripted({3: {forgets_at: 44}, 4: {forgets_at: 11}})  # what remains is scored where it was not
+    save_final(trainer, result)
+    assert same_weights(trainer, trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir)
+    assert round(100 * json.loads((folder / "eval_results.json").read_text())["eval_cer"]) == cer
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"checkpoint-{expected}, since later ones lost too much" in card
+
+
+def test_training_that_forgets_at_once_saves_nothing(make_trainer, sets, scripted):
+    scripted({3: {0: 50, 1: 4}, 4: {0: 10, 1: 50}})
+    sets.pop("far")
+    trainer = make_trainer(
+        eval_dataset=sets, max_steps=2, retention_action="stop", **DECODING, **EVERY_STEP, **QUICK, **RETENTION
+    )
+    with pytest.raises(RetentionError, match="ended at step 1, before there was a checkpoint.*remains the best model"):
+        trainer.train()
+    assert steps_kept(trainer) == []
+
+
+def test_retention_limit_is_that_of_the_base_model_after_a_resumption(make_trainer, sets, scripted, tmp_path):
+    scripted({3: dict.fromkeys(range(5), 20), 4: {0: 10, 1: 12, 2: 12, 3: 14, 4: 14}})
+    sets.pop("far")
+    options = {**DECODING, **EVERY_STEP, **QUICK, "max_steps": 4, "eval_dataset": sets}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([Interruption(3)], retention_action="stop", **options, **RETENTION).train()
+    resumed = make_trainer(retention_action="stop", resume_from_checkpoint="true", **options, **RETENTION)
+    resumed.train(resume_from_checkpoint=find_checkpoint(resumed.args))
+    assert resumed.state.global_step == 3  # 2 points above the checkpoint's, 4 above the base model's
+    assert same_weights(resumed, tmp_path / "run" / "checkpoint-2")
+
+
+def test_run_without_the_base_models_score_can_not_be_resumed_with_a_guard(
+    make_trainer, make_arguments, sets, scripted
+):
+    scripted({3: {0: 50, 1: 4}})
+    make_trainer(eval_dataset={"near": sets["near"]}, max_steps=1, **DECODING, **EVERY_STEP, **QUICK).train()
+    with pytest.raises(ValueError, match="began without --retention_file"):
+        find_checkpoint(make_arguments(resume_from_checkpoint="true", **DECODING, **EVERY_STEP, **RETENTION))
+
+
+def test_best_checkpoints_and_the_latest_are_kept(make_trainer, sets, scripted):
+    scripted({3: dict(enumerate((90, 30, 10, 40, 20, 50)))})
+    trainer = make_trainer(
+        eval_dataset={"near": sets["near"]}, keep_best_checkpoints=2, save_total_limit=1, max_steps=5,
+        **DECODING, **EVERY_STEP, **QUICK,
+    )  # fmt: skip
+    trainer.train()
+    assert steps_kept(trainer) == [2, 4, 5]
+    assert same_weights(trainer, Path(trainer.args.output_dir) / "checkpoint-2")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize(("averaged", "won"), [(9, True), (10, False), (12, False)])
+def test_mean_of_the_best_checkpoints_remains_if_it_is_better(make_trainer, sets, scripted, averaged, won, lora):
+    scripted({3: dict(enumerate((90, 30, 10, 20)))}, averaged={3: averaged})
+    trainer = make_trainer(
+        eval_dataset={"near": sets["near"]}, keep_best_checkpoints=2, average_best=True, max_steps=3, use_lora=lora,
+        freeze_audio_encoder=True, **DECODING, **EVERY_STEP,
+    )  # fmt: skip
+    result = trainer.train()
+    save_final(trainer, result)
+    folder = Path(trainer.args.output_dir)
+    assert not (folder / "averaged").exists()
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    saved, best, second = (load_file(folder / path / file) for path in ("", "checkpoint-2", "checkpoint-3"))
+    assert saved.keys() == best.keys()
+    for name, tensor in saved.items():
+        mean = ((best[name].double() + second[name].double()) / 2).float()
+        assert torch.equal(tensor, mean if won else best[name]), name
+    results = json.loads((folder / "all_results.json").read_text())
+    assert (results["best_cer"], results["averaged_cer"], results["averaged_remains"]) == (0.1, averaged / 100, won)
+    assert results["eval_cer"] == (averaged / 100 if won else 0.1)
+    assert [entry["averaged_near_cer"] for entry in trainer.state.log_history if "averaged_cer" in entry] == [
+        averaged / 100
+    ]
+    assert "mean of the checkpoints of steps 2, 3" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_mean_that_has_forgotten_does_not_remain(make_trainer, sets, scripted):
+    scripted({3: dict(enumerate((90, 30, 20))), 4: dict.fromkeys(range(3), 10)}, averaged={3: 5, 4: 40})
+    sets.pop("far")
+    trainer = make_trainer(
+        eval_dataset=sets, keep_best_checkpoints=2, average_best=True, max_steps=2, retention_action="stop",
+        **DECODING, **EVERY_STEP, **QUICK, **RETENTION,
+    )  # fmt: skip
+    trainer.train()
+    assert same_weights(trainer, Path(trainer.args.output_dir) / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_cer": True}, "--validation_file is missing"),
+        ({"eval_cer_samples": 3}, "add --eval_cer"),
+        ({**DECODING, "eval_cer_samples": 0}, "must be at least 1"),
+        ({"retention_file": "a.jsonl"}, "add --eval_cer"),
+        ({**DECODING, "retention_file": "a.jsonl"}, "--eval_strategy steps"),
+        ({**DECODING, **EVERY_STEP, "retention_file": "a.jsonl", "retention_action": "halt"}, "choose warn or stop"),
+        ({**DECODING, **EVERY_STEP, **RETENTION, "retention_action": "stop", "save_total_limit": 1}, "at least 2"),
+        ({**DECODING, "keep_best_checkpoints": 2}, "--eval_strategy steps"),
+        ({**DECODING, **EVERY_STEP, "average_best": True}, "--keep_best_checkpoints with at least 2"),
+        ({**DECODING, **EVERY_STEP, "metric_for_best_model": "wer"}, "choose one of loss, .*dev_cer"),
+        ({"validation_file": ["dev.jsonl"], "metric_for_best_model": "cer"}, "after --eval_cer"),
+        ({**DECODING, **EVERY_STEP, "save_steps": 3, "eval_steps": 2, "keep_best_checkpoints": 2}, "multiple"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_found_before_anything_is_loaded(make_arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_arguments(**options)
+
+
+# Several processes
+
+DISTRIBUTED_SCRIPT = """
+import json, sys
+from transformers import set_seed
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.training import callbacks
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+callbacks.draw_curve = lambda *_: None  # takes longer than the training
+args = parse_arguments(sys.argv[2:])
+set_seed(args.seed)
+processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+trainer = SpeechLLMTrainer(
+    model=SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path), args=args, train_dataset=rows,
+    eval_dataset={"many": rows.select(range(3, 11)), "few": rows.select(range(3))},
+    data_collator=SpeechLLMCollator(processor), processing_class=processor,
+)
+trainer.train()
+with open(f"{sys.argv[1]}.{args.process_index}", "w") as file:
+    json.dump({
+        "world_size": args.world_size, "selection": trainer.selection,
+        "log": [line for line in trainer.state.log_history if "eval_cer" in line or "averaged_cer" in line],
+    }, file)
+trainer.accelerator.end_training()
+"""
+
+
+def test_two_processes_count_the_same_errors_as_one(make_trainer, tiny_rows, tiny_corpus, talkative_model, tmp_path):
+    options = {
+        "model_name_or_path": talkative_model, "validation_file": ["many=a", "few=b"], "eval_max_new_tokens": 4,
+        # Batches of a row each: of three, two processes get two and two, one of them a repeated row.
+        "per_device_eval_batch_seconds": 0.1, "per_device_train_batch_seconds": 3.0, "learning_rate": 3e-3,
+        "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "keep_best_checkpoints": 2, "max_steps": 2, "report_to": "none",
+    }  # fmt: skip
+    sets = {"many": tiny_rows.select(range(3, 11)), "few": tiny_rows.select(range(3))}
+    one = make_trainer(
+        eval_dataset=sets, eval_cer=True, average_best=True, output_dir=str(tmp_path / "one_run"),
+        gradient_accumulation_steps=2, **options,
+    )  # fmt: skip
+    one.train()
+
+    script = tmp_path / "train.py"
+    script.write_text(DISTRIBUTED_SCRIPT, encoding="utf-8")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", REPOSITORY / "accelerate_configs/cpu.yaml", "--main_process_port", 0,
+        script, tmp_path / "two", "--train_file", tiny_corpus.jsonl, "--eval_cer",
+        "--average_best", "--output_dir", tmp_path / "two_run", "--cache_dir", tmp_path / "cache", "--use_cpu", "true",
+        "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
+    ]  # fmt: skip
+    for key, value in options.items():
+        command += [f"--{key}", *(value if isinstance(value, list) else [value])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    two = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two.[0-9]"))]
+
+    assert [run["world_size"] for run in two] == [2, 2] and one.args.world_size == 1
+    log = [line for line in one.state.log_history if "eval_cer" in line or "averaged_cer" in line]
+    assert [line["step"] for line in log] == [0, 1, 2, 2]  # and the mean
+    keys = [f"{name}_{key}" for name in sets for key in ("cer", *COUNTS)]
+    for run in two:
+        assert [line["step"] for line in run["log"]] == [0, 1, 2, 2]
+        for expected, found in zip(log, run["log"], strict=True):
+            prefix = "averaged" if "averaged_cer" in expected else "eval"
+            assert [found[f"{prefix}_{key}"] for key in keys] == [expected[f"{prefix}_{key}"] for key in keys]
+        assert run["selection"] == one.selection
+    samples = [(tmp_path / f"{run}_run" / "validation_samples" / "step-0.txt").read_text() for run in ("one", "two")]
+    assert samples[0] == samples[1] and samples[0].count("\nref: ") == 11
