@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import BatchFeature, SequenceFeatureExtractor
 
+FRAMES_AT_ONCE = 200_000  # on a GPU: 33 minutes, 1.3 GB on the way
 FRAME_SHIFT = 0.01  # seconds between two frames before stacking, in every front-end supported
 
 
@@ -93,6 +97,56 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         index = torch.arange(stacks).unsqueeze(1) * self.stride_lfr + torch.arange(self.num_frames_lfr) - left
         return fbank[index.clamp(0, frames - 1)].reshape(stacks, -1)
 
+    def extract(
+        self, waveforms: Sequence[np.ndarray | torch.Tensor], device: torch.device | str
+    ) -> list[torch.Tensor]:
+        """Stacked features of several recordings at once, on a GPU.
+
+        The same steps as `fbank` and `stack`, over the frames of all recordings; no padding is computed. Dither is not
+        offered.
+
+        Args:
+            waveforms: each of shape = (samples,), in [-1, 1], at `sampling_rate`.
+            device: where to compute, and where the results are.
+
+        Returns:
+            For each recording, shape = (ceil(frames / stride_lfr), feature_size * num_frames_lfr), float32.
+        """
+        length, shift = (self.sampling_rate * ms // 1000 for ms in (self.frame_length, self.frame_shift))
+        if self.dither or any(len(waveform) < length for waveform in waveforms):
+            return [self.stack(self.fbank(waveform)).to(device) for waveform in waveforms]
+        samples = torch.cat([torch.as_tensor(waveform, dtype=torch.float32) for waveform in waveforms])
+        if torch.device(device).type == "cuda":
+            samples = samples.pin_memory()
+        samples = samples.to(device, non_blocking=True) * self.waveform_scale
+        sizes = torch.tensor([len(waveform) for waveform in waveforms])
+        frames = (sizes - length) // shift + 1
+        stacks = (frames + self.stride_lfr - 1) // self.stride_lfr
+        # Where each frame begins; then, for each stack, which frames it takes.
+        starts = (_offsets(sizes) - _offsets(frames) * shift).repeat_interleave(frames)
+        starts = (starts + torch.arange(len(starts)) * shift).to(device)
+        first = _offsets(frames).repeat_interleave(stacks)
+        middle = torch.arange(len(first)) - _offsets(stacks).repeat_interleave(stacks)
+        taken = middle.unsqueeze(1) * self.stride_lfr + torch.arange(self.num_frames_lfr)
+        taken = (taken - (self.num_frames_lfr - 1) // 2).clamp(min=0)
+        taken = first.unsqueeze(1) + taken.minimum((frames.repeat_interleave(stacks) - 1).unsqueeze(1))
+        filterbank, window = self._filterbank(device), _window(self.window_type, length).to(device)
+        pieces = [  # a chunk at a time, so that memory does not grow with the batch
+            _log_mel(samples[chunk.unsqueeze(1) + torch.arange(length, device=device)], window, filterbank)
+            for chunk in starts.split(FRAMES_AT_ONCE)
+        ]
+        stacked = torch.cat(pieces)[taken.to(device)].flatten(1)
+        return list(stacked.split(stacks.tolist()))
+
+    def _filterbank(self, device: torch.device | str) -> torch.Tensor:
+        from torchaudio.compliance import kaldi  # heavy, and not needed to load a model
+
+        padded = 1 << (self.sampling_rate * self.frame_length // 1000 - 1).bit_length()
+        banks, _ = kaldi.get_mel_banks(
+            self.feature_size, padded, float(self.sampling_rate), 20.0, 0.0, 100.0, -500.0, 1.0
+        )
+        return functional.pad(banks, (0, 1)).T.to(device)  # nothing of the highest bin
+
     def __call__(
         self,
         raw_speech: np.ndarray | torch.Tensor | list,
@@ -123,6 +177,33 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         )
         batch["input_features_mask"] = batch.pop("attention_mask")
         return batch
+
+
+def _offsets(sizes: torch.Tensor) -> torch.Tensor:
+    return sizes.cumsum(0) - sizes
+
+
+def _window(name: str, length: int) -> torch.Tensor:
+    """Kaldi's window functions (feat/feature-window.cc), symmetric."""
+    if name == "hamming":
+        return torch.hamming_window(length, periodic=False)
+    if name == "rectangular":
+        return torch.ones(length)
+    hanning = torch.hann_window(length, periodic=False)
+    if name == "hanning":
+        return hanning
+    if name == "povey":
+        return hanning.pow(0.85)
+    raise ValueError(f"window_type is {name!r}; on a GPU hamming, hanning, povey and rectangular are computed")
+
+
+def _log_mel(frames: torch.Tensor, window: torch.Tensor, filterbank: torch.Tensor) -> torch.Tensor:
+    """Kaldi's steps for a frame (feat/feature-fbank.cc): offset, pre-emphasis, window, power spectrum, mel, log."""
+    frames = frames - frames.mean(dim=1, keepdim=True)
+    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    spectrum = torch.fft.rfft(frames * window, n=2 * (len(filterbank) - 1))
+    power = spectrum.real.square() + spectrum.imag.square()
+    return (power @ filterbank).clamp(min=torch.finfo(torch.float32).eps).log()
 
 
 def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np.ndarray) -> np.ndarray:

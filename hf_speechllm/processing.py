@@ -150,13 +150,16 @@ class SpeechLLMProcessor(ProcessorMixin):
         waveforms: Sequence[np.ndarray],
         return_labels: bool,
         padding_side: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> BatchFeature:
-        """Pads parsed dialogues and their loaded recordings; arguments and result as `apply_chat_template`."""
-        audio: dict[str, torch.Tensor] = {}
-        frames: list[int] = []
-        if waveforms:
-            audio = self.extract_features(waveforms)
-            frames = audio["input_features_mask"].sum(-1).tolist()
+        """Pads parsed dialogues and their loaded recordings; arguments and result as `apply_chat_template`.
+
+        Args:
+            device: where the features are computed, and left; the ids stay on the host.
+        """
+        features = self.extract_features(waveforms, device)
+        audio = pad_features(features) if features else {}
+        frames = [len(item) for item in features]
         examples = []
         for dialogue in dialogues:
             count = len(dialogue.recordings)
@@ -168,15 +171,15 @@ class SpeechLLMProcessor(ProcessorMixin):
             columns["labels"] = [example.labels for example in examples]
         return BatchFeature({**self.pad_tokens(columns, side), **audio})
 
-    def extract_features(self, waveforms: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """`input_features`, shape = (recordings, frames, feature size), and `input_features_mask` of waveforms."""
-        features = [
-            encoder_input(
-                self.feature_extractor, torch.from_numpy(cacheable_features(self.feature_extractor, waveform))
-            )
-            for waveform in waveforms
-        ]
-        return pad_features(features)
+    def extract_features(
+        self, waveforms: Sequence[np.ndarray], device: torch.device | str = "cpu"
+    ) -> list[torch.Tensor]:
+        """Encoder inputs of waveforms, each of shape = (frames, feature size), on the device."""
+        extractor = self.feature_extractor
+        if torch.device(device).type == "cuda" and isinstance(extractor, FbankFeatureExtractor):
+            return extractor.extract(waveforms, device) if waveforms else []
+        features = (torch.from_numpy(cacheable_features(extractor, waveform)) for waveform in waveforms)
+        return [encoder_input(extractor, item).to(device) for item in features]
 
     def pad_tokens(self, columns: dict[str, list[list[int]]], side: str) -> dict[str, torch.Tensor]:
         """Pads `input_ids` (and `labels`) to the longest row on the given side and adds `attention_mask`."""

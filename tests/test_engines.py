@@ -22,7 +22,6 @@ WRAPPERS = {
     "deepspeed_zero1": "DeepSpeedEngine",
     "deepspeed_zero2": "DeepSpeedEngine",
     "deepspeed_zero3": "DeepSpeedEngine",
-    "fsdp2": "FSDPSpeechLLMForConditionalGeneration",
 }
 
 # recipes/finetune.py, with a note of the engine at each rank.
@@ -123,9 +122,9 @@ def one_process(train):
     return train("one", accumulation=2)
 
 
-def check_engine(engine, notes, num_processes=2):
+def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalGeneration"):
     assert [(note["world_size"], note["wrapper"]) for note in notes] == [
-        (num_processes, WRAPPERS[engine])
+        (num_processes, WRAPPERS.get(engine, f"FSDP{model}"))
     ] * num_processes
     if engine.startswith("deepspeed"):
         assert [note["zero_stage"] for note in notes] == [int(engine[-1])] * num_processes
@@ -183,7 +182,8 @@ def test_four_processes_train_every_combination_of_parts(engine, options, train)
     notes, log, folder = train(engine, *options, num_processes=4)
     _, expected, reference = train("one", *options, accumulation=4)
 
-    check_engine(engine, notes, num_processes=4)
+    wrapped = {"model": "PeftModel"} if "--use_lora" in options else {}
+    check_engine(engine, notes, num_processes=4, **wrapped)
     check_log(log, expected)
     check_weights(folder, reference, "adapter_model.safetensors" if "--use_lora" in options else "model.safetensors")
 

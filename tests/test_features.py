@@ -190,3 +190,26 @@ def test_dither_of_training_depends_on_the_row_and_leaves_decoding_alone(tiny_mo
     processor.feature_extractor = WhisperFeatureExtractor()
     with pytest.raises(ValueError, match="dither belongs to the fbank front-end"):
         SpeechLLMCollator(processor, dither=1.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.lists(st.integers(32, 20_000), min_size=1, max_size=6),
+    window=st.sampled_from(["hamming", "hanning", "povey", "rectangular"]),
+    stacking=st.sampled_from([(7, 6), (1, 1), (5, 3)]),
+    level=st.sampled_from([0.0, 1e-4, 0.3]),
+)
+def test_features_of_many_recordings_at_once_equal_those_of_each(samples, window, stacking, level):
+    extractor = FbankFeatureExtractor(window_type=window, num_frames_lfr=stacking[0], stride_lfr=stacking[1])
+    waveforms = [noise(number, seed) * 10 * level for seed, number in enumerate(samples)]
+    for features, waveform in zip(extractor.extract(waveforms, "cpu"), waveforms, strict=True):
+        torch.testing.assert_close(features, extractor.stack(extractor.fbank(waveform)), rtol=0, atol=1e-3)
+
+
+def test_many_frames_are_computed_in_chunks(monkeypatch):
+    extractor = FbankFeatureExtractor()
+    waveforms = [noise(8000), noise(12345, 1)]
+    whole = extractor.extract(waveforms, "cpu")
+    monkeypatch.setattr("hf_speechllm.features.FRAMES_AT_ONCE", 7)
+    for expected, features in zip(whole, extractor.extract(waveforms, "cpu"), strict=True):
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)

@@ -27,6 +27,7 @@ from hf_speechllm import (
 from hf_speechllm.chat import IGNORE_INDEX, num_audio_tokens, transcription_messages
 from hf_speechllm.loss import label_positions
 from hf_speechllm.modeling import PARTS
+from hf_speechllm.processing import pad_features
 
 ADAPTORS = [
     {"adaptor_type": kind, "downsample_rate": rate, "use_low_frame_rate": low}
@@ -144,7 +145,7 @@ def test_whisper_encoder_sees_thirty_seconds_as_from_its_own_feature_extractor(w
     model, processor = whisper_parts
     waveform = waveforms[1].copy()
     waveform[-400:] = 0  # else a window reaches from the padding, which is not stored, back into the recording
-    stored = processor.extract_features([waveform])
+    stored = pad_features(processor.extract_features([waveform]))
     full = processor.feature_extractor(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
     with torch.no_grad():
         tokens, lengths = model.get_audio_features(**stored)

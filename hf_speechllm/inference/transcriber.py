@@ -324,7 +324,9 @@ class Transcriber:
             decodable.append(piece)
             dialogues.append(dialogue)
             waveforms += loaded
-        inputs = self.processor.batch(dialogues, waveforms, return_labels=False) if decodable else None
+        inputs = None
+        if decodable:
+            inputs = self.processor.batch(dialogues, waveforms, return_labels=False, device=self.model.device)
         return failed, decodable, inputs
 
     def _decode(self, pieces: list[Piece], inputs: BatchFeature | None) -> Iterator[Segment]:

@@ -38,9 +38,9 @@ class FlopCounter:
     """Counts the operations that training steps need: matrix products alone, padding left out.
 
     A product of a weight matrix with n tokens takes 2 n operations a weight forward, as many for the gradient of its
-    input, and as many for that of the weight; attention is counted whole, causal or not (Chowdhery et al. 2022, "PaLM",
-    appendix B). The gradient of an input is counted where it, or something before it, is trained. Recomputation
-    (gradient checkpointing) is not counted: it is not needed work.
+    input, and as many for that of the weight; attention is counted whole, causal or not (Chowdhery et al. 2022,
+    "PaLM", appendix B). The gradient of an input is counted where it, or something before it, is trained.
+    Recomputation (gradient checkpointing) is not counted: it is not needed work.
 
     Args:
         model: as it is trained: frozen, with or without adapters.

@@ -1,7 +1,6 @@
 """Operations counted by formula equal those that torch counts."""
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_speechllm.data.collator import SpeechLLMCollator
