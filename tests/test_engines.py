@@ -200,3 +200,18 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(engine, train):
     _, resumed_log, _ = train(engine, *saving, "--resume_from_checkpoint", "true", folder=resumed)
     check_log(resumed_log, log)
     check_weights(resumed, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_validation_by_decoding_gives_the_same_error_rates(engine, train):
+    options = ["--eval_cer", "true", "--eval_strategy", "steps", "--eval_steps", 2, "--eval_max_new_tokens", 8]
+    notes, log, _ = train(engine, *options)
+    _, expected, _ = train("one", *options, accumulation=2)
+    check_engine(engine, notes)
+    rates = [
+        [(line["step"], line["eval_cer"]) for line in lines if "step" in line and "eval_cer" in line]
+        for lines in (log, expected)
+    ]
+    assert [step for step, _ in rates[0]][:3] == [0, 2, 4]
+    assert rates[0] == rates[1]
