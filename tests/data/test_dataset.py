@@ -20,6 +20,7 @@ from hf_speechllm.data.augment import SpecAugment, TempoPerturb, augmentations
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import FeatureMapper, prepare_rows, row_seconds
+from hf_speechllm.loss import label_positions
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
 LIMIT = 2048  # frames of the encoder
@@ -194,6 +195,7 @@ def test_collated_batch_equals_that_of_the_processor(prepare, processor):
     rows, _ = prepare(feature_cache="float32")
     batch = SpeechLLMCollator(processor)([rows[index] for index in range(6)])
     expected = processor.apply_chat_template([json.loads(row["messages"]) for row in rows])
+    assert torch.equal(batch.pop("label_positions"), label_positions(expected["labels"]))
     assert batch.keys() == expected.keys()
     for key in batch:
         assert torch.equal(batch[key], expected[key]), key
