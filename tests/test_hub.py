@@ -85,7 +85,8 @@ def test_model_and_processor_come_back_from_the_hub(hub, tiny_model, inputs):
 def in_a_process_of_its_own(hub, tmp_path, script, *arguments):
     """Runs a script that knows the server, from outside the checkout."""
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+        **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
+        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-c", script, *map(str, arguments)]
