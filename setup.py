@@ -20,6 +20,7 @@ setup(
         "datasets>=4.4",
         "peft>=0.18",
         "evaluate",
+        "filelock",
         "soundfile",
         "av",
         "pyyaml",

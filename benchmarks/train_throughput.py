@@ -1,6 +1,6 @@
 """Audio seconds per second of the real Trainer loop, from cached features; a JSON line for each configuration.
 
-python benchmarks/train_throughput.py --size fun_asr_nano --modes llm_only adaptor_only all lora --batch_seconds 1200
+python benchmarks/train_throughput.py --modes llm_only adaptor_only:encoder all lora:encoder --batch_seconds auto
 python benchmarks/train_throughput.py --size tiny --modes llm_only all --batch_seconds 60 --steps 6   # on a CPU
 
 `--naive SECONDS` measures in the same run what a plain loop reaches with the same model and rows: random batches,
@@ -22,6 +22,7 @@ from workload import environment, make_model, make_rows
 
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
+from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.data.sampler import Rows
 from hf_speechllm.training.arguments import parse_arguments
 from hf_speechllm.training.freezing import freeze_parts
@@ -33,21 +34,25 @@ CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 
 def measure(mode: str, options, model, processor, rows, others: list[str]) -> dict:
     """Steps of the Trainer; the median of the log lines after the warm-up."""
-    config = yaml.safe_load((CONFIGS / f"{mode}.yaml").read_text(encoding="utf-8"))
+    name, _, level = mode.partition(":")
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     config.pop("save_steps"), config.pop("save_total_limit")
     config |= {
         "model_name_or_path": options.size, "train_file": "made-up", "max_steps": options.warmup + options.steps,
         "per_device_train_batch_seconds": options.batch_seconds, "logging_steps": max(1, options.steps // 4),
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": options.device == "cpu",
+        "cache_level": level or "fbank", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "use_cpu": options.device == "cpu",
     }  # fmt: skip
     model.requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump({**config, "output_dir": folder}), encoding="utf-8")
+        file.write_text(yaml.safe_dump({**config, "output_dir": folder, "cache_dir": folder}), encoding="utf-8")
         args = parse_arguments([str(file), *others])
         freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
         if args.use_lora:
             model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+        if level:
+            rows = add_encoded(rows, model, processor, level, args)
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer = SpeechLLMTrainer(
@@ -106,7 +111,12 @@ def synchronize(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="fun_asr_nano", help="a model of recipes/configs/models")
-    parser.add_argument("--modes", nargs="+", default=["llm_only"], help="files of recipes/configs; lora last")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["llm_only"],
+        help="files of recipes/configs, with :encoder or :adaptor to cache their output; lora last",
+    )
     parser.add_argument("--batch_seconds", default="600", help="padded audio seconds in a batch")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")

@@ -20,6 +20,7 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPEECH_START, SPEECH_END = "<|startofspeech|>", "<|endofspeech|>"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 THINK_BLOCK = "<think>\n\n</think>\n\n"
+_SILENCE = re.compile("/sil(?![a-z])")  # how Fun-ASR may write a pause
 _SPEECH = re.compile(f"({re.escape(SPEECH_START)}.*?{re.escape(SPEECH_END)})", re.DOTALL)
 
 # ISO 639 code: the name that Fun-ASR's prompts use.
@@ -168,6 +169,11 @@ def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
         return []
     words = re.split("[,，]", hotwords) if isinstance(hotwords, str) else hotwords
     return [word.strip() for word in words if word.strip()]
+
+
+def clean_answer(text: str) -> str:
+    """What a generated answer says: without marks of silence and runs of white space, as the original gives it."""
+    return " ".join(_SILENCE.sub(" ", text).split())
 
 
 def transcription_messages(recording: Any, prompt: str, text: str | None = None) -> list[dict]:

@@ -4,7 +4,8 @@ python recipes/decode.py --model_name_or_path exp/model --scp_file data/test/wav
 accelerate launch --num_processes 8 recipes/decode.py ...  (a GPU each, sharing the list)
 
 A run that was interrupted, or in which recordings failed, goes on where it was when it is started again.
-Exit status: 0 if all were decoded, 1 if some failed (they are listed, the others are in the file), 2 for wrong usage.
+Exit status: 0 if all were decoded; 1 if some failed (they are listed, the others are in the file) or none could be
+tried; 2 for wrong usage.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 
 logger = logging.getLogger("decode")
 # What the texts depend on: an unfinished run goes on with the same only.
-SETTINGS = ("language", "no_itn", "hotwords", "prompt", "max_new_tokens", "num_beams", "repetition_guard", "vad")
-SETTINGS += ("vad_max_seconds",)
+SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
+SETTINGS += ("vad", "vad_max_seconds")
 TRANSCRIBER_OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard")
 
 
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--hotwords", help="words that may occur, with commas between, or a file with one in each line"
     )
+    parser.add_argument("--context", help="what the recordings are about, in a sentence or two")
     parser.add_argument("--prompt", help="an instruction of one's own, instead of --language and --no_itn")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest text (of a segment), in tokens")
     parser.add_argument("--batch_seconds", type=float, default=240.0, help="padded audio seconds in a batch")
@@ -49,6 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args()
+    for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be above 0")
+    if not Path(args.scp_file or args.jsonl_file).is_file():
+        parser.error(f"{args.scp_file or args.jsonl_file}: no such file")
     if not Path(args.output_file).absolute().parent.is_dir():
         parser.error(f"{args.output_file}: no such folder; make it first")
     unfinished = Path(f"{args.output_file}.partial-0.jsonl").exists()
@@ -60,27 +67,18 @@ def parse_arguments() -> argparse.Namespace:
 def read_requests(args, bad_rows) -> list:
     """The requests of the list; what can't be read goes to `bad_rows`."""
     from hf_speechllm import chat
-    from hf_speechllm.data.bad_rows import BadRow
-    from hf_speechllm.data.jsonl import read_jsonl
-    from hf_speechllm.data.kaldi import read_scp
     from hf_speechllm.inference.hotwords import read_hotwords
-    from hf_speechllm.inference.transcriber import Request
+    from hf_speechllm.inference.requests import requests_of_jsonl, requests_of_scp
 
     hotwords = read_hotwords(args.hotwords)
-    prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt)
+    prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
     if args.scp_file:
-        entries = read_scp(args.scp_file, bad_rows).entries
-        return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
-    own_prompt = args.language or args.no_itn or args.prompt or hotwords
-    requests = []
-    for row in read_jsonl(args.jsonl_file, require_answers=False):
-        if isinstance(row, BadRow):
-            bad_rows.add(row.file, row.line, row.reason)
-            continue
-        messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
-        if own_prompt:
-            messages = chat.transcription_messages(row.recordings[-1], prompt)
-        requests.append(Request(Path(row.recordings[-1]).stem, messages, () if own_prompt else tuple(row.hotwords)))
+        requests = requests_of_scp(args.scp_file, prompt, bad_rows)
+    else:
+        is_own = args.language or args.no_itn or args.prompt or args.context or hotwords
+        requests = requests_of_jsonl(args.jsonl_file, prompt if is_own else None, bad_rows)
+    if not requests and not bad_rows:
+        raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings")
     return requests
 
 
@@ -116,6 +114,10 @@ def main() -> None:
             twice = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
             if args.vad and twice:
                 raise ValueError(f"two recordings are called {twice[0]}; --vad writes files named by ID: rename one")
+            if twice and processes.rank == 0:
+                logger.warning(
+                    "%d IDs are there more than once, as %s; score.py won't take that", len(twice), twice[0]
+                )
             vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
             model = SpeechLLMForConditionalGeneration.from_pretrained(
                 args.model_name_or_path, dtype=getattr(torch, dtype)
@@ -124,17 +126,18 @@ def main() -> None:
             options = {name: getattr(args, name) for name in TRANSCRIBER_OPTIONS}
             transcriber = Transcriber(model.to(device), processor, vad=vad, **options)
         except (OSError, ValueError) as error:
-            sys.exit(f"decode.py: error: {error}")
+            sys.exit(f"decode.py: error: {error}" if processes.rank == 0 else 1)
         outcome = decode_requests(transcriber, requests, journal, processes)
         if processes.rank > 0:
             return
 
     write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
     failures = [*map(str, bad_rows), *outcome.failures]
+    loops = sum(transcript.looped for _, transcript in outcome.results)
     logger.info(
-        "%s: %d texts; %.0f s of audio in %.0f s (RTFx %.0f); %d failed; %d loops cut",
+        "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",
         args.output_file, len(outcome.results), outcome.seconds, outcome.elapsed, outcome.seconds / outcome.elapsed,
-        len(failures), sum(transcript.looped for _, transcript in outcome.results),
+        len(failures), f"; {loops} loops cut" if args.repetition_guard else "",
     )  # fmt: skip
     if failures:
         hint = f"Mend them and start again; the others are kept in {args.output_file}.partial-*.jsonl"

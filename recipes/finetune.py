@@ -28,6 +28,7 @@ def main() -> None:
     from transformers import set_seed
 
     from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from hf_speechllm.checkpoints.checkpoint import CheckpointError
     from hf_speechllm.data.augment import augmentations
     from hf_speechllm.data.bad_rows import BadDataError
     from hf_speechllm.data.collator import SpeechLLMCollator
@@ -37,9 +38,13 @@ def main() -> None:
     from hf_speechllm.data.stream import open_stream
     from hf_speechllm.downloads import UrlPolicy
     from hf_speechllm.training.cache_level import choose_level
+    from hf_speechllm.training.faults import FaultError
     from hf_speechllm.training.freezing import count_parameters, freeze_parts
     from hf_speechllm.training.lora import add_lora
+    from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
+    from hf_speechllm.training.readback import ReadbackError
     from hf_speechllm.training.runs import describe_data, find_checkpoint, save_final, set_up_logging
+    from hf_speechllm.training.saving import SaveError
     from hf_speechllm.training.selection import RetentionError
     from hf_speechllm.training.trainer import SpeechLLMTrainer
 
@@ -91,8 +96,14 @@ def main() -> None:
     )
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except RetentionError as error:
+    except Preempted as end:
+        logger.warning("%s", end)
         trainer.accelerator.end_training()
+        sys.exit(EXIT_STATUS)
+    except (RetentionError, SaveError, ReadbackError) as error:  # of all ranks alike
+        trainer.accelerator.end_training()
+        sys.exit(f"finetune.py: {error}")
+    except (BadDataError, FaultError, CheckpointError) as error:
         sys.exit(f"finetune.py: {error}")
     save_final(trainer, result)
     if args.push_to_hub:

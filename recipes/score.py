@@ -2,8 +2,8 @@
 
     python recipes/score.py data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
 
-REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL. Writes cer.txt (as compute-wer does),
-score.json and report.html. References without a hypothesis count as deletions, and are named.
+REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL.
+References without a hypothesis count as deletions, and are named.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def warn_of_ids(what: str, ids: list[str]) -> None:
 
 def score(args: argparse.Namespace) -> None:
     from hf_speechllm.data.bad_rows import BadRows
+    from hf_speechllm.data.hotwords import listed_words
     from hf_speechllm.data.kaldi import read_scp
     from hf_speechllm.evaluation import hotwords, recordings, report, scoring, statistics, transcripts
     from hf_speechllm.files import atomic_write
@@ -68,7 +69,7 @@ def score(args: argparse.Namespace) -> None:
     other_hypotheses = transcripts.read_transcripts(args.compare).texts if args.compare else {}
     datasets = transcripts.read_map(args.utt2dataset) if args.utt2dataset else {}
     languages = transcripts.read_map(args.utt2lang) if args.utt2lang else {}
-    words = transcripts.read_hotwords(args.hotwords)
+    words = listed_words(args.hotwords)
     sources = reference.recordings
     if args.scp_file:
         bad_rows = BadRows(max_bad_fraction=1.0)

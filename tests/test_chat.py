@@ -351,3 +351,11 @@ def test_encoder_that_shortens_comes_before_the_adaptor():
     assert chat.num_audio_tokens(3000, 4, False, encoder_downsample_rate=2) == 375
     assert chat.num_audio_tokens(7, 2, False, encoder_downsample_rate=2) == 2
     assert chat.num_audio_tokens(7, 1, True, encoder_downsample_rate=2) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [("/sil", ""), ("好的/sil/sil 再见 ", "好的 再见"), ("one\n/sil two", "one two"), ("and/silver", "and/silver")],
+)
+def test_marks_of_silence_are_no_part_of_an_answer(answer, text):
+    assert chat.clean_answer(answer) == text

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from ..configuration import SpeechLLMConfig
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
-from . import adapters, funasr, native
+from . import adapters, funasr, native, partial
 from .checkpoint import (
     MAX_SHARD_SIZE,
     Checkpoint,
@@ -31,9 +31,9 @@ from .checkpoint import (
     write_side,
 )
 
-OWN, NATIVE, FUNASR, ADAPTER = "speech_llm", "native", "funasr", "adapter"
+OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
 LAYOUTS = (OWN, NATIVE, FUNASR)
-READERS = {NATIVE: native, FUNASR: funasr}
+READERS = {NATIVE: native, FUNASR: funasr, PARTIAL: partial}
 SIDE_FILE = "ctc.safetensors"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # What to download of a repository: (config and tokenizer, weights).
@@ -42,6 +42,7 @@ FILES = {
     NATIVE: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
     FUNASR: (["config.yaml", "configuration.json", "*/*.json", "*/*.txt"], ["model.pt", "*.tiktoken"]),
     ADAPTER: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+    PARTIAL: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
 }
 
 
@@ -60,7 +61,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         return OWN  # a config.json named by itself
     model_type = _read_json(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
-        return OWN
+        return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
     if model_type == native.MODEL_TYPE:
         return NATIVE
     if _find(name, adapters.CONFIG_FILE, hub) is not None:
@@ -108,7 +109,7 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     """Our config, as a dict, of a checkpoint in another layout; `None` for one in ours."""
     hub = _hub_options(options)
     layout = find_layout(name, **hub)
-    if layout == OWN:
+    if layout in (OWN, PARTIAL):
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -328,7 +329,8 @@ def prepare_rows(
         rows = add_lengths(rows, bad_rows, workers)
     else:
         rows = add_features(rows, processor, bad_rows, args.feature_cache, workers)
-    rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, args.per_device_train_batch_seconds)
+    budget = args.per_device_train_batch_seconds or math.inf  # 0: yet to be found, and large enough for every row
+    rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)
     if len(rows) == 0:
         raise BadDataError(f"{', '.join(files)}: no rows to train on")

@@ -67,7 +67,7 @@ def add_encoded(
         model.to(args.device).eval()
         for start in tqdm(missing[args.local_process_index :: local_ranks], desc=level, disable=not args.should_log):
             part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
-            budget = args.per_device_train_batch_seconds
+            budget = args.per_device_train_batch_seconds or 240.0
             _write(_file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, budget))
         model.train(was_training)
     if torch.distributed.is_initialized():

@@ -9,6 +9,7 @@ words from the row's own transcript for a share of the rows (there 0.5), others'
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,21 @@ def read_words(path: str | Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: save the list as UTF-8") from error
     return _different(line.strip() for line in lines)
+
+
+def listed_words(words_or_file: str | None) -> list[str]:
+    """The different words of an option: a file with one in each line, or the words themselves with commas between.
+
+    Raises:
+        OSError: if the file can't be read.
+        ValueError: if it is not UTF-8, or what looks like a file's name is none.
+    """
+    words = chat.parse_hotwords(words_or_file)
+    if words_or_file and os.path.isfile(words_or_file):  # Path.is_file raises where a list is too long for a name
+        return read_words(words_or_file)
+    if len(words) == 1 and words[0].endswith((".txt", ".list")):
+        raise ValueError(f"{words[0]}: no such file")
+    return _different(words)
 
 
 def mine_words(rows: Dataset, with_phrases: bool, seed: int) -> list[str]:

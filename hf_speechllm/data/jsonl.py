@@ -8,10 +8,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from .. import chat
 from ..audio import resolve_source
+from ..downloads import is_url
 from ..files import atomic_write
 from .bad_rows import BadDataError, BadRow
 
@@ -43,6 +46,11 @@ class Row:
     text_length: int | None
     file: str
     line: int
+
+
+def recording_id(source: str) -> str:
+    """The ID of a recording that has no other: the stem of its file name, without the query of a URL."""
+    return PurePosixPath(urlsplit(source).path if is_url(source) else source).stem
 
 
 def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:

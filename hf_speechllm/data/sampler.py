@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 BUCKET_RATIO = 1.06  # lengths within 6 % of each other count as alike and are shuffled together
 SHORTEST = 0.1  # seconds; anything shorter shares a bucket
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Batches at the beginning of an epoch, or after such, that were dealt out under one setting.
+
+    Args:
+        batch_seconds, num_replicas: of the sampler that dealt them.
+        batches: of each rank.
+    """
+
+    batch_seconds: float
+    num_replicas: int
+    batches: int
 
 
 class BudgetBatchSampler:
@@ -66,6 +81,9 @@ class BudgetBatchSampler:
         else:
             self.weights = np.asarray(weights, dtype=np.float64)
         self.epoch = 0
+        self._resumed_epoch = -1
+        self._past: list[Stretch] = []
+        self._skipped = 0
         buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO))
         self._buckets = (buckets - buckets.min()).astype(np.int16)  # numpy sorts these in linear time
         # Batches are cut by the longest row of each bucket, so the cuts, and the number of batches, don't change with
@@ -86,14 +104,35 @@ class BudgetBatchSampler:
         """Chooses the epoch whose order is dealt next."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, stretches: Sequence[Stretch]) -> None:
+        """Leaves out what an interrupted epoch has dealt already.
+
+        After the same number of ranks and the same budget, the batches that follow are those of an uninterrupted
+        epoch; else the rows that are left are put into new batches, and every row is still seen once.
+
+        Args:
+            stretches: what was dealt, in order, each under other settings than the one before.
+        """
+        past, last = list(stretches[:-1]), stretches[-1]
+        same = (last.batch_seconds, last.num_replicas) == (self.batch_seconds, self.num_replicas)
+        self._resumed_epoch = epoch
+        self._past, self._skipped = (past, last.batches) if same else ([*past, last], 0)
+
+    def num_left(self, epoch: int) -> int:
+        """Batches of one rank that are left of an epoch; of all but the resumed one, as many as `len`."""
+        if epoch != self._resumed_epoch:
+            return len(self)
+        return -(-len(self.batches(epoch)) // self.num_replicas) - self._skipped
+
     def __len__(self) -> int:
-        """Batches of one rank in one epoch; the same for every epoch and rank."""
+        """Batches of one rank in one epoch; the same for every epoch and rank, but for a resumed epoch."""
         return -(-self._num_batches // self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
         offset = self.epoch * len(self.seconds)
         batches, fillers = self._deal(self.epoch)
-        for batch in batches[self.rank :: self.num_replicas]:
+        skipped = self._skipped if self.epoch == self._resumed_epoch else 0
+        for batch in batches[self.rank :: self.num_replicas][skipped:]:
             yield [int(index) + offset for index in batch]
         if self.rank >= self.num_replicas - fillers:
             yield [-1 - (int(batches[0][0]) + offset)]
@@ -103,6 +142,8 @@ class BudgetBatchSampler:
         return self._deal(epoch)[0]
 
     def _deal(self, epoch: int) -> tuple[list[np.ndarray], int]:
+        if epoch == self._resumed_epoch and self._past:
+            return self._deal_rest(epoch, self._past)
         rng = np.random.default_rng((self.seed, epoch))
         rows = self._draw(rng)
         batches = self._cut(rows)
@@ -117,6 +158,20 @@ class BudgetBatchSampler:
             extra = self._fractional(rows, missing, rng)
             batches, missing = [*batches, *extra[:, None]], missing - len(extra)
         return batches, missing
+
+    def _deal_rest(self, epoch: int, past: list[Stretch]) -> tuple[list[np.ndarray], int]:
+        """Batches of the rows that other settings have left."""
+        last = past[-1]
+        before = BudgetBatchSampler(
+            self.seconds, last.batch_seconds, last.num_replicas, 0, self.seed, self.shuffle, self.weights
+        )
+        before.resume(epoch, past)
+        rows = np.concatenate(before.batches(epoch)[last.batches * last.num_replicas :])
+        batches = self._cut(rows[np.argsort(self._buckets[rows], kind="stable")])
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch, len(past))).permutation(len(batches))
+            batches = [batches[index] for index in order]
+        return self._split(batches, -len(batches) % self.num_replicas)
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """The rows of an epoch, in buckets of similar length."""

@@ -70,14 +70,15 @@ def _plain(text: str) -> str:
 def _language(text: str) -> str:
     """Language of a line by its script: "zh", "ja", "ko", or "" for languages written with spaces.
 
-    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese; digits alone are Chinese.
+    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese. Digits alone are Chinese,
+    unless signs set apart from them show that they were English before they were normalised: "5 . 6", "5 0 %".
     """
     if re.search(f"[{_KANA}]", text):
         return "ja"
     hangul, han = len(re.findall(f"[{_HANGUL}]", text)), len(re.findall(f"[{_HAN}]", text))
     if hangul > han:
         return "ko"
-    words = re.search(f"{_LETTER}|[$€£¢]", re.sub(r"°\s*[cf]\b", "", text))
+    words = re.search(rf"{_LETTER}|[$€£¢]|(?<=\d) (?:\. \d|%)", re.sub(r"°\s*[cf]\b", "", text))
     return "zh" if han or not words else ""
 
 
@@ -87,8 +88,9 @@ def _normalize_cjk(text: str, language: str) -> str:
         text = _simplify(text)
     degrees = _TEMPERATURES[language]
     text = re.sub(r"(?<=\d)\s*°\s*([cf]?)(?![a-z])", lambda match: degrees[match[1]], text)
+    text = re.sub(r"(?<=[a-z])[-−](?=\d)", " ", text)  # covid-19 is not below zero
     text = _WORDS.sub(lambda match: f" {normalize_words(match[0])} ", drop_fillers(text))
-    text = _SPACE_IN_CJK.sub("", " ".join(text.split()))
+    text = _SPACE_IN_CJK.sub("", re.sub(r"(?<=\d) percent\b", "%", " ".join(text.split())))
     return read_symbols(numerals_to_digits(text), language)
 
 
@@ -97,10 +99,15 @@ def _tokens(text: str) -> list[str]:
     previous = ""  # what came before: "word", "character", or "" for a gap
     for character, following in zip(text, f"{text} "[1:], strict=True):
         category = unicodedata.category(character)
+        after_digit = previous == "character" and tokens[-1].isdecimal()
         if category[0] == "M" and previous:
             tokens[-1] += character
         elif (
-            category == "Nd" or _UNSPACED_CHARACTER.match(character) or (character in "$£¢" and following.isdecimal())
+            category == "Nd"
+            or _UNSPACED_CHARACTER.match(character)
+            or (character in "$£¢" and following.isdecimal())
+            or (character == "%" and after_digit)
+            or (character == "." and after_digit and following.isdecimal())
         ):
             tokens.append(character)
             previous = "character"

@@ -190,6 +190,7 @@ def html_report(
         worst=[(utterance, align(utterance.reference, utterance.hypothesis)) for utterance in worst],
         references=references,
         hypotheses=hypotheses,
+        empty_hypotheses=[id_ for id_ in score["empty_hypotheses"] if id_ in hypotheses],  # the others are named above
         durations=durations,
         sounds=sounds,
         hotwords=list(islice(wrong_hotwords, NUM_HOTWORDS)),

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..chat import parse_hotwords
 from ..data.bad_rows import BadDataError, BadRow
-from ..data.jsonl import read_jsonl
+from ..data.jsonl import read_jsonl, recording_id
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
     for row in read_jsonl(path):
         if isinstance(row, BadRow):
             raise BadDataError(str(row))
-        id_ = Path(row.recordings[-1]).stem
+        id_ = recording_id(row.recordings[-1])
         if id_ in lines:
             raise BadDataError(
                 f'{path}:{row.line}: duplicate ID: line {lines[id_]} has a recording called "{id_}", too; score lines '
@@ -113,17 +112,6 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
         transcripts.recordings[id_] = row.recordings[-1]
         transcripts.hotwords[id_] = row.hotwords
     return transcripts
-
-
-def read_hotwords(words_or_file: str | None) -> list[str]:
-    """Hotwords of a command line: a file with one in each line, or words with commas between them.
-
-    Raises:
-        BadDataError: at a line that is not UTF-8.
-    """
-    if words_or_file and Path(words_or_file).is_file():
-        return list(dict.fromkeys(line for _, line in _read_lines(words_or_file)))
-    return parse_hotwords(words_or_file)
 
 
 def read_durations(path: str | os.PathLike[str]) -> dict[str, float]:

@@ -74,6 +74,7 @@ def join_suffixes(text: str) -> str:
 def _join_digits(text: str) -> str:
     """Joins single digits set apart by spaces, as normalised text has them: normalising it again must not differ."""
     text = re.sub(r"(?<![\d.,])\d(?: \d)+(?![\d.,])", lambda match: match[0].replace(" ", ""), text)
+    text = re.sub(r"(?<=\d) \. (?=\d)", ".", text)
     return re.sub(r"([$€£¢]) (?=\d)", r"\1", join_suffixes(text))
 
 
@@ -102,22 +103,22 @@ def normalize_words(text: str) -> str:
     """Normalises lower-case text of a language written with spaces; digits are not yet set apart.
 
     English: contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), with
-    "point", "percent" and "minus" written out. Other languages: punctuation goes, letters stay as they are,
-    diacritics included; a decimal comma or point is dropped like a thousands separator, as languages differ in which
-    is which.
+    percent and the decimal point as signs behind digits, and "minus" written out. Other languages: punctuation goes,
+    letters stay as they are, diacritics included; a decimal comma or point is dropped like a thousands separator, as
+    languages differ in which is which.
     """
     text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
     if not is_english(text):
         text = re.sub(r"([$€£¢¥])\s*(\d+(?:[.,]\d+)*)", r"\2\1", text)
         text = re.sub(r"(?<=\d)\s*([$€£¢¥])", lambda match: f" {_CURRENCY_WORDS[match[1]]}", text)
-        return _normalize_basic(_PERCENT_WORDS.sub(" percent", text))
+        text = _normalize_basic(_PERCENT_WORDS.sub(" percent", text))
+        return re.sub(r"(?<=\d) percent\b", "%", text)
     text = _join_digits(" ".join(text.split()))
     text = re.sub(r"(\d+(?:[.,]\d+)*) ?([$€£¢])(?! ?\d)", r"\2\1", text)
     text = _normalize_english(_shield_words(" ".join(_protect_digits(text).split())))
     # As Whisper does, a 1 that is no part of a larger number or amount is the word.
     text = re.sub(rf"(?<![$€£¢.])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%]| (?:{_SHIELD} )?\d)", r"one\1", text)
     text = " ".join(text.replace(_SHIELD, "").split())
+    text = re.sub(r"(?<!\d)\.(?=\d)", " point ", text)
     # Euros follow the number, as in the languages that use them: short lines in these may be taken for English.
-    text = re.sub(r"€(\d+(?:\.\d+)*)", r"\1 euro", text)
-    text = re.sub(r"\.(?=\d)", " point ", text)
-    return re.sub(r"(?<=\d)%", " percent ", text)
+    return re.sub(r"€(\d+(?:\.\d+)*)", r"\1 euro", text)

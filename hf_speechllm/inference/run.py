@@ -63,7 +63,8 @@ def decode_requests(
 
     seconds, failures = 0.0, []
     journal.open()
-    progress = tqdm(total=len(share), desc="decoding", unit="recording", disable=processes.rank > 0)
+    whose = "decoding" if processes.world_size == 1 else f"decoding (process 1 of {processes.world_size})"
+    progress = tqdm(total=len(share), desc=whose, unit="recording", disable=processes.rank > 0)
     with progress, logging_redirect_tqdm():
         for transcript in transcriber([requests[todo[i]] for i in share], [lengths[i] for i in share]):
             index = todo[share[transcript.index]]

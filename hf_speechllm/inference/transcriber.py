@@ -14,36 +14,18 @@ from transformers import BatchFeature
 from .. import chat
 from ..audio import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
+from ..downloads import redact
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
 from .loading import in_background, measure_seconds
 from .repetition import LoopStop, cut_loop
+from .requests import Request
 from .segments import Segment, join_texts
 from .vad import VoiceDetector
 
 PREFETCHED_BATCHES = 4  # prepared ahead of the model, or as many as there are threads
 WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
 LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be transcribed.
-
-    Args:
-        id: of the recording.
-        messages: the dialogue that asks for the transcript; its last turn has no answer.
-        hotwords: named before the first prompt.
-    """
-
-    id: str
-    messages: list[dict]
-    hotwords: tuple[str, ...] = ()
-
-    @property
-    def dialogue(self) -> chat.Dialogue:
-        """The messages, parsed."""
-        return chat.parse_messages(self.messages, self.hotwords)
 
 
 @dataclass(frozen=True)
@@ -156,7 +138,7 @@ class Transcriber:
 
         Args:
             recordings: paths, URLs or waveforms.
-            **prompt_options: `language`, `itn`, `hotwords`, `prompt` of `chat.transcription_prompt`.
+            **prompt_options: `language`, `itn`, `hotwords`, `prompt`, `context` of `chat.transcription_prompt`.
 
         Raises:
             AudioError: if one of them can't be used.
@@ -233,7 +215,7 @@ class Transcriber:
         if not durations:
             return "no recording"
         source = dialogue.recordings[int(np.argmax(durations))]
-        name = source if isinstance(source, str) else "the waveform"
+        name = redact(source) if isinstance(source, str) else "the waveform"
         if min(durations) == 0:
             return f"{name}: no samples"
         if max(durations) > self.max_seconds and not self._is_segmented(dialogue):
@@ -347,4 +329,6 @@ class Transcriber:
             **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
         )
         tokens = output[:, prompt_tokens:]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [
+            chat.clean_answer(text) for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ]

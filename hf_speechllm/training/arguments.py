@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
-from .cache_level import choose_level
+from .checks import check_arguments
 
 RETENTION_SET = "retention"  # the name under which --retention_file is evaluated
-MEASURES = ("loss", "token_accuracy", "cer")  # what a validation set gives, and what checkpoints can be chosen by
 
 
 def _option(default: Any, help: str) -> Any:
@@ -108,7 +106,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         None, "Learning rate of the LLM and its adapters (default --learning_rate)."
     )
     # Batches
-    per_device_train_batch_seconds: float = _option(60.0, "Padded audio seconds in a batch on one device.")
+    per_device_train_batch_seconds: float = _option(
+        60.0, "Padded audio seconds in a batch on one device; auto (or 0): as many as the GPU's memory takes."
+    )
     per_device_eval_batch_seconds: float | None = _option(None, "The same for validation (default: as for training).")
     # Validation by decoding
     eval_cer: bool = _option(
@@ -137,6 +137,29 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     average_best: bool = _option(
         False, "At the end, average the weights of the kept best checkpoints, and save the mean if it scores better."
     )
+    # Checkpoints and faults
+    resume_from_checkpoint: str | None = _option(
+        None,
+        "Go on from the last complete checkpoint in --output_dir (last, or true), from that or else from the start "
+        "(auto), or from a checkpoint folder.",
+    )
+    async_save: bool = _option(
+        False, "Write checkpoints from a copy in the CPU's memory, while training goes on; not with DeepSpeed or FSDP."
+    )
+    save_only_trained: bool = _option(
+        False,
+        "Leave frozen parts out of checkpoints (the finished model has them); a checkpoint then names the base model "
+        "that it needs. Not with DeepSpeed or FSDP.",
+    )
+    check_first_checkpoint: bool = _option(
+        True, "Load the first checkpoint of a run and see that it gives the same logits as the model in memory."
+    )
+    max_bad_steps: int = _option(
+        10, "How many steps in a row may have a loss or gradient that is not finite; they are left out and counted."
+    )
+    dataloader_timeout_seconds: float = _option(
+        1800, "How long to wait for a batch from a --dataloader_num_workers process; 0: for ever."
+    )
     # Other defaults than transformers has
     metric_for_best_model: str | None = _option(
         None,
@@ -148,6 +171,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     logging_steps: float = _option(10, "Steps between two log lines; below 1: share of the run.")
     lr_scheduler_type: str = _option("cosine", "Schedule of the learning rates.")
     warmup_steps: float = _option(0.05, "Steps of warm-up; below 1: share of the run.")
+    logging_nan_inf_filter: bool = _option(
+        False, "Without use: steps that are not finite are left out; see --max_bad_steps."
+    )
     remove_unused_columns: bool = _option(
         False, "Must stay false: the collator reads columns that the model does not."
     )
@@ -156,7 +182,8 @@ class SpeechLLMTrainingArguments(TrainingArguments):
     hub_strategy: str = _option("end", "Must stay `end`: the finished model is pushed, checkpoints are not.")
 
     def __post_init__(self):
-        self.check()
+        self.per_device_train_batch_seconds = batch_seconds(self.per_device_train_batch_seconds)
+        check_arguments(self)
         if self.bf16 is None:
             import torch
 
@@ -165,106 +192,6 @@ class SpeechLLMTrainingArguments(TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         self._settle_validation()
         super().__post_init__()
-
-    def check(self) -> None:
-        """Finds contradictions; runs before anything is loaded."""
-        if not self.model_name_or_path:
-            raise ValueError("--model_name_or_path is missing")
-        if not self.train_file:
-            raise ValueError("--train_file is missing")
-        if self.train_weight and len(self.train_weight) != len(self.train_file):
-            raise ValueError(
-                f"--train_weight has {len(self.train_weight)} numbers for {len(self.train_file)} files of --train_file"
-            )
-        if len(set(self.train_file)) < len(self.train_file):
-            raise ValueError("--train_file names a file twice; give it once, with a higher --train_weight")
-        if any(weight <= 0 for weight in self.train_weight):
-            raise ValueError("--train_weight must be above 0; leave the file out instead")
-        if self.freeze_audio_encoder and self.freeze_audio_adaptor and self.freeze_llm and not self.use_lora:
-            raise ValueError(
-                "nothing is left to train: --freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm are all "
-                "set without --use_lora"
-            )
-        if self.streaming and self.max_steps <= 0:
-            raise ValueError(
-                "--streaming has no epochs, since nobody has counted the rows; say with --max_steps how long to train"
-            )
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; it must be at least 1")
-        if self.feature_cache not in ("float16", "float32", "off"):
-            raise ValueError(f"--feature_cache is {self.feature_cache!r}; choose float16, float32 or off")
-        choose_level(self)
-        if self.dither < 0:
-            raise ValueError(f"--dither is {self.dither}; it must be at least 0")
-        if self.dither and self.feature_cache != "off" and not self.streaming:
-            raise ValueError(
-                f"--dither {self.dither:g} with --feature_cache {self.feature_cache} would add the same noise in "
-                "every epoch; set --feature_cache off"
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"--max_bad_fraction is {self.max_bad_fraction}; it must be between 0 and 1")
-        if not 0 <= self.tempo_perturb < 1:
-            raise ValueError(f"--tempo_perturb is {self.tempo_perturb}; it must be at least 0 and below 1")
-        if self.fp16:
-            raise ValueError(
-                "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"
-            )
-        self._check_hotwords()
-        if self.hub_strategy != "end":
-            raise ValueError(
-                f"--hub_strategy {self.hub_strategy} would publish optimizer states and pickled options with the "
-                "token and paths of this machine; only `end` is offered"
-            )
-        if self.per_device_train_batch_seconds <= 0:
-            raise ValueError("--per_device_train_batch_seconds must be above 0")
-        self._check_validation()
-
-    def _check_hotwords(self) -> None:
-        if self.hotword_distractors < 0:
-            raise ValueError(f"--hotword_distractors is {self.hotword_distractors}; it must be at least 0")
-        for option in ("hotword_dropout", "hotwords_from_text"):
-            value = getattr(self, option)
-            if not 0 <= value <= 1:
-                raise ValueError(f"--{option} is {value:g}; it must be between 0 and 1")
-        if self.hotword_distractors and self.streaming and self.hotword_file is None:
-            raise ValueError(
-                "--hotword_distractors are drawn from all training rows, which --streaming does not know; give "
-                "--hotword_file"
-            )
-
-    def _check_validation(self) -> None:
-        for option in ("eval_cer_samples", "eval_max_new_tokens", "early_stopping_patience", "keep_best_checkpoints"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option} is {value}; it must be at least 1")
-        if self.eval_cer and not self.validation_file:
-            raise ValueError("--eval_cer decodes validation sets, but --validation_file is missing")
-        if self.eval_cer_samples is not None and not self.eval_cer:
-            raise ValueError("--eval_cer_samples is without effect; add --eval_cer")
-        if self.retention_file is not None and not self.eval_cer:
-            raise ValueError("--retention_file is watched by decoding it; add --eval_cer")
-        if self.retention_action not in ("warn", "stop"):
-            raise ValueError(f"--retention_action is {self.retention_action!r}; choose warn or stop")
-        if self.max_retention_loss < 0:
-            raise ValueError(f"--max_retention_loss is {self.max_retention_loss}; it must be at least 0")
-        if self.average_best and (self.keep_best_checkpoints or 0) < 2:
-            raise ValueError("--average_best needs --keep_best_checkpoints with at least 2 of them")
-        if self.stops_at_retention_loss and self.save_total_limit == 1 and not self.keep_best_checkpoints:
-            raise ValueError(
-                "--save_total_limit 1 leaves no room for the last good checkpoint that --retention_action stop goes "
-                "back to; at least 2"
-            )
-        for option in ("early_stopping_patience", "retention_file", "keep_best_checkpoints"):
-            if getattr(self, option) is not None and IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
-                raise ValueError(f"--{option} needs evaluations; add --eval_strategy steps (or epoch)")
-        metric = self.metric_for_best_model
-        if metric is None or not self.validation_file:
-            return
-        measures = MEASURES if self.eval_cer else MEASURES[:-1]
-        known = [*measures, *(f"{name}_{measure}" for name in self.validation_files for measure in measures)]
-        if metric.removeprefix("eval_") not in known:
-            hint = "" if self.eval_cer else " (and those with cer after --eval_cer)"
-            raise ValueError(f"--metric_for_best_model is {metric!r}; choose one of {', '.join(known)}{hint}")
 
     def _settle_validation(self) -> None:
         """What the options on validation mean for those of transformers."""
@@ -316,10 +243,25 @@ class SpeechLLMTrainingArguments(TrainingArguments):
 class _Parser(HfArgumentParser):
     """Errors in one line: the usage of 150 options would bury them."""
 
+    def add_argument(self, *names, **options):
+        """As the parent's; `auto` stands for 0 seconds."""
+        if "--per_device_train_batch_seconds" in names:
+            options["type"] = batch_seconds
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> NoReturn:
         """Ends the program with the message and status 2."""
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         sys.exit(2)
+
+
+def batch_seconds(text: str | float) -> float:
+    """A batch budget; 0 for `auto`.
+
+    Raises:
+        ValueError: if it is neither a number nor `auto`.
+    """
+    return 0.0 if text == "auto" else float(text)
 
 
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> SpeechLLMTrainingArguments:

@@ -40,3 +40,8 @@ def part_of(parameter_name: str) -> str:
         if piece in PARTS:
             return piece
     raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")
+
+
+def trained_parts(model) -> set[str]:
+    """The parts that have anything to train."""
+    return {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo
 
@@ -25,6 +26,11 @@ from ..checkpoints.publishing import (
 )
 from ..processing import SpeechLLMProcessor
 from .callbacks import CURVE_FILE
+from .card import model_card, summarize_data
+from .freezing import count_parameters
+
+if TYPE_CHECKING:
+    from .trainer import SpeechLLMTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -72,3 +78,26 @@ def publish(
         if (folder / CURVE_FILE).is_file():
             shutil.copy(folder / CURVE_FILE, stage)
         return upload(stage, repo_id, private, token, revision=revision, commit_message=commit_message)
+
+
+def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, licence: str | None = None) -> None:
+    """Writes the model card of a run into its output folder; if that can't be done, there is a warning."""
+    args, state = trainer.args, trainer.state
+    card = model_card(
+        trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
+        args,
+        count_parameters(trainer.accelerator.unwrap_model(trainer.model)),
+        summarize_data(trainer.train_dataset, trainer.eval_dataset),
+        state.log_history,
+        scores=trainer.current_scores,
+        selection=trainer.selection,
+        epochs=state.epoch,
+        steps=state.global_step,
+        language=language,
+        licence=licence,
+    )
+    path = Path(args.output_dir) / CARD_FILE
+    try:
+        path.write_text(card, encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s can't be written: %s", path, error)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import datasets
 import transformers
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import TrainOutput
 
 from ..data.dataset import row_seconds
 from ..data.stream import RowStream
 from .arguments import SpeechLLMTrainingArguments
 from .callbacks import CURVE_FILE
+from .locks import hold_output
+from .manifest import checkpoint_folders, find_damage, last_complete
+from .saving import clean_up
 from .selection import check_resumable
 from .validation import TABLE_FILE, set_names
 
@@ -31,30 +36,59 @@ def set_up_logging(args: SpeechLLMTrainingArguments) -> None:
 
 
 def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one named, or the last in the output folder for `--resume_from_checkpoint
-    true`.
+    """Takes the output folder for this run, and finds the checkpoint to go on from.
+
+    That is the one named by `--resume_from_checkpoint`, or with `last` (or `true`) the last complete one in the output
+    folder, or with `auto` that if there is one. The first rank looks, the others are told.
+
+    Returns:
+        Its folder; `None` to begin anew.
 
     Raises:
-        ValueError: if there is none, or it lacks what the options need, or there are some and it was not asked to go
-            on from them.
+        ValueError: if there is none, or it is damaged or lacks what the options need, or there are some and it was not
+            asked to go on from them, or another run has the output folder.
     """
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if args.resume_from_checkpoint in ("true", "True", "last"):
-        if last is None:
+    found: list[str | None] = [None, None]
+    if args.process_index == 0:
+        try:
+            hold_output(args.output_dir)
+            found[0] = _find_checkpoint(args)
+        except (OSError, ValueError) as error:
+            found[1] = str(error)
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem is not None:
+        raise ValueError(problem)
+    return checkpoint
+
+
+def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
+    asked = str(args.resume_from_checkpoint or "false")
+    clean_up(args.output_dir)
+    if asked.lower() == "false":
+        if checkpoint_folders(args.output_dir):
+            raise ValueError(
+                f"{args.output_dir} holds checkpoints of an earlier run: go on from them with "
+                "--resume_from_checkpoint true, or choose another --output_dir"
+            )
+        return None
+    if asked.lower() in ("true", "last", "auto"):
+        last = last_complete(args.output_dir)
+        if last is None and asked.lower() != "auto":
             raise ValueError(f"--resume_from_checkpoint: {args.output_dir} has no checkpoint")
-        check_resumable(args, last)
-        return last
-    if args.resume_from_checkpoint:
-        if not os.path.isfile(os.path.join(args.resume_from_checkpoint, "trainer_state.json")):
-            raise ValueError(f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not a checkpoint folder")
-        check_resumable(args, args.resume_from_checkpoint)
-        return args.resume_from_checkpoint
-    if last is not None:
-        raise ValueError(
-            f"{args.output_dir} holds checkpoints of an earlier run: go on from them with "
-            "--resume_from_checkpoint true, or choose another --output_dir"
-        )
-    return None
+    else:
+        last = Path(asked)
+        if not (last / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint: {asked} is not a checkpoint folder")
+        if (damage := find_damage(last)) is not None:
+            raise ValueError(f"--resume_from_checkpoint: {asked} is damaged: {damage}")
+    if last is None:
+        logger.info("%s has no checkpoint yet: training begins", args.output_dir)
+        return None
+    check_resumable(args, last)
+    logger.info("training goes on from %s", last)
+    return str(last)
 
 
 def describe_data(train_rows, validation_rows: dict) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.checkpoint import CheckpointError
 from .arguments import RETENTION_SET, SpeechLLMTrainingArguments
 from .averaging import average_checkpoints
+from .manifest import MANIFEST_FILE, checkpoint_folders
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer
@@ -142,13 +142,9 @@ def scores_at(log_history: History, step: int) -> dict[str, float] | None:
 
 
 def checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """Checkpoint folders of a run by step, in order."""
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal() and path.is_dir():
-            found[int(step)] = path
-    return dict(sorted(found.items()))
+    """Complete checkpoints of a run by step, in order."""
+    folders = checkpoint_folders(output_dir)
+    return {step: path for step, path in folders.items() if (path / MANIFEST_FILE).is_file()}
 
 
 def best_steps(args: SpeechLLMTrainingArguments, log_history: History, steps: Collection[int]) -> list[int]:
@@ -165,10 +161,13 @@ def best_steps(args: SpeechLLMTrainingArguments, log_history: History, steps: Co
 def delete_checkpoints(trainer: SpeechLLMTrainer) -> None:
     """Deletes what need not be kept: not the n best, the latest, the last good one.
 
-    Without `--keep_best_checkpoints`, `--save_total_limit` says how many remain, as in transformers.
+    Without `--keep_best_checkpoints`, `--save_total_limit` says how many remain, as in transformers. Folders that are
+    not complete are left alone, and don't count.
     """
     args, state = trainer.args, trainer.state
     folders = checkpoints(args.output_dir)
+    if not folders:
+        return
     kept = {max(folders)}
     if state.best_model_checkpoint is not None:
         kept |= {step for step, path in folders.items() if path.name == Path(state.best_model_checkpoint).name}

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers import TrainerControl
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..checkpoints.publishing import CARD_FILE
-from ..data.collator import SpeechLLMCollator
-from ..data.dataset import row_seconds
+from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.loader import StreamLoader
-from ..data.sampler import BudgetBatchSampler, Rows
 from ..data.stream import RowStream
 from ..modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
+from .batch_budget import find_batch_seconds, run_in_halves
 from .callbacks import TrainingCurve, ValidationTable
-from .card import model_card, summarize_data
+from .faults import BadSteps, LostRows, check_loss, fault_counts, loader_fault
 from .flops import FlopCounter
-from .freezing import count_parameters, part_of
+from .loaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
+from .locks import hold_output
+from .manifest import last_complete
+from .optimization import parameter_groups
+from .position import Position
+from .preemption import Preempted, Preemption
 from .progress import Progress
-from .publishing import publish
-from .selection import checkpoints, delete_checkpoints, scores_at, set_up_selection, settle
-from .validation import PromptCollator, score_sets
+from .publishing import publish, write_card
+from .resumption import ResumableTrainer
+from .saving import CheckpointWriter, clean_up
+from .selection import checkpoints, scores_at, set_up_selection, settle
+from .validation import PromptCollator, score_batches, score_sets
 
 logger = logging.getLogger(__name__)
 
 
-class BudgetDataLoader(DataLoader):
-    """A loader that hands the epoch on to its batch sampler: the Trainer calls `set_epoch` on loaders alone."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order is dealt next."""
-        self.batch_sampler.set_epoch(epoch)
-
-
-class SpeechLLMTrainer(Trainer):
+class SpeechLLMTrainer(ResumableTrainer):
     """Trains a speech LLM on datasets of `data.dataset`.
 
     Args:
@@ -68,17 +64,27 @@ class SpeechLLMTrainer(Trainer):
         self.eval_collator: SpeechLLMCollator = eval_collator or self.data_collator
         self.train_weights = train_weights
         self.stream_loader: StreamLoader | None = None
-        self._resumed_from: Any = None  # folder of a checkpoint
+        self.train_loader: BudgetDataLoader | None = None
+        self.last_inputs: dict[str, torch.Tensor] | None = None  # of the batch that was trained on last
         self.add_callback(TrainingCurve)
         self.add_callback(ValidationTable)
         self.retention_guard = set_up_selection(self)
+        self.preemption = Preemption()
+        self.add_callback(self.preemption)
+        self.writer = CheckpointWriter(self)
+        self.bad_steps = BadSteps(self)
         self.current_scores: dict[str, float] | None = None
         self.selection: str | None = None
         frame_seconds = self.processing_class.frame_seconds
-        columns = getattr(self.train_dataset, "column_names", None) or ()
+        train_rows: Any = self.train_dataset
+        columns = getattr(train_rows, "column_names", None) or ()
         cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
         if "encoder_states" in columns:
             frame_seconds *= self.processing_class.encoder_downsample_rate
+        self.reads_recordings = not isinstance(train_rows, RowStream) and not {"features", *ENCODED_COLUMNS} & {
+            *columns
+        }
+        self.lost_rows = LostRows(self.args.max_bad_fraction, len(train_rows) if self.reads_recordings else 0)
         self.progress = Progress(self.accelerator, frame_seconds, FlopCounter(self.model, cached))
 
     # Data. The loaders are not given to `accelerator.prepare`: it would shard batches that are dealt already.
@@ -86,19 +92,17 @@ class SpeechLLMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this rank for training."""
         if isinstance(self.train_dataset, RowStream):
-            self.stream_loader = StreamLoader(self.train_dataset, **self._loader_options())
+            self.stream_loader = stream_loader(self)
             if self._resumed_from is not None:
                 self.stream_loader.load(self._resumed_from)
             return self.stream_loader
-        sampler = BudgetBatchSampler(
-            row_seconds(self.train_dataset),
-            self.args.per_device_train_batch_seconds,
-            num_replicas=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            weights=self.train_weights,
-        )
-        return self._loader(self.train_dataset, sampler, self.data_collator)
+        if not self.args.per_device_train_batch_seconds:
+            self.args.per_device_train_batch_seconds = find_batch_seconds(self)
+        self.train_loader = train_loader(self)
+        self.position = Position(self.train_loader.batch_sampler, self.args)
+        if self._resumed_from is not None:
+            self.load_position(self._resumed_from)
+        return self.train_loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Batches of this rank for validation, sorted by length."""
@@ -106,39 +110,11 @@ class SpeechLLMTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif eval_dataset is None:
             eval_dataset = self.eval_dataset
-        return self._eval_loader(eval_dataset, self.eval_collator)
+        return eval_loader(self, eval_dataset, self.eval_collator)
 
     def get_decoding_dataloader(self, dataset) -> DataLoader:
         """The same batches, as inputs of `generate`; see `validation.PromptCollator`."""
-        return self._eval_loader(dataset, PromptCollator(self.eval_collator))
-
-    def _eval_loader(self, eval_dataset, collator: Callable) -> DataLoader:
-        seconds = row_seconds(eval_dataset)
-        budget = self.args.per_device_eval_batch_seconds or self.args.per_device_train_batch_seconds
-        sampler = BudgetBatchSampler(
-            seconds,
-            max(budget, float(seconds.max())),
-            num_replicas=self.args.world_size,
-            rank=self.args.process_index,
-            shuffle=False,
-        )
-        return self._loader(eval_dataset, sampler, collator)
-
-    def _loader(self, dataset, sampler: BudgetBatchSampler, collator: Callable) -> DataLoader:
-        return BudgetDataLoader(
-            Rows(dataset, seed=sampler.seed),
-            batch_sampler=sampler,
-            collate_fn=collator,
-            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
-            **self._loader_options(),
-        )
-
-    def _loader_options(self) -> dict:
-        return {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
+        return eval_loader(self, dataset, PromptCollator(self.eval_collator))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Rows of the dataset, over all ranks."""
@@ -151,24 +127,9 @@ class SpeechLLMTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], dict] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part, decay = part_of(name), name in decayed
-            rate = getattr(self.args, f"{part}_learning_rate")
-            group = groups.setdefault(
-                (part, decay),
-                {
-                    "params": [],
-                    "lr": self.args.learning_rate if rate is None else rate,
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                },
-            )
-            group["params"].append(parameter)
+        groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        self.optimizer = optimizer_class(list(groups.values()), **options)
+        self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # Training
@@ -178,25 +139,61 @@ class SpeechLLMTrainer(Trainer):
 
         Raises:
             RetentionError: if the retention guard has ended training before there was a good checkpoint.
+            Preempted: if a signal has ended it, with a checkpoint to go on from.
+            SaveError: if a checkpoint can't be written; `ReadbackError` if the first one can't be used.
+            FaultError: if too many steps are not finite, or a process of the loader dies or hangs.
+            BadDataError: if too many recordings have vanished.
+            ValueError: if another run has the output folder, or the checkpoint does not fit.
         """
+        if self.args.should_save:
+            hold_output(self.args.output_dir)
+            clean_up(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete(self.args.output_dir) or "") or None
+        self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if isinstance(self.train_dataset, RowStream):  # it goes on by its own state; nothing needs to be skipped
             self.args.ignore_data_skip = True
-            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            self._resumed_from = last or resume_from_checkpoint or None
         on_start = self.args.eval_on_start
         if resume_from_checkpoint and self.args.eval_cer:
             self.args.eval_on_start = False  # the base model was scored when the run began
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self.preemption.listening():
+                result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
+        except RuntimeError as error:  # torch tells of a dead process wherever the main one happens to be
+            if (fault := loader_fault(error, self.args.dataloader_timeout_seconds)) is None:
+                raise
+            raise fault from error
         finally:
             self.args.eval_on_start = on_start
         result.metrics.update(settle(self))
         return result
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """As the parent's."""
+    def _finalize_training(self, *args) -> TrainOutput:
+        self.writer.finish()
+        if self.preemption.stopped:
+            self.is_in_train = False
+            raise Preempted(
+                f"ended by a signal after step {self.state.global_step}, which is saved in {self.args.output_dir}; go "
+                "on with --resume_from_checkpoint last"
+            )
+        return super()._finalize_training(*args)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As the parent's; a batch that does not fit into memory is run in parts."""
         self.current_scores = None
-        return super().training_step(*args, **kwargs)
+        parent = super().training_step
+        self.last_inputs = inputs = self._prepare_inputs(inputs)
+        loss = run_in_halves(self, lambda part: parent(model, part, num_items_in_batch), inputs)
+        if self.position is not None:
+            self.position.dealt += 1
+        self.bad_steps.losses.append(loss)
+        return torch.where(torch.isfinite(loss), loss, 0.0)  # one that is not would be all that the log tells
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:
+            self.bad_steps.check(model, grad_norm)
+        return grad_norm
 
     # Checkpoints
 
@@ -227,17 +224,9 @@ class SpeechLLMTrainer(Trainer):
             self.stream_loader.save(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
-        if self.retention_guard is not None and self.retention_guard.stopped:
-            return  # one can't go on from there
-        limit = self.args.save_total_limit
-        if self.args.stops_at_retention_loss:
-            self.args.save_total_limit = None  # what is deleted is decided below
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save and (self.args.stops_at_retention_loss or self.args.keep_best_checkpoints):
-            delete_checkpoints(self)
+        if self.retention_guard is None or not self.retention_guard.stopped:  # else one can't go on from there
+            self.store_flos()
+            self.writer.save()
 
     # Progress
 
@@ -245,12 +234,16 @@ class SpeechLLMTrainer(Trainer):
         """As the parent's; measures the wait for data, the audio and its padding."""
         start = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self.lost_rows.take(batch)
         self.progress.add_batches(batches, time.perf_counter() - start)
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the parent's; counts tokens that are predicted right."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and self.is_deepspeed_enabled:
+            check_loss(loss, self.state.global_step + 1)
         if model.training:
             self.progress.add_tokens(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -260,10 +253,11 @@ class SpeechLLMTrainer(Trainer):
         share."""
         if self.stream_loader is not None:  # the parent counts from the last start on
             self.state.epoch = self.state.global_step / self.state.max_steps
+        elif self.position is not None and self.is_in_train:
+            self.state.epoch = self.position.epochs
         if "loss" in logs:
             logs.update(self.progress.summary())
-            if self.stream_loader is not None and self.stream_loader.bad_rows:
-                logs["bad_rows"] = self.stream_loader.bad_rows
+            logs.update(fault_counts(self))
         elif "train_runtime" in logs and self.args.device.type == "cuda":
             logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         super().log(logs, start_time)
@@ -304,24 +298,7 @@ class SpeechLLMTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Mean loss and accuracy over supervised tokens (not over batches, which differ in size), summed over
         ranks."""
-        model = (
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)
-            if not self.is_in_train
-            else self.model_wrapped
-        )
-        model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**inputs)
-            count = outputs.num_label_tokens
-            sums += torch.stack([outputs.loss * count, outputs.token_accuracy * count, count]).double()
-        loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / max(tokens, 1),
-            f"{metric_key_prefix}_token_accuracy": correct / max(tokens, 1),
-        }
+        metrics = score_batches(self, dataloader, metric_key_prefix)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
     # Publishing
@@ -331,26 +308,8 @@ class SpeechLLMTrainer(Trainer):
 
         A card that can't be written is reported, and doesn't end the run.
         """
-        if not self.is_world_process_zero():
-            return
-        card = model_card(
-            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
-            self.args,
-            count_parameters(self.accelerator.unwrap_model(self.model)),
-            summarize_data(self.train_dataset, self.eval_dataset),
-            self.state.log_history,
-            scores=self.current_scores,
-            selection=self.selection,
-            epochs=self.state.epoch,
-            steps=self.state.global_step,
-            language=[language] if isinstance(language, str) else language,
-            licence=license,
-        )
-        path = Path(self.args.output_dir) / CARD_FILE
-        try:
-            path.write_text(card, encoding="utf-8")
-        except OSError as error:
-            logger.warning("%s can't be written: %s", path, error)
+        if self.is_world_process_zero():
+            write_card(self, [language] if isinstance(language, str) else language, license)
 
     def push_to_hub(
         self,

@@ -18,7 +18,8 @@ from ..data.collator import SpeechLLMCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..files import atomic_write
 from ..processing import pad_features
-from .arguments import MEASURES, RETENTION_SET
+from .arguments import RETENTION_SET
+from .checks import MEASURES
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer
@@ -126,7 +127,7 @@ def decode_set(trainer: SpeechLLMTrainer, dataset) -> tuple[ErrorCounts, list[Sa
         for position, name, reference, answer, counted in rows:
             if not counted:
                 continue
-            hypothesis = " ".join(answer.split())
+            hypothesis = chat.clean_answer(answer)
             counts += count_errors(reference, hypothesis)
             if position in shown:
                 samples.append(Sample(position, name, reference, hypothesis))
@@ -247,3 +248,25 @@ def write_samples(samples: dict[str, list[Sample]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write("\n\n".join(blocks) + "\n")
+
+
+def score_batches(trainer: SpeechLLMTrainer, dataloader, prefix: str) -> dict[str, float]:
+    """Mean loss and accuracy over supervised tokens (not over batches, which differ in size), summed over ranks."""
+    model = (
+        trainer.accelerator.prepare_model(trainer.model, evaluation_mode=True)
+        if not trainer.is_in_train
+        else trainer.model_wrapped
+    )
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=trainer.args.device)
+    for inputs in dataloader:
+        inputs = trainer._prepare_inputs(inputs)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            outputs = model(**inputs)
+        count = outputs.num_label_tokens
+        sums += torch.stack([outputs.loss * count, outputs.token_accuracy * count, count]).double()
+    loss, correct, tokens = trainer.accelerator.reduce(sums, "sum").tolist()
+    return {
+        f"{prefix}_loss": loss / max(tokens, 1),
+        f"{prefix}_token_accuracy": correct / max(tokens, 1),
+    }

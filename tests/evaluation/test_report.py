@@ -121,6 +121,14 @@ def test_perfect_and_empty_results_make_a_page_too():
     assert "100.00\u00a0%" in make_page({"a": "", "b": "one"}, {"a": "noise"})
 
 
+def test_missing_and_empty_hypotheses_are_told_apart():
+    page = make_page({"gone": "one", "silent": "two", "right": "three"}, {"silent": "", "right": "three"})
+    missing, empty = re.findall("<details>(.*?)</details>", page, flags=re.DOTALL)[:2]
+    assert "without a hypothesis" in missing and "gone" in missing and "silent" not in missing
+    assert "Empty hypotheses" in empty and "silent" in empty and "gone" not in empty
+    assert page.count("· no hypothesis") == 1
+
+
 def test_worst_utterances_have_most_errors_then_the_highest_rate():
     texts = {"a": "1 2 3 4", "b": "1 2", "c": "1 2 3 4 5", "d": "1"}
     utterances = score_utterances(texts, {"a": "1 2", "b": "", "c": "1 2", "d": "1"})

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from hf_speechllm import chat
 from hf_speechllm.audio import load_audio
+from hf_speechllm.inference.transcriber import Transcriber
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -161,9 +163,60 @@ def test_wrong_options_are_named_before_anything_is_decoded(decode, tmp_path, ca
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"word {number}" for number in range(10_000)))
     assert "words.txt: 10000 hotwords" in decode("--hotwords", words)[0]
+    assert "hotword.txt: no such file" in decode("--hotwords", "hotword.txt")[0]
+    for option in ("--num_beams", "--max_new_tokens", "--batch_seconds"):
+        assert decode(option, "0")[0] == 2
+        assert f"{option} must be above 0" in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
     assert decode(output="no/such/folder/hyp.txt")[0] == 2
     assert "no such folder" in capsys.readouterr().err
+    assert decode(scp=tmp_path / "gone.scp")[0] == 2
+    assert "gone.scp: no such file" in capsys.readouterr().err
     scp = tmp_path / "wav.scp"
-    scp.write_text("a x/b.wav\n")
+    scp.write_text("\n")
+    assert f"{scp}: no recordings" in decode(scp=scp)[0]
     assert not list(tmp_path.glob("hyp*"))
+
+
+def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
+    speech = load_audio(next(iter(sorted((REPOSITORY / "recipes/quickstart_data/audio").glob("*.ogg")))))
+    speech = np.interp(np.arange(0, len(speech), 16000 / 44100), np.arange(len(speech)), speech)
+    soundfile.write(tmp_path / "surround.wav", np.stack([speech] * 6, axis=1), 44100)
+    soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
+    soundfile.write(tmp_path / "noise.wav", 0.2 * np.random.default_rng(0).standard_normal(48000), 16000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    names = ["surround.wav", "hour.flac", "noise.wav", "empty.wav", "no/such.wav"]
+    lines = [f"{Path(name).stem} {name}\n".encode() for name in names]
+    scp = tmp_path / "wav.scp"
+    scp.write_bytes(
+        b"".join([*lines, "坏 noise.wav\n".encode("gb18030"), b"url http://me:secret@127.0.0.1:9/a.wav?key=k\n"])
+    )
+
+    message, text = decode("--max_new_tokens", "4", scp=scp)
+    assert [line.split("\t")[0] for line in text.splitlines()] == ["surround", "noise"]
+    reasons = {line.partition(": ")[0]: line for line in message.splitlines()}
+    assert "5 failed" in message
+    assert "3600.0 s; the encoder takes at most" in reasons["hour"] and "--vad" in reasons["hour"]
+    assert "the file is empty" in reasons["empty"] and "no such file" in reasons["such"]
+    assert "not UTF-8" in reasons[f"{scp}:6"]
+    assert "can't be reached" in reasons["url"] and "secret" not in message and "key=k" not in message
+
+    message, text = decode("--vad", "--max_new_tokens", "4", scp=scp, output="vad.txt")
+    texts = dict(line.split("\t") for line in text.splitlines())
+    assert list(texts) == ["surround", "hour", "noise"] and "4 failed" in message
+    assert texts["hour"] == texts["noise"] == ""
+    segments = [json.loads(line) for line in (tmp_path / "vad.segments.jsonl").read_text().splitlines()]
+    assert {segment["id"] for segment in segments} == {"surround"}
+
+
+def test_context_and_hotwords_reach_the_prompt(decode, monkeypatch):
+    measure, prompts = Transcriber.measure, []
+
+    def listen(transcriber, requests):
+        prompts.append(requests[0].messages[-1]["content"])
+        return measure(transcriber, requests)
+
+    monkeypatch.setattr(Transcriber, "measure", listen)
+    options = ["--hotwords", "one,二", "--context", "课堂", "--language", "en", "--max_new_tokens", "1"]
+    assert decode(*options)[0] is None
+    assert chat.transcription_prompt("en", hotwords=["one", "二"], context="课堂") in prompts[0]

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from hf_speechllm.chat import transcription_messages, transcription_prompt
 
@@ -159,6 +161,23 @@ def test_hotwords(score, tmp_path, as_file):
     result = score(*texts, "--hotwords", hotwords)["hotwords"]
     assert (result["said"], result["written"], result["found"]) == (3, 3, 2)
     assert (result["recall"], result["precision"]) == (2 / 3, 2 / 3)
+
+
+def test_a_list_of_hotwords_that_is_not_there_is_an_error(score):
+    assert "words.txt: no such file" in score({"a": "one"}, {"a": "one"}, "--hotwords", "words.txt")
+
+
+def test_unusable_and_odd_recordings_have_a_place_in_the_report(score, write, make_wav, tmp_path, caplog):
+    soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    sources = {"surround": make_wav("six.wav", rate=44100, channels=6), "hour": "hour.flac", "empty": "empty.wav"}
+    texts = dict.fromkeys(sources, "one two")
+    result = score(texts, dict.fromkeys(sources, "one"), "--scp_file", write("wav.scp", sources))
+    assert result["rate"] == 0.5
+    assert "empty.wav: the file is empty" in caplog.text
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<audio") == 2 and "first 120 s of 3600 s" in page
+    assert "3600.0 s" in page and "the file is empty" in page
 
 
 def test_ten_thousand_hotwords(score, tmp_path):

@@ -143,7 +143,7 @@ FROZEN = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true", "-
         (["--train_weight", "0"], ["--train_weight", "above 0"]),
         (["--feature_cache", "int8"], ["--feature_cache", "float16, float32 or off"]),
         (["--max_bad_fraction", "1.5"], ["--max_bad_fraction", "between 0 and 1"]),
-        (["--per_device_train_batch_seconds", "0"], ["--per_device_train_batch_seconds"]),
+        (["--per_device_train_batch_seconds", "-1"], ["--per_device_train_batch_seconds"]),
     ],
 )
 def test_contradictions_are_told_with_their_keys(error_of, argv, expected):

@@ -54,6 +54,13 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     )
 
 
+def test_run_that_was_interrupted_after_its_last_step_does_no_further_one(train, tmp_path):
+    expected = train().model.llm.model.norm.weight.detach().clone()
+    again = train(str(tmp_path / "run" / "checkpoint-6"))
+    assert again.state.global_step == 6
+    assert torch.equal(again.model.llm.model.norm.weight, expected)
+
+
 def test_card_says_that_rows_were_not_counted(train, tmp_path):
     train().create_model_card()
     assert "| training | `train.jsonl` | streamed | not counted |" in (tmp_path / "run" / "README.md").read_text()

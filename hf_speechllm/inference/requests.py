@@ -1,0 +1,69 @@
+"""What is to be transcribed, from Python or from lists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from .. import chat
+from ..data.bad_rows import BadRow, BadRows
+from ..data.jsonl import read_jsonl, recording_id
+from ..data.kaldi import read_scp
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be transcribed.
+
+    Args:
+        id: of the recording.
+        messages: the dialogue that asks for the transcript; its last turn has no answer.
+        hotwords: named before the first prompt.
+    """
+
+    id: str
+    messages: list[dict]
+    hotwords: tuple[str, ...] = ()
+
+    @property
+    def dialogue(self) -> chat.Dialogue:
+        """The messages, parsed."""
+        return chat.parse_messages(self.messages, self.hotwords)
+
+
+def requests_of_scp(path: str | os.PathLike[str], prompt: str, bad_rows: BadRows) -> list[Request]:
+    """Requests for the recordings of a `wav.scp`.
+
+    Args:
+        prompt: what `chat.transcription_prompt` gives.
+        bad_rows: gets the lines that can't be used.
+
+    Raises:
+        OSError: if the list can't be read.
+    """
+    entries = read_scp(path, bad_rows).entries
+    return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
+
+
+def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows: BadRows) -> list[Request]:
+    """Requests for the rows of a JSONL: for the answer of their last turn, which they need not have.
+
+    Args:
+        prompt: asked for each row's last recording, instead of the row's dialogue and hotwords; `None` keeps these.
+        bad_rows: gets the rows that can't be used.
+
+    Raises:
+        OSError: if the list can't be read.
+    """
+    requests = []
+    for row in read_jsonl(path, require_answers=False):
+        if isinstance(row, BadRow):
+            bad_rows.add(row.file, row.line, row.reason)
+            continue
+        id_ = recording_id(row.recordings[-1])
+        if prompt is not None:
+            requests.append(Request(id_, chat.transcription_messages(row.recordings[-1], prompt)))
+        else:
+            messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+            requests.append(Request(id_, messages, tuple(row.hotwords)))
+    return requests

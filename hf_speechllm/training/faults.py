@@ -1,0 +1,241 @@
+"""Faults that a run survives, or ends at with a reason: steps that are not finite, recordings that vanish, loader
+processes that die or hang."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.multiprocessing import active_children
+
+from ..audio import AudioError
+from ..data.bad_rows import BadDataError, BadRow
+from ..data.collator import SpeechLLMCollator
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    from .trainer import SpeechLLMTrainer
+
+logger = logging.getLogger(__name__)
+
+LOST_ROWS = "lost_rows"  # key of a batch: rows that were left out, as pairs of place and reason
+BAD_STEPS_FOLDER = "bad_steps"
+
+
+class FaultError(RuntimeError):
+    """A fault that ends the run; the message says what happened and how to go on."""
+
+
+@dataclass
+class SparingCollator:
+    """A collator that leaves out rows whose recordings can't be read any more, and names them in the batch.
+
+    If a batch has no other row, silence without labels takes its place, so that all ranks do the same steps.
+
+    Args:
+        collator: does the work.
+    """
+
+    collator: SpeechLLMCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """As the collator; with `lost_rows` if there are any."""
+        try:
+            return self.collator(rows)
+        except AudioError:
+            lost, good = [], []
+        for row in rows:
+            try:
+                self.collator.row_inputs(row)
+                good.append(row)
+            except AudioError as error:
+                lost.append(((row["file"], row["line"]), str(error)))
+        return {**self.collator(good or [self._silence(rows[0])]), LOST_ROWS: lost}
+
+    def _silence(self, row: dict[str, Any]) -> dict[str, Any]:
+        size = self.collator.processor.feature_extractor.feature_size
+        features = [np.zeros((frames, size), dtype=np.float32).tobytes() for frames in row["num_frames"]]
+        return {**row, "features": features, "supervised": False}
+
+
+@dataclass
+class LostRows:
+    """Rows that this rank could not read in the run.
+
+    Args:
+        max_bad_fraction: the share of all rows that may be lost.
+        total: number of all rows.
+    """
+
+    max_bad_fraction: float
+    total: int
+    places: set[tuple[str, int]] = field(default_factory=set)
+
+    def take(self, batch: dict[str, Any]) -> None:
+        """Takes the lost rows out of a batch and notes them.
+
+        Raises:
+            BadDataError: if this rank alone has lost too many.
+        """
+        for place, reason in batch.pop(LOST_ROWS, ()):
+            if place not in self.places:
+                self.places.add(place)
+                row = BadRow(place[0], place[1], reason)
+                logger.warning("left out: %s", row)
+                self.check(len(self.places), f", the last one: {row}")
+
+    def check(self, lost: int, last: str = "") -> None:
+        """Ends the run if more rows are lost than are allowed.
+
+        Raises:
+            BadDataError: then.
+        """
+        if lost > self.max_bad_fraction * self.total:
+            raise BadDataError(
+                f"{lost} of {self.total} rows were lost in training{last}\nBring the recordings back and go on with "
+                f"--resume_from_checkpoint last, or raise --max_bad_fraction (now {self.max_bad_fraction:g})"
+            )
+
+
+class BadSteps:
+    """Leaves out steps whose loss or gradient is not finite, on all ranks alike: they share the gradient's norm.
+
+    Args:
+        trainer: whose steps these are.
+
+    Attributes:
+        count: steps that were left out since the start.
+    """
+
+    def __init__(self, trainer: SpeechLLMTrainer):
+        self.trainer = trainer
+        self.count = 0
+        self.losses: list[torch.Tensor] = []  # of the batches of the step
+        self._in_a_row = 0
+
+    def check(self, model, grad_norm: torch.Tensor | float) -> None:
+        """Takes the gradients away if the norm is not finite, so that the optimizer has nothing to do.
+
+        Raises:
+            FaultError: after more than `--max_bad_steps` such steps in a row.
+        """
+        losses, self.losses = self.losses, []
+        norm = float(grad_norm)
+        if np.isfinite(norm):
+            self._in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)
+        self.count += 1
+        self._in_a_row += 1
+        limit, step = self.trainer.args.max_bad_steps, self.trainer.state.global_step + 1
+        path = self._dump(step, [loss.item() for loss in losses], norm)
+        logger.warning("step %d is left out: its gradient is not finite; the batch is described in %s", step, path)
+        if self._in_a_row > limit:
+            raise FaultError(
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite (--max_bad_steps "
+                f"{limit}); their batches are described in {path.parent}. Go on from the last checkpoint with "
+                "--resume_from_checkpoint last and a lower learning rate, or mend the rows"
+            )
+
+    def _dump(self, step: int, losses: Sequence[float], norm: float) -> Path:
+        trainer = self.trainer
+        folder = Path(trainer.args.output_dir) / BAD_STEPS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step}-rank-{trainer.args.process_index}.json"
+        batches = [
+            {"loss": repr(loss), "rows": [self._describe(row) for row in rows]}
+            for loss, rows in zip(losses, self._batches(len(losses)), strict=False)
+        ]
+        with atomic_write(path) as file:
+            json.dump({"step": step, "gradient_norm": repr(norm), "batches": batches}, file, indent=1)
+        return path
+
+    def _batches(self, number: int) -> Iterator[list[dict[str, Any]]]:
+        """The rows of the last batches; unknown, and so empty, of a stream."""
+        position = self.trainer.position
+        if position is None:
+            yield from [[]] * number
+            return
+        first = position.dealt - position.skipped - number
+        for keys in islice(iter(position.sampler), first, first + number):
+            yield self.trainer.train_loader.dataset.__getitems__(keys)
+
+    def _describe(self, row: dict[str, Any]) -> dict[str, Any]:
+        told: dict[str, Any] = {"file": row["file"], "line": row["line"], "recordings": row["recordings"]}
+        try:
+            batch = self.trainer.data_collator([row])
+        except AudioError as error:
+            return {**told, "error": str(error)}
+        told["supervised_tokens"] = len(batch["label_positions"])
+        for name in ("input_features", "encoder_states", "audio_tokens"):
+            if name in batch:
+                values = batch[name].float()
+                finite = values[torch.isfinite(values)]
+                told[name] = {
+                    "shape": list(values.shape),
+                    "not_finite": values.numel() - finite.numel(),
+                    **{key: float(getattr(finite, key)()) for key in ("min", "max", "mean", "std") if len(finite)},
+                }
+        return told
+
+
+def fault_counts(trainer: SpeechLLMTrainer) -> dict[str, int]:
+    """What was left out so far, for the log; called by all ranks.
+
+    Raises:
+        BadDataError: if all ranks together have lost too many rows.
+    """
+    counts = {}
+    if trainer.reads_recordings:
+        lost = torch.tensor(len(trainer.lost_rows.places), device=trainer.args.device)
+        counts["bad_rows"] = int(trainer.accelerator.reduce(lost, "sum"))
+        trainer.lost_rows.check(counts["bad_rows"])
+    elif trainer.stream_loader is not None:
+        counts["bad_rows"] = trainer.stream_loader.bad_rows
+    counts["bad_steps"] = trainer.bad_steps.count
+    return {name: count for name, count in counts.items() if count}
+
+
+def check_loss(loss: torch.Tensor, step: int) -> None:
+    """Ends the run, on all ranks, at a loss that is not finite; for DeepSpeed, whose step can't be left out.
+
+    Raises:
+        FaultError: then.
+    """
+    finite = torch.isfinite(loss.detach()).all().int()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    if not finite.item():
+        raise FaultError(
+            f"the loss of step {step} is not finite; with DeepSpeed the step can't be left out: go on from the last "
+            "checkpoint with --resume_from_checkpoint last and a lower learning rate"
+        )
+
+
+def loader_fault(error: RuntimeError, timeout_seconds: float) -> FaultError | None:
+    """What to tell of an error of a loader: `None` if none of its processes died or hung.
+
+    Those that are left are killed: one that hangs would keep this process from ending.
+    """
+    text = str(error)
+    if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+        return None
+    for child in active_children():
+        child.kill()
+        child.join()
+    if "timed out" in text:
+        return FaultError(
+            f"no batch came from the loader's processes for {timeout_seconds:g} s: a file system or server may hang. "
+            "Go on with --resume_from_checkpoint last; --dataloader_timeout_seconds sets how long to wait"
+        )
+    return FaultError(
+        f"a process of the loader died: {text}. If the machine ran out of memory, lower --dataloader_num_workers or "
+        "--dataloader_prefetch_factor. Go on with --resume_from_checkpoint last"
+    )

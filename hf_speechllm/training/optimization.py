@@ -1,0 +1,34 @@
+"""What the optimizer trains, at which learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .arguments import SpeechLLMTrainingArguments
+from .freezing import part_of
+
+
+def parameter_groups(model, args: SpeechLLMTrainingArguments, decayed: Collection[str]) -> list[dict]:
+    """Groups of an optimizer: for each part of the model one with and one without weight decay.
+
+    Args:
+        args: learning rates, weight decay.
+        decayed: names of the parameters with weight decay.
+    """
+    decayed = set(decayed)
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decay = part_of(name), name in decayed
+        rate = getattr(args, f"{part}_learning_rate")
+        group = groups.setdefault(
+            (part, decay),
+            {
+                "params": [],
+                "lr": args.learning_rate if rate is None else rate,
+                "weight_decay": args.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

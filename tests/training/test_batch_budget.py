@@ -1,0 +1,115 @@
+"""The batch budget that fits into memory, and batches that don't."""
+
+import pytest
+import torch
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.chat import transcription_messages, transcription_prompt
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.encoder_cache import add_encoded
+from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.training.batch_budget import largest_budget, run_in_halves, split_batch
+
+
+@pytest.mark.parametrize(("fixed", "per_second", "room"), [(10, 0.5, 400), (0, 1, 61), (300, 0.01, 400), (5, 3, 190)])
+def test_largest_budget_fits_and_uses_most_of_the_room(fixed, per_second, room):
+    probes = []
+
+    def probe(seconds):
+        probes.append(seconds)
+        used = fixed + per_second * seconds
+        if used > 1.1 * room:
+            raise torch.OutOfMemoryError
+        return used
+
+    budget = largest_budget(probe, room, longest=20, most=100_000)
+    ideal = (room - fixed) / per_second
+    assert 0.85 * ideal <= budget <= ideal
+    assert len(probes) <= 12
+
+
+def test_budget_stays_within_what_is_wanted():
+    assert largest_budget(lambda seconds: seconds, room=1e9, longest=20, most=500) == 500
+    assert largest_budget(lambda seconds: seconds, room=1e9, longest=20, most=30) == 30
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error():
+    with pytest.raises(ValueError, match=r"longest row \(25.0 s\) does not fit"):
+        largest_budget(lambda seconds: seconds, room=10, longest=25, most=500)
+
+
+def test_auto_is_taken_from_the_command_line_and_refused_on_a_cpu(make_trainer, make_arguments, tmp_path):
+    options = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    args = parse_arguments([*options, "--per_device_train_batch_seconds", "auto"])
+    assert args.per_device_train_batch_seconds == 0
+    trainer = make_trainer(per_device_train_batch_seconds="auto")
+    with pytest.raises(ValueError, match="on a CPU give a number"):
+        trainer.train()
+    with pytest.raises(ValueError, match="auto must know the rows"):
+        make_arguments(per_device_train_batch_seconds="auto", streaming=True, max_steps=3)
+
+
+@pytest.fixture
+def parts(tiny_model):
+    return (
+        SpeechLLMForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32),
+        SpeechLLMProcessor.from_pretrained(tiny_model),
+    )
+
+
+@pytest.mark.parametrize("level", ["fbank", "encoder", "adaptor"])
+def test_halves_of_a_batch_add_up_to_the_whole(level, parts, tiny_rows, make_arguments, tmp_path):
+    model, processor = parts
+    rows = tiny_rows
+    if level != "fbank":
+        frozen = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
+        rows = add_encoded(rows, model, processor, level, make_arguments(cache_dir=str(tmp_path), **frozen))
+    batch = SpeechLLMCollator(processor)([rows[index] for index in (3, 11, 20, 8, 5)])
+    count = len(batch["label_positions"])
+    whole = model(**batch, num_items_in_batch=count)
+    halves = split_batch(batch, processor)
+    assert [len(half["input_ids"]) for half in halves] == [2, 3]
+    outputs = [model(**half, num_items_in_batch=count) for half in halves]
+    torch.testing.assert_close(sum(output.loss for output in outputs), whole.loss)
+    assert sum(output.num_label_tokens for output in outputs) == count
+
+
+def test_rows_of_several_recordings_stay_together(parts, tiny_rows):
+    model, processor = parts
+    path = tiny_rows[0]["recordings"][0]
+    turn = transcription_messages(path, transcription_prompt(), "one")
+    batch = processor.apply_chat_template([[*turn, *turn[1:]], turn, turn])
+    first, second = split_batch(batch, processor)
+    assert len(first["input_features"]) == 2 and len(second["input_features"]) == 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_training_goes_on_where_memory_does_not_suffice(limit, make_trainer, monkeypatch):
+    losses = []
+    for most_rows in (100, limit):
+        trainer = make_trainer(max_steps=3)
+        forward = trainer.model.forward
+
+        def tight(input_ids, forward=forward, most_rows=most_rows, **inputs):
+            output = forward(input_ids=input_ids, **inputs)
+            if len(input_ids) > most_rows:
+                output.loss.backward()  # as if the error came late, with gradients already there
+                raise torch.OutOfMemoryError
+            return output
+
+        monkeypatch.setattr(trainer.model, "forward", tight)
+        trainer.train()
+        losses.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "loss" in line])
+    for (loss, norm), (expected_loss, expected_norm) in zip(*losses, strict=True):
+        assert (loss, norm) == pytest.approx((expected_loss, expected_norm), rel=1e-4)
+
+
+def test_an_error_that_cannot_be_helped_says_what_to_do(make_trainer, tiny_rows):
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    batch = trainer.data_collator([tiny_rows[0], tiny_rows[1]])
+
+    def step(part):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError, match="lower --per_device_train_batch_seconds"):
+        run_in_halves(trainer, step, batch)

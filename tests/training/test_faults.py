@@ -1,0 +1,288 @@
+"""Faults in the middle of a run: left out, counted and reported, or an end with a reason; never silence or a hang."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_speechllm import SpeechLLMProcessor
+from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.training.faults import FaultError
+from hf_speechllm.training.locks import hold_output
+from hf_speechllm.training.runs import find_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def own_corpus(tiny_corpus, tmp_path):
+    """A copy of the corpus, to be damaged."""
+    folder = Path(shutil.copytree(tiny_corpus.folder, tmp_path / "corpus"))
+    text = (folder / "train.jsonl").read_text(encoding="utf-8").replace(str(tiny_corpus.folder), str(folder))
+    (folder / "train.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def uncached(own_corpus, make_arguments, tmp_path):
+    """Options and rows of a run that reads recordings in every epoch."""
+    options = {
+        "train_file": [str(own_corpus / "train.jsonl")],
+        "feature_cache": "off",
+        "cache_dir": str(tmp_path / "cache"),
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    }
+    args = make_arguments(**options)
+    rows, _ = prepare_rows(args.train_file, SpeechLLMProcessor.from_pretrained(args.model_name_or_path), 2048, args)
+    return {**options, "train_dataset": rows}
+
+
+def log_of(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_vanished_recordings_are_left_out_named_and_counted(make_trainer, uncached, own_corpus, caplog, workers):
+    trainer = make_trainer(**uncached, max_bad_fraction=0.1, dataloader_num_workers=workers)
+    for index in (3, 11):
+        (own_corpus / f"utt{index:02d}.wav").unlink()
+    trainer.train()
+    assert log_of(trainer, "bad_rows")[-1] == 2
+    assert "train.jsonl:4: " in caplog.text and "train.jsonl:12: " in caplog.text and "utt03.wav" in caplog.text
+    assert trainer.state.epoch == 1
+
+
+def test_vanished_recording_gives_the_gradient_of_the_other_rows(make_trainer, uncached, own_corpus):
+    """Not that of another recording in its place."""
+    options = {**uncached, "per_device_train_batch_seconds": 60.0, "num_train_epochs": 1, "optim": "sgd"}
+    rows = options.pop("train_dataset")
+    weights = []
+    for train_dataset in (rows.select([index for index in range(24) if index != 5]), rows):
+        if train_dataset is rows:
+            (own_corpus / "utt05.wav").unlink()
+        trainer = make_trainer(**options, train_dataset=train_dataset, max_bad_fraction=0.1)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        weights.append(trainer.model.llm.model.norm.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_batch_that_vanishes_whole_teaches_nothing_and_keeps_the_step(make_trainer, uncached, own_corpus):
+    trainer = make_trainer(**uncached, max_bad_fraction=1.0, weight_decay=0.0)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    steps = len(trainer.get_train_dataloader())
+    for path in own_corpus.glob("*.wav"):
+        path.unlink()
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert log_of(trainer, "bad_rows")[-1] == 24
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_too_many_vanished_recordings_end_the_run(make_trainer, uncached, own_corpus):
+    trainer = make_trainer(**uncached)
+    (own_corpus / "utt07.wav").unlink()
+    with pytest.raises(BadDataError, match=r"(?s)1 of 24 rows.*train.jsonl:8: .*utt07.wav.*--max_bad_fraction"):
+        trainer.train()
+
+
+def break_steps(trainer, steps, value=float("nan")):
+    """Makes the loss of some steps not finite, in the model."""
+    compute = trainer.compute_loss
+
+    def broken(model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = compute(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss * value if trainer.state.global_step + 1 in steps else loss
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = broken
+
+
+class Weights(TrainerCallback):
+    """Keeps a parameter and the optimizer's state of it after every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        weight = model.llm.model.norm.weight
+        states = optimizer.state.get(weight, {})
+        self.steps.append([weight.detach().clone(), *(value.clone() for value in states.values())])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_that_is_not_finite_is_left_out_counted_and_described(
+    make_trainer, tmp_path, tiny_corpus, value, accumulation
+):
+    weights = Weights()
+    trainer = make_trainer([weights], gradient_accumulation_steps=accumulation, max_steps=4)
+    break_steps(trainer, {2}, value)
+    trainer.train()
+    first, second, third, _ = weights.steps
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and not torch.equal(second[0], third[0])
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    assert log_of(trainer, "bad_steps") == [1, 1, 1]
+    assert all(loss == loss and loss < 100 for loss in log_of(trainer, "loss"))
+    told = json.loads((tmp_path / "run" / "bad_steps" / "step-2-rank-0.json").read_text())
+    assert told["step"] == 2 and told["gradient_norm"] in ("nan", "inf")
+    sampler = trainer.train_loader.batch_sampler
+    expected = sampler.batches(0)[accumulation : 2 * accumulation]
+    assert [[row["line"] - 1 for row in batch["rows"]] for batch in told["batches"]] == [
+        batch.tolist() for batch in expected
+    ]
+    row = told["batches"][0]["rows"][0]
+    assert row["file"] == str(tiny_corpus.jsonl) and row["input_features"]["not_finite"] == 0
+    assert row["input_features"]["min"] < row["input_features"]["mean"] < row["input_features"]["max"]
+
+
+def test_too_many_such_steps_in_a_row_end_the_run(make_trainer):
+    trainer = make_trainer(max_steps=20, max_bad_steps=2)
+    break_steps(trainer, {1, 2, 4, 5, 6})
+    with pytest.raises(FaultError, match="3 steps in a row .*--max_bad_steps 2"):
+        trainer.train()
+    assert trainer.state.global_step == 5
+
+
+class Kill(TrainerCallback):
+    """Sends the loader's processes a signal before a step."""
+
+    def __init__(self, number, step=2):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for child in torch.multiprocessing.active_children():
+                os.kill(child.pid, self.number)
+
+
+def test_loader_process_that_dies_ends_the_run_with_the_reason(make_trainer):
+    with pytest.raises(FaultError, match="a process of the loader died.*--dataloader_num_workers"):
+        make_trainer([Kill(signal.SIGKILL)], dataloader_num_workers=1, max_steps=20).train()
+
+
+def test_loader_process_that_hangs_ends_the_run_in_time(make_trainer, uncached, own_corpus):
+    trainer = make_trainer(**uncached, dataloader_num_workers=1, dataloader_timeout_seconds=3)
+    (own_corpus / "utt09.wav").unlink()
+    os.mkfifo(own_corpus / "utt09.wav")  # nobody ever writes to it
+    began = time.monotonic()
+    with pytest.raises(FaultError, match="no batch .* for 3 s.*--dataloader_timeout_seconds"):
+        trainer.train()
+    assert time.monotonic() - began < 30
+    assert not torch.multiprocessing.active_children()
+
+
+def test_signal_to_the_whole_process_group_leaves_the_loader_alone(make_trainer):
+    trainer = make_trainer([Kill(signal.SIGTERM)], dataloader_num_workers=1, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+HOLD = """
+import sys, time
+from hf_speechllm.training.locks import hold_output
+hold_output(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_second_run_in_an_output_folder_is_refused_until_the_first_is_gone(make_arguments, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by another run, process {first.pid} on .*--output_dir"):
+            find_checkpoint(make_arguments())
+        first.kill()
+    hold_output(folder)  # however it ended
+    assert json.loads((folder / ".run.json").read_text())["pid"] == os.getpid()
+
+
+PREPARE = """
+import sys
+from hf_speechllm import SpeechLLMProcessor
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
+model, train, cache = sys.argv[1:]
+args = SpeechLLMTrainingArguments(model_name_or_path=model, train_file=[train], cache_dir=cache, use_cpu=True,
+    preprocessing_num_workers=1, output_dir=cache + "/run")
+rows = prepare_rows(args.train_file, SpeechLLMProcessor.from_pretrained(model), 2048, args)[0]
+print("rows", [[row["line"], hash(row["features"][0])] for row in rows])
+"""
+
+
+@pytest.mark.slow
+def test_two_runs_share_a_cache(tiny_model, tiny_corpus, tmp_path):
+    command = [sys.executable, "-c", PREPARE, str(tiny_model), str(tiny_corpus.jsonl), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment
+        )
+        for _ in range(3)
+    ]
+    results = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], results
+    told = {out.partition("rows")[2] for out, _ in results}
+    assert len(told) == 1 and told.pop().count("[") == 25
+
+
+NAN_SCRIPT = """
+import os, runpy, sys
+recipe = sys.argv[1]
+sys.argv = [recipe, *sys.argv[2:]]
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+import hf_speechllm.training.trainer as module
+
+class Broken(SpeechLLMTrainer):
+    def compute_loss(self, *args, **kwargs):
+        kwargs["return_outputs"] = True
+        loss, outputs = super().compute_loss(*args, **kwargs)
+        if self.args.process_index == 1 and self.state.global_step in (1, 2):
+            loss = loss * float("nan")
+        return loss
+module.SpeechLLMTrainer = Broken
+runpy.run_path(recipe, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [10, 1])
+def test_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(tiny_model, tiny_corpus, tmp_path, limit):
+    script = tmp_path / "run.py"
+    script.write_text(NAN_SCRIPT, encoding="utf-8")
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script,
+        REPOSITORY / "recipes/finetune.py", "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl,
+        "--output_dir", folder, "--per_device_train_batch_seconds", 3, "--max_steps", 5, "--use_cpu", "true",
+        "--logging_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache", "--max_bad_steps", limit,
+        "--save_strategy", "no",
+    ]  # fmt: skip
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    dumps = sorted(path.name for path in (folder / "bad_steps").iterdir())
+    assert dumps == [f"step-{step}-rank-{rank}.json" for step in (2, 3) for rank in (0, 1)]
+    losses = [
+        [batch["loss"] for batch in json.loads((folder / "bad_steps" / name).read_text())["batches"]] for name in dumps
+    ]
+    assert [loss == ["nan"] for loss in losses] == [False, True, False, True]
+    if limit == 1:
+        assert result.returncode != 0 and "2 steps in a row" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr[-4000:]
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry.get("bad_steps", 0) for entry in log if "loss" in entry] == [0, 1, 2, 2, 2]
