@@ -3,9 +3,9 @@
 pip install pocketsphinx
 python benchmarks/vad_words.py DATA/longform --max_seconds 30 5
 
-Word times come from pocketsphinx (its US English model is in the package), forced to the transcripts; recordings in other
-languages are left out. A word is lost if more than `EDGE` seconds of it are in no segment, and cut in two if a border between segments is
-in it, but for `EDGE` at both ends.
+Word times come from pocketsphinx (its US English model is in the package), forced to the transcripts; recordings in
+other languages are left out. A word is lost if more than `EDGE` seconds of it are in no segment, and cut in two if a
+border between segments is in it, but for `EDGE` at both ends.
 """
 
 import argparse

@@ -171,8 +171,8 @@ def test_unusable_and_odd_recordings_have_a_place_in_the_report(score, write, ma
     soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
     (tmp_path / "empty.wav").write_bytes(b"")
     sources = {"surround": make_wav("six.wav", rate=44100, channels=6), "hour": "hour.flac", "empty": "empty.wav"}
-    texts = dict.fromkeys(sources, "one two")
-    result = score(texts, dict.fromkeys(sources, "one"), "--scp_file", write("wav.scp", sources))
+    texts = dict.fromkeys(sources, "red green")
+    result = score(texts, dict.fromkeys(sources, "red"), "--scp_file", write("wav.scp", sources))
     assert result["rate"] == 0.5
     assert "empty.wav: the file is empty" in caplog.text
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
