@@ -279,7 +279,10 @@ def launch(tmp_path, tiny_model, tiny_corpus):
         folder.mkdir(exist_ok=True)
         return subprocess.run(
             list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=500,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see CONTRIBUTING.md, workarounds
+            },
         )  # fmt: skip
 
     return run
