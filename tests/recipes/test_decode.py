@@ -75,7 +75,8 @@ def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus,
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert result.returncode != 0
     assert result.stderr.count("gone: /no/such.wav: no such file") == 1
-    assert "Signal" not in result.stderr  # both ended by themselves
+    # The launcher may end the second of two that fail, but neither may break on its way out.
+    assert not any(sign in result.stderr for sign in ("SIGABRT", "SIGSEGV", "terminate called"))
     parts = [
         {json.loads(line)["key"]: json.loads(line)["seconds"] for line in path.read_text().splitlines()[1:]}
         for path in sorted(tmp_path.glob("two.txt.partial-*.jsonl"))
