@@ -1,7 +1,7 @@
 """What data costs before and while a model trains: time to the first batch, rows per second, memory.
 
-    python benchmarks/data_scale.py manifest --model_name_or_path exp/init --rows 10000000 --folder /tmp/scale
-    python benchmarks/data_scale.py memory --model_name_or_path exp/init --rows 2000 8000 32000 --folder /tmp/scale
+    python benchmarks/data_scale.py manifest --model_name_or_path exp/init --rows 10000000 --folder exp/scale
+    python benchmarks/data_scale.py memory --model_name_or_path exp/init --rows 2000 8000 32000 --folder exp/scale
     python benchmarks/data_scale.py sampler --rows 5000000
 
 `manifest` writes a JSONL of so many rows (2.9 GB for 10 million) that share 200 synthetic recordings, and streams it.
