@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -219,13 +220,16 @@ def check_loss(loss: torch.Tensor, step: int) -> None:
         )
 
 
-def loader_fault(error: RuntimeError, timeout_seconds: float) -> FaultError | None:
+def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
     """What to tell of an error of a loader: `None` if none of its processes died or hung.
 
     Those that are left are killed: one that hangs would keep this process from ending.
     """
-    text = str(error)
-    if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+    text = f"{type(error).__name__}: {error}"
+    # The second: a batch was on its way whose memory the dead process would have handed over.
+    frames = traceback.extract_tb(error.__traceback__)
+    handing_over = any(Path(frame.filename).parts[-2:] == ("multiprocessing", "reductions.py") for frame in frames)
+    if "DataLoader worker" not in text and "DataLoader timed out" not in text and not handing_over:
         return None
     for child in active_children():
         child.kill()

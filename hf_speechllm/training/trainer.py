@@ -159,7 +159,7 @@ class SpeechLLMTrainer(ResumableTrainer):
         try:
             with self.preemption.listening():
                 result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
-        except RuntimeError as error:  # torch tells of a dead process wherever the main one happens to be
+        except (RuntimeError, OSError, EOFError) as error:  # torch tells of a dead process at any place
             if (fault := loader_fault(error, self.args.dataloader_timeout_seconds)) is None:
                 raise
             raise fault from error

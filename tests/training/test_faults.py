@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
-from hf_speechllm.training.faults import FaultError
+from hf_speechllm.training.faults import FaultError, loader_fault
 from hf_speechllm.training.locks import hold_output
 from hf_speechllm.training.runs import find_checkpoint
 
@@ -169,6 +169,27 @@ class Kill(TrainerCallback):
 def test_loader_process_that_dies_ends_the_run_with_the_reason(make_trainer):
     with pytest.raises(FaultError, match="a process of the loader died.*--dataloader_num_workers"):
         make_trainer([Kill(signal.SIGKILL)], dataloader_num_workers=1, max_steps=20).train()
+
+
+def give_tensor(queue):
+    queue.put(torch.ones(3))
+    time.sleep(60)
+
+
+def test_batch_on_its_way_from_a_process_that_dies_is_told_as_such():
+    queue = torch.multiprocessing.Queue()
+    child = torch.multiprocessing.Process(target=give_tensor, args=(queue,), daemon=True)
+    child.start()
+    while queue.empty():
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    with pytest.raises(OSError) as caught:
+        queue.get(timeout=10)
+    assert "a process of the loader died" in str(loader_fault(caught.value, 1))
+    with pytest.raises(OSError) as other:
+        Path("/no/such/file").read_text()
+    assert loader_fault(other.value, 1) is None
 
 
 def test_loader_process_that_hangs_ends_the_run_in_time(make_trainer, uncached, own_corpus):
