@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -24,6 +24,7 @@ SAMPLE_RATE = 16000  # Hz
 BLOCK_LENGTH = 1 << 20  # samples decoded at once; a minute at 16 kHz, so that most recordings are one block
 PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
 MP3_SAMPLES_PER_BYTE = 100  # at 8 kbit/s and 24 kHz, the least and the most, there are 24
+LONGEST = 1e9  # seconds; a stream without a length says 2^63 samples
 UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
 
 
@@ -117,6 +118,24 @@ def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
         return plain
     lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source, data)), strict=True)
     return sum(lengths), rates[0]
+
+
+def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> float | None:
+    """Length of a local recording in seconds by its header; `None` if there is none to go by.
+
+    Args:
+        formats: libsndfile's names of those that are believed; default all.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            seconds = file.frames / file.samplerate
+            if (formats is None or file.format in formats) and 0 < seconds < LONGEST:
+                return seconds
+    except (OSError, soundfile.LibsndfileError):
+        pass  # not libsndfile's format, or damaged: decoding tells
+    return None
 
 
 def _probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:

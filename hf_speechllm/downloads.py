@@ -206,6 +206,7 @@ class _Connection(http.client.HTTPConnection):
     guard: _Guard
 
     def connect(self) -> None:
+        """As the parent's; raises `DownloadError` if the address is forbidden."""
         super().connect()
         self.guard.socket = self.sock
         self.guard.check_time()
@@ -219,6 +220,7 @@ class _SecureConnection(http.client.HTTPSConnection, _Connection):
     """Its parent connects by `_Connection`, so that the address is checked before anything is sent."""
 
     def connect(self) -> None:
+        """As the parent's."""
         super().connect()
         self.guard.socket = self.sock  # the encrypted one
 
@@ -231,9 +233,11 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.guard = guard
 
     def http_open(self, request):
+        """Opens an http URL."""
         return self._open(_Connection, request)
 
     def https_open(self, request):
+        """Opens an https URL."""
         return self._open(_SecureConnection, request)
 
     def _open(self, kind: type[_Connection], request: urllib.request.Request):
@@ -252,6 +256,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self.guard = guard
 
     def redirect_request(self, request, file, code, message, headers, address):
+        """The request to follow; raises `DownloadError` where the policy forbids it."""
         if not is_url(address):
             raise DownloadError("redirected to something that is neither http nor https")
         self.guard.redirected = True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import SequenceFeatureExtractor
 
 from ..archives import container_of
 from ..audio import AudioError, check_root, is_url, load_audio, source_stamp
@@ -262,6 +263,29 @@ def row_seconds(rows: Dataset) -> np.ndarray:
     return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
 
 
+def too_long(
+    feature_extractor: SequenceFeatureExtractor,
+    num_frames: Sequence[int],
+    max_feature_frames: int,
+    batch_seconds: float,
+) -> str | None:
+    """Why the encoder or the batch budget can't take a row; `None` if both can.
+
+    Args:
+        num_frames: 10 ms frames of each of its recordings.
+        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
+        batch_seconds: the batch budget, in seconds.
+    """
+    longest, seconds = max(num_frames), sum(num_frames) / FRAMES_PER_SECOND
+    inputs = num_encoder_input_frames(feature_extractor, longest)
+    if inputs > max_feature_frames:
+        limit = max_feature_frames * longest / inputs / FRAMES_PER_SECOND
+        return f"a recording of {longest / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
+    if seconds > batch_seconds:
+        return f"{seconds:.1f} s of audio; the batch budget is {batch_seconds:g} s (--per_device_train_batch_seconds)"
+    return None
+
+
 def drop_too_long(
     rows: Dataset, bad_rows: BadRows, processor: SpeechLLMProcessor, max_feature_frames: int, batch_seconds: float
 ) -> Dataset:
@@ -271,18 +295,9 @@ def drop_too_long(
         max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
         batch_seconds: the batch budget, in seconds.
     """
-    longest = [max(frames) for frames in rows["num_frames"]]
     good = []
-    for index, (seconds, frames) in enumerate(zip(row_seconds(rows), longest, strict=True)):
-        reason = None
-        inputs = num_encoder_input_frames(processor.feature_extractor, frames)
-        if inputs > max_feature_frames:
-            limit = max_feature_frames * frames / inputs / FRAMES_PER_SECOND
-            reason = f"a recording of {frames / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
-        elif seconds > batch_seconds:
-            reason = (
-                f"{seconds:.1f} s of audio; the batch budget is {batch_seconds:g} s (--per_device_train_batch_seconds)"
-            )
+    for index, num_frames in enumerate(rows["num_frames"]):
+        reason = too_long(processor.feature_extractor, num_frames, max_feature_frames, batch_seconds)
         if reason is None:
             good.append(index)
         else:

@@ -18,10 +18,11 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
+from ..checkpoints.partial import hash_tensors
 from ..files import atomic_write
-from ..modeling import SpeechLLMForConditionalGeneration
+from ..modeling import PARTS, SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor, pad_features
-from .collator import SpeechLLMCollator
+from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds
 from .sampler import BudgetBatchSampler
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 1  # raise it when what is stored changes
 ROWS_PER_FILE = 2000
-COLUMNS = {"encoder": "encoder_states", "adaptor": "audio_tokens"}
+COLUMNS = dict(zip(("encoder", "adaptor"), ENCODED_COLUMNS, strict=True))
 
 
 def add_encoded(
@@ -81,14 +82,11 @@ def _file(folder: Path, start: int) -> Path:
 
 
 def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dtype: torch.dtype) -> str:
-    digest = hashlib.blake2b(f"{CACHE_VERSION} {rows._fingerprint} {level} {dtype}".encode(), digest_size=16)
-    for part in ("audio_encoder", "audio_adaptor")[: 1 + (level == "adaptor")]:
+    facts = [str(CACHE_VERSION), rows._fingerprint, level, str(dtype)]
+    for part in PARTS[: 1 + (level == "adaptor")]:
         module = getattr(model, part)
-        digest.update(module.config.to_json_string().encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        facts += [module.config.to_json_string(), hash_tensors(module.state_dict())]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
 
 
 @torch.inference_mode()

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..audio import AudioError, check_root, load_audio
-from ..features import num_encoder_input_frames
 from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
-from .dataset import FRAMES_PER_SECOND
+from .dataset import FRAMES_PER_SECOND, too_long
 from .kaldi import measure_recording, speech_length
 from .sampler import BudgetBatchSampler
 from .shards import expand, read_shard, shards_of
@@ -222,23 +221,15 @@ class RowStream(IterableDataset):
             frames = [row["speech_length"]]
             if row["speech_length"] is None or len(row["recordings"]) > 1:
                 frames = [measure_recording(source)[1] for source in row["recordings"]]
-            self._check_length(max(frames), sum(frames))
+            self._check_length(frames)
         except AudioError as error:
             return BadRow(row["file"], row["line"], str(error))
         return {**row, "num_frames": sum(frames)}
 
-    def _check_length(self, longest: int, frames: int) -> None:
-        inputs = num_encoder_input_frames(self.collator.processor.feature_extractor, longest)
-        if inputs > self.max_feature_frames:
-            limit = self.max_feature_frames * longest / inputs / FRAMES_PER_SECOND
-            raise AudioError(
-                f"a recording of {longest / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
-            )
-        if frames > self.batch_seconds * FRAMES_PER_SECOND:
-            raise AudioError(
-                f"{frames / FRAMES_PER_SECOND:.1f} s of audio; the batch budget is {self.batch_seconds:g} s "
-                "(--per_device_train_batch_seconds)"
-            )
+    def _check_length(self, num_frames: Sequence[int]) -> None:
+        extractor = self.collator.processor.feature_extractor
+        if reason := too_long(extractor, num_frames, self.max_feature_frames, self.batch_seconds):
+            raise AudioError(reason)
 
     def _decode(self, row: dict[str, Any]) -> dict[str, Any]:
         rate = self.collator.processor.sampling_rate
@@ -246,7 +237,7 @@ class RowStream(IterableDataset):
         lengths = [speech_length(len(waveform), rate) for waveform in waveforms]
         if min(lengths) < 1:
             raise AudioError("a recording shorter than one frame of 25 ms")
-        self._check_length(max(lengths), sum(lengths))  # `speech_length` of the row may be wrong
+        self._check_length(lengths)  # `speech_length` of the row may be wrong
         return {**row, "recordings": waveforms}
 
     def _report(self, row: BadRow, place: Place) -> None:

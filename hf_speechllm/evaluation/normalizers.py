@@ -15,13 +15,13 @@ import zhconv
 from .numbers_zh import numerals_to_digits, read_symbols
 from .words import drop_fillers, is_english, join_suffixes, normalize_words
 
-_HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
-_HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
-_CJK = f"{_HAN}{_KANA}{_HANGUL}\u30fc\u3105-\u312f"  # with the long-vowel mark and Bopomofo
+HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
+HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
+_CJK = f"{HAN}{KANA}{HANGUL}\u30fc\u3105-\u312f"  # with the long-vowel mark and Bopomofo
 _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
 
-_UNSPACED_CHARACTER = re.compile(f"[{_CJK}{_SOUTH_EAST_ASIAN}]")
+UNSPACED_CHARACTER = re.compile(f"[{_CJK}{_SOUTH_EAST_ASIAN}]")
 _LETTER = rf"[^\W\d_{_CJK}]"
 # From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too.
 _WORDS = re.compile(rf"(?:\d(?=(?:st|nd|rd|th)\b))?{_LETTER}(?:[^{_CJK}]*{_LETTER})?")
@@ -73,9 +73,9 @@ def _language(text: str) -> str:
     Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese. Digits alone are Chinese,
     unless signs set apart from them show that they were English before they were normalised: "5 . 6", "5 0 %".
     """
-    if re.search(f"[{_KANA}]", text):
+    if re.search(f"[{KANA}]", text):
         return "ja"
-    hangul, han = len(re.findall(f"[{_HANGUL}]", text)), len(re.findall(f"[{_HAN}]", text))
+    hangul, han = len(re.findall(f"[{HANGUL}]", text)), len(re.findall(f"[{HAN}]", text))
     if hangul > han:
         return "ko"
     words = re.search(rf"{_LETTER}|[$€£¢]|(?<=\d) (?:\. \d|%)", re.sub(r"°\s*[cf]\b", "", text))
@@ -104,7 +104,7 @@ def _tokens(text: str) -> list[str]:
             tokens[-1] += character
         elif (
             category == "Nd"
-            or _UNSPACED_CHARACTER.match(character)
+            or UNSPACED_CHARACTER.match(character)
             or (character in "$£¢" and following.isdecimal())
             or (character == "%" and after_digit)
             or (character == "." and after_digit and following.isdecimal())

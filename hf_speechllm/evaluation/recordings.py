@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..audio import SAMPLE_RATE, AudioError, is_url, load_audio, probe_audio
+from ..audio import SAMPLE_RATE, AudioError, header_seconds, is_url, load_audio, probe_audio
 
 MAX_SOUND_SECONDS = 120.0  # of a recording in a page; about 0.5 MB
 
@@ -51,14 +51,8 @@ def measure_durations(recordings: Mapping[str, str]) -> tuple[dict[str, float], 
 
 def _duration(path: str) -> float | str:
     """Seconds, or the reason why they can't be told."""
-    import soundfile
-
-    try:
-        information = soundfile.info(path)
-        if 0 < information.duration < 1e9:  # a stream without a length says 2^63 samples
-            return information.duration
-    except (OSError, soundfile.LibsndfileError):
-        pass  # not libsndfile's format: decode it
+    if (seconds := header_seconds(path)) is not None:
+        return seconds
     try:
         num_samples, rate = probe_audio(path)
     except AudioError as error:

@@ -23,15 +23,10 @@ from typing import Any, NamedTuple
 from compute_wer import normalize as compute_wer_tokens
 from rapidfuzz.distance import Levenshtein
 
-from .normalizers import normalize_text
+from .normalizers import HAN, HANGUL, KANA, UNSPACED_CHARACTER, normalize_text
 from .statistics import rate_interval
 from .words import is_english
 
-_HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-_KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
-_HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
-# Scripts of which the normaliser makes a token each character.
-_CHARACTER = re.compile(f"[{_HAN}{_KANA}{_HANGUL}\u30fc\u3105-\u312f\u0e00-\u109f\u1780-\u17ff]")
 _LETTER = re.compile(r"[^\W\d_]")
 NUM_TEXTS_FOR_POOL = 5000  # fewer are tokenised before other processes have started
 
@@ -175,12 +170,12 @@ def describe_line(tokens: list[str], text: str) -> tuple[str, str]:
     line = " ".join(tokens).lower()
     if not _LETTER.search(line):
         line = unicodedata.normalize("NFKC", text).lower()
-    words, has_characters = _CHARACTER.subn(" ", line)
+    words, has_characters = UNSPACED_CHARACTER.subn(" ", line)
     has_words = _LETTER.search(words)
     languages = []
     if has_characters:
-        hangul, han = len(re.findall(f"[{_HANGUL}]", line)), len(re.findall(f"[{_HAN}]", line))
-        if re.search(f"[{_KANA}]", line):
+        hangul, han = len(re.findall(f"[{HANGUL}]", line)), len(re.findall(f"[{HAN}]", line))
+        if re.search(f"[{KANA}]", line):
             languages.append("ja")
         elif hangul or han:
             languages.append("ko" if hangul > han else "zh")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..audio import UNKNOWN_LENGTH, is_url, probe_audio
+from ..audio import header_seconds, is_url, probe_audio
 
 TRUSTED_HEADERS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")  # libsndfile's names of formats that announce their length
 
@@ -31,14 +31,9 @@ def measure_seconds(source: Any, sampling_rate: int) -> float:
     if isinstance(source, np.ndarray):
         return len(source) / sampling_rate
     if isinstance(source, (str, os.PathLike)) and not is_url(source):
-        import soundfile
-
-        try:
-            with soundfile.SoundFile(source) as file:
-                if file.format in TRUSTED_HEADERS and 0 < file.frames < UNKNOWN_LENGTH:
-                    return file.frames / file.samplerate
-        except (OSError, soundfile.LibsndfileError):
-            pass  # whatever is wrong, probing says it better
+        seconds = header_seconds(os.fspath(source), TRUSTED_HEADERS)
+        if seconds is not None:
+            return seconds
     samples, rate = probe_audio(source)
     return samples / rate
 

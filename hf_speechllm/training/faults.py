@@ -18,7 +18,7 @@ from torch.multiprocessing import active_children
 
 from ..audio import AudioError
 from ..data.bad_rows import BadDataError, BadRow
-from ..data.collator import SpeechLLMCollator
+from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..files import atomic_write
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class BadSteps:
         except AudioError as error:
             return {**told, "error": str(error)}
         told["supervised_tokens"] = len(batch["label_positions"])
-        for name in ("input_features", "encoder_states", "audio_tokens"):
+        for name in ("input_features", *ENCODED_COLUMNS):
             if name in batch:
                 values = batch[name].float()
                 finite = values[torch.isfinite(values)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..modeling import PARTS
-from .freezing import part_of
+from .freezing import part_of, trained_parts
 
 # Dense bf16 matrix products, TFLOP/s, by a word of the device's name; NVIDIA's data sheets.
 PEAK_TFLOPS = {
@@ -70,9 +70,9 @@ class FlopCounter:
             "llm": 4 * llm.num_attention_heads * _head_dim(llm) * llm.num_hidden_layers,
         }
         self._weights, self._trained = weights, trained
-        learns = {part: any(p.requires_grad for p in _part(model, part)) for part in PARTS}
+        learning = trained_parts(model)
         # Whether gradients flow through a part: where it, or one before it, is trained.
-        self._flows = {part: any(learns[before] for before in PARTS[: index + 1]) for index, part in enumerate(PARTS)}
+        self._flows = {part: not learning.isdisjoint(PARTS[: index + 1]) for index, part in enumerate(PARTS)}
         self._parts = [part for part in PARTS if part not in cached]
         self._head_trained = model.get_output_embeddings().weight.requires_grad
 
@@ -92,10 +92,6 @@ class FlopCounter:
             total += 2 * number * (self._weights[part] * passes + self._trained[part])
             total += self._attention[part] * squares * (3 if self._flows[part] else 1)
         return total + 2 * num_labels * self.head * (3 if self._head_trained else 2)
-
-
-def _part(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
-    return (parameter for name, parameter in model.named_parameters() if part_of(name) == part)
 
 
 def _layers(config) -> int:

@@ -47,7 +47,8 @@ class Progress:
             self._padded_seconds += mask.numel() * self.frame_seconds
             tokens = batch["attention_mask"].sum(-1)
             self._read_tokens += int(tokens.sum())
-            self._operations += self.flops.step(mask.sum(-1), tokens, len(batch["label_positions"]))
+            if self.peak_flops is not None:
+                self._operations += self.flops.step(mask.sum(-1), tokens, len(batch["label_positions"]))
 
     def add_tokens(self, outputs) -> None:
         """Counts what a `SpeechLLMOutput` with a loss predicts right."""
