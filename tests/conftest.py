@@ -2,7 +2,9 @@
 there is any."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 import threading
 from collections import namedtuple
@@ -61,6 +63,22 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs `accelerate launch` on the CPU, as a user would: one process, or those of a config file."""
+
+    def run(*arguments, config=None):
+        one_process = "--num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no"
+        choice = ["--config_file", config] if config else one_process.split()
+        command = [sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0, *arguments]
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture

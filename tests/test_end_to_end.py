@@ -13,33 +13,11 @@ from hf_speechllm.modeling import PARTS
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def launch(*arguments, check=True):
-    """Runs `accelerate launch`, as a user would."""
-    one_process = [
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--cpu",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *one_process, "--main_process_port", 0, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
-    )
-    assert result.returncode == 0 or not check, result.stderr[-4000:]
-    return result
-
-
 def read_table(path):
     return dict(line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines())
 
 
-def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
+def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe, launch):
     (tmp_path / "model.yaml").write_text(json.dumps(tiny_config()), encoding="utf-8")  # JSON is YAML
     model, trained = tmp_path / "init", tmp_path / "trained"
     assert not run_recipe(
@@ -61,6 +39,7 @@ def test_from_lists_to_scores(tiny_corpus, tiny_config, tmp_path, run_recipe):
         "--dataloader_num_workers", 0, "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1,
         "--report_to", "none", "--use_cpu", "true",
     )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
     assert "parameters are trained" in result.stderr
     assert f"training curve: {trained / 'training_curve.png'}" in result.stderr
     state = json.loads((trained / "trainer_state.json").read_text())

@@ -2,10 +2,7 @@
 accumulates."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -67,7 +64,7 @@ with open(f"{note}.{os.environ.get('RANK', 0)}", "w") as file:
 
 
 @pytest.fixture(scope="module")
-def train(tiny_corpus, tiny_model, tmp_path_factory):
+def train(tiny_corpus, tiny_model, tmp_path_factory, launch):
     """Trains under an engine and gives the notes of the ranks, the log, and the folder."""
     root = tmp_path_factory.mktemp("engines")
     script = root / "train.py"
@@ -75,25 +72,14 @@ def train(tiny_corpus, tiny_model, tmp_path_factory):
 
     def run(engine, *options, num_processes=2, accumulation=1, folder=None):
         folder = folder or Path(tempfile.mkdtemp(dir=root)) / engine
-        choice = [
-            "--num_processes",
-            1,
-            "--num_machines",
-            1,
-            "--cpu",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
+        setup = None
         if engine != "one":
             config = yaml.safe_load((REPOSITORY / f"accelerate_configs/{engine}.yaml").read_text())
             config = {**config, "use_cpu": True, "num_processes": num_processes}
             config.pop("gpu_ids", None)
-            folder.with_suffix(".yaml").write_text(yaml.safe_dump(config))
-            choice = ["--config_file", folder.with_suffix(".yaml")]
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", *choice, "--main_process_port", 0,
+            setup = folder.with_suffix(".yaml")
+            setup.write_text(yaml.safe_dump(config))
+        result = launch(
             script, folder, engine, REPOSITORY / "recipes/finetune.py",
             "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir", folder,
             "--validation_file", tiny_corpus.jsonl, "--max_steps", 4, "--gradient_accumulation_steps", accumulation,
@@ -101,11 +87,7 @@ def train(tiny_corpus, tiny_model, tmp_path_factory):
             "--logging_steps", 1, "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true",
             "--adam_epsilon", "1e-3",  # far above rounding noise, which Adam would scale up
             "--cache_dir", root / "cache", "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
-            *options,
-        ]  # fmt: skip
-        result = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, timeout=600,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            *options, config=setup,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-9000:]
         notes = [json.loads(path.read_text()) for path in sorted(folder.parent.glob(f"{folder.name}.[0-9]"))]

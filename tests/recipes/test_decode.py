@@ -62,17 +62,14 @@ def test_a_list_that_was_killed_half_way_gives_the_same_file_as_in_one_go(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.txt", "whole.txt"]
 
 
-def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus, tiny_model, tmp_path):
+def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus, tiny_model, tmp_path, launch):
     scp, options = tmp_path / "wav.scp", ["--max_new_tokens", "20"]
     scp.write_text(tiny_corpus.scp.read_text() + "gone /no/such.wav\n")
     output = tmp_path / "two.txt"
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", REPOSITORY / "accelerate_configs/cpu.yaml", "--main_process_port", 0,
-        REPOSITORY / "recipes/decode.py", "--model_name_or_path", tiny_model, "--scp_file", scp,
-        "--output_file", output, *options,
-    ]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    result = launch(
+        "recipes/decode.py", "--model_name_or_path", tiny_model, "--scp_file", scp, "--output_file", output, *options,
+        config=REPOSITORY / "accelerate_configs/cpu.yaml",
+    )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("gone: /no/such.wav: no such file") == 1
     # The launcher may end the second of two that fail, but neither may break on its way out.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.augment import augmentations
@@ -12,6 +12,23 @@ from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 from hf_speechllm.training.freezing import freeze_parts
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+
+class Interruption(TrainerCallback):
+    """Ends a run after a step as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupt():
+    """Makes a callback that ends a run after a step as Ctrl-C does."""
+    return Interruption
 
 
 @pytest.fixture

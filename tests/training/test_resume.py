@@ -89,18 +89,14 @@ def test_rows_with_weights_are_seen_as_often_as_before():
 
 
 class Stop(TrainerCallback):
-    """Ends a run after a step: by Ctrl-C, or by a signal."""
+    """Sends this process a signal before a step."""
 
-    def __init__(self, step, number=None):
+    def __init__(self, step, number):
         self.step, self.number = step, number
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1 and self.number is not None:
+        if state.global_step == self.step - 1:
             os.kill(os.getpid(), self.number)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.number is None:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -137,7 +133,7 @@ def check_course(trainer, expected):
         assert torch.equal(weights[name], weight), name
 
 
-def test_run_is_the_same_to_the_bit_when_interrupted_twice_at_any_step(make_trainer, options, tmp_path):
+def test_run_is_the_same_to_the_bit_when_interrupted_twice_at_any_step(make_trainer, options, tmp_path, interrupt):
     whole = make_trainer(**options)
     whole.train()
     expected = course(whole)
@@ -146,7 +142,7 @@ def test_run_is_the_same_to_the_bit_when_interrupted_twice_at_any_step(make_trai
         folder = tmp_path / f"run-{first}-{second}"
         checkpoint = None
         for step in (first, second, None):
-            callbacks = [] if step is None else [Stop(step + 1)]
+            callbacks = [] if step is None else [interrupt(step + 1)]
             trainer = make_trainer(callbacks, **options, output_dir=str(folder))
             if step is None:
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -187,10 +183,12 @@ def test_signal_saves_and_the_resumed_run_is_the_same(make_trainer, options, num
     check_course(resumed, expected)
 
 
-def test_learning_rate_goes_on_smoothly_and_to_zero_after_a_change_of_accumulation(make_trainer, options, tmp_path):
+def test_learning_rate_goes_on_smoothly_and_to_zero_after_a_change_of_accumulation(
+    make_trainer, options, tmp_path, interrupt
+):
     options.update(lr_scheduler_type="linear", gradient_accumulation_steps=1)
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Stop(5)], **options).train()  # checkpoint-4: 4 of 14 batches
+        make_trainer([interrupt(5)], **options).train()  # checkpoint-4: 4 of 14 batches
     options["gradient_accumulation_steps"] = 2
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
@@ -203,12 +201,12 @@ def test_learning_rate_goes_on_smoothly_and_to_zero_after_a_change_of_accumulati
     assert resumed._get_learning_rate() == 0
 
 
-def test_other_rows_are_refused_and_an_epoch_can_begin_anew(make_trainer, tiny_rows, tmp_path):
+def test_other_rows_are_refused_and_an_epoch_can_begin_anew(make_trainer, tiny_rows, tmp_path, interrupt):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 2}
     options["per_device_train_batch_seconds"] = 12.0
     steps = len(make_trainer(**options).get_train_dataloader())
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Stop(steps + 2)], **options).train()
+        make_trainer([interrupt(steps + 2)], **options).train()
     folder = str(tmp_path / "run" / f"checkpoint-{steps + 1}")
     other = tiny_rows.select([23, *range(23)])
     with pytest.raises(CheckpointError, match="--ignore_data_skip"):

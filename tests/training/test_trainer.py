@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
@@ -30,17 +29,6 @@ FREEZES = [
     ("llm",),
 ]
 LORA_TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-class Interruption(TrainerCallback):
-    """Ends a run as Ctrl-C does, after some steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.steps:
-            raise KeyboardInterrupt
 
 
 def flags(frozen):
@@ -202,7 +190,7 @@ def test_trained_model_is_saved_with_its_processor_and_loads_with_the_same_logit
     ids=["first-epoch", "second-epoch", "second-epoch-lora", "between-epochs", "second-epoch-workers"],
 )
 def test_interrupted_and_resumed_training_gives_the_same_weights(
-    make_trainer, compose_tiny, tiny_config, tmp_path, checkpoint, lora, workers
+    make_trainer, compose_tiny, tiny_config, tmp_path, checkpoint, lora, workers, interrupt
 ):
     config = tiny_config()
     config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters, too
@@ -226,7 +214,7 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(
 
     options.update(output_dir=str(tmp_path / "resumed"), save_strategy="steps", save_steps=checkpoint)
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Interruption(checkpoint + 1)], **options).train()
+        make_trainer([interrupt(checkpoint + 1)], **options).train()
     resumed = make_trainer(**options, resume_from_checkpoint="true")
     folder = find_checkpoint(resumed.args)
     assert folder == str(tmp_path / "resumed" / f"checkpoint-{checkpoint}")

@@ -1,9 +1,6 @@
 """Validation by decoding, and what hangs on it: best checkpoint, early stopping, retention guard, averaging."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -11,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
@@ -29,17 +25,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DECODING = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 6}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 QUICK = {"freeze_audio_encoder": True, "freeze_llm": True}
-
-
-class Interruption(TrainerCallback):
-    """Ends a run as Ctrl-C does, after some steps."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.steps:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +191,7 @@ def test_decoding_leaves_training_as_it_is(make_trainer, compose_tiny, tiny_conf
         assert torch.equal(expected, found), name
 
 
-def test_resumed_run_has_the_same_weights_and_the_same_log(make_trainer, sets, tmp_path):
+def test_resumed_run_has_the_same_weights_and_the_same_log(make_trainer, sets, tmp_path, interrupt):
     sets.pop("far")
     options = {**DECODING, **EVERY_STEP, "save_steps": 2, "retention_file": "general.jsonl", "max_steps": 4,
                "early_stopping_patience": 3, "max_retention_loss": 500.0, "retention_action": "stop"}  # fmt: skip
@@ -214,7 +199,7 @@ def test_resumed_run_has_the_same_weights_and_the_same_log(make_trainer, sets, t
     whole.train()
     options["output_dir"] = str(tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Interruption(3)], eval_dataset=sets, **options).train()
+        make_trainer([interrupt(3)], eval_dataset=sets, **options).train()
     resumed = make_trainer(eval_dataset=sets, resume_from_checkpoint="true", **options)
     resumed.train(resume_from_checkpoint=find_checkpoint(resumed.args))
     assert same_weights(resumed, tmp_path / "whole" / "checkpoint-4")
@@ -299,7 +284,7 @@ def test_best_checkpoint_may_be_chosen_by_one_set_or_another_measure(make_argume
     assert make_arguments(**options, metric_for_best_model="near_token_accuracy").greater_is_better
 
 
-def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer, sets, scripted, tmp_path):
+def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer, sets, scripted, tmp_path, interrupt):
     scripted({3: {0: 90, 1: 40, 2: 50, 3: 60, 4: 1}})
     options = {**DECODING, **EVERY_STEP, **QUICK, "early_stopping_patience": 2, "max_steps": 4}
     trainer = make_trainer(eval_dataset={"near": sets["near"]}, **options)
@@ -308,7 +293,7 @@ def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer
 
     options["output_dir"] = str(tmp_path / "resumed")
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Interruption(3)], eval_dataset={"near": sets["near"]}, **options).train()
+        make_trainer([interrupt(3)], eval_dataset={"near": sets["near"]}, **options).train()
     resumed = make_trainer(eval_dataset={"near": sets["near"]}, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
     assert cers_of(resumed) == cers_of(trainer)
@@ -380,12 +365,14 @@ def test_training_that_forgets_at_once_saves_nothing(make_trainer, sets, scripte
     assert steps_kept(trainer) == []
 
 
-def test_retention_limit_is_that_of_the_base_model_after_a_resumption(make_trainer, sets, scripted, tmp_path):
+def test_retention_limit_is_that_of_the_base_model_after_a_resumption(
+    make_trainer, sets, scripted, tmp_path, interrupt
+):
     scripted({3: dict.fromkeys(range(5), 20), 4: {0: 10, 1: 12, 2: 12, 3: 14, 4: 14}})
     sets.pop("far")
     options = {**DECODING, **EVERY_STEP, **QUICK, "max_steps": 4, "eval_dataset": sets}
     with pytest.raises(KeyboardInterrupt):
-        make_trainer([Interruption(3)], retention_action="stop", **options, **RETENTION).train()
+        make_trainer([interrupt(3)], retention_action="stop", **options, **RETENTION).train()
     resumed = make_trainer(retention_action="stop", resume_from_checkpoint="true", **options, **RETENTION)
     resumed.train(resume_from_checkpoint=find_checkpoint(resumed.args))
     assert resumed.state.global_step == 3  # 2 points above the checkpoint's, 4 above the base model's
@@ -504,7 +491,9 @@ trainer.accelerator.end_training()
 """
 
 
-def test_two_processes_count_the_same_errors_as_one(make_trainer, tiny_rows, tiny_corpus, talkative_model, tmp_path):
+def test_two_processes_count_the_same_errors_as_one(
+    make_trainer, tiny_rows, tiny_corpus, talkative_model, tmp_path, launch
+):
     options = {
         "model_name_or_path": talkative_model, "validation_file": ["many=a", "few=b"], "eval_max_new_tokens": 4,
         # Batches of a row each: of three, two processes get two and two, one of them a repeated row.
@@ -521,19 +510,14 @@ def test_two_processes_count_the_same_errors_as_one(make_trainer, tiny_rows, tin
 
     script = tmp_path / "train.py"
     script.write_text(DISTRIBUTED_SCRIPT, encoding="utf-8")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", REPOSITORY / "accelerate_configs/cpu.yaml", "--main_process_port", 0,
+    arguments = [
         script, tmp_path / "two", "--train_file", tiny_corpus.jsonl, "--eval_cer",
         "--average_best", "--output_dir", tmp_path / "two_run", "--cache_dir", tmp_path / "cache", "--use_cpu", "true",
         "--preprocessing_num_workers", 1, "--disable_tqdm", "true",
     ]  # fmt: skip
     for key, value in options.items():
-        command += [f"--{key}", *(value if isinstance(value, list) else [value])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
-    )
+        arguments += [f"--{key}", *(value if isinstance(value, list) else [value])]
+    done = launch(*arguments, config=REPOSITORY / "accelerate_configs/cpu.yaml")
     assert done.returncode == 0, done.stderr[-4000:]
     two = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("two.[0-9]"))]
 
