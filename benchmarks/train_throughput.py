@@ -1,16 +1,18 @@
 """Audio seconds per second of the real Trainer loop, from cached features; a JSON line for each configuration.
 
 python benchmarks/train_throughput.py --modes llm_only adaptor_only:encoder all lora:encoder --batch_seconds auto
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 benchmarks/train_throughput.py ...
 python benchmarks/train_throughput.py --size tiny --modes llm_only all --batch_seconds 60 --steps 6   # on a CPU
 
-`--naive SECONDS` measures in the same run what a plain loop reaches with the same model and rows: random batches,
-padded to the longest, autocast, logits at every position, AdamW without options. Other options go to the Trainer
-(`--torch_compile true`).
+`--naive SECONDS` measures in the same run, before the Trainer, what a plain loop reaches with the same model and rows:
+random batches, padded to the longest, autocast, logits at every position, AdamW without options. Other options go to
+the Trainer (`--compile_layers true`).
 """
 
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +34,8 @@ from hf_speechllm.training.trainer import SpeechLLMTrainer
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 
 
-def measure(mode: str, options, model, processor, rows, others: list[str]) -> dict:
-    """Steps of the Trainer; the median of the log lines after the warm-up."""
+def read_options(mode: str, options, folder: str, others: list[str]):
+    """The Trainer's arguments for a mode."""
     name, _, level = mode.partition(":")
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     config.pop("save_steps"), config.pop("save_total_limit")
@@ -41,39 +43,55 @@ def measure(mode: str, options, model, processor, rows, others: list[str]) -> di
         "model_name_or_path": options.size, "train_file": "made-up", "max_steps": options.warmup + options.steps,
         "per_device_train_batch_seconds": options.batch_seconds, "logging_steps": max(1, options.steps // 4),
         "cache_level": level or "fbank", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "use_cpu": options.device == "cpu",
+        "use_cpu": options.device == "cpu", "output_dir": folder, "cache_dir": folder,
     }  # fmt: skip
+    file = Path(folder) / "config.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return parse_arguments([str(file), *others])
+
+
+def prepare(model, args):
+    """The model with what is trained set, and with adapters."""
     model.requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump({**config, "output_dir": folder, "cache_dir": folder}), encoding="utf-8")
-        args = parse_arguments([str(file), *others])
-        freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
-        if args.use_lora:
-            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        if level:
-            rows = add_encoded(rows, model, processor, level, args)
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        trainer = SpeechLLMTrainer(
-            model=model, args=args, train_dataset=rows, data_collator=SpeechLLMCollator(processor),
-            processing_class=processor,
-        )  # fmt: skip
-        trainer.train()
+    freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
+    if args.use_lora:
+        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    return model
+
+
+def measure(args, options, model, processor, rows) -> dict:
+    """Steps of the Trainer; the median of the log lines after the warm-up."""
+    model = prepare(model, args)
+    if args.cache_level != "fbank":
+        rows = add_encoded(rows, model, processor, args.cache_level, args)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer = SpeechLLMTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=SpeechLLMCollator(processor),
+        processing_class=processor,
+    )  # fmt: skip
+    trainer.train()
+    memory = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
+    engine = type(trainer.model_wrapped).__name__
+    if args.use_lora:
+        trainer.model.unload()
     lines = [line for line in trainer.state.log_history if "audio_seconds_per_second" in line]
     lines = sorted(
         (line for line in lines if line["step"] > options.warmup), key=lambda line: line["audio_seconds_per_second"]
     )
     keys = ("audio_seconds_per_second", "padding_share", "data_wait_share", "model_flop_utilization")
     result = {key: lines[len(lines) // 2].get(key) for key in keys}
-    memory = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
-    return {**result, "batch_seconds": args.per_device_train_batch_seconds, "peak_memory_gb": memory}
+    return {
+        "engine": engine, "processes": args.world_size, **result, "batch_seconds": args.per_device_train_batch_seconds,
+        "peak_memory_gb": memory,
+    }  # fmt: skip
 
 
-def measure_naive(options, model, processor, rows) -> float:
-    """Audio seconds per second of a plain loop that trains what `model` leaves trainable."""
+def measure_naive(args, options, base, processor, rows) -> float:
+    """Audio seconds per second of a plain loop; nothing is cached but fbank."""
+    model = prepare(base, args)
     seconds = row_seconds(rows)
-    size = max(1, int(options.batch_seconds / seconds.max()))
+    size = max(1, int(options.naive / seconds.max()))
     collator = SpeechLLMCollator(processor)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     loader = torch.utils.data.DataLoader(
@@ -84,7 +102,7 @@ def measure_naive(options, model, processor, rows) -> float:
     model.train()
     audio, started = 0.0, 0.0
     for step, batch in enumerate(loader):
-        if step == options.warmup + options.steps:
+        if step == options.warmup + options.naive_steps:
             break
         if step == options.warmup:
             synchronize(options.device)
@@ -100,7 +118,11 @@ def measure_naive(options, model, processor, rows) -> float:
         optimizer.step()
         optimizer.zero_grad()
     synchronize(options.device)
-    return audio / (time.perf_counter() - started)
+    speed = audio / (time.perf_counter() - started)
+    optimizer.zero_grad()
+    if args.use_lora:
+        model.unload()
+    return speed
 
 
 def synchronize(device: str) -> None:
@@ -115,26 +137,34 @@ def main() -> None:
         "--modes",
         nargs="+",
         default=["llm_only"],
-        help="files of recipes/configs, with :encoder or :adaptor to cache their output; lora last",
+        help="files of recipes/configs, with :encoder or :adaptor to cache their output",
     )
     parser.add_argument("--batch_seconds", default="600", help="padded audio seconds in a batch")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--naive", type=float, default=0.0, help="also measure a plain loop, with this batch_seconds")
+    parser.add_argument("--naive_steps", type=int, default=8)
     options, others = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as recipes/finetune.py
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model, processor = make_model(options.size, options.device)
     rows = make_rows(options.rows)
-    for mode in options.modes:
-        line = {"mode": mode, "size": options.size, "steps": options.steps, "options": others}
-        line |= measure(mode, options, model, processor, rows, others)
-        if options.naive:
-            naive = argparse.Namespace(**{**vars(options), "batch_seconds": options.naive})
-            line["naive"] = measure_naive(naive, model, processor, rows)
-            line["ratio"] = line["audio_seconds_per_second"] / line["naive"]
-        print(json.dumps({**line, **environment()}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {mode: read_options(mode, options, folder, others) for mode in options.modes}
+        naive = {}
+        if options.naive:  # first, since the Trainer changes how the model computes
+            naive = {mode: measure_naive(args, options, model, processor, rows) for mode, args in arguments.items()}
+        for mode, args in arguments.items():
+            line = {"mode": mode, "size": options.size, "steps": options.steps, "options": others}
+            line |= measure(args, options, model, processor, rows)
+            if naive:
+                line |= {"naive": naive[mode], "ratio": line["audio_seconds_per_second"] / naive[mode]}
+            if args.should_log:
+                print(json.dumps({**line, **environment()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -115,37 +116,33 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         length, shift = (self.sampling_rate * ms // 1000 for ms in (self.frame_length, self.frame_shift))
         if self.dither or any(len(waveform) < length for waveform in waveforms):
             return [self.stack(self.fbank(waveform)).to(device) for waveform in waveforms]
-        samples = torch.cat([torch.as_tensor(waveform, dtype=torch.float32) for waveform in waveforms])
-        if torch.device(device).type == "cuda":
-            samples = samples.pin_memory()
-        samples = samples.to(device, non_blocking=True) * self.waveform_scale
+        on_gpu = torch.device(device).type == "cuda"
         sizes = torch.tensor([len(waveform) for waveform in waveforms])
         frames = (sizes - length) // shift + 1
         stacks = (frames + self.stride_lfr - 1) // self.stride_lfr
+        # Copied once, into memory that the GPU reads by itself.
+        samples = torch.empty(int(sizes.sum()), pin_memory=on_gpu)
+        torch.cat([torch.as_tensor(waveform, dtype=torch.float32) for waveform in waveforms], out=samples)
+        samples = samples.to(device, non_blocking=True)
+        num_frames, num_stacks, lengths = int(frames.sum()), int(stacks.sum()), stacks.tolist()
+        table = torch.stack([sizes, frames, stacks])
+        sizes, frames, stacks = (table.pin_memory() if on_gpu else table).to(device, non_blocking=True)
         # Where each frame begins; then, for each stack, which frames it takes.
-        starts = (_offsets(sizes) - _offsets(frames) * shift).repeat_interleave(frames)
-        starts = (starts + torch.arange(len(starts)) * shift).to(device)
-        first = _offsets(frames).repeat_interleave(stacks)
-        middle = torch.arange(len(first)) - _offsets(stacks).repeat_interleave(stacks)
-        taken = middle.unsqueeze(1) * self.stride_lfr + torch.arange(self.num_frames_lfr)
-        taken = (taken - (self.num_frames_lfr - 1) // 2).clamp(min=0)
-        taken = first.unsqueeze(1) + taken.minimum((frames.repeat_interleave(stacks) - 1).unsqueeze(1))
-        filterbank, window = self._filterbank(device), _window(self.window_type, length).to(device)
+        starts = (_offsets(sizes) - _offsets(frames) * shift).repeat_interleave(frames, output_size=num_frames)
+        starts = starts + torch.arange(num_frames, device=device) * shift
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(stacks, output_size=num_stacks)
+        middle = (torch.arange(num_stacks, device=device) - _offsets(stacks)[rows]) * self.stride_lfr
+        taken = middle.unsqueeze(1) + torch.arange(self.num_frames_lfr, device=device)
+        taken = (taken - (self.num_frames_lfr - 1) // 2).clamp(min=0).minimum((frames[rows] - 1).unsqueeze(1))
+        taken = taken + _offsets(frames)[rows].unsqueeze(1)
+        window, filterbank = _tables(
+            self.window_type, self.sampling_rate, length, self.feature_size, self.waveform_scale, str(device)
+        )
         pieces = [  # a chunk at a time, so that memory does not grow with the batch
             _log_mel(samples[chunk.unsqueeze(1) + torch.arange(length, device=device)], window, filterbank)
             for chunk in starts.split(FRAMES_AT_ONCE)
         ]
-        stacked = torch.cat(pieces)[taken.to(device)].flatten(1)
-        return list(stacked.split(stacks.tolist()))
-
-    def _filterbank(self, device: torch.device | str) -> torch.Tensor:
-        from torchaudio.compliance import kaldi  # heavy, and not needed to load a model
-
-        padded = 1 << (self.sampling_rate * self.frame_length // 1000 - 1).bit_length()
-        banks, _ = kaldi.get_mel_banks(
-            self.feature_size, padded, float(self.sampling_rate), 20.0, 0.0, 100.0, -500.0, 1.0
-        )
-        return functional.pad(banks, (0, 1)).T.to(device)  # nothing of the highest bin
+        return list(torch.cat(pieces)[taken].flatten(1).split(lengths))
 
     def __call__(
         self,
@@ -181,6 +178,19 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
 
 def _offsets(sizes: torch.Tensor) -> torch.Tensor:
     return sizes.cumsum(0) - sizes
+
+
+@lru_cache(maxsize=8)
+def _tables(
+    window_type: str, sampling_rate: int, length: int, num_mel_bins: int, scale: float, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window, times `scale`, and the mel filters, shape = (bins of the spectrum, mel bins), on a device."""
+    from torchaudio.compliance import kaldi  # heavy, and not needed to load a model
+
+    padded = 1 << (length - 1).bit_length()
+    banks, _ = kaldi.get_mel_banks(num_mel_bins, padded, float(sampling_rate), 20.0, 0.0, 100.0, -500.0, 1.0)
+    filterbank = functional.pad(banks, (0, 1)).T  # nothing of the highest bin
+    return (_window(window_type, length) * scale).to(device), filterbank.to(device)
 
 
 def _window(name: str, length: int) -> torch.Tensor:

@@ -50,7 +50,7 @@ def supervised_loss(
         positions = label_positions(labels)
     targets = labels.flatten()[positions + 1]
     states = hidden_states.flatten(0, 1)[positions]
-    count = torch.tensor(len(positions), device=labels.device)
+    count = torch.full((), len(positions), device=labels.device)  # filled there: a copy would stall the host
     if len(positions) <= POSITIONS_PER_CHUNK:
         total, correct = _sums(states, targets, head)
     else:

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
+from .attention import causal_masks
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .loss import supervised_loss
 
@@ -247,6 +248,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep: without labels, how many last positions (0: all) get logits.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
             label_positions: of `loss.label_positions`, computed on the host: spares a GPU's queue from running empty.
+                Only for rows that are padded on the right.
             encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
                 then theirs.
             audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
@@ -257,11 +259,14 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio_tokens is not None:
-                lengths = torch.tensor([len(audio_tokens)], device=input_ids.device)
+                lengths = torch.full((1,), len(audio_tokens), device=input_ids.device)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio_tokens.unsqueeze(0), lengths)
             elif input_features is not None or encoder_states is not None:
                 audio = self._audio_tokens(input_features, input_features_mask, encoder_states)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
+        if labels is not None and label_positions is not None:
+            # Padding is on the right, so that the causal mask alone hides it.
+            attention_mask = causal_masks(self.llm.config)
         outputs = self.llm.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -13,6 +13,7 @@ What the command line says goes before what the YAML says. All options: --help.
 """
 
 import logging
+import os
 import sys
 
 from hf_speechllm.training.arguments import parse_arguments
@@ -21,6 +22,8 @@ logger = logging.getLogger("finetune")
 
 
 def main() -> None:
+    # Every batch has a shape of its own: segments that can grow keep a GPU's memory from falling to pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     args = parse_arguments(description=__doc__)
 
     # After the arguments, so that a wrong one is told at once.

@@ -12,6 +12,7 @@ import torch
 from transformers import BatchFeature
 
 from .. import chat
+from ..attention import spare_the_host
 from ..audio import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
 from ..downloads import redact
@@ -116,6 +117,8 @@ class Transcriber:
         vad: VoiceDetector | None = None,
     ):
         self.model = model.eval()
+        if model.device.type == "cuda":
+            spare_the_host(model)
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens

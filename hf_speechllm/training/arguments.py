@@ -110,6 +110,10 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         60.0, "Padded audio seconds in a batch on one device; auto (or 0): as many as the GPU's memory takes."
     )
     per_device_eval_batch_seconds: float | None = _option(None, "The same for validation (default: as for training).")
+    compile_layers: bool = _option(
+        False,
+        "Compile the layers of encoder, adaptor and LLM (torch.compile): faster steps after some minutes of warm-up.",
+    )
     # Validation by decoding
     eval_cer: bool = _option(
         False,

@@ -3,6 +3,7 @@ processes that die or hang."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import traceback
@@ -105,14 +106,28 @@ class LostRows:
             )
 
 
+@dataclass
+class _Step:
+    """A step whose gradient may not be finite: what is needed to tell of it later."""
+
+    number: int
+    norm: torch.Tensor
+    losses: list[torch.Tensor]
+    epoch: int
+    dealt: int  # batches of the epoch, with those of this step
+
+
 class BadSteps:
     """Leaves out steps whose loss or gradient is not finite, on all ranks alike: they share the gradient's norm.
+
+    A fused optimizer leaves the step out by itself, by a flag that stays on the device; the host reads the norm when
+    the next step is launched, and so never waits for the GPU.
 
     Args:
         trainer: whose steps these are.
 
     Attributes:
-        count: steps that were left out since the start.
+        count: steps that were left out since the start, and are known.
     """
 
     def __init__(self, trainer: SpeechLLMTrainer):
@@ -120,24 +135,69 @@ class BadSteps:
         self.count = 0
         self.losses: list[torch.Tensor] = []  # of the batches of the step
         self._in_a_row = 0
+        self._open: tuple[_Step, torch.cuda.Event | None] | None = None
 
     def check(self, model, grad_norm: torch.Tensor | float) -> None:
-        """Takes the gradients away if the norm is not finite, so that the optimizer has nothing to do.
+        """Sees to it that the optimizer does nothing if the norm is not finite.
 
         Raises:
             FaultError: after more than `--max_bad_steps` such steps in a row.
         """
-        losses, self.losses = self.losses, []
-        norm = float(grad_norm)
+        self.settle()
+        trainer, position = self.trainer, self.trainer.position
+        epoch, dealt = (position.epoch, position.dealt) if position is not None else (0, 0)
+        norm = torch.as_tensor(grad_norm).detach()
+        step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
+        self.losses = []
+        optimizer = self._skipping_optimizer(norm)
+        if optimizer is not None:
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            event = None
+            if norm.is_cuda:
+                step.norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            self._open = step, event
+            return
+        if not torch.isfinite(norm):
+            model.zero_grad(set_to_none=True)
+        self._close(step)
+
+    def settle(self) -> None:
+        """Counts the last step if it was left out.
+
+        Raises:
+            FaultError: as `check`.
+        """
+        if self._open is None:
+            return
+        (step, event), self._open = self._open, None
+        if event is not None:
+            event.synchronize()
+        self._close(step)
+
+    def _skipping_optimizer(self, norm: torch.Tensor) -> torch.optim.Optimizer | None:
+        """The optimizer, if it can leave a step out by itself and the norm is on its device."""
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or type(norm) is not torch.Tensor:
+            return None
+        groups = optimizer.param_groups
+        fused = all(group.get("fused") for group in groups)
+        plain = all(type(parameter.data) is torch.Tensor for group in groups for parameter in group["params"])
+        return optimizer if fused and plain and not self.trainer.is_fsdp_enabled else None
+
+    def _close(self, step: _Step) -> None:
+        norm = float(step.norm)
         if np.isfinite(norm):
             self._in_a_row = 0
             return
-        model.zero_grad(set_to_none=True)
         self.count += 1
         self._in_a_row += 1
-        limit, step = self.trainer.args.max_bad_steps, self.trainer.state.global_step + 1
-        path = self._dump(step, [loss.item() for loss in losses], norm)
-        logger.warning("step %d is left out: its gradient is not finite; the batch is described in %s", step, path)
+        limit = self.trainer.args.max_bad_steps
+        path = self._dump(step, [loss.item() for loss in step.losses], norm)
+        logger.warning(
+            "step %d is left out: its gradient is not finite; the batch is described in %s", step.number, path
+        )
         if self._in_a_row > limit:
             raise FaultError(
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite (--max_bad_steps "
@@ -145,27 +205,30 @@ class BadSteps:
                 "--resume_from_checkpoint last and a lower learning rate, or mend the rows"
             )
 
-    def _dump(self, step: int, losses: Sequence[float], norm: float) -> Path:
+    def _dump(self, step: _Step, losses: Sequence[float], norm: float) -> Path:
         trainer = self.trainer
         folder = Path(trainer.args.output_dir) / BAD_STEPS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step}-rank-{trainer.args.process_index}.json"
+        path = folder / f"step-{step.number}-rank-{trainer.args.process_index}.json"
         batches = [
             {"loss": repr(loss), "rows": [self._describe(row) for row in rows]}
-            for loss, rows in zip(losses, self._batches(len(losses)), strict=False)
+            for loss, rows in zip(losses, self._batches(step), strict=False)
         ]
         with atomic_write(path) as file:
-            json.dump({"step": step, "gradient_norm": repr(norm), "batches": batches}, file, indent=1)
+            json.dump({"step": step.number, "gradient_norm": repr(norm), "batches": batches}, file, indent=1)
         return path
 
-    def _batches(self, number: int) -> Iterator[list[dict[str, Any]]]:
-        """The rows of the last batches; unknown, and so empty, of a stream."""
-        position = self.trainer.position
+    def _batches(self, step: _Step) -> Iterator[list[dict[str, Any]]]:
+        """The rows of a step's batches; unknown, and so empty, of a stream."""
+        position, number = self.trainer.position, len(step.losses)
         if position is None:
             yield from [[]] * number
             return
-        first = position.dealt - position.skipped - number
-        for keys in islice(iter(position.sampler), first, first + number):
+        sampler = copy.copy(position.sampler)
+        sampler.set_epoch(step.epoch)  # the run may be in the next one already
+        skipped = position.skipped if step.epoch == position.epoch else 0
+        first = step.dealt - skipped - number
+        for keys in islice(iter(sampler), first, first + number):
             yield self.trainer.train_loader.dataset.__getitems__(keys)
 
     def _describe(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +257,7 @@ def fault_counts(trainer: SpeechLLMTrainer) -> dict[str, int]:
         BadDataError: if all ranks together have lost too many rows.
     """
     counts = {}
+    trainer.bad_steps.settle()
     if trainer.reads_recordings:
         lost = torch.tensor(len(trainer.lost_rows.places), device=trainer.args.device)
         counts["bad_rows"] = int(trainer.accelerator.reduce(lost, "sum"))

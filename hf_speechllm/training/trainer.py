@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..attention import spare_the_host
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.loader import StreamLoader
 from ..data.stream import RowStream
@@ -20,6 +21,7 @@ from ..modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds, run_in_halves
 from .callbacks import TrainingCurve, ValidationTable
+from .compilation import compile_layers
 from .faults import BadSteps, LostRows, check_loss, fault_counts, loader_fault
 from .flops import FlopCounter
 from .loaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
@@ -52,7 +54,7 @@ class SpeechLLMTrainer(ResumableTrainer):
         selection: which weights remained at the end of training, in words; `None` if they are simply the last.
 
     Raises:
-        ValueError: if `--average_best` is asked for with DeepSpeed or FSDP.
+        ValueError: if `--average_best` or `--compile_layers` is asked for with DeepSpeed or FSDP.
     """
 
     args: SpeechLLMTrainingArguments
@@ -66,6 +68,14 @@ class SpeechLLMTrainer(ResumableTrainer):
         self.stream_loader: StreamLoader | None = None
         self.train_loader: BudgetDataLoader | None = None
         self.last_inputs: dict[str, torch.Tensor] | None = None  # of the batch that was trained on last
+        if self.args.device.type == "cuda":
+            spare_the_host(self.model)
+        if self.args.compile_layers:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    "--compile_layers joins layers, but DeepSpeed and FSDP need them one by one: leave it"
+                )
+            compile_layers(self.model)
         self.add_callback(TrainingCurve)
         self.add_callback(ValidationTable)
         self.retention_guard = set_up_selection(self)
@@ -169,6 +179,7 @@ class SpeechLLMTrainer(ResumableTrainer):
         return result
 
     def _finalize_training(self, *args) -> TrainOutput:
+        self.bad_steps.settle()
         self.writer.finish()
         if self.preemption.stopped:
             self.is_in_train = False
@@ -188,6 +199,12 @@ class SpeechLLMTrainer(ResumableTrainer):
             self.position.dealt += 1
         self.bad_steps.losses.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)  # one that is not would be all that the log tells
+
+    def _prepare_input(self, data):
+        # The parent's copy makes the host wait until the GPU has done all that came before.
+        if isinstance(data, torch.Tensor) and data.is_pinned() and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -238,6 +255,11 @@ class SpeechLLMTrainer(ResumableTrainer):
             self.lost_rows.take(batch)
         self.progress.add_batches(batches, time.perf_counter() - start)
         return batches, num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # Of one process alone it stays on the host: its way to the GPU is one more that the host waits for.
+        device = device if self.args.world_size > 1 else torch.device("cpu")
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the parent's; counts tokens that are predicted right."""
