@@ -264,12 +264,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             elif input_features is not None or encoder_states is not None:
                 audio = self._audio_tokens(input_features, input_features_mask, encoder_states)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
-        if labels is not None and label_positions is not None:
-            # Padding is on the right, so that the causal mask alone hides it.
-            attention_mask = causal_masks(self.llm.config)
+        # With label positions, padding is on the right, so that the causal mask alone hides it.
+        causal = labels is not None and label_positions is not None
         outputs = self.llm.get_decoder()(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
