@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from .chat import IGNORE_INDEX
 
@@ -33,8 +35,9 @@ def supervised_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy of the next token.
 
-    Where there are many supervised positions, they go through the head in chunks, whose logits are computed again for
-    the gradient: memory then does not grow with the batch.
+    The supervised positions go through a linear head in chunks, and each chunk's gradient is computed with its loss:
+    memory does not grow with the batch, and no logits are computed twice. Another head (with adapters, a bias, or a
+    forward pass that some library has replaced) is called as it is, with all positions.
 
     Args:
         hidden_states: shape = (batch, tokens, width).
@@ -51,23 +54,74 @@ def supervised_loss(
     targets = labels.flatten()[positions + 1]
     states = hidden_states.flatten(0, 1)[positions]
     count = torch.full((), len(positions), device=labels.device)  # filled there: a copy would stall the host
-    if len(positions) <= POSITIONS_PER_CHUNK:
-        total, correct = _sums(states, targets, head)
+    if type(head) is nn.Linear and head.bias is None and "forward" not in vars(head):
+        total, correct = _called_as(
+            head, lambda states: _LinearCrossEntropy.apply(states, head.weight, targets), states
+        )
     else:
-        sums = [
-            checkpoint(_sums, chunk, target, head, use_reentrant=False, preserve_rng_state=False)
-            for chunk, target in zip(
-                states.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True
-            )
-        ]
-        total, correct = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+        logits = head(states).float()
+        total = functional.cross_entropy(logits, targets, reduction="sum")
+        correct = (logits.detach().argmax(-1) == targets).sum()
     items = count.clamp(min=1)
     return total / (items if num_items_in_batch is None else num_items_in_batch), count, correct / items
 
 
-def _sums(states: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    # Upcast as transformers' own loss does: bf16 log-sum-exp over 150,000 words loses digits.
-    logits = head(states).float()
-    with torch.no_grad():
-        correct = (logits.argmax(-1) == targets).sum()
-    return functional.cross_entropy(logits, targets, reduction="sum"), correct
+def _called_as(module: nn.Module, forward: Callable, *args) -> Any:
+    """Calls `forward` in place of a module's own, once.
+
+    DeepSpeed and FSDP gather the module's weight for the call, on all ranks together: as many calls on each.
+    """
+    module.forward = forward
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `states @ weight.T`, and how many targets have the largest logit."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+        """Args: shapes = (positions, width), (vocabulary, width), (positions,)."""
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        needs_states, needs_weight = ctx.needs_input_grad[:2]
+        cast = weight.to(dtype)
+        total = torch.zeros((), device=states.device)
+        correct = torch.zeros((), dtype=torch.long, device=states.device)
+        grad_states = torch.empty_like(states) if needs_states else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(states), POSITIONS_PER_CHUNK):
+                chunk = slice(start, start + POSITIONS_PER_CHUNK)
+                inputs, target = states[chunk].to(dtype), targets[chunk].unsqueeze(-1)
+                # Upcast as transformers' own loss does: bf16 log-sum-exp over 150,000 words loses digits.
+                logits = (inputs @ cast.T).float()
+                correct += (logits.argmax(-1) == targets[chunk]).sum()
+                normalizer = logits.logsumexp(-1, keepdim=True)
+                total += (normalizer - logits.gather(-1, target)).sum()
+                if not (needs_states or needs_weight):
+                    continue
+                # The gradient of the logits: probabilities, less one at the target.
+                grad = logits.sub_(normalizer).exp_()
+                grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
+                grad = grad.to(dtype)
+                if grad_states is not None:
+                    grad_states[chunk] = (grad @ cast).to(states.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad.T @ inputs
+        ctx.save_for_backward(grad_states, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor, _):
+        """The gradients of `forward`, scaled."""
+        grad_states, grad_weight = ctx.saved_tensors
+        if grad_states is not None:
+            grad_states = grad_states * grad_total.to(grad_states.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_states, grad_weight, None

@@ -182,6 +182,7 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         False, "Must stay false: the collator reads columns that the model does not."
     )
     ddp_find_unused_parameters: bool | None = _option(False, "All that is trained is used in every step.")
+    ddp_broadcast_buffers: bool | None = _option(False, "Buffers are constants: no rank has to wait for them.")
     hub_private_repo: bool | None = _option(True, "Whether a repository that --push_to_hub creates is private.")
     hub_strategy: str = _option("end", "Must stay `end`: the finished model is pushed, checkpoints are not.")
 
