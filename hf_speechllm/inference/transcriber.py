@@ -185,7 +185,7 @@ class Transcriber:
                 batches = self._segmented(listeners, requests, seconds)
 
             def prepare(batch):
-                return batch if isinstance(batch, Transcript) else self._prepare(requests, batch)
+                return batch if isinstance(batch, Transcript) else self._prepare(listeners, requests, batch)
 
             room = max(PREFETCHED_BATCHES, self.num_workers)
             for result in in_background(loaders, prepare, ((batch, 1.0) for batch in batches), room):
@@ -292,22 +292,26 @@ class Transcriber:
         ] or Transcript(index)
 
     def _prepare(
-        self, requests: Sequence[Request], batch: list[Piece]
+        self, pool: ThreadPoolExecutor, requests: Sequence[Request], batch: list[Piece]
     ) -> tuple[list[Transcript], list[Piece], BatchFeature | None]:
         """What failed to load, the other pieces, and the model's inputs for these."""
-        failed, decodable, dialogues, waveforms = [], [], [], []
-        for piece in batch:
-            dialogue = requests[piece.index].dialogue
+
+        def load(piece: Piece) -> list[np.ndarray] | AudioError:
+            if piece.waveform is not None:
+                return [piece.waveform]
             try:
-                if piece.waveform is not None:
-                    loaded = [piece.waveform]
-                else:
-                    loaded = [load_audio(source, self.processor.sampling_rate) for source in dialogue.recordings]
+                recordings = requests[piece.index].dialogue.recordings
+                return [load_audio(source, self.processor.sampling_rate) for source in recordings]
             except AudioError as error:
-                failed.append(Transcript(piece.index, error=str(error)))
+                return error
+
+        failed, decodable, dialogues, waveforms = [], [], [], []
+        for piece, loaded in zip(batch, pool.map(load, batch), strict=True):
+            if isinstance(loaded, AudioError):
+                failed.append(Transcript(piece.index, error=str(loaded)))
                 continue
             decodable.append(piece)
-            dialogues.append(dialogue)
+            dialogues.append(requests[piece.index].dialogue)
             waveforms += loaded
         inputs = None
         if decodable:

@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
         model.requires_grad_(False)
         model = add_lora(model, 2, 4, 0.0).eval()
     expected = losses_and_gradients(model, batches)
-    assert compile_layers(model, backend="aot_eager") >= 3
+    assert compile_layers(model, backend="eager" if lora else "aot_eager") >= 3
     torch._dynamo.utils.counters.clear()
     assert_alike(losses_and_gradients(model, batches[:2]), expected[:2])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
