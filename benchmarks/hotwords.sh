@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Does a model still listen to hotwords after fine-tuning? Real voices (Free Spoken Digit Dataset), four-digit codes as hotwords.
 #   bash benchmarks/hotwords.sh DATA_DIR OUTPUT_DIR
-# A small base model learns digits, then to copy a code from a list, then to choose it among others: `base`. It is fine-tuned on
-# one speaker's new recordings in three ways: `without` hotwords, with the `true` ones alone, and `with` distractors, where
-# some rows get no list. All decode new codes without a list, with a list that holds the code, and with other codes alone.
-# DATA_DIR: with train/ and test/, each wav.scp, text and utt2spk (Kaldi). BASE_STEPS sets the longest stage.
+# A small model learns digits; then its LLM learns to choose a code from a list, first with the first digit alone to go by
+# (`choose`), then with two of four (`base`). That is fine-tuned on one speaker's new recordings in three ways: `without`
+# hotwords, with the `true` ones alone, and `with` distractors, where some rows get no list. All decode new codes without a
+# list, with a list that holds the code, and with other codes alone.
+# DATA_DIR: with train/ and test/, each wav.scp, text and utt2spk (Kaldi). CHOOSE_STEPS sets the longest stage.
 set -euo pipefail
 data=$1 out=$2
 export TOKENIZERS_PARALLELISM=false
@@ -20,13 +21,16 @@ train() { # MODEL ROWS STEPS NAME [options]
         --output_dir "$out/$4" --per_device_train_batch_seconds 60 --eval_strategy no --disable_tqdm true "${@:5}"
 }
 plain="--spec_augment false --tempo_perturb 0"
-steady="$plain --lr_scheduler_type constant_with_warmup --warmup_steps 20 --hotword_dropout 0.05"
+# Encoder and adaptor know the digits by then. The LLM copies any word of the list first; it chooses after 1,000 steps or more.
+lists="$plain --freeze_audio_encoder true --freeze_audio_adaptor true --cache_level adaptor
+    --lr_scheduler_type constant_with_warmup --warmup_steps 20 --hotword_distractors 3 --hotword_dropout 0.1"
+tuned="$plain --learning_rate 5e-4"
 train "$out/init" "$out/data/clean.jsonl" 800 digits --hotword_dropout 1
-train "$out/digits" "$out/data/base.jsonl" 300 copy $steady --hotword_distractors 1
-train "$out/copy" "$out/data/base.jsonl" "${BASE_STEPS:-1200}" base $steady --hotword_distractors 3
-train "$out/base" "$out/data/adapt.jsonl" 200 without $plain --learning_rate 5e-4 --hotword_dropout 1
-train "$out/base" "$out/data/adapt.jsonl" 200 true $plain --learning_rate 5e-4
-train "$out/base" "$out/data/adapt.jsonl" 200 with $plain --learning_rate 5e-4 --hotword_distractors 3 --hotword_dropout 0.3
+train "$out/digits" "$out/data/choose.jsonl" "${CHOOSE_STEPS:-2000}" choose $lists --learning_rate 2e-3
+train "$out/choose" "$out/data/base.jsonl" 600 base $lists
+train "$out/base" "$out/data/adapt.jsonl" 400 without $tuned --hotword_dropout 1
+train "$out/base" "$out/data/adapt.jsonl" 400 true $tuned
+train "$out/base" "$out/data/adapt.jsonl" 400 with $tuned --hotword_distractors 3 --hotword_dropout 0.3
 
 for model in base without true with; do
     for list in none list others; do

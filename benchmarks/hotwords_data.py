@@ -6,9 +6,10 @@ A code is four recordings of one speaker, 50 ms apart; its transcript and its ho
 Two of its last three digits are lost, as on a bad line: bursts of noise stand for them, so that the sound alone does
 not tell the code, and a list can. Training uses the training takes, the test the test takes and codes of its own.
 
-Written are `clean.jsonl` (no digit lost) and `base.jsonl` of four speakers, `adapt.jsonl` of one of them, and its test
-with three lists a row: `test_none.jsonl`, `test_list.jsonl` (the code among others), `test_others.jsonl` (others
-alone); `lines.txt` trains the tokenizer, so that each digit is a token and the header of hotwords costs few.
+Written are `clean.jsonl` (no digit lost), `choose.jsonl` (all but the first digit lost) and `base.jsonl` (two lost) of
+four speakers, `adapt.jsonl` (two lost) of one of them, and its test with three lists a row: `test_none.jsonl`,
+`test_list.jsonl` (the code among others), `test_others.jsonl` (others alone); `lines.txt` trains the tokenizer, so
+that each digit is a token and the header of hotwords costs few.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path, help="with train/ and test/, each text, utt2spk and wav.scp")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--clean_rows", type=int, default=3000)
-    parser.add_argument("--base_rows", type=int, default=12000)
+    parser.add_argument("--base_rows", type=int, default=12000, help="of choose.jsonl and of base.jsonl")
     parser.add_argument("--adapt_rows", type=int, default=1500)
     parser.add_argument("--test_rows", type=int, default=300)
     args = parser.parse_args()
@@ -74,22 +75,17 @@ def main() -> None:
 
     train, test = (read_takes(args.data_dir / split) for split in ("train", "test"))
 
-    def rows(name: str, number: int, speakers: tuple[str, ...], lossy: bool) -> list[dict]:
+    def rows(name: str, number: int, speakers: tuple[str, ...], lost: int) -> list[dict]:
         return [
-            record(
-                f"{name}-{index:05d}",
-                train,
-                str(rng.choice(speakers)),
-                str(rng.choice(train_codes)),
-                LOST_DIGITS if lossy else 0,
-            )
+            record(f"{name}-{index:05d}", train, str(rng.choice(speakers)), str(rng.choice(train_codes)), lost)
             for index in range(number)
         ]
 
     written = {
-        "clean": rows("clean", args.clean_rows, SPEAKERS, lossy=False),
-        "base": rows("base", args.base_rows, SPEAKERS, lossy=True),
-        "adapt": rows("adapt", args.adapt_rows, (ADAPTED,), lossy=True),
+        "clean": rows("clean", args.clean_rows, SPEAKERS, lost=0),
+        "choose": rows("choose", args.base_rows, SPEAKERS, lost=NUM_DIGITS - 1),
+        "base": rows("base", args.base_rows, SPEAKERS, lost=LOST_DIGITS),
+        "adapt": rows("adapt", args.adapt_rows, (ADAPTED,), lost=LOST_DIGITS),
     }
     tested = [record(f"test-{code}", test, ADAPTED, code, LOST_DIGITS) for code in test_codes]
     others = [[word for word in rng.permutation(test_codes) if word != code][:LIST_LENGTH] for code in test_codes]
