@@ -17,7 +17,7 @@ from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
 from .dataset import FRAMES_PER_SECOND, too_long
 from .kaldi import measure_recording, speech_length
-from .sampler import BudgetBatchSampler
+from .sampler import ROW_COST, BudgetBatchSampler
 from .shards import expand, read_shard, shards_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class RowStream(IterableDataset):
                     window.append(row)
                     seconds.append(row["num_frames"] / FRAMES_PER_SECOND)
             order = np.random.SeedSequence((self.seed, reader, place.window)).generate_state(1)[0]
-            dealt = BudgetBatchSampler(seconds, self.batch_seconds, seed=int(order)).batches(0)
+            dealt = BudgetBatchSampler(seconds, self.batch_seconds, seed=int(order), row_cost=ROW_COST).batches(0)
             usable = place.batch > 0
             for number in range(place.batch, len(dealt)):
                 place = replace(place, batch=number + 1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.dataset import row_seconds
-from ..data.sampler import BudgetBatchSampler, Rows
+from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
 from ..files import atomic_write
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
 
 def _probe(trainer: SpeechLLMTrainer, seconds: np.ndarray, budget: float) -> float:
     """Bytes at the peak of a forward and backward pass of batches of this budget."""
-    batches = BudgetBatchSampler(seconds, budget, shuffle=False).batches(0)
+    batches = BudgetBatchSampler(seconds, budget, shuffle=False, row_cost=ROW_COST).batches(0)
     rows = Rows(trainer.train_dataset)
     peak = 0
     state = torch.cuda.get_rng_state(trainer.args.device)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..data.dataset import row_seconds
 from ..data.loader import StreamLoader
-from ..data.sampler import BudgetBatchSampler, Rows
+from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
 from .faults import SparingCollator
 from .preemption import ignore_in_worker
 
@@ -36,6 +36,7 @@ def train_loader(trainer: SpeechLLMTrainer) -> BudgetDataLoader:
         rank=args.process_index,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         weights=trainer.train_weights,
+        row_cost=ROW_COST,
     )
     if trainer.reads_recordings:
         collator = SparingCollator(collator)

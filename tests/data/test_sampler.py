@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_speechllm.data.sampler import BudgetBatchSampler, Rows
+from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler, Rows
 
 
 def log_normal(rows, seed=0, longest=30.0):
@@ -32,21 +32,38 @@ def padded_seconds(seconds, batch):
     return len(batch) * max(seconds[index] for index in batch)
 
 
+@pytest.mark.parametrize("row_cost", [0.0, ROW_COST])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("budget", [30.0, 60.0, 240.0])
-def test_no_batch_is_over_the_budget(budget, shuffle):
+def test_no_batch_is_over_the_budget(budget, shuffle, row_cost):
     seconds = log_normal(2000)
-    sampler = BudgetBatchSampler(seconds, budget, shuffle=shuffle)
+    sampler = BudgetBatchSampler(seconds, budget, shuffle=shuffle, row_cost=row_cost)
     for epoch in range(3):
         assert max(padded_seconds(seconds, batch) for batch in sampler.batches(epoch)) <= budget + 1e-9
+
+
+def test_rows_that_cost_something_make_batches_cost_alike():
+    seconds = log_normal(20000)
+
+    def spread(row_cost):
+        batches = BudgetBatchSampler(seconds, 240.0, row_cost=row_cost).batches(0)
+        costs = [len(batch) * (max(seconds[batch]) + ROW_COST) for batch in batches]
+        return np.std(costs) / np.mean(costs)
+
+    assert spread(ROW_COST) < 0.05 < 0.1 < spread(0.0)
+
+
+def test_batches_of_the_longest_rows_fill_the_budget_whatever_a_row_costs():
+    batches = BudgetBatchSampler(np.full(40, 30.0), 240.0, row_cost=ROW_COST).batches(0)
+    assert [len(batch) for batch in batches] == [8] * 5
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 257, 1000])
 def test_every_row_is_seen_once_an_epoch_and_every_rank_does_as_many_steps(rows, num_replicas):
     seconds = log_normal(rows, seed=rows)
-    for epoch in (0, 1, 5):
-        dealt = ranks_of(seconds, 40.0, num_replicas, epoch)
+    for epoch, row_cost in ((0, 0.0), (1, ROW_COST), (5, ROW_COST)):
+        dealt = ranks_of(seconds, 40.0, num_replicas, epoch, row_cost=row_cost)
         assert len({len(batches) for batches in dealt}) == 1
         keys = [key for batches in dealt for batch in batches for key in batch]
         seen = [key - epoch * rows for key in keys if key >= 0]

@@ -108,7 +108,7 @@ def options(compose_tiny, tiny_config, tmp_path):
         part.save_pretrained(tmp_path / "dropout")
     return {
         "model_name_or_path": str(tmp_path / "dropout"),
-        "per_device_train_batch_seconds": 3.5,
+        "per_device_train_batch_seconds": 4.5,
         "gradient_accumulation_steps": 2,
         "spec_augment": True,
         "tempo_perturb": 0.1,
