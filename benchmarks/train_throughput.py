@@ -165,6 +165,8 @@ def main() -> None:
                 line |= {"naive": naive[mode], "ratio": line["audio_seconds_per_second"] / naive[mode]}
             if args.should_log:
                 print(json.dumps({**line, **environment()}), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
