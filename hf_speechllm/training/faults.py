@@ -114,7 +114,7 @@ class _Step:
     norm: torch.Tensor
     losses: list[torch.Tensor]
     epoch: int
-    dealt: int  # batches of the epoch, with those of this step
+    dealt: int  # batches of the epoch since the run was started or resumed, with those of this step
 
 
 class BadSteps:
@@ -145,7 +145,7 @@ class BadSteps:
         """
         self.settle()
         trainer, position = self.trainer, self.trainer.position
-        epoch, dealt = (position.epoch, position.dealt) if position is not None else (0, 0)
+        epoch, dealt = (position.epoch, position.dealt - position.skipped) if position is not None else (0, 0)
         norm = torch.as_tensor(grad_norm).detach()
         step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
         self.losses = []
@@ -226,8 +226,7 @@ class BadSteps:
             return
         sampler = copy.copy(position.sampler)
         sampler.set_epoch(step.epoch)  # the run may be in the next one already
-        skipped = position.skipped if step.epoch == position.epoch else 0
-        first = step.dealt - skipped - number
+        first = step.dealt - number
         for keys in islice(iter(sampler), first, first + number):
             yield self.trainer.train_loader.dataset.__getitems__(keys)
 

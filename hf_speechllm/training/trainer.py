@@ -197,7 +197,8 @@ class SpeechLLMTrainer(ResumableTrainer):
         loss = run_in_halves(self, lambda part: parent(model, part, num_items_in_batch), inputs)
         if self.position is not None:
             self.position.dealt += 1
-        self.bad_steps.losses.append(loss)
+        if not self.is_deepspeed_enabled:  # whose steps can't be left out; see `check_loss`
+            self.bad_steps.losses.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)  # one that is not would be all that the log tells
 
     def _prepare_input(self, data):

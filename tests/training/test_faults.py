@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerCallback
 
 from hf_speechllm import SpeechLLMProcessor
@@ -18,6 +19,7 @@ from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.training.faults import FaultError, loader_fault
 from hf_speechllm.training.locks import hold_output
+from hf_speechllm.training.manifest import last_complete
 from hf_speechllm.training.runs import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -146,6 +148,57 @@ def test_step_that_is_not_finite_is_left_out_counted_and_described(
     assert row["input_features"]["min"] < row["input_features"]["mean"] < row["input_features"]["max"]
 
 
+def test_step_is_left_out_alike_by_an_optimizer_that_is_not_fused(make_trainer):
+    courses = []
+    for optim in ("adamw_torch_fused", "adamw_torch"):
+        weights = Weights()
+        trainer = make_trainer([weights], optim=optim, max_steps=4)
+        break_steps(trainer, {2})
+        trainer.train()
+        assert {bool(group["fused"]) for group in trainer.optimizer.param_groups} == {optim == "adamw_torch_fused"}
+        assert log_of(trainer, "bad_steps") == [1, 1, 1]
+        courses.append(weights.steps)
+    fused, (first, second, third, _) = courses
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and not torch.equal(second[0], third[0])
+    torch.testing.assert_close(courses[1], fused)
+
+
+class Known(TrainerCallback):
+    """Keeps how many bad steps are known after every step."""
+
+    def __init__(self):
+        self.counts = []
+        self.trainer = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counts.append(self.trainer.bad_steps.count)
+
+
+@pytest.mark.parametrize(("accumulation", "resumed"), [(1, False), (2, False), (2, True)])
+def test_last_step_of_an_epoch_is_described_by_its_rows_when_the_next_epoch_tells_of_it(
+    make_trainer, interrupt, tmp_path, accumulation, resumed
+):
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": accumulation}
+    options["logging_steps"] = 100  # a line of the log would tell of the step at once
+    if resumed:
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer([interrupt(3)], **options, save_strategy="steps", save_steps=2).train()
+    known = Known()
+    known.trainer = trainer = make_trainer([known], **options)
+    batches = len(trainer.get_train_dataloader())
+    last = -(-batches // accumulation)
+    break_steps(trainer, {last})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resumed else None)
+    before = last - 2 * resumed
+    assert known.counts == [0] * before + [1] * last
+    told = json.loads((tmp_path / "run" / "bad_steps" / f"step-{last}-rank-0.json").read_text())
+    ends = [
+        [batch.tolist() for batch in trainer.train_loader.batch_sampler.batches(epoch)[(last - 1) * accumulation :]]
+        for epoch in (0, 1)
+    ]
+    assert [[row["line"] - 1 for row in batch["rows"]] for batch in told["batches"]] == ends[0] != ends[1]
+
+
 def test_too_many_such_steps_in_a_row_end_the_run(make_trainer):
     trainer = make_trainer(max_steps=20, max_bad_steps=2)
     break_steps(trainer, {1, 2, 4, 5, 6})
@@ -267,12 +320,10 @@ from hf_speechllm.training.trainer import SpeechLLMTrainer
 import hf_speechllm.training.trainer as module
 
 class Broken(SpeechLLMTrainer):
-    def compute_loss(self, *args, **kwargs):
-        kwargs["return_outputs"] = True
-        loss, outputs = super().compute_loss(*args, **kwargs)
+    def training_step(self, model, inputs, num_items_in_batch=None):
         if self.args.process_index == 1 and self.state.global_step in (1, 2):
-            loss = loss * float("nan")
-        return loss
+            inputs["input_features"] = inputs["input_features"] * float("nan")
+        return super().training_step(model, inputs, num_items_in_batch)
 module.SpeechLLMTrainer = Broken
 runpy.run_path(recipe, run_name="__main__")
 """
@@ -307,3 +358,22 @@ def test_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(tiny_mod
     assert result.returncode == 0, result.stderr[-4000:]
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry.get("bad_steps", 0) for entry in log if "loss" in entry] == [0, 1, 2, 2, 2]
+
+
+def test_loss_that_is_not_finite_on_one_rank_ends_a_deepspeed_run_on_all(launch, tiny_model, tiny_corpus, tmp_path):
+    script, config, folder = tmp_path / "run.py", tmp_path / "two.yaml", tmp_path / "run"
+    script.write_text(NAN_SCRIPT, encoding="utf-8")
+    setup = yaml.safe_load((REPOSITORY / "accelerate_configs/deepspeed_zero1.yaml").read_text())
+    config.write_text(yaml.safe_dump({**setup, "use_cpu": True, "num_processes": 2}))
+    result = launch(
+        script, REPOSITORY / "recipes/finetune.py", "--model_name_or_path", tiny_model,
+        "--train_file", tiny_corpus.jsonl, "--output_dir", folder, "--per_device_train_batch_seconds", 3,
+        "--max_steps", 5, "--use_cpu", "true", "--report_to", "none", "--cache_dir", tmp_path / "cache",
+        "--save_strategy", "steps", "--save_steps", 1, config=config,
+    )  # fmt: skip
+    assert result.returncode != 0
+    told = "finetune.py: the loss of step 2 is not finite; with DeepSpeed the step can't be left out"
+    assert result.stderr.count(told) == 2, result.stderr[-4000:]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert last_complete(folder) == folder / "checkpoint-1"
+    assert not (folder / "model.safetensors").exists()

@@ -1,15 +1,23 @@
 """Training from a stream: as long as it was asked to, and the same after an interruption."""
 
+import itertools
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data.augment import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.data.stream import open_stream
+from hf_speechllm.data.loader import StreamLoader
+from hf_speechllm.data.stream import RowStream, open_stream
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 OPTIONS = {"streaming": True, "shuffle_buffer": 7, "max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
 
@@ -76,3 +84,114 @@ def test_state_is_part_of_every_checkpoint(train, tmp_path):
     states = [json.loads((tmp_path / f"run/checkpoint-{n}/stream_rank0.json").read_text()) for n in (3, 6)]
     assert [state["batches"] for state in states] == [3, 6]
     assert len(states[0]["places"]) == 2
+
+
+# Two processes
+
+SCRIPT = """
+# recipes/finetune.py, with a note of each step's rows at each rank, and a process that is killed in a step.
+import json, os, runpy, signal, sys
+note, stop, recipe = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sys.argv = [recipe, *sys.argv[4:]]
+import hf_speechllm.training.trainer as module
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+
+rank, collate = os.environ["RANK"], SpeechLLMCollator.__call__
+SpeechLLMCollator.__call__ = lambda self, rows: {**collate(self, rows), "rows": [row["seed"] for row in rows]}
+
+class Watched(SpeechLLMTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows = inputs.pop("rows")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + 1
+        with open(f"{note}.{rank}", "a") as file:
+            file.write(json.dumps([step, self.args.world_size, type(model).__name__, rows]) + chr(10))
+        if step == stop and rank == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+module.SpeechLLMTrainer = Watched
+runpy.run_path(recipe, run_name="__main__")
+"""
+STEPS = 12
+
+
+class Names(SpeechLLMCollator):
+    """Gives the names of a batch's rows instead of inputs: (seed, pass, shard, copy, row of the shard)."""
+
+    def __call__(self, rows):
+        return [list(row["seed"]) for row in rows]
+
+
+@pytest.fixture
+def train_in_two(launch, tmp_path, tiny_model):
+    """Streams in two processes, of which the second may be killed in a step; gives the launcher's result."""
+    script, config = tmp_path / "run.py", tmp_path / "two.yaml"
+    script.write_text(SCRIPT, encoding="utf-8")
+    setup = yaml.safe_load((REPOSITORY / "accelerate_configs/multi_gpu.yaml").read_text())
+    del setup["gpu_ids"]
+    config.write_text(yaml.safe_dump({**setup, "use_cpu": True, "num_processes": 2}))
+
+    def run(folder, files, workers=0, kill_in_step=0):
+        folder.mkdir(exist_ok=True)
+        return launch(
+            script, folder / "note", kill_in_step, REPOSITORY / "recipes/finetune.py",
+            "--model_name_or_path", tiny_model, "--train_file", *files, "--output_dir", folder, "--streaming", "true",
+            "--shuffle_buffer", 7, "--per_device_train_batch_seconds", 3, "--max_steps", STEPS, "--seed", 5,
+            "--save_strategy", "steps", "--save_steps", 5, "--resume_from_checkpoint", "auto", "--logging_steps", 1,
+            "--learning_rate", "1e-3", "--warmup_steps", 0, "--report_to", "none", "--use_cpu", "true",
+            "--dataloader_num_workers", workers, "--disable_tqdm", "true", config=config,
+        )  # fmt: skip
+
+    return run
+
+
+def check_rows(folder, files, sizes, collator, workers=0):
+    """Compares what the ranks have seen with two streams that nothing interrupts, and these with the files."""
+    passes = {}
+    for rank in (0, 1):
+        stream = RowStream(files, collator, 3.0, 2048, window_rows=7, seed=5, rank=rank, num_ranks=2)
+        expected = list(itertools.islice(StreamLoader(stream, num_workers=workers), STEPS))
+        notes = [json.loads(line) for line in (folder / f"note.{rank}").read_text().splitlines()]
+        # Killed in the eighth step: the sixth and seventh are done again.
+        assert [step for step, *_ in notes] == [*range(1, 9), *range(6, STEPS + 1)]
+        assert {(world, wrapper) for _, world, wrapper, _ in notes} == {(2, "DistributedDataParallel")}
+        assert all(rows == expected[step - 1] for step, _, _, rows in notes)
+        for _, number, shard, _, key in itertools.chain.from_iterable(expected):
+            passes.setdefault(number, Counter())[shard, key] += 1
+    every = {(shard, key) for shard, size in enumerate(sizes) for key in range(size)}
+    assert passes[0] == Counter(every)
+    assert 1 in passes and all(set(seen) <= every and set(seen.values()) == {1} for seen in passes.values())
+
+
+def test_two_ranks_share_the_rows_of_each_pass_and_see_the_same_ones_after_a_kill(
+    train_in_two, tmp_path, tiny_corpus, tiny_model
+):
+    lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines(keepends=True)
+    sizes, files = [3, 9, 7, 5], []
+    for size in sizes:  # two for each rank, of unlike sizes
+        files.append(str(tmp_path / f"{len(files)}.jsonl"))
+        Path(files[-1]).write_text("".join(lines[:size]), encoding="utf-8")
+        del lines[:size]
+    folder = tmp_path / "run"
+    killed = train_in_two(folder, files, kill_in_step=8)
+    assert killed.returncode != 0 and not (folder / "model.safetensors").exists()
+    resumed = train_in_two(folder, files)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    check_rows(folder, files, sizes, Names(SpeechLLMProcessor.from_pretrained(tiny_model)))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_two_workers_each_share_one_file_and_end_with_the_weights_of_an_uninterrupted_run(
+    train_in_two, tmp_path, tiny_corpus, tiny_model
+):
+    files, folder = [str(tiny_corpus.jsonl)], tmp_path / "run"
+    whole = train_in_two(tmp_path / "whole", files, workers=2)
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    assert train_in_two(folder, files, workers=2, kill_in_step=8).returncode != 0
+    resumed = train_in_two(folder, files, workers=2)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    check_rows(folder, files, [24], Names(SpeechLLMProcessor.from_pretrained(tiny_model)), workers=2)
+    weights = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
