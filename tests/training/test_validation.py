@@ -497,7 +497,7 @@ def test_two_processes_count_the_same_errors_as_one(
     options = {
         "model_name_or_path": talkative_model, "validation_file": ["many=a", "few=b"], "eval_max_new_tokens": 4,
         # Batches of a row each: of three, two processes get two and two, one of them a repeated row.
-        "per_device_eval_batch_seconds": 0.1, "per_device_train_batch_seconds": 3.0, "learning_rate": 3e-3,
+        "per_device_eval_batch_seconds": 0.1, "per_device_train_batch_seconds": 4.1, "learning_rate": 3e-3,
         "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
         "keep_best_checkpoints": 2, "max_steps": 2, "report_to": "none",
     }  # fmt: skip
