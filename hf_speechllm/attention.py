@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PADDED = "sdpa_padded"  # name of the attention implementation
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
+CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2")  # attention that is causal without a mask; eager is not
 MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
 
 
@@ -39,9 +40,8 @@ def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
     `None` has transformers look for rows packed into one, for which the host waits for the GPU; a dict, where an LLM
     takes one, does not.
     """
-    if config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}:
-        return {"full_attention": None}
-    return None
+    full = config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}
+    return {"full_attention": None} if full and config._attn_implementation in CAUSAL_BY_ITSELF else None
 
 
 def spare_the_host(model: nn.Module) -> None:

@@ -56,8 +56,10 @@ def test_saved_config_does_not_name_the_implementation(batch, tmp_path):
     assert PADDED not in (tmp_path / "config.json").read_text()
 
 
-def test_causal_mask_alone_hides_padding_on_the_right(batch):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_causal_mask_alone_hides_padding_on_the_right(batch, implementation):
     model, inputs = batch
+    model.llm.set_attn_implementation(implementation)
     assert inputs["attention_mask"].min() == 0
     masked = model(**inputs).loss
     causal = model(**inputs, label_positions=label_positions(inputs["labels"])).loss
