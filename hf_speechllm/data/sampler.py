@@ -172,15 +172,9 @@ class BudgetBatchSampler:
         """Batches of the rows that other settings have left."""
         last = past[-1]
         before = BudgetBatchSampler(
-            self.seconds,
-            last.batch_seconds,
-            last.num_replicas,
-            0,
-            self.seed,
-            self.shuffle,
-            self.weights,
-            self.row_cost,
-        )
+            self.seconds, last.batch_seconds, last.num_replicas,
+            seed=self.seed, shuffle=self.shuffle, weights=self.weights, row_cost=self.row_cost,
+        )  # fmt: skip
         before.resume(epoch, past)
         rows = np.concatenate(before.batches(epoch)[last.batches * last.num_replicas :])
         batches = self._cut(rows[np.argsort(self._buckets[rows], kind="stable")])
@@ -211,8 +205,7 @@ class BudgetBatchSampler:
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         buckets = self._buckets[rows]
         ends = [*(np.flatnonzero(np.diff(buckets)) + 1).tolist(), len(rows)]  # of the runs of one bucket
-        costs = self._longest[buckets[[end - 1 for end in ends]]] + self.row_cost if len(rows) else np.empty(0)
-        cost: list[float] = costs.tolist()
+        cost = (self._longest[buckets[[end - 1 for end in ends]]] + self.row_cost).tolist() if len(rows) else []
         batches = []
         start = run = 0
         while start < len(rows):

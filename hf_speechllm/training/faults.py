@@ -136,6 +136,7 @@ class BadSteps:
         self.losses: list[torch.Tensor] = []  # of the batches of the step
         self._in_a_row = 0
         self._open: tuple[_Step, torch.cuda.Event | None] | None = None
+        self._known: tuple[torch.optim.Optimizer, bool] | None = None  # whether it can leave a step out
 
     def check(self, model, grad_norm: torch.Tensor | float) -> None:
         """Sees to it that the optimizer does nothing if the norm is not finite.
@@ -149,8 +150,8 @@ class BadSteps:
         norm = torch.as_tensor(grad_norm).detach()
         step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
         self.losses = []
-        optimizer = self._skipping_optimizer(norm)
-        if optimizer is not None:
+        optimizer = self._skipping_optimizer()
+        if optimizer is not None and type(norm) is torch.Tensor:
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             event = None
             if norm.is_cuda:
@@ -176,15 +177,12 @@ class BadSteps:
             event.synchronize()
         self._close(step)
 
-    def _skipping_optimizer(self, norm: torch.Tensor) -> torch.optim.Optimizer | None:
-        """The optimizer, if it can leave a step out by itself and the norm is on its device."""
+    def _skipping_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer, if it can leave a step out by itself."""
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) or type(norm) is not torch.Tensor:
-            return None
-        groups = optimizer.param_groups
-        fused = all(group.get("fused") for group in groups)
-        plain = all(type(parameter.data) is torch.Tensor for group in groups for parameter in group["params"])
-        return optimizer if fused and plain and not self.trainer.is_fsdp_enabled else None
+        if self._known is None or self._known[0] is not optimizer:  # not in each step: it looks at every parameter
+            self._known = optimizer, _is_fused(optimizer) and not self.trainer.is_fsdp_enabled
+        return optimizer if self._known[1] else None
 
     def _close(self, step: _Step) -> None:
         norm = float(step.norm)
@@ -247,6 +245,16 @@ class BadSteps:
                     **{key: float(getattr(finite, key)()) for key in ("min", "max", "mean", "std") if len(finite)},
                 }
         return told
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is a fused Adam of plain tensors, which heeds `found_inf`."""
+    groups = optimizer.param_groups
+    return (
+        isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        and all(group.get("fused") for group in groups)
+        and all(type(parameter.data) is torch.Tensor for group in groups for parameter in group["params"])
+    )
 
 
 def fault_counts(trainer: SpeechLLMTrainer) -> dict[str, int]:

@@ -81,7 +81,7 @@ def test_names_weights_and_decoding_stay_as_they_are(model, batches):
     compile_layers(model, backend="eager")  # a second trainer of the same model
     torch._dynamo.utils.counters.clear()
     assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), expected)
-    assert {name: value for name, value in model.state_dict().items()}.keys() == weights.keys()
+    assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
