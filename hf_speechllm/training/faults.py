@@ -179,7 +179,7 @@ class BadSteps:
 
     def _skipping_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer, if it can leave a step out by itself."""
-        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         if self._known is None or self._known[0] is not optimizer:  # not in each step: it looks at every parameter
             self._known = optimizer, _is_fused(optimizer) and not self.trainer.is_fsdp_enabled
         return optimizer if self._known[1] else None
