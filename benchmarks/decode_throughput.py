@@ -4,7 +4,8 @@ python benchmarks/decode_throughput.py --size fun_asr_nano --batch_seconds 1024 
 python benchmarks/decode_throughput.py --size tiny --batch_seconds 64 --clips 40 --new_tokens 8   # on a CPU
 
 Clips are 8 s of noise, 16 bit WAV; every transcript has exactly `--new_tokens` tokens, greedy. Also measured: fbank
-on the device, of waveforms in memory.
+on the device, of waveforms in memory; with `--naive CLIPS`, what clips take that are decoded one by one, which is how
+the original decodes; and with `--cuda_graphs true false`, how many texts differ without CUDA graphs.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,25 @@ def measure_fbank(processor, device: str, seconds: int = 2400) -> float:
     return best
 
 
+def measure_naive(model, processor, paths: list[str], new_tokens: int) -> float:
+    """Seconds of audio per second if each clip is loaded and decoded by itself."""
+    options = {"max_new_tokens": new_tokens, "num_workers": 1, "cuda_graphs": False}
+    transcriber = Transcriber(model, processor, **options)
+    transcriber.transcribe(paths[:1])  # warm-up
+    started = time.perf_counter()
+    for path in paths:
+        transcriber.transcribe([path])
+    return len(paths) * SECONDS / (time.perf_counter() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="fun_asr_nano", help="a model of recipes/configs/models")
     parser.add_argument("--batch_seconds", type=float, nargs="+", default=[1024.0], help="padded seconds in a batch")
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--new_tokens", type=int, default=30)
+    parser.add_argument("--cuda_graphs", nargs="+", choices=["true", "false"], default=["true"])
+    parser.add_argument("--naive", type=int, default=0, help="clips to decode one by one, without CUDA graphs")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,14 +79,22 @@ def main() -> None:
     print(json.dumps({"what": "fbank", "audio_seconds_per_second": measure_fbank(processor, device), **facts}))
     with tempfile.TemporaryDirectory() as folder:
         paths = write_clips(Path(folder), args.clips)
-        for batch_seconds in args.batch_seconds:
-            transcriber = Transcriber(model, processor, batch_seconds, args.new_tokens, num_workers=args.num_workers)
+        naive = measure_naive(model, processor, paths[: args.naive], args.new_tokens) if args.naive else None
+        texts = None
+        for batch_seconds, graphs in product(args.batch_seconds, args.cuda_graphs):
+            transcriber = Transcriber(
+                model, processor, batch_seconds, args.new_tokens, num_workers=args.num_workers,
+                cuda_graphs=graphs == "true",
+            )  # fmt: skip
             transcriber.transcribe(paths[: int(batch_seconds / SECONDS)])  # warm-up
             started = time.perf_counter()
-            transcriber.transcribe(paths)
-            line = {"what": "decoding", "batch_seconds": batch_seconds}
-            line["audio_seconds_per_second"] = len(paths) * SECONDS / (time.perf_counter() - started)
+            result = transcriber.transcribe(paths)
+            speed = len(paths) * SECONDS / (time.perf_counter() - started)
+            line = {"what": "decoding", "batch_seconds": batch_seconds, "cuda_graphs": graphs}
+            line |= {"audio_seconds_per_second": speed, "naive": naive, "ratio": naive and speed / naive}
             line["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
+            line["other_texts"] = sum(a != b for a, b in zip(result, texts or result, strict=True))
+            texts = texts or result
             print(json.dumps({**line, **facts}), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import io
@@ -10,7 +11,7 @@ import os
 import urllib.error
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -98,9 +99,13 @@ def read_audio(source: str | Path | bytes, mono: bool = False) -> tuple[np.ndarr
         AudioError: as `load_audio`.
     """
     # Averaged block by block: an hour in six channels would take 4 GB.
-    decoded = ((block.mean(axis=1) if mono else block, rate) for block, rate in _decode(source))
+    decoded = ((_average(block) if mono else block, rate) for block, rate in _decode(source))
     blocks, rates = zip(*decoded, strict=True)
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rates[0]
+
+
+def _average(block: np.ndarray) -> np.ndarray:
+    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
 
 
 def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
@@ -168,21 +173,31 @@ def _decode(source: str | Path | bytes, data: bytes | None = None) -> Iterator[t
     import soundfile
 
     name = "<bytes>" if isinstance(source, bytes) else str(source)
-    data = read_bytes(source) if data is None else data
-    if not data:
+    opened: Any = source
+    if data is None and _is_file(source):
+        # By its name: libsndfile then reads by itself, not through Python, where threads would wait for each other.
+        with _telling_why(name), open(source, "rb") as stream:
+            size, missing = stream.seek(0, os.SEEK_END), missing_bytes(stream)
+    else:
+        data = read_bytes(source) if data is None else data
+        size, missing, opened = len(data), missing_bytes(io.BytesIO(data)), io.BytesIO(data)
+    if not size:
         raise AudioError(f"{name}: the file is empty")
-    missing = missing_bytes(io.BytesIO(data))
     if missing:
         raise AudioError(f"{name}: truncated: the file announces {missing} more bytes than there are")
     try:
-        file, cause = soundfile.SoundFile(io.BytesIO(data)), "no length in the header"
+        file, cause = soundfile.SoundFile(opened), "no length in the header"
     except soundfile.LibsndfileError as error:
         file, cause = None, error.error_string.rstrip(".")
     # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all.
-    if file and 0 < file.frames < UNKNOWN_LENGTH and (file.format != "MP3" or _mp3_has_length(data, file.frames)):
+    if file and 0 < file.frames < UNKNOWN_LENGTH and file.format != "MP3":
         blocks = _blocks_of_libsndfile(file, name)
     else:
-        blocks = _blocks_of_ffmpeg(data, name, cause)
+        data = read_bytes(source) if data is None else data
+        if file and 0 < file.frames < UNKNOWN_LENGTH and _mp3_has_length(data, file.frames):
+            blocks = _blocks_of_libsndfile(file, name)
+        else:
+            blocks = _blocks_of_ffmpeg(data, name, cause)
     samples = 0
     for block, rate in blocks:
         if not np.isfinite(block).all():
@@ -237,12 +252,24 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     """
     if isinstance(source, bytes):
         return source
-    try:
+    with _telling_why(str(source)):
         if is_url(source):
             return download(str(source))
         if container_of(source):
             return read_member(str(source))
         return Path(source).read_bytes()
+
+
+def _is_file(source: str | Path | bytes) -> bool:
+    """Whether it is the name of a file of its own."""
+    return not isinstance(source, bytes) and not is_url(source) and not container_of(source)
+
+
+@contextlib.contextmanager
+def _telling_why(source: str) -> Iterator[None]:
+    """Turns what reading raises into an `AudioError`."""
+    try:
+        yield
     except DownloadError as error:
         raise AudioError(f"{source}: {error}") from error
     except urllib.error.HTTPError as error:
@@ -252,7 +279,7 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     except http.client.IncompleteRead as error:
         raise AudioError(f"{source}: truncated: the connection broke after {len(error.partial)} bytes") from error
     except FileNotFoundError as error:
-        hint = "; only http and https URLs can be read" if "://" in str(source) else ""
+        hint = "; only http and https URLs can be read" if "://" in source else ""
         raise AudioError(f"{source}: no such file{hint}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise AudioError(f"{source}: can't be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from .loading import in_background, measure_seconds
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
+from .steps import DecodingSteps, takes_steps
 from .vad import VoiceDetector
 
 PREFETCHED_BATCHES = 4  # prepared ahead of the model, or as many as there are threads
@@ -100,6 +102,7 @@ class Transcriber:
         num_workers: threads that load recordings, detect voices, and compute features.
         repetition_guard: whether a hypothesis that ends in a loop is stopped and cut; see `repetition`.
         vad: makes segments of recordings; `None` decodes each at once.
+        cuda_graphs: whether, on a GPU, greedy search replays a step of the LLM; see `steps`.
 
     Raises:
         ValueError: with `vad`, if the processor's sampling rate is not that of the voice detection.
@@ -115,10 +118,14 @@ class Transcriber:
         num_workers: int = 4,
         repetition_guard: bool = False,
         vad: VoiceDetector | None = None,
+        cuda_graphs: bool = True,
     ):
         self.model = model.eval()
+        self.steps: DecodingSteps | None = None
         if model.device.type == "cuda":
             spare_the_host(model)
+            if cuda_graphs and num_beams == 1 and takes_steps(model.llm.get_decoder()):
+                self.steps = DecodingSteps(model.llm.get_decoder())
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
@@ -332,9 +339,12 @@ class Transcriber:
         options = {}
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
-        output = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
-        )
+        if self.steps is not None:
+            options["past_key_values"] = self.steps.new_cache()
+        with self.steps or nullcontext():
+            output = self.model.generate(
+                **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
+            )
         tokens = output[:, prompt_tokens:]
         return [
             chat.clean_answer(text) for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)

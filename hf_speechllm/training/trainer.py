@@ -14,6 +14,7 @@ from transformers import TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..attention import spare_the_host
+from ..chat import IGNORE_INDEX
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.loader import StreamLoader
 from ..data.stream import RowStream
@@ -203,8 +204,8 @@ class SpeechLLMTrainer(ResumableTrainer):
 
     def _prepare_input(self, data):
         # The parent's copy makes the host wait until the GPU has done all that came before.
-        if isinstance(data, torch.Tensor) and data.is_pinned() and not self.is_deepspeed_enabled:
-            return data.to(self.args.device, non_blocking=True)
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -258,9 +259,15 @@ class SpeechLLMTrainer(ResumableTrainer):
         return batches, num_items_in_batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # Of one process alone it stays on the host: its way to the GPU is one more that the host waits for.
-        device = device if self.args.world_size > 1 else torch.device("cpu")
-        return super()._get_num_items_in_batch(batch_samples, device)
+        # As the parent's, which has the host wait for the GPU. Of one process alone the number stays on the host.
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        number = sum((batch["labels"][..., 1:] != IGNORE_INDEX).sum() for batch in batch_samples)
+        if self.args.world_size == 1 or not self.args.average_tokens_across_devices:
+            return number
+        if device.type == "cuda":
+            number = number.pin_memory()
+        return self.accelerator.gather(number.to(device, non_blocking=True)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the parent's; counts tokens that are predicted right."""

@@ -1,0 +1,103 @@
+"""What each way of being fast is worth in training: the same run with one of them off at a time; a JSON line for each.
+
+python benchmarks/ablation.py --batch_seconds 1000 --dataloader_num_workers 8
+python benchmarks/ablation.py --size tiny --batch_seconds 60 --steps 4 --rows 200   # on a CPU, to try it
+
+Two bases: `compiled` has everything on, `eager` everything but compiled layers; the ways that change what is compiled
+are turned off from the second, which needs no compilation. Some have no option in the trainer and are undone here.
+"""
+
+import argparse
+import json
+import tempfile
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional
+from train_throughput import measure, read_options
+from transformers import PreTrainedModel
+from workload import environment, make_model, make_rows
+
+import hf_speechllm.attention
+
+COMPILED = ["--compile_layers", "true"]
+
+
+def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, positions=None):
+    """`loss.supervised_loss`, with logits at every position."""
+    logits, targets = head(hidden_states[:, :-1]).float().flatten(0, 1), labels[:, 1:].flatten()
+    count = (targets != -100).sum()
+    total = functional.cross_entropy(logits, targets, reduction="sum")
+    correct = ((logits.argmax(-1) == targets) & (targets != -100)).sum()
+    return total / num_items_in_batch, count, correct / count
+
+
+def attend_with_cudnn(model) -> None:
+    """Instead of `attention.spare_the_host`: torch's own choice, and masks as transformers makes them."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == hf_speechllm.attention.PADDED:
+            module.set_attn_implementation("sdpa")
+
+
+def make_masks(model) -> None:
+    """As `attend_with_cudnn`, with attention as it is."""
+    attend_with_cudnn(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+# What is off: the base, options of the Trainer, and what is replaced.
+WAYS: dict[str, tuple[str, list[str], dict]] = {
+    "nothing": ("eager", [], {}),
+    "attention without cuDNN": ("eager", [], {"hf_speechllm.training.trainer.spare_the_host": attend_with_cudnn}),
+    "masks made without looking": (
+        "eager",
+        [],
+        {
+            "hf_speechllm.training.trainer.spare_the_host": make_masks,
+            "hf_speechllm.modeling.causal_masks": lambda config: None,
+        },
+    ),
+    "inputs copied ahead": ("eager", ["--dataloader_pin_memory", "false"], {}),
+    "label positions' logits only": ("eager", [], {"hf_speechllm.modeling.supervised_loss": loss_of_all_logits}),
+    "loss in chunks of 4,096": ("eager", [], {"hf_speechllm.loss.POSITIONS_PER_CHUNK": 1 << 30}),
+    "batches of like lengths": ("eager", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
+    "large batches (240 s instead)": ("eager", ["--batch_seconds", "240"], {}),
+    "fused optimizer": ("eager", ["--optim", "adamw_torch"], {}),
+    "loader processes": ("eager", ["--dataloader_num_workers", "0"], {}),
+    "nothing, and layers compiled": ("compiled", [], {}),
+    "batches of like lengths, compiled": ("compiled", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
+    "large batches (240 s instead), compiled": ("compiled", ["--batch_seconds", "240"], {}),
+    "loader processes, compiled": ("compiled", ["--dataloader_num_workers", "0"], {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="fun_asr_nano", help="a model of recipes/configs/models")
+    parser.add_argument("--mode", default="llm_only", help="a file of recipes/configs, with :encoder if cached")
+    parser.add_argument("--batch_seconds", default="1000")
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    options, others = parser.parse_known_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = make_model(options.size, options.device)
+    rows, seconds = make_rows(options.rows), options.batch_seconds
+    for way in [way for way in WAYS if way in options.ways]:  # in this order: layers stay compiled
+        base, changes, replaced = WAYS[way]
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            for name, value in replaced.items():
+                stack.enter_context(patch(name, value))
+            options.batch_seconds = seconds
+            if changes[:1] == ["--batch_seconds"]:
+                options.batch_seconds, changes = changes[1], []
+            settings = [*others, *changes, *(COMPILED if base == "compiled" else [])]
+            line = measure(read_options(options.mode, options, folder, settings), options, model, processor, rows)
+        print(json.dumps({"off": way, "base": base, "mode": options.mode, **line, **environment()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
