@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from .configuration import LOW_FRAME_RATE
@@ -325,19 +326,25 @@ def tokenize(
         text += f"{TURN_START}user\n"
         for piece in turn.pieces:
             if isinstance(piece, Recording):
-                result.add(_ids(tokenizer, text))
+                result.add(_prompt_ids(tokenizer, len(tokenizer), text))
                 result.add([audio_token_id] * counts.pop(0))
                 text = ""
             else:
                 text += piece
         text += f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
-        result.add(_ids(tokenizer, text))
+        result.add(_prompt_ids(tokenizer, len(tokenizer), text))
         text = ""
         if turn.answer is not None:
             result.add(_ids(tokenizer, turn.answer + TURN_END), supervised=True)
         elif number < len(dialogue.turns):
             raise ChatError(f"turn {number} has no assistant message")
     return result
+
+
+@lru_cache(maxsize=64)
+def _prompt_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
+    """As `_ids`, remembered: most rows have the same prompts. `num_tokens` tells when tokens were added since."""
+    return tuple(_ids(tokenizer, text))
 
 
 def _ids(tokenizer, text: str) -> list[int]:

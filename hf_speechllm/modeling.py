@@ -76,8 +76,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Tensors that belong to the checkpoint but not to the model: FunASR's CTC branch.
         self.side_tensors: dict[str, torch.Tensor] = {}
         self.post_init()
-        # Whisper's encoder also names its decoder's layers; FSDP fails on a class that the model does not have.
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        # What FSDP gathers at once: layers of the LLM, but encoder and adaptor as a whole, whose many small layers
+        # would keep the host busier than the GPU. It fails on a class that the model does not have.
+        names = {type(module).__name__ for module in self.llm.modules()}
+        wholes = {type(part).__name__ for part in (self.audio_encoder, self.audio_adaptor)}
+        self._no_split_modules = wholes | (set(self.llm._no_split_modules or ()) & names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

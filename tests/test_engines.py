@@ -51,6 +51,8 @@ class Watched(SpeechLLMTrainer):
             wrapper=type(model).__name__, world_size=self.args.world_size,
             zero_stage=model.zero_optimization_stage() if hasattr(model, "zero_optimization_stage") else None,
             sharded=any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()),
+            units=[name for name, module in model.named_modules() if type(module).__name__.startswith("FSDP")],
+            persistent=len(getattr(getattr(model, "optimizer", None), "persistent_parameters", ())),
         )
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -112,6 +114,11 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
     if engine.startswith("deepspeed"):
         assert [note["zero_stage"] for note in notes] == [int(engine.removesuffix("_offload")[-1])] * num_processes
     assert [note["sharded"] for note in notes] == [engine == "fsdp2"] * num_processes
+    assert [note["persistent"] for note in notes] == [0] * num_processes
+    for note in notes:  # the encoder as a whole
+        assert [name.partition("audio_encoder")[2] for name in note["units"] if "audio_encoder" in name] == (
+            [""] if engine == "fsdp2" else []
+        )
 
 
 def check_log(log, expected):

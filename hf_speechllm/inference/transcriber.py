@@ -26,7 +26,8 @@ from .segments import Segment, join_texts
 from .steps import DecodingSteps, takes_steps
 from .vad import VoiceDetector
 
-PREFETCHED_BATCHES = 4  # prepared ahead of the model, or as many as there are threads
+PREFETCHED_BATCHES = 2  # prepared ahead of the model
+PREFETCHED_SECONDS = 3600.0  # or as many batches as have so much audio; 230 MB, and twice that as features
 WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
 LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
 
@@ -194,8 +195,8 @@ class Transcriber:
             def prepare(batch):
                 return batch if isinstance(batch, Transcript) else self._prepare(listeners, requests, batch)
 
-            room = max(PREFETCHED_BATCHES, self.num_workers)
-            for result in in_background(loaders, prepare, ((batch, 1.0) for batch in batches), room):
+            room = max(PREFETCHED_SECONDS, PREFETCHED_BATCHES * self.batch_seconds)
+            for result in in_background(loaders, prepare, ((batch, _seconds(batch)) for batch in batches), room):
                 if isinstance(result, Transcript):
                     yield result
                     continue
@@ -349,3 +350,7 @@ class Transcriber:
         return [
             chat.clean_answer(text) for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ]
+
+
+def _seconds(batch: list[Piece] | Transcript) -> float:
+    return 0.0 if isinstance(batch, Transcript) else sum(piece.seconds for piece in batch)

@@ -71,6 +71,10 @@ class SpeechLLMTrainer(ResumableTrainer):
         self.last_inputs: dict[str, torch.Tensor] | None = None  # of the batch that was trained on last
         if self.args.device.type == "cuda":
             spare_the_host(self.model)
+        if self.is_deepspeed_enabled:
+            # Parameters below this size are else gathered one by one after each step, and of 1,500 most are.
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+            zero.setdefault("stage3_param_persistence_threshold", 0)
         if self.args.compile_layers:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ValueError(
