@@ -193,6 +193,21 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(engine, train):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["multi_gpu", "fsdp2"])
+def test_a_run_goes_on_with_twice_the_processes(engine, train):
+    saving = ["--save_strategy", "steps", "--save_steps", 2]  # at the end of an epoch: the next deals the same batches
+    notes, log, folder = train(engine, *saving, accumulation=2)
+    check_engine(engine, notes)
+    resumed = folder.parent / "resumed"
+    resumed.mkdir()
+    shutil.copytree(folder / "checkpoint-2", resumed / "checkpoint-2")
+    notes, resumed_log, _ = train(engine, *saving, "--resume_from_checkpoint", "true", num_processes=4, folder=resumed)
+    check_engine(engine, notes, num_processes=4)
+    check_log(resumed_log, log)
+    check_weights(resumed, folder)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_validation_by_decoding_gives_the_same_error_rates(engine, train):
     options = ["--eval_cer", "true", "--eval_strategy", "steps", "--eval_steps", 2, "--eval_max_new_tokens", 8]

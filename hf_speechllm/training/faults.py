@@ -121,7 +121,7 @@ class BadSteps:
     """Leaves out steps whose loss or gradient is not finite, on all ranks alike: they share the gradient's norm.
 
     A fused optimizer leaves the step out by itself, by a flag that stays on the device; the host reads the norm when
-    the next step is launched, and so never waits for the GPU.
+    the next step is launched, and so never waits for the GPU. DeepSpeed also does so, and counts.
 
     Args:
         trainer: whose steps these are.
@@ -137,6 +137,11 @@ class BadSteps:
         self._in_a_row = 0
         self._open: tuple[_Step, torch.cuda.Event | None] | None = None
         self._known: tuple[torch.optim.Optimizer, bool] | None = None  # whether it can leave a step out
+        self._skipped_by_deepspeed = 0  # before the step
+
+    def begin(self, model) -> None:
+        """To be called before a batch."""
+        self._skipped_by_deepspeed = getattr(model, "skipped_steps", 0)
 
     def check(self, model, grad_norm: torch.Tensor | float) -> None:
         """Sees to it that the optimizer does nothing if the norm is not finite.
@@ -150,6 +155,9 @@ class BadSteps:
         norm = torch.as_tensor(grad_norm).detach()
         step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
         self.losses = []
+        if trainer.is_deepspeed_enabled:  # whose step is over
+            self._check_deepspeed(model, step)
+            return
         optimizer = self._skipping_optimizer()
         if optimizer is not None and type(norm) is torch.Tensor:
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
@@ -162,6 +170,16 @@ class BadSteps:
             return
         if not torch.isfinite(norm):
             model.zero_grad(set_to_none=True)
+        self._close(step)
+
+    def _check_deepspeed(self, engine, step: _Step) -> None:
+        if engine.skipped_steps > self._skipped_by_deepspeed:
+            step.norm = torch.tensor(torch.inf)  # that of some stages is of the step before
+        elif not torch.isfinite(step.norm):
+            raise FaultError(
+                f"DeepSpeed has taken step {step.number} although its gradient is not finite: go on from the last "
+                "checkpoint with --resume_from_checkpoint last and a newer DeepSpeed (0.19.8 leaves such steps out)"
+            )
         self._close(step)
 
     def settle(self) -> None:
@@ -273,22 +291,6 @@ def fault_counts(trainer: SpeechLLMTrainer) -> dict[str, int]:
         counts["bad_rows"] = trainer.stream_loader.bad_rows
     counts["bad_steps"] = trainer.bad_steps.count
     return {name: count for name, count in counts.items() if count}
-
-
-def check_loss(loss: torch.Tensor, step: int) -> None:
-    """Ends the run, on all ranks, at a loss that is not finite; for DeepSpeed, whose step can't be left out.
-
-    Raises:
-        FaultError: then.
-    """
-    finite = torch.isfinite(loss.detach()).all().int()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-    if not finite.item():
-        raise FaultError(
-            f"the loss of step {step} is not finite; with DeepSpeed the step can't be left out: go on from the last "
-            "checkpoint with --resume_from_checkpoint last and a lower learning rate"
-        )
 
 
 def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:

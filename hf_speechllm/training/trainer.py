@@ -23,7 +23,7 @@ from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds, run_in_halves
 from .callbacks import TrainingCurve, ValidationTable
 from .compilation import compile_layers
-from .faults import BadSteps, LostRows, check_loss, fault_counts, loader_fault
+from .faults import BadSteps, LostRows, fault_counts, loader_fault
 from .flops import FlopCounter
 from .loaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
 from .locks import hold_output
@@ -199,11 +199,11 @@ class SpeechLLMTrainer(ResumableTrainer):
         self.current_scores = None
         parent = super().training_step
         self.last_inputs = inputs = self._prepare_inputs(inputs)
+        self.bad_steps.begin(model)
         loss = run_in_halves(self, lambda part: parent(model, part, num_items_in_batch), inputs)
         if self.position is not None:
             self.position.dealt += 1
-        if not self.is_deepspeed_enabled:  # whose steps can't be left out; see `check_loss`
-            self.bad_steps.losses.append(loss)
+        self.bad_steps.losses.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)  # one that is not would be all that the log tells
 
     def _prepare_input(self, data):
@@ -214,8 +214,7 @@ class SpeechLLMTrainer(ResumableTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not self.is_deepspeed_enabled:
-            self.bad_steps.check(model, grad_norm)
+        self.bad_steps.check(model, grad_norm)
         return grad_norm
 
     # Checkpoints
@@ -276,8 +275,6 @@ class SpeechLLMTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As the parent's; counts tokens that are predicted right."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and self.is_deepspeed_enabled:
-            check_loss(loss, self.state.global_step + 1)
         if model.training:
             self.progress.add_tokens(outputs)
         return (loss, outputs) if return_outputs else loss
