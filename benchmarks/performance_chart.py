@@ -17,17 +17,18 @@ TITLES = {
     "llm_only": "LLM only",
     "adaptor_only:encoder": "adaptor only, encoder output cached",
     "all": "all parameters",
+    "lora:encoder": "LoRA on the LLM, encoder output cached",
 }
 
 
 def main() -> None:
     text = (RESULTS / "train_throughput_h100.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    figure, panels = plt.subplots(1, len(TITLES), figsize=(11, 3.4), constrained_layout=True)
-    for panel, (mode, title) in zip(panels, TITLES.items(), strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(10, 4.6), constrained_layout=True)
+    for panel, (mode, title) in zip(panels.flat, TITLES.items(), strict=True):
         of_mode = [line for line in lines if line["mode"] == mode]
         bars = {"plain loop": of_mode[0]["naive"]}
-        bars |= {line["way"].replace(", ", ",\n"): line["audio_seconds_per_second"] for line in of_mode}
+        bars |= {line["way"]: line["audio_seconds_per_second"] for line in of_mode}
         drawn = panel.barh(list(bars), list(bars.values()), color="#4878a8")
         panel.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], padding=3, fontsize=8)
         panel.set_title(title, fontsize=10)

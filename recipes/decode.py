@@ -19,7 +19,7 @@ logger = logging.getLogger("decode")
 # What the texts depend on: an unfinished run goes on with the same only.
 SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
 SETTINGS += ("vad", "vad_max_seconds")
-TRANSCRIBER_OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard")
+OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vad", action="store_true", help="find speech, decode segments, write their times")
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="the longest segment")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
+    parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="slower, on a GPU")
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args()
@@ -123,7 +124,7 @@ def main() -> None:
                 args.model_name_or_path, dtype=getattr(torch, dtype)
             )
             processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-            options = {name: getattr(args, name) for name in TRANSCRIBER_OPTIONS}
+            options = {name: getattr(args, name) for name in OPTIONS}
             transcriber = Transcriber(model.to(device), processor, vad=vad, **options)
         except (OSError, ValueError) as error:
             sys.exit(f"decode.py: error: {error}" if processes.rank == 0 else 1)
