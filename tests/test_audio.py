@@ -13,11 +13,11 @@ from hf_speechllm.audio import (
     AudioError,
     check_root,
     load_audio,
-    missing_bytes,
     probe_audio,
     read_audio,
     resolve_source,
 )
+from hf_speechllm.truncation import missing_bytes
 
 SECONDS = 1.5
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from ..audio import source_stamp
 from ..chat import ChatError
+from .pieces import Transcript
+from .requests import Request
 from .segments import Segment
-from .transcriber import Request, Transcript
 
 WEIGHTS = (".safetensors", ".bin", ".pt")
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import atomic_write
+from .pieces import Transcript
 from .segments import Segment
-from .transcriber import Transcript
 
 
 def srt(segments: Sequence[Segment]) -> str:

@@ -11,8 +11,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .journal import Journal, request_key
+from .pieces import Transcript
 from .processes import Processes, shares
-from .transcriber import Request, Transcriber, Transcript
+from .requests import Request
+from .transcriber import Transcriber
 
 logger = logging.getLogger(__name__)
 

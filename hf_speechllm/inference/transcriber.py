@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,63 +20,20 @@ from ..downloads import redact
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
 from .loading import in_background, measure_seconds
+from .pieces import Piece, Transcript
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
 from .steps import DecodingSteps, takes_steps
 from .vad import VoiceDetector
 
+logger = logging.getLogger(__name__)
+
+TOKEN_INPUTS = ("input_ids", "attention_mask")  # of each row; the others are of each recording
 PREFETCHED_BATCHES = 2  # prepared ahead of the model
 PREFETCHED_SECONDS = 3600.0  # or as many batches as have so much audio; 230 MB, and twice that as features
 WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
 LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """A result.
-
-    Args:
-        index: position of the request.
-        text: what was said; empty if it failed, or nothing was said.
-        seconds: of audio.
-        error: why it failed; `None` if it did not.
-        segments: the stretches that were decoded, in order; one, the whole recording, without voice detection.
-    """
-
-    index: int
-    text: str = ""
-    seconds: float = 0.0
-    error: str | None = None
-    segments: tuple[Segment, ...] = ()
-
-    @property
-    def looped(self) -> bool:
-        """Whether a loop was cut from the text."""
-        return any(segment.looped for segment in self.segments)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is decoded at once: a request, or a segment of its recording.
-
-    Args:
-        index: of the request.
-        start, end: in the recording, in seconds.
-        pieces: number of pieces of the request.
-        waveform: shape = (samples,); `None` where the recordings are still to be loaded.
-    """
-
-    index: int
-    start: float
-    end: float
-    pieces: int = 1
-    waveform: np.ndarray | None = None
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
-        return self.end - self.start
 
 
 class Transcriber:
@@ -202,7 +159,11 @@ class Transcriber:
                     continue
                 failed, decodable, inputs = result
                 yield from failed
-                for piece, segment in zip(decodable, self._decode(decodable, inputs), strict=True):
+                counts = [
+                    1 if piece.waveform is not None else len(requests[piece.index].dialogue.recordings)
+                    for piece in decodable
+                ]
+                for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
                     found[piece.index].append((piece.start, segment))
                     if len(found[piece.index]) == piece.pieces:
                         segments = tuple(item for _, item in sorted(found.pop(piece.index), key=lambda part: part[0]))
@@ -326,11 +287,29 @@ class Transcriber:
             inputs = self.processor.batch(dialogues, waveforms, return_labels=False, device=self.model.device)
         return failed, decodable, inputs
 
-    def _decode(self, pieces: list[Piece], inputs: BatchFeature | None) -> Iterator[Segment]:
-        """The segment that each piece is, with its text."""
-        for piece, text in zip(pieces, self.generate(inputs) if pieces else [], strict=True):
+    def _decode(self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]) -> Iterator[Segment]:
+        """The segment that each piece is, with its text; `counts` are the recordings of each."""
+        texts = self._generate(inputs, counts) if pieces else []
+        for piece, text in zip(pieces, texts, strict=True):
             text, looped = cut_loop(text) if self.repetition_guard else (text, False)
             yield Segment(piece.start, piece.end, text, looped)
+
+    def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[str]:
+        """As `generate`; a batch that does not fit into memory is decoded in halves."""
+        try:
+            return self.generate(inputs)
+        except torch.OutOfMemoryError:
+            if len(counts) == 1:
+                raise
+        logger.warning("%d rows don't fit into memory and are decoded in halves; lower --batch_seconds", len(counts))
+        torch.cuda.empty_cache()
+        middle = len(counts) // 2
+        recordings = sum(counts[:middle])
+        texts: list[str] = []
+        for rows, places in (slice(middle), slice(recordings)), (slice(middle, None), slice(recordings, None)):
+            part = {name: value[rows if name in TOKEN_INPUTS else places] for name, value in inputs.items()}
+            texts += self._generate(BatchFeature(part), counts[rows])
+        return texts
 
     @torch.inference_mode()
     def generate(self, inputs) -> list[str]:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from hf_speechllm.inference.pieces import Transcript
 from hf_speechllm.inference.results import srt, vtt, write_results
 from hf_speechllm.inference.segments import Segment, join_texts
-from hf_speechllm.inference.transcriber import Transcript
 
 SEGMENTS = (
     Segment(0.0, 1.25, "Hello there."),

@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from hf_speechllm.audio import AudioError, load_audio
 from hf_speechllm.chat import transcription_messages, transcription_prompt
@@ -54,6 +55,30 @@ def test_a_batch_gives_what_recordings_give_alone(parts, waveforms, num_beams):
     alone = [next(iter(Transcriber(*parts, **options)([request]))).text for request in requests]
     assert [together[index] for index in range(len(requests))] == alone
     assert len(set(alone)) > 3
+
+
+def test_batches_that_do_not_fit_into_memory_are_decoded_in_halves(parts, waveforms, monkeypatch, caplog):
+    prompt = transcription_prompt()
+    dialogues = [transcription_messages(waveform, prompt) for waveform in waveforms]
+    dialogues[2:4] = [[*dialogues[2], {"role": "assistant", "content": "one"}, dialogues[3][-1]]]  # two recordings
+    requests = [Request(str(i), dialogue) for i, dialogue in enumerate(dialogues)]
+    transcriber = Transcriber(*parts, max_new_tokens=16)
+    expected = {item.index: item.text for item in transcriber(requests)}
+    generate, sizes = transcriber.generate, []
+
+    def generate_little(inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(inputs)
+
+    monkeypatch.setattr(transcriber, "generate", generate_little)
+    assert {item.index: item.text for item in transcriber(requests)} == expected
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    assert "6 rows don't fit into memory" in caplog.text
+    monkeypatch.setattr(transcriber, "generate", lambda inputs: generate_little({"input_ids": [0] * 3}))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(transcriber(requests[:1]))
 
 
 def test_beams_find_other_texts_than_greedy_search(parts, waveforms):
