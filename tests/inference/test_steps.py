@@ -1,5 +1,7 @@
 """Steps of decoding in place: the same texts as transformers' own cache gives, whatever the room."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,15 @@ def test_steps_in_place_give_the_texts_of_the_cache_that_grows(parts, requests, 
     transcriber.steps = DecodingSteps(parts[0].llm.get_decoder(), graphs=False)
     assert texts(transcriber, requests) == expected
     assert len(set(expected)) > 2 and max(map(len, expected)) > 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests):
+    model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
+    captured = Transcriber(model, processor, max_new_tokens=100)
+    expected = texts(Transcriber(model, processor, max_new_tokens=100, cuda_graphs=False), requests)
+    assert texts(captured, requests) == expected
+    assert captured.steps.graphs and captured.steps.graph is not None
 
 
 def test_recordings_of_one_length_need_no_mask(parts):
