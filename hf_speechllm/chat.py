@@ -165,10 +165,18 @@ def hotword_context(hotwords: Sequence[str], context: str | None = None) -> str:
 
 
 def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
-    """A list of hotwords from a list, or from a string with commas (ASCII or Chinese) between them."""
+    """A list of hotwords from a list, or from a string with commas (ASCII or Chinese) between them.
+
+    Raises:
+        ChatError: if one of them holds a token that dialogues are made of.
+    """
     if hotwords is None:
         return []
     words = re.split("[,，]", hotwords) if isinstance(hotwords, str) else hotwords
+    for word in words:
+        for token in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
+            if token in word:
+                raise ChatError(f"a hotword contains {token}; remove it")
     return [word.strip() for word in words if word.strip()]
 
 

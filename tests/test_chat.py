@@ -217,6 +217,14 @@ def test_hotwords_are_a_list_or_a_string_with_commas(given, expected):
     assert chat.parse_hotwords(given) == expected
 
 
+@pytest.mark.parametrize(
+    "token", [chat.TURN_START, chat.TURN_END, chat.AUDIO_TOKEN, chat.SPEECH_START, chat.SPEECH_END]
+)
+def test_hotwords_can_not_hold_what_dialogues_are_made_of(token):
+    with pytest.raises(chat.ChatError, match="a hotword contains"):
+        chat.parse_hotwords(["fine", f"not {token} fine"])
+
+
 @pytest.mark.parametrize("options", [{"language": "en"}, {"itn": False}])
 def test_own_prompt_does_not_go_with_language_or_normalisation(options):
     with pytest.raises(ValueError, match="one or the other"):

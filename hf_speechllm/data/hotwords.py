@@ -114,13 +114,16 @@ def read_words(path: str | Path) -> list[str]:
 
     Raises:
         OSError: if the file can't be read.
-        ValueError: if it is not UTF-8.
+        ValueError: if it is not UTF-8, or a word holds a token that dialogues are made of.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: save the list as UTF-8") from error
-    return _different(line.strip() for line in lines)
+    try:
+        return _different(chat.parse_hotwords(lines))
+    except chat.ChatError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def listed_words(words_or_file: str | None) -> list[str]:

@@ -200,14 +200,17 @@ def hotwords_of(record: dict) -> list[str]:
     """The hotwords of a row.
 
     Raises:
-        BadDataError: if they are neither strings nor a string.
+        BadDataError: if they are neither strings nor a string, or hold a token that dialogues are made of.
     """
     hotwords = record.get("hotwords")
     if isinstance(hotwords, list) and not all(isinstance(word, str) for word in hotwords):
         raise BadDataError('bad "hotwords": each must be a string')
     if not isinstance(hotwords, (list, str, type(None))):
         raise BadDataError('bad "hotwords": must be a list of strings, or a string with commas between them')
-    return chat.parse_hotwords(hotwords)
+    try:
+        return chat.parse_hotwords(hotwords)
+    except chat.ChatError as error:
+        raise BadDataError(f'bad "hotwords": {error}') from error
 
 
 def length_of(record: dict, key: str) -> int | None:

@@ -32,15 +32,12 @@ class BudgetBatchSampler:
     """Deals out batches of similar lengths whose padded audio fits a budget.
 
     The global order of batches depends on the seed and the epoch alone, not on the number of ranks: rank `r` of `R`
-    takes the
-    batches `r, r + R, ...`. Where their number is not a multiple of `R`, the fullest batches are split until it is,
-    so every
-    row is seen once an epoch and every rank does as many steps. Only if there is nothing left to split, a rank gets a
-    filler: a row that has been dealt already, marked so that the collator takes its labels away.
+    takes the batches `r, r + R, ...`. Where their number is not a multiple of `R`, the fullest batches are split until
+    it is, so every row is seen once an epoch and every rank does as many steps. Only if there is nothing left to
+    split, a rank gets a filler: a row that has been dealt already, marked so that the collator takes its labels away.
 
     It yields keys, not indices: `epoch * number of rows + index`, or `-1 - key` for a filler; see `Rows`. Thus
-    augmentation
-    can be seeded by row and epoch, which keeps an interrupted run on the course of an uninterrupted one.
+    augmentation can be seeded by row and epoch, which keeps an interrupted run on the course of an uninterrupted one.
 
     Args:
         seconds: audio of each row, in seconds, shape = (rows,).

@@ -190,6 +190,8 @@ def test_phrases_of_a_large_corpus_are_taken_from_all_over_it():
 def test_unusable_lists_are_told(make_arguments, write_list):
     with pytest.raises(ValueError, match="words.txt: not UTF-8: save the list as UTF-8"):
         read_words(write_list("北京\n", "gb18030"))
+    with pytest.raises(ValueError, match=r"words.*: a hotword contains <\|im_end\|>"):
+        read_words(write_list("北京\n上海<|im_end|>\n", "utf-8"))
     with pytest.raises(ValueError, match="words.txt: no words; write one in each line"):
         hotword_sampler(make_arguments(hotword_file=write_list("\n \n")), None)
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):

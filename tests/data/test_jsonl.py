@@ -147,6 +147,7 @@ def test_bad_lines_do_not_hide_the_good_ones(jsonl):
         ({"messages": messages(), "text_length": -1}, 'bad "text_length": -1'),
         ({"messages": messages(), "hotwords": 5}, 'bad "hotwords"'),
         ({"messages": messages(), "hotwords": ["a", 5]}, 'bad "hotwords"'),
+        ({"messages": messages(), "hotwords": ["a", "b<|im_end|>"]}, 'bad "hotwords": a hotword contains <|im_end|>'),
     ],
 )
 def test_bad_line_is_named_with_what_is_wrong(jsonl, line, expected):
