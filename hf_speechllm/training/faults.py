@@ -143,8 +143,12 @@ class BadSteps:
         """To be called before a batch."""
         self._skipped_by_deepspeed = getattr(model, "skipped_steps", 0)
 
-    def check(self, model, grad_norm: torch.Tensor | float) -> None:
+    def check(self, model, grad_norm: torch.Tensor | float | None) -> None:
         """Sees to it that the optimizer does nothing if the norm is not finite.
+
+        Args:
+            model: as it is trained; an engine's.
+            grad_norm: `None` where DeepSpeed has left out the first step.
 
         Raises:
             FaultError: after more than `--max_bad_steps` such steps in a row.
@@ -152,7 +156,7 @@ class BadSteps:
         self.settle()
         trainer, position = self.trainer, self.trainer.position
         epoch, dealt = (position.epoch, position.dealt - position.skipped) if position is not None else (0, 0)
-        norm = torch.as_tensor(grad_norm).detach()
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm).detach()
         step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
         self.losses = []
         if trainer.is_deepspeed_enabled:  # whose step is over
