@@ -22,7 +22,8 @@ ALIGNMENT = 16  # a cache's length is a multiple of it, as attention kernels wan
 def takes_steps(llm: PreTrainedModel) -> bool:
     """Whether `DecodingSteps` can stand in for an LLM's: if all layers look at all tokens, with torch's attention.
 
-    The position embeddings must not depend on the longest row, which the host would have to look at.
+    Nothing may depend on values that the host would have to look at: experts that tokens choose, or position
+    embeddings that change with the longest row.
     """
     config = llm.config
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -32,6 +33,7 @@ def takes_steps(llm: PreTrainedModel) -> bool:
         and layer_types == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and rope not in ("dynamic", "longrope")
+        and not any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
     )
 
 

@@ -101,6 +101,7 @@ def test_llms_that_need_more_than_a_mask_are_decoded_as_they_are(parts):
     for change in (
         {"_attn_implementation": "eager"},
         {"sliding_window": 16},
+        {"num_experts": 8},
         {"layer_types": ["sliding_attention", "full_attention"]},
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}},
     ):
