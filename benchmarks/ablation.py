@@ -22,6 +22,7 @@ from workload import environment, make_model, make_rows
 import hf_speechllm.attention
 
 COMPILED = ["--compile_layers", "true"]
+SMALL = ["--per_device_train_batch_seconds", "240"]
 
 
 def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, positions=None):
@@ -63,12 +64,12 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
     "label positions' logits only": ("eager", [], {"hf_speechllm.modeling.supervised_loss": loss_of_all_logits}),
     "loss in chunks of 4,096": ("eager", [], {"hf_speechllm.loss.POSITIONS_PER_CHUNK": 1 << 30}),
     "batches of like lengths": ("eager", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
-    "large batches (240 s instead)": ("eager", ["--batch_seconds", "240"], {}),
+    "large batches (240 s instead)": ("eager", SMALL, {}),
     "fused optimizer": ("eager", ["--optim", "adamw_torch"], {}),
     "loader processes": ("eager", ["--dataloader_num_workers", "0"], {}),
     "nothing, and layers compiled": ("compiled", [], {}),
     "batches of like lengths, compiled": ("compiled", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
-    "large batches (240 s instead), compiled": ("compiled", ["--batch_seconds", "240"], {}),
+    "large batches (240 s instead), compiled": ("compiled", SMALL, {}),
     "loader processes, compiled": ("compiled", ["--dataloader_num_workers", "0"], {}),
 }
 
@@ -85,15 +86,12 @@ def main() -> None:
     options, others = parser.parse_known_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = make_model(options.size, options.device)
-    rows, seconds = make_rows(options.rows), options.batch_seconds
+    rows = make_rows(options.rows)
     for way in [way for way in WAYS if way in options.ways]:  # in this order: layers stay compiled
         base, changes, replaced = WAYS[way]
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             for name, value in replaced.items():
                 stack.enter_context(patch(name, value))
-            options.batch_seconds = seconds
-            if changes[:1] == ["--batch_seconds"]:
-                options.batch_seconds, changes = changes[1], []
             settings = [*others, *changes, *(COMPILED if base == "compiled" else [])]
             line = measure(read_options(options.mode, options, folder, settings), options, model, processor, rows)
         print(json.dumps({"off": way, "base": base, "mode": options.mode, **line, **environment()}), flush=True)

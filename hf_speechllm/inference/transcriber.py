@@ -157,12 +157,8 @@ class Transcriber:
                 if isinstance(result, Transcript):
                     yield result
                     continue
-                failed, decodable, inputs = result
+                failed, decodable, counts, inputs = result
                 yield from failed
-                counts = [
-                    1 if piece.waveform is not None else len(requests[piece.index].dialogue.recordings)
-                    for piece in decodable
-                ]
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
                     found[piece.index].append((piece.start, segment))
                     if len(found[piece.index]) == piece.pieces:
@@ -262,8 +258,8 @@ class Transcriber:
 
     def _prepare(
         self, pool: ThreadPoolExecutor, requests: Sequence[Request], batch: list[Piece]
-    ) -> tuple[list[Transcript], list[Piece], BatchFeature | None]:
-        """What failed to load, the other pieces, and the model's inputs for these."""
+    ) -> tuple[list[Transcript], list[Piece], list[int], BatchFeature | None]:
+        """What failed to load, the other pieces, how many recordings each has, and the model's inputs for these."""
 
         def load(piece: Piece) -> list[np.ndarray] | AudioError:
             if piece.waveform is not None:
@@ -274,18 +270,19 @@ class Transcriber:
             except AudioError as error:
                 return error
 
-        failed, decodable, dialogues, waveforms = [], [], [], []
+        failed, decodable, counts, dialogues, waveforms = [], [], [], [], []
         for piece, loaded in zip(batch, pool.map(load, batch), strict=True):
             if isinstance(loaded, AudioError):
                 failed.append(Transcript(piece.index, error=str(loaded)))
                 continue
             decodable.append(piece)
+            counts.append(len(loaded))
             dialogues.append(requests[piece.index].dialogue)
             waveforms += loaded
         inputs = None
         if decodable:
             inputs = self.processor.batch(dialogues, waveforms, return_labels=False, device=self.model.device)
-        return failed, decodable, inputs
+        return failed, decodable, counts, inputs
 
     def _decode(self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]) -> Iterator[Segment]:
         """The segment that each piece is, with its text; `counts` are the recordings of each."""

@@ -14,19 +14,9 @@ from hf_speechllm.inference.transcriber import Transcriber
 
 
 @pytest.fixture(scope="module")
-def parts(compose_tiny):
-    return compose_tiny(seed=3)
-
-
-@pytest.fixture(scope="module")
-def requests():
-    rng = np.random.default_rng(0)
-    waveforms = [
-        (0.3 * np.sin(np.arange(int(seconds * 16000)) * rng.uniform(0.1, 0.8))).astype(np.float32)
-        for seconds in (0.9, 3.1, 0.2, 1.7, 2.4)
-    ]
+def requests(waveforms):
     prompt = transcription_prompt()
-    words = [(), ("one",), (), ("two", "three"), ()]  # prompts of many lengths are padded
+    words = [(), ("one",), (), ("two", "three"), (), (), ()]  # prompts of many lengths are padded
     return [
         Request(str(i), transcription_messages(waveform, prompt), words[i]) for i, waveform in enumerate(waveforms)
     ]

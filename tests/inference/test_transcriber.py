@@ -26,23 +26,6 @@ class Spans:
         return [(int(start * 16000), int(end * 16000)) for start, end in self.spans]
 
 
-@pytest.fixture(scope="module")
-def parts(compose_tiny):
-    return compose_tiny(seed=3)
-
-
-@pytest.fixture(scope="module")
-def waveforms():
-    """Tones with noise, of many lengths, out of order."""
-    rng = np.random.default_rng(0)
-    result = []
-    for seconds in (0.9, 3.1, 0.2, 1.7, 2.4, 0.5, 1.2):
-        time = np.arange(int(seconds * 16000)) / 16000
-        tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * time)
-        result.append((0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32))
-    return result
-
-
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_batch_gives_what_recordings_give_alone(parts, waveforms, num_beams):
     options = {"max_new_tokens": 24, "num_beams": num_beams}
