@@ -53,8 +53,17 @@ class Watched(SpeechLLMTrainer):
             sharded=any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()),
             units=[name for name, module in model.named_modules() if type(module).__name__.startswith("FSDP")],
             persistent=len(getattr(getattr(model, "optimizer", None), "persistent_parameters", ())),
+            gathered=sorted({type(item).__name__ for item in model.modules() if getattr(item, "_z3_leaf", False)}),
+            overlapped=getattr(getattr(model, "optimizer", None), "overlap_comm", None),
+            copied=not getattr(model, "gradient_as_bucket_view", True),
         )
         return super().training_step(model, inputs, num_items_in_batch)
+
+if "--compile_layers" in sys.argv:  # traced without code generation, which takes minutes
+    from hf_speechllm.training.compilation import LayerGroup
+
+    init = LayerGroup.__init__
+    LayerGroup.__init__ = lambda self, layers, backend: init(self, layers, "aot_eager")
 
 record, rows = {}, []
 import hf_speechllm.training.trainer as module
@@ -115,7 +124,13 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
         assert [note["zero_stage"] for note in notes] == [int(engine.removesuffix("_offload")[-1])] * num_processes
     assert [note["sharded"] for note in notes] == [engine == "fsdp2"] * num_processes
     assert [note["persistent"] for note in notes] == [0] * num_processes
-    for note in notes:  # the encoder as a whole
+    assert [note["copied"] for note in notes] == [False] * num_processes
+    for note in notes:
+        assert note["overlapped"] is (True if engine in ("deepspeed_zero1", "deepspeed_zero2") else None)
+        assert note["gathered"] == (
+            ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []
+        )
+        # FSDP's: the encoder as a whole
         assert [name.partition("audio_encoder")[2] for name in note["units"] if "audio_encoder" in name] == (
             [""] if engine == "fsdp2" else []
         )
@@ -165,8 +180,9 @@ def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, 
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1, "--freeze_audio_adaptor", 1],
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1],
         ["--gradient_checkpointing", "true"],
+        ["--compile_layers", "true"],
     ],
-    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing"],
+    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing", "compiled"],
 )  # fmt: skip
 def test_four_processes_train_every_combination_of_parts(engine, options, train):
     notes, log, folder = train(engine, *options, num_processes=4)

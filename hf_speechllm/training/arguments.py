@@ -114,6 +114,9 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         False,
         "Compile the layers of encoder, adaptor and LLM (torch.compile): faster steps after some minutes of warm-up.",
     )
+    plain_attention: bool = _option(
+        False, "Attention as torch and transformers choose it, cuDNN's among it, which plans anew for every shape."
+    )
     # Validation by decoding
     eval_cer: bool = _option(
         False,
@@ -182,6 +185,7 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         False, "Must stay false: the collator reads columns that the model does not."
     )
     ddp_find_unused_parameters: bool | None = _option(False, "All that is trained is used in every step.")
+    ddp_bucket_cap_mb: int | None = _option(100, "Gradients sent at once; parameters are many, and most are small.")
     ddp_broadcast_buffers: bool | None = _option(False, "Buffers are constants: no rank has to wait for them.")
     hub_private_repo: bool | None = _option(True, "Whether a repository that --push_to_hub creates is private.")
     hub_strategy: str = _option("end", "Must stay `end`: the finished model is pushed, checkpoints are not.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,7 +14,7 @@ LAYERS_PER_GRAPH = 2
 VARIANTS = 64
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
+def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collection[str] = ()) -> int:
     """Compiles the layers of encoder, adaptor and LLM, a few at a time; stacks of equal layers share the graphs.
 
     Not the whole model: compilation would take as long as there are layers, and what surrounds them may look at
@@ -23,6 +25,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     Args:
         model: in which no engine has wrapped layers yet.
         backend: of `torch.compile`.
+        alone: names of the classes whose layers each get a graph of their own, since an engine gathers the parameters
+            of each before it is called.
 
     Returns:
         How many graphs are called in a forward pass.
@@ -33,7 +37,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
         if not layers or len(layers) < len(stack):
             continue
-        size = max(number for number in range(1, LAYERS_PER_GRAPH + 1) if len(layers) % number == 0)
+        most = 1 if type(layers[0]).__name__ in alone else LAYERS_PER_GRAPH
+        size = max(number for number in range(1, most + 1) if len(layers) % number == 0)
         for start in range(0, len(layers), size):
             first, *others = layers[start : start + size]
             first.forward = LayerGroup([first, *others], backend)

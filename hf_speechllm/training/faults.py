@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import active_children
 
 from ..audio import AudioError
@@ -157,13 +158,15 @@ class BadSteps:
         trainer, position = self.trainer, self.trainer.position
         epoch, dealt = (position.epoch, position.dealt - position.skipped) if position is not None else (0, 0)
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm).detach()
+        if isinstance(norm, DTensor):  # FSDP's
+            norm = norm.full_tensor()
         step = _Step(trainer.state.global_step + 1, norm, self.losses, epoch, dealt)
         self.losses = []
         if trainer.is_deepspeed_enabled:  # whose step is over
             self._check_deepspeed(model, step)
             return
         optimizer = self._skipping_optimizer()
-        if optimizer is not None and type(norm) is torch.Tensor:
+        if optimizer is not None:
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             event = None
             if norm.is_cuda:
@@ -203,7 +206,7 @@ class BadSteps:
         """The optimizer, if it can leave a step out by itself."""
         optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         if self._known is None or self._known[0] is not optimizer:  # not in each step: it looks at every parameter
-            self._known = optimizer, _is_fused(optimizer) and not self.trainer.is_fsdp_enabled
+            self._known = optimizer, _is_fused(optimizer)
         return optimizer if self._known[1] else None
 
     def _close(self, step: _Step) -> None:
@@ -270,12 +273,12 @@ class BadSteps:
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is a fused Adam of plain tensors, which heeds `found_inf`."""
+    """Whether it is a fused Adam of plain tensors or FSDP's, which heeds `found_inf`."""
     groups = optimizer.param_groups
     return (
         isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
         and all(group.get("fused") for group in groups)
-        and all(type(parameter.data) is torch.Tensor for group in groups for parameter in group["params"])
+        and all(type(parameter.data) in (torch.Tensor, DTensor) for group in groups for parameter in group["params"])
     )
 
 

@@ -55,7 +55,7 @@ class SpeechLLMTrainer(ResumableTrainer):
         selection: which weights remained at the end of training, in words; `None` if they are simply the last.
 
     Raises:
-        ValueError: if `--average_best` or `--compile_layers` is asked for with DeepSpeed or FSDP.
+        ValueError: if `--average_best` is asked for with DeepSpeed or FSDP, or `--compile_layers` with ZeRO-3.
     """
 
     args: SpeechLLMTrainingArguments
@@ -69,18 +69,19 @@ class SpeechLLMTrainer(ResumableTrainer):
         self.stream_loader: StreamLoader | None = None
         self.train_loader: BudgetDataLoader | None = None
         self.last_inputs: dict[str, torch.Tensor] | None = None  # of the batch that was trained on last
-        if self.args.device.type == "cuda":
+        if self.args.device.type == "cuda" and not self.args.plain_attention:
             spare_the_host(self.model)
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else each gradient is copied there and back
         if self.is_deepspeed_enabled:
-            # Parameters below this size are else gathered one by one after each step, and of 1,500 most are.
-            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-            zero.setdefault("stage3_param_persistence_threshold", 0)
+            from .zero import prepare  # DeepSpeed need not be installed
+
+            prepare(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
         if self.args.compile_layers:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ValueError(
-                    "--compile_layers joins layers, but DeepSpeed and FSDP need them one by one: leave it"
-                )
-            compile_layers(self.model)
+            if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+                raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
+            alone = self.model._no_split_modules if self.is_fsdp_enabled else ()
+            compile_layers(self.model, alone=alone)
         self.add_callback(TrainingCurve)
         self.add_callback(ValidationTable)
         self.retention_guard = set_up_selection(self)
@@ -193,6 +194,14 @@ class SpeechLLMTrainer(ResumableTrainer):
                 "on with --resume_from_checkpoint last"
             )
         return super()._finalize_training(*args)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            from .zero import measure_gradients_at_once
+
+            measure_gradients_at_once(self.deepspeed.optimizer)
+        return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As the parent's; a batch that does not fit into memory is run in parts."""

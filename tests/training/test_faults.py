@@ -317,6 +317,17 @@ NAN_SCRIPT = """
 import os, runpy, sys
 recipe = sys.argv[1]
 sys.argv = [recipe, *sys.argv[2:]]
+if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate takes DDP on the CPU; see tests/test_engines.py
+    from accelerate.state import DistributedType, PartialState
+
+    create = PartialState.__init__
+
+    def __init__(self, *args, **kwargs):
+        create(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = __init__
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 import hf_speechllm.training.trainer as module
 
@@ -362,15 +373,19 @@ def test_loss_that_is_not_finite_on_one_rank_leaves_the_step_out_on_all(tiny_mod
 
 
 @pytest.mark.parametrize(
-    "stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    "engine",
+    [
+        "deepspeed_zero1",
+        *[pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed_zero2", "deepspeed_zero3", "fsdp2")],
+    ],
 )
-def test_deepspeed_leaves_out_steps_whose_loss_is_not_finite_on_one_rank(
-    launch, tiny_model, tiny_corpus, tmp_path, stage
+def test_engine_leaves_out_steps_whose_loss_is_not_finite_on_one_rank(
+    launch, tiny_model, tiny_corpus, tmp_path, engine
 ):
     script, config, folder = tmp_path / "run.py", tmp_path / "two.yaml", tmp_path / "run"
-    good = 0 if stage == 3 else 1  # steps before: DeepSpeed knows no norm if it leaves out the first
+    good = 0 if engine == "deepspeed_zero3" else 1  # steps before: DeepSpeed knows no norm if it leaves out the first
     script.write_text(NAN_SCRIPT.replace("(1, 2)", f"({good}, {good + 1})"), encoding="utf-8")
-    setup = yaml.safe_load((REPOSITORY / f"accelerate_configs/deepspeed_zero{stage}.yaml").read_text())
+    setup = yaml.safe_load((REPOSITORY / f"accelerate_configs/{engine}.yaml").read_text())
     config.write_text(yaml.safe_dump({**setup, "use_cpu": True, "num_processes": 2}))
     command = [
         script, REPOSITORY / "recipes/finetune.py", "--model_name_or_path", tiny_model,
@@ -389,7 +404,7 @@ def test_deepspeed_leaves_out_steps_whose_loss_is_not_finite_on_one_rank(
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert all(torch.isfinite(tensor).all() for tensor in weights[2].values())
     assert any(not torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
-    if stage == 1:
+    if engine == "deepspeed_zero1":
         shutil.rmtree(folder)
         result = launch(*command, "--max_bad_steps", 1, config=config)
         assert result.returncode != 0 and "2 steps in a row" in result.stderr
