@@ -36,8 +36,17 @@ setup(
         "zhconv",
     ],
     extras_require={
-        "deepspeed": ["deepspeed"],
+        "deepspeed": ["deepspeed>=0.19.8"],
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "deepspeed", "ruff", "mypy", "pre-commit"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "deepspeed>=0.19.8",
+            "ruff",
+            "mypy",
+            "pre-commit",
+        ],
     },
 )

@@ -180,9 +180,8 @@ def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, 
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1, "--freeze_audio_adaptor", 1],
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1],
         ["--gradient_checkpointing", "true"],
-        ["--compile_layers", "true"],
     ],
-    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing", "compiled"],
+    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing"],
 )  # fmt: skip
 def test_four_processes_train_every_combination_of_parts(engine, options, train):
     notes, log, folder = train(engine, *options, num_processes=4)
@@ -192,6 +191,22 @@ def test_four_processes_train_every_combination_of_parts(engine, options, train)
     check_engine(engine, notes, num_processes=4, **wrapped)
     check_log(log, expected)
     check_weights(folder, reference, "adapter_model.safetensors" if "--use_lora" in options else "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "deepspeed_zero3"])
+def test_compiled_layers_follow_the_course_of_one_process(engine, train, one_process):
+    _, expected, reference = one_process
+    notes, log, folder = train(engine, "--compile_layers", "true")
+    check_engine(engine, notes)
+    check_log(log, expected)
+    check_weights(folder, reference)
+
+
+@pytest.mark.slow
+def test_layers_are_not_compiled_for_zero_3(train):
+    with pytest.raises(AssertionError, match="--compile_layers is not for ZeRO-3"):
+        train("deepspeed_zero3", "--compile_layers", "true")
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             set_z3_leaf_module(module, True)
-            module.register_forward_pre_hook(_want_gradient)
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                module.register_forward_pre_hook(_want_gradient)
             module.__dict__.pop("remembered_parameters", None)
     partitioned_param_coordinator.get_all_parameters = _all_parameters
     # torch asks for it at every call, and else takes the function apart.
