@@ -135,6 +135,31 @@ def test_plain_wav_is_probed_without_decoding(recording, monkeypatch):
         probe_audio(recording("flac"))
 
 
+@pytest.mark.parametrize("subtype", audio.PLAIN_PCM)
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("version", [None, b"Lavf58.29.100\0", b"Lavf61.7.100\0\0"])
+def test_simple_wav_header_says_what_libsndfile_says(recording, monkeypatch, subtype, channels, version):
+    data = recording("wav", subtype, channels=channels).read_bytes()
+    if version:  # as FFmpeg writes it
+        data = data[:36] + b"LIST\x1a\0\0\0INFOISFT" + struct.pack("<I", version.index(0) + 1) + version + data[36:]
+        data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        expected = (file.frames, file.samplerate)
+    monkeypatch.setattr(soundfile, "SoundFile", None)
+    assert probe_audio(data) == expected == (SECONDS * 16000, 16000)
+
+
+@pytest.mark.parametrize("position", [*range(0, 44), -1])
+def test_wav_header_in_doubt_is_left_to_libsndfile(recording, position):
+    data = bytearray(recording("wav").read_bytes())
+    assert audio._parse_simple_wav(bytes(data[:78]), len(data)) == (SECONDS * 16000, 16000)
+    if position < 0:
+        del data[-1]
+    else:
+        data[position] ^= 1
+    assert audio._parse_simple_wav(bytes(data[:78]), len(data)) is None
+
+
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_wav_of_a_writer_that_could_not_seek_back_is_read_to_its_end(recording, size):
     path = recording("wav")
