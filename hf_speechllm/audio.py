@@ -273,11 +273,12 @@ def _blocks_of_ffmpeg(data: bytes, name: str, cause: str) -> Iterator[tuple[np.n
         with av.open(io.BytesIO(data), "r") as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: not audio: the file has no audio stream")
-            # Planar float keeps every rate and channel count; only the sample format is converted.
-            resampler = av.AudioResampler(format="fltp")
+            # Every rate and channel count stays; only the sample format is converted. Not to a plane for each channel:
+            # PyAV looks for more of them than a frame may have, and the process dies.
+            resampler = av.AudioResampler(format="flt")
             for frame in itertools.chain(container.decode(container.streams.audio[0]), [None]):
                 for block in resampler.resample(frame):
-                    yield np.ascontiguousarray(block.to_ndarray().T), block.sample_rate
+                    yield block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, AudioError):
             raise

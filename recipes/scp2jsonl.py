@@ -67,15 +67,13 @@ def load_tokenizer(name: str):
         raise ValueError(f"--model_name_or_path {name}: no tokenizer: {error}") from error
 
 
-def make_rows(
-    utterances, prompt: str, tokenizer, args: argparse.Namespace, bad_rows
-) -> tuple[list[dict], list[float]]:
+def make_rows(utterances, prompt: str, tokenizer, args: argparse.Namespace, bad_rows) -> tuple[list[dict], list]:
     """A row for each good utterance, and the durations in seconds."""
     from tqdm import tqdm
 
     from hf_speechllm.audio import AudioError, is_url
     from hf_speechllm.chat import ChatError, parse_messages, transcription_messages
-    from hf_speechllm.data.kaldi import measure_recording
+    from hf_speechllm.data.kaldi import add_text_lengths, measure_recording
 
     def measure(utterance):
         try:
@@ -104,13 +102,8 @@ def make_rows(
                 continue
             rows.append({"messages": messages, "speech_length": result[1]})
             durations.append(result[0])
-    if tokenizer is not None and rows:
-        for start in range(0, len(rows), 128):  # a list of all takes a third longer, and memory
-            batch = rows[start : start + 128]
-            texts = [row["messages"][-1]["content"] for row in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-            for row, ids in zip(batch, encoded["input_ids"], strict=True):
-                row["text_length"] = len(ids)
+    if tokenizer is not None:
+        add_text_lengths(rows, tokenizer)
     return rows, durations
 
 

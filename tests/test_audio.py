@@ -160,6 +160,16 @@ def test_wav_header_in_doubt_is_left_to_libsndfile(recording, position):
     assert audio._parse_simple_wav(bytes(data[:78]), len(data)) is None
 
 
+@pytest.mark.parametrize("channels", [2, 8, 9, 16])
+def test_wav_of_64_bits_is_read_whatever_the_channels(channels):
+    samples = np.arange(100 * channels).reshape(100, channels) << 48
+    width, data = 8 * channels, samples.astype("<i8").tobytes()
+    header = struct.pack("<4sI8sIHHIIHH", b"RIFF", 36 + len(data), b"WAVEfmt ", 16, 1, channels, 16000, 16000 * width,
+                         width, 64) + struct.pack("<4sI", b"data", len(data))  # fmt: skip
+    loaded = load_audio(header + data, 16000)
+    np.testing.assert_allclose(loaded, samples.mean(axis=1) / 2.0**63, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_wav_of_a_writer_that_could_not_seek_back_is_read_to_its_end(recording, size):
     path = recording("wav")
