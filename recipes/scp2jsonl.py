@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--audio_root", help="folder that recordings must lie in, links followed (default: anywhere)")
     parser.add_argument("--max_bad_fraction", type=fraction, default=0.0, help="share of rows that may be left out")
     parser.add_argument("--bad_rows_file", help="file for the list of all bad rows")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="recordings checked at the same time")
+    parser.add_argument("--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="threads that check")
     parser.add_argument("--overwrite", action="store_true", help="replace --jsonl_file if it exists")
     args = parser.parse_args()
     for flag in ("scp_file", "transcript_file"):

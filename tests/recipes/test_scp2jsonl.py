@@ -237,6 +237,7 @@ def test_interruption_stops_at_once_and_writes_nothing(corpus, tmp_path, serve):
     command = [sys.executable, RECIPE, *flags]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert asked.wait(60)
+    time.sleep(0.5)  # the main thread may still be on its way to wait for the answer
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     errors = process.communicate(timeout=60)[1]
