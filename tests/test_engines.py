@@ -24,23 +24,14 @@ WRAPPERS = {
 
 # recipes/finetune.py, with a note of the engine at each rank.
 SCRIPT = """
-import json, runpy, sys
+import json, os, runpy, sys
 import torch
 
 note, engine, recipe = sys.argv[1:4]
 sys.argv = [recipe, *sys.argv[4:]]
 if engine == "fsdp2":
-    # accelerate offers FSDP2 on GPUs alone, and takes DDP on the CPU without a word: what it sees is a GPU's type.
-    from accelerate.state import DistributedType, PartialState
-
-    create = PartialState.__init__
-
-    def __init__(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
-            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = __init__
+    sys.path.append(os.path.join(os.path.dirname(recipe), "../tests"))
+    import fsdp_on_cpu
 
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
@@ -69,7 +60,6 @@ record, rows = {}, []
 import hf_speechllm.training.trainer as module
 module.SpeechLLMTrainer = Watched
 runpy.run_path(recipe, run_name="__main__")
-import os
 with open(f"{note}.{os.environ.get('RANK', 0)}", "w") as file:
     json.dump({**record, "rows": rows}, file)
 """

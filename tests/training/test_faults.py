@@ -317,17 +317,9 @@ NAN_SCRIPT = """
 import os, runpy, sys
 recipe = sys.argv[1]
 sys.argv = [recipe, *sys.argv[2:]]
-if os.environ.get("ACCELERATE_USE_FSDP"):  # accelerate takes DDP on the CPU; see tests/test_engines.py
-    from accelerate.state import DistributedType, PartialState
-
-    create = PartialState.__init__
-
-    def __init__(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
-            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = __init__
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    sys.path.append(os.path.join(os.path.dirname(recipe), "../tests"))
+    import fsdp_on_cpu
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 import hf_speechllm.training.trainer as module
 

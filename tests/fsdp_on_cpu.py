@@ -1,0 +1,14 @@
+"""Importing this has accelerate offer FSDP2 on the CPU, where it takes DDP without a word: it sees a GPU's type."""
+
+from accelerate.state import DistributedType, PartialState
+
+create = PartialState.__init__
+
+
+def __init__(self, *args, **kwargs):
+    create(self, *args, **kwargs)
+    if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = __init__
