@@ -73,12 +73,13 @@ class SpeechLLMTrainer(ResumableTrainer):
             spare_the_host(self.model)
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else each gradient is copied there and back
-        if self.is_deepspeed_enabled:
+        deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if deepspeed is not None:
             from .zero import prepare  # DeepSpeed need not be installed
 
-            prepare(self.model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            prepare(self.model, deepspeed.deepspeed_config)
         if self.args.compile_layers:
-            if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            if deepspeed is not None and deepspeed.zero_stage == 3:
                 raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
             alone = self.model._no_split_modules if self.is_fsdp_enabled else ()
             compile_layers(self.model, alone=alone)
