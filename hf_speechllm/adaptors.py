@@ -11,6 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoderLayer
 
 from .configuration import AudioAdaptorConfig
+from .packing import PackedRows
 
 
 class AudioAdaptor(PreTrainedModel):
@@ -42,12 +43,15 @@ class AudioAdaptor(PreTrainedModel):
         self.blocks = nn.ModuleList(FunAsrNanoEncoderLayer(config, use_fsmn=False) for _ in range(blocks))
         self.post_init()
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turns encoder frames into audio tokens.
 
         Args:
             hidden_states: shape = (batch, encoder frames, encoder width).
             mask: shape = (batch, encoder frames); 1 for frames of the recording, 0 for padding.
+            positions: `packing.filled_positions` of the mask, to compute without padding where frames aren't stacked.
 
         Returns:
             Audio tokens, shape = (batch, tokens, LLM width), and their lengths, shape = (batch,): `ceil(frames / k)`.
@@ -55,6 +59,12 @@ class AudioAdaptor(PreTrainedModel):
         hidden_states = hidden_states.to(self.linear1.weight.dtype)  # a checkpoint may store each part in its own
         k = self.config.downsample_rate
         lengths = (mask.sum(-1) + k - 1) // k
+        if positions is not None and k == 1:
+            rows = PackedRows(mask, positions)
+            hidden_states = self.linear2(self.act(self.linear1(rows.pack(hidden_states))))
+            for block in self.blocks:
+                hidden_states = block(hidden_states, None, **rows.attention)
+            return rows.unpack(hidden_states), lengths
         if k > 1:
             # Padding is zeroed so that the last stack of a short recording is the same alone and in a batch.
             hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)

@@ -1,15 +1,23 @@
-"""Attention on a GPU without waits of the host: what transformers and torch do by default stalls it in every batch."""
+"""Attention without padding, and on a GPU without waits of the host: what transformers and torch do by default stalls
+it in every batch."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-PADDED = "sdpa_padded"  # name of the attention implementation
+from .memory_block import use_memory_blocks
+
+PADDED, PACKED = "sdpa_padded", "sdpa_packed"  # names of attention implementations
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
-CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2")  # attention that is causal without a mask; eager is not
+CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PACKED)  # attention that is causal without a mask; eager is not
 MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
 
 
@@ -30,8 +38,53 @@ def padding_mask(
     return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
 
 
-AttentionInterface.register(PADDED, sdpa_attention_forward)
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of rows that lie one after the other in one; without `cu_seq_lens_q`, transformers' `sdpa`.
+
+    Args:
+        query, key, value: shape = (1, heads, tokens of all rows, width of a head); keys may have fewer heads.
+        cu_seq_lens_q: where rows begin and the last ends, 32-bit integers, shape = (rows + 1,).
+        max_length_q: at least the length of the longest row.
+
+    Returns:
+        Shape = (1, tokens, heads, width of a head).
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        # Not `nn.attention.varlen`: in torch 2.11 it needs as many heads of keys, and later takes cuDNN's attention.
+        result = torch.ops.aten._flash_attention_forward(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout, module.is_causal,
+            False, scale=scaling,
+        )[0]  # fmt: skip
+        return result.unsqueeze(0), None
+    attend = partial(
+        functional.scaled_dot_product_attention,
+        dropout_p=dropout, is_causal=bool(module.is_causal), scale=scaling, enable_gqa=True,
+    )  # fmt: skip
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = zip(*(states.transpose(0, 1).split(lengths, dim=1) for states in (query, key, value)), strict=True)
+    return torch.cat([attend(*row) for row in rows], dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(PADDED, packed_attention)
 AttentionMaskInterface.register(PADDED, padding_mask)
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
@@ -47,10 +100,37 @@ def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
 def spare_the_host(model: nn.Module) -> None:
     """Sets a model up for batches that each have a shape of their own, on a GPU.
 
-    The encoder and the adaptor get `padding_mask`. cuDNN's attention, which torch prefers on Hopper GPUs, is turned
-    off in this process: it plans anew for every shape, which takes longer than the attention itself.
+    The encoder and the adaptor get `padding_mask`, the encoder also the kernel of `memory_block`. cuDNN's attention,
+    which torch prefers on Hopper GPUs, is turned off in this process: it plans anew for every shape, which takes
+    longer than the attention itself.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    use_memory_blocks(model)
+    _attend_to_padded_rows(model)
+
+
+def allow_packing(model: Any) -> None:
+    """Sets a speech LLM up for batches without padding, see `packing`.
+
+    Args:
+        model: with or without adapters of peft.
+
+    Raises:
+        ValueError: if the LLM, or the attention that was asked for, can't tell rows apart.
+    """
+    config = model.llm.config
+    if config._attn_implementation == "sdpa":
+        model.llm.set_attn_implementation(PACKED)
+    if causal_masks(config) is None:
+        raise ValueError(
+            f"--padding_free is for LLMs of the types {' and '.join(MASKS_BY_LAYER)} with full attention, and for the "
+            f"attention sdpa or flash_attention_2; this one is {config.model_type} with {config._attn_implementation}"
+        )
+    use_memory_blocks(model)
+    _attend_to_padded_rows(model)
+
+
+def _attend_to_padded_rows(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module.config.model_type not in BIDIRECTIONAL:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from transformers.utils import ModelOutput
 from .adaptors import AudioAdaptor
 from .attention import causal_masks
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
-from .loss import supervised_loss
+from .loss import called_as, supervised_loss
+from .packing import PackedRows, encode_packed
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -163,13 +165,17 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def encode_audio(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor,
+        frame_positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the encoder.
 
         Args:
             input_features: shape = (recordings, feature frames, feature size).
             input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+            frame_positions: as in `forward`.
 
         Returns:
             Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
@@ -177,6 +183,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if self.config.audio_encoder_config.model_type == "whisper":
             return self._run_whisper(input_features, input_features_mask)
+        if frame_positions is not None:
+            encode = partial(encode_packed, self.audio_encoder)
+            states = called_as(self.audio_encoder, encode, input_features, input_features_mask, frame_positions)
+            return states, input_features_mask
         outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask)
         return outputs.last_hidden_state, input_features_mask
 
@@ -195,10 +205,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         return self._audio_tokens(input_features, input_features_mask)
 
-    def _audio_tokens(self, features, mask, states=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _audio_tokens(self, features, mask, states=None, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
         if states is None:
-            states, mask = self.encode_audio(features, mask)
-        tokens, lengths = self.audio_adaptor(states, mask)
+            states, mask = self.encode_audio(features, mask, positions)
+        if self.config.audio_encoder_config.model_type == "whisper":
+            positions = None  # of features, of which the encoder makes fewer frames
+        tokens, lengths = self.audio_adaptor(states, mask, positions)
         if self.config.use_low_frame_rate:
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
             tokens = tokens[:, : -(-tokens.shape[1] // LOW_FRAME_RATE)]
@@ -236,6 +248,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         label_positions: torch.Tensor | None = None,
         encoder_states: torch.Tensor | None = None,
         audio_tokens: torch.Tensor | None = None,
+        frame_positions: torch.Tensor | None = None,
+        token_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
         """Runs the model; with labels, computes logits only at supervised positions.
@@ -255,6 +269,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
                 then theirs.
             audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
+            frame_positions: `packing.filled_positions` of `input_features_mask`: encoder and adaptor compute without
+                padding. For a model that `attention.allow_packing` has set up; the same goes for the next.
+            token_positions: those of `attention_mask`, if labels and their positions are given: the LLM computes
+                without padding.
 
         Raises:
             ValueError: if placeholders and audio tokens differ in number.
@@ -265,10 +283,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 lengths = torch.full((1,), len(audio_tokens), device=input_ids.device)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio_tokens.unsqueeze(0), lengths)
             elif input_features is not None or encoder_states is not None:
-                audio = self._audio_tokens(input_features, input_features_mask, encoder_states)
+                audio = self._audio_tokens(input_features, input_features_mask, encoder_states, frame_positions)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
         # With label positions, padding is on the right, so that the causal mask alone hides it.
         causal = labels is not None and label_positions is not None
+        rows = None
+        if causal and token_positions is not None and attention_mask is not None:
+            rows = PackedRows(attention_mask, token_positions)
+            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
+            kwargs.update(rows.attention)
         outputs = self.llm.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
@@ -278,6 +301,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if rows is not None:
+            hidden_states = rows.unpack(hidden_states)
         head = self.get_output_embeddings()
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

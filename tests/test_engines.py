@@ -32,6 +32,10 @@ sys.argv = [recipe, *sys.argv[4:]]
 if engine == "fsdp2":
     sys.path.append(os.path.join(os.path.dirname(recipe), "../tests"))
     import fsdp_on_cpu
+if engine.startswith("deepspeed_zero3"):  # else every parameter of the tiny model is kept by every rank
+    from hf_speechllm.training import zero
+
+    zero.PERSISTENT_SIZE = 64
 
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
@@ -44,6 +48,7 @@ class Watched(SpeechLLMTrainer):
             sharded=any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()),
             units=[name for name, module in model.named_modules() if type(module).__name__.startswith("FSDP")],
             persistent=len(getattr(getattr(model, "optimizer", None), "persistent_parameters", ())),
+            parameters=sum(1 for _ in model.parameters()),
             gathered=sorted({type(item).__name__ for item in model.modules() if getattr(item, "_z3_leaf", False)}),
             overlapped=getattr(getattr(model, "optimizer", None), "overlap_comm", None),
             copied=not getattr(model, "gradient_as_bucket_view", True),
@@ -113,9 +118,9 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
     if engine.startswith("deepspeed"):
         assert [note["zero_stage"] for note in notes] == [int(engine.removesuffix("_offload")[-1])] * num_processes
     assert [note["sharded"] for note in notes] == [engine == "fsdp2"] * num_processes
-    assert [note["persistent"] for note in notes] == [0] * num_processes
     assert [note["copied"] for note in notes] == [False] * num_processes
     for note in notes:
+        assert (0 < note["persistent"] < note["parameters"]) is engine.startswith("deepspeed_zero3")
         assert note["overlapped"] is (True if engine in ("deepspeed_zero1", "deepspeed_zero2") else None)
         assert note["gathered"] == (
             ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []
@@ -170,8 +175,9 @@ def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, 
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1, "--freeze_audio_adaptor", 1],
         ["--use_lora", "true", "--lora_dropout", 0, "--freeze_audio_encoder", 1],
         ["--gradient_checkpointing", "true"],
+        ["--gradient_checkpointing", "true", "--padding_free", "true"],
     ],
-    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "gradient_checkpointing"],
+    ids=["llm_only", "adaptor_only", "encoder_adaptor", "lora", "lora_adaptor", "checkpointing", "packed"],
 )  # fmt: skip
 def test_four_processes_train_every_combination_of_parts(engine, options, train):
     notes, log, folder = train(engine, *options, num_processes=4)
@@ -181,6 +187,23 @@ def test_four_processes_train_every_combination_of_parts(engine, options, train)
     check_engine(engine, notes, num_processes=4, **wrapped)
     check_log(log, expected)
     check_weights(folder, reference, "adapter_model.safetensors" if "--use_lora" in options else "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "engine", [ENGINES[0], *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
+)
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--use_lora", "true", "--lora_dropout", 0], marks=pytest.mark.slow)],
+    ids=["whole", "lora"],
+)
+def test_packed_batches_follow_the_course_of_padded_ones(engine, options, train):
+    notes, log, folder = train(engine, *options, "--padding_free", "true")
+    _, expected, reference = train("one", *options, accumulation=2)
+    check_engine(engine, notes, **({"model": "PeftModel"} if options else {}))
+    assert {line["padding_share"] for line in log if "padding_share" in line} == {0.0}
+    check_log(log, expected)
+    check_weights(folder, reference, "adapter_model.safetensors" if options else "model.safetensors")
 
 
 @pytest.mark.slow

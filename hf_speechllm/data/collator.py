@@ -15,6 +15,7 @@ from .. import chat
 from ..audio import load_audio
 from ..features import FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
 from ..loss import label_positions
+from ..packing import filled_positions
 from ..processing import SpeechLLMProcessor, pad_features
 from .hotwords import HotwordSampler, answers_of
 
@@ -32,6 +33,7 @@ class SpeechLLMCollator:
         dither: noise in the front-end, see `FbankFeatureExtractor`, where features are not cached; its randomness too
             comes from each row's `seed`.
         hotwords: draws each row's hotwords; `None` leaves those that it carries. Randomness as above.
+        padding_free: whether the model is told where there is no padding, and computes without it.
 
     Raises:
         ValueError: if the front-end has no dither.
@@ -41,6 +43,7 @@ class SpeechLLMCollator:
     augmentations: Sequence[Augmentation] = ()
     dither: float = 0.0
     hotwords: HotwordSampler | None = None
+    padding_free: bool = False
 
     def __post_init__(self):
         if self.dither and not isinstance(self.processor.feature_extractor, FbankFeatureExtractor):
@@ -52,7 +55,8 @@ class SpeechLLMCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `label_positions`;
             `input_features`, shape = (recordings, frames, feature size), `input_features_mask`, or, of rows from
-            `data.encoder_cache`, `encoder_states` or `audio_tokens` instead of the features.
+            `data.encoder_cache`, `encoder_states` or `audio_tokens` instead of the features; if `padding_free`,
+            `token_positions` and, unless there are audio tokens, `frame_positions`.
         """
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         audio: list[torch.Tensor] = []
@@ -77,6 +81,8 @@ class SpeechLLMCollator:
             num_frames.extend(lengths)
         batch = self.processor.pad_tokens(columns, "right")
         batch["label_positions"] = label_positions(batch["labels"])
+        if self.padding_free:
+            batch["token_positions"] = filled_positions(batch["attention_mask"])
         if level == "audio_tokens":
             frames = torch.tensor(num_frames)  # the mask only tells how much audio there is
             batch["input_features_mask"] = torch.arange(int(frames.max())) < frames.unsqueeze(-1)
@@ -84,6 +90,8 @@ class SpeechLLMCollator:
         padded = pad_features(audio)
         if level == "encoder_states":
             padded["encoder_states"] = padded.pop("input_features")
+        if self.padding_free:
+            padded["frame_positions"] = filled_positions(padded["input_features_mask"])
         return {**batch, **padded}
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:

@@ -110,6 +110,11 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         60.0, "Padded audio seconds in a batch on one device; auto (or 0): as many as the GPU's memory takes."
     )
     per_device_eval_batch_seconds: float | None = _option(None, "The same for validation (default: as for training).")
+    padding_free: bool | None = _option(
+        None,
+        "Compute without padding, the rows of a batch one after the other (default: on a GPU with --bf16 or --fp16 if "
+        "the LLM allows it).",
+    )
     compile_layers: bool = _option(
         False,
         "Compile the layers of encoder, adaptor and LLM (torch.compile): faster steps after some minutes of warm-up.",

@@ -216,11 +216,13 @@ def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[di
     recordings = int(np.searchsorted(np.cumsum([0, *counts]), placeholders))
     cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states"), recordings)
     cuts["audio_tokens"] = placeholders
+    ends = dict.fromkeys(("label_positions", "token_positions"), half * width)
+    ends["frame_positions"] = recordings * batch["input_features_mask"].shape[1]
     halves: list[dict[str, Any]] = [{}, {}]
     for key, value in batch.items():
-        if key == "label_positions":
-            before = value < half * width
-            parts = value[before], value[~before] - half * width
+        if key in ends:
+            before = value < ends[key]
+            parts = value[before], value[~before] - ends[key]
         else:
             parts = value[: cuts.get(key, half)], value[cuts.get(key, half) :]
         for part, tensor in zip(halves, parts, strict=True):

@@ -62,8 +62,9 @@ class LayerGroup:
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As the layers one after the other."""
-        # A size of one would be compiled anew, in the middle of a run.
-        plain = kwargs.get("past_key_values") is not None or 1 in hidden_states.shape[:2]
+        # A size of one would be compiled anew, in the middle of a run. Packed rows are always one.
+        sizes = hidden_states.shape[1:2] if "cu_seq_lens_q" in kwargs else hidden_states.shape[:2]
+        plain = kwargs.get("past_key_values") is not None or 1 in sizes
         run = _run if plain else self.compiled
         return run(self.layers, hidden_states, *args, **kwargs)
 

@@ -44,7 +44,8 @@ class Progress:
         for batch in batches:
             mask = batch["input_features_mask"]
             self._audio_seconds += int(mask.sum()) * self.frame_seconds
-            self._padded_seconds += mask.numel() * self.frame_seconds
+            frames = mask.sum() if "token_positions" in batch else mask.numel()
+            self._padded_seconds += int(frames) * self.frame_seconds
             tokens = batch["attention_mask"].sum(-1)
             self._read_tokens += int(tokens.sum())
             if self.peak_flops is not None:

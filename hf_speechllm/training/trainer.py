@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..attention import spare_the_host
+from ..attention import allow_packing, spare_the_host
 from ..chat import IGNORE_INDEX
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.loader import StreamLoader
@@ -71,6 +72,8 @@ class SpeechLLMTrainer(ResumableTrainer):
         self.last_inputs: dict[str, torch.Tensor] | None = None  # of the batch that was trained on last
         if self.args.device.type == "cuda" and not self.args.plain_attention:
             spare_the_host(self.model)
+        if self._leave_padding_out():
+            self.data_collator.padding_free = self.eval_collator.padding_free = True
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else each gradient is copied there and back
         deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
@@ -196,12 +199,24 @@ class SpeechLLMTrainer(ResumableTrainer):
             )
         return super()._finalize_training(*args)
 
+    def _leave_padding_out(self) -> bool:
+        if self.args.padding_free is None:
+            if self.args.device.type != "cuda" or self.args.plain_attention or not (self.args.bf16 or self.args.fp16):
+                return False
+            with suppress(ValueError):
+                allow_packing(self.model)
+                return True
+            return False
+        if self.args.padding_free:
+            allow_packing(self.model)
+        return self.args.padding_free
+
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            from .zero import measure_gradients_at_once
+            from .zero import prepare_optimizer
 
-            measure_gradients_at_once(self.deepspeed.optimizer)
+            prepare_optimizer(self.deepspeed.optimizer)
         return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:

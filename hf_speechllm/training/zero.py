@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import nvtx
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module, z3_leaf_module
@@ -21,13 +24,15 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 BUCKET_SIZE = 200_000_000  # elements sent at once
+PERSISTENT_SIZE = 10_000  # elements of a parameter that every rank keeps: biases, norms and the encoder's convolutions
 
 
 def prepare(model: nn.Module, config: dict[str, Any]) -> None:
     """Sets a model and DeepSpeed up, before the engine is made.
 
     Stages 1 and 2 reduce gradients while others are still computed. Stage 3 gathers the parameters of a layer of
-    encoder, adaptor or LLM at once, not those of every module in it, nor after each step every small parameter.
+    encoder, adaptor or LLM at once, not those of every module in it, and doesn't copy each gradient before it reduces
+    many of them.
 
     Args:
         model: to be trained.
@@ -35,13 +40,13 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
     """
     nvtx.enable_nvtx = False  # marks for a profiler, around each of 12,000 calls in a step
     zero = config.get("zero_optimization", {})
+    zero.setdefault("reduce_bucket_size", BUCKET_SIZE)
     if zero.get("stage") != 3:
-        for key, value in (
-            ("overlap_comm", True), ("reduce_bucket_size", BUCKET_SIZE), ("allgather_bucket_size", BUCKET_SIZE)
-        ):  # fmt: skip
-            zero.setdefault(key, value)
+        zero.setdefault("overlap_comm", True)
+        zero.setdefault("allgather_bucket_size", BUCKET_SIZE)
         return
-    zero.setdefault("stage3_param_persistence_threshold", 0)
+    zero.setdefault("contiguous_gradients", False)
+    zero.setdefault("stage3_param_persistence_threshold", PERSISTENT_SIZE)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             set_z3_leaf_module(module, True)
@@ -49,8 +54,18 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
                 module.register_forward_pre_hook(_want_gradient)
             module.__dict__.pop("remembered_parameters", None)
     partitioned_param_coordinator.get_all_parameters = _all_parameters
-    # torch asks for it at every call, and else takes the function apart.
-    LinearFunctionForZeroStage3.forward.__signature__ = inspect.signature(LinearFunctionForZeroStage3.forward)
+    LinearFunctionForZeroStage3.forward = staticmethod(_linear)
+    # Messages for its developers, which are not printed, are made whenever a parameter comes or goes.
+    partition_parameters.debug_param2name_id_shape_device = lambda parameter: ""
+    partition_parameters.print_rank_0 = lambda message, debug=False, force=False: None
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What stage 3 has in place of `functional.linear`, in one kernel; it adds the bias in another."""
+    return torch._C._nn.linear(input, weight, bias)
+
+
+_linear.__signature__ = inspect.signature(_linear)  # type: ignore[attr-defined] # torch asks for it at every call
 
 
 def _want_gradient(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -69,20 +84,45 @@ def _all_parameters(module: nn.Module, recurse: bool = False) -> Iterator[tuple[
     return chain(module.__dict__["remembered_parameters"], module.ds_external_parameters())  # type: ignore[operator]
 
 
-def measure_gradients_at_once(optimizer) -> None:
-    """Has stages 1 and 2 compute the norm of all gradients by a few kernels, and look for infinities in it alone.
+class _WaitOnDevice(torch.cuda.Stream):
+    """A stream for which not the host waits, but the stream that goes on with its results."""
 
-    They go through the gradients one by one, twice. Nothing is changed if gradients are on the CPU.
+    def synchronize(self) -> None:
+        torch.cuda.current_stream().wait_stream(self)
+
+
+def prepare_optimizer(optimizer) -> None:
+    """Has an engine's optimizer compute the norm of all gradients by a few kernels.
+
+    Stages 1 and 2 no longer look for infinities, which the norm tells. Stage 3 doesn't wait for the end of the
+    backward pass before it measures gradients, and gathers the small parameters, which every rank keeps, together.
+    Nothing is changed if gradients are on the CPU.
 
     Args:
         optimizer: of the engine.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda *args, **kwargs: None  # the norm, which follows, is checked as well
-        optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: _norm(optimizer, gradients)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer:
+        if isinstance(optimizer.reduce_and_partition_stream, torch.cuda.Stream):
+            optimizer.reduce_and_partition_stream = _WaitOnDevice()
+        if optimizer.persistent_parameters:
+            first = optimizer.persistent_parameters[0]
+            first.all_gather = partial(_gather, first)
+    else:
+        return
+    optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: _norm(optimizer, gradients)
 
 
-def _norm(optimizer: DeepSpeedZeroOptimizer, gradients: list[torch.Tensor]) -> torch.Tensor:
+def _gather(parameter: Any, param_list: list[Any] | None = None) -> None:
+    """Gathers a parameter, or all those of a list by one call; DeepSpeed's own makes one for each."""
+    parameters = [parameter] if param_list is None else param_list
+    missing: Any = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    if missing:
+        missing[0].all_gather_coalesced(missing).wait()
+
+
+def _norm(optimizer, gradients: list[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of gradients that are spread over ranks; -1, as DeepSpeed has it, if it is not finite."""
     gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     total = torch.zeros((), device=optimizer.device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.attention import allow_packing
 from hf_speechllm.chat import transcription_messages, transcription_prompt
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
@@ -57,14 +58,17 @@ def parts(tiny_model):
     )
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("level", ["fbank", "encoder", "adaptor"])
-def test_halves_of_a_batch_add_up_to_the_whole(level, parts, tiny_rows, make_arguments, tmp_path):
+def test_halves_of_a_batch_add_up_to_the_whole(level, padding_free, parts, tiny_rows, make_arguments, tmp_path):
     model, processor = parts
     rows = tiny_rows
     if level != "fbank":
         frozen = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
         rows = add_encoded(rows, model, processor, level, make_arguments(cache_dir=str(tmp_path), **frozen))
-    batch = SpeechLLMCollator(processor)([rows[index] for index in (3, 11, 20, 8, 5)])
+    if padding_free:
+        allow_packing(model)
+    batch = SpeechLLMCollator(processor, padding_free=padding_free)([rows[index] for index in (3, 11, 20, 8, 5)])
     count = len(batch["label_positions"])
     whole = model(**batch, num_items_in_batch=count)
     halves = split_batch(batch, processor)

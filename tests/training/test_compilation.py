@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.attention import allow_packing
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
 from hf_speechllm.training.compilation import LayerGroup, compile_layers
@@ -57,6 +58,16 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
     assert_alike(losses_and_gradients(model, batches), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # other shapes need no others
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_packed_rows_give_the_same(model, batches, tiny_model, tiny_rows):
+    expected = losses_and_gradients(model, batches[:1])
+    allow_packing(model)
+    compile_layers(model, backend="eager")
+    collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model), padding_free=True)
+    torch._dynamo.utils.counters.clear()
+    assert_alike(losses_and_gradients(model, [collator(Rows(tiny_rows).__getitems__([0, 1, 2]))]), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 def test_gradient_checkpointing_recomputes_a_group(model, batches):

@@ -2,21 +2,23 @@
 
 import pytest
 import torch
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import nvtx
 
-from hf_speechllm.training.zero import BUCKET_SIZE, prepare
+from hf_speechllm.training.zero import BUCKET_SIZE, PERSISTENT_SIZE, _gather, prepare
 
 
 @pytest.fixture(autouse=True)
 def deepspeed_as_before(monkeypatch):
     monkeypatch.setattr(nvtx, "enable_nvtx", True)
-    monkeypatch.setattr(
-        partitioned_param_coordinator, "get_all_parameters", partitioned_param_coordinator.get_all_parameters
-    )
-    yield
-    LinearFunctionForZeroStage3.forward.__dict__.pop("__signature__", None)
+    for module, name in (
+        (partitioned_param_coordinator, "get_all_parameters"),
+        (partition_parameters, "debug_param2name_id_shape_device"),
+        (partition_parameters, "print_rank_0"),
+        (LinearFunctionForZeroStage3, "forward"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -48,6 +50,41 @@ def test_what_a_config_says_remains():
     assert config["zero_optimization"] == {
         "stage": 1, "overlap_comm": False, "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE
     }  # fmt: skip
-    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 5}}
+    config = {"zero_optimization": {"stage": 3, "contiguous_gradients": True, "reduce_bucket_size": 5}}
     prepare(torch.nn.Linear(1, 1), config)
-    assert config["zero_optimization"] == {"stage": 3, "stage3_param_persistence_threshold": 5}
+    assert config["zero_optimization"] == {
+        "stage": 3, "contiguous_gradients": True, "reduce_bucket_size": 5,
+        "stage3_param_persistence_threshold": PERSISTENT_SIZE
+    }  # fmt: skip
+
+
+def test_stage_3_computes_linear_layers_as_torch_does():
+    prepare(torch.nn.Linear(1, 1), {"zero_optimization": {"stage": 3}})
+    layer, inputs = torch.nn.Linear(5, 7).bfloat16(), torch.randn(2, 3, 5).bfloat16().requires_grad_()
+    given = torch.randn(2, 3, 7).bfloat16()
+    tensors = [inputs, layer.weight, layer.bias]
+    expected = torch.autograd.grad(layer(inputs), tensors, given)
+    outputs = LinearFunctionForZeroStage3.apply(*tensors)
+    torch.testing.assert_close(outputs, layer(inputs), rtol=0, atol=0)
+    for found, wanted in zip(torch.autograd.grad(outputs, tensors, given), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+class Sharded(torch.nn.Parameter):
+    """A parameter with what DeepSpeed adds to it."""
+
+    def all_gather_coalesced(self, parameters):
+        for parameter in parameters:
+            parameter.calls = len(parameters)
+        return self
+
+    def wait(self):
+        self.waited = True
+
+
+def test_small_parameters_are_gathered_by_one_call():
+    parameters = [Sharded(torch.ones(1)) for _ in range(3)]
+    for parameter, status in zip(parameters, ("NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"), strict=True):
+        parameter.ds_status = partition_parameters.ZeroParamStatus[status]
+    _gather(parameters[0], parameters)
+    assert [getattr(parameter, "calls", 0) for parameter in parameters] == [2, 0, 2] and parameters[0].waited
