@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import nvtx
@@ -109,6 +109,7 @@ def prepare_optimizer(optimizer) -> None:
         if optimizer.persistent_parameters:
             first = optimizer.persistent_parameters[0]
             first.all_gather = partial(_gather, first)
+        optimizer.partition_grads = partial(_keep_gradients, optimizer)
     else:
         return
     optimizer.get_grad_norm_direct = lambda gradients, params, norm_type=2: _norm(optimizer, gradients)
@@ -119,7 +120,25 @@ def _gather(parameter: Any, param_list: list[Any] | None = None) -> None:
     parameters = [parameter] if param_list is None else param_list
     missing: Any = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
     if missing:
-        missing[0].all_gather_coalesced(missing).wait()
+        # All of it happens on one stream, so that no tensor must be told of another.
+        missing[0].all_gather_coalesced(missing).wait(handle_dependency=False)
+        AllGatherCoalescedHandle.free_buffer()
+
+
+def _keep_gradients(optimizer, parameters: list[Any], partitions: list[torch.Tensor]) -> None:
+    """Stage 3's `partition_grads` by a few kernels: adds what this rank got of each gradient to what it has."""
+    kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    stream = None if optimizer.reduce_and_partition_stream is None else torch.cuda.current_stream()
+    targets, sources = [], []
+    for parameter, partition in zip(parameters, partitions, strict=True):
+        if parameter.partition_numel() * optimizer._get_param_partition_rank(parameter) < parameter.ds_numel:
+            targets.append(kept[parameter.ds_id].narrow(0, 0, partition.numel()))
+            sources.append(partition.view(-1))
+        if stream is not None:
+            parameter.grad.record_stream(stream)
+        parameter.grad = None
+    if targets:
+        (torch._foreach_copy_ if optimizer.micro_step_id == 0 else torch._foreach_add_)(targets, sources)
 
 
 def _norm(optimizer, gradients: list[torch.Tensor]) -> torch.Tensor:

@@ -78,7 +78,7 @@ class Sharded(torch.nn.Parameter):
             parameter.calls = len(parameters)
         return self
 
-    def wait(self):
+    def wait(self, handle_dependency):
         self.waited = True
 
 
