@@ -12,8 +12,10 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
 
 from .memory_block import use_memory_blocks
+from .packing import encode_packed
 
 PADDED, PACKED = "sdpa_padded", "sdpa_packed"  # names of attention implementations
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
@@ -121,13 +123,21 @@ def allow_packing(model: Any) -> None:
     config = model.llm.config
     if config._attn_implementation == "sdpa":
         model.llm.set_attn_implementation(PACKED)
-    if causal_masks(config) is None:
+    if causal_masks(config) is None or not tells_rows_apart(config):
         raise ValueError(
             f"--padding_free is for LLMs of the types {' and '.join(MASKS_BY_LAYER)} with full attention, and for the "
             f"attention sdpa or flash_attention_2; this one is {config.model_type} with {config._attn_implementation}"
         )
     use_memory_blocks(model)
     _attend_to_padded_rows(model)
+    for module in model.modules():
+        if isinstance(module, FunAsrNanoEncoder):
+            module.forward = partial(encode_packed, module)
+
+
+def tells_rows_apart(config: PretrainedConfig) -> bool:
+    """Whether an LLM of this config attends within each of several rows that are packed into one."""
+    return config._attn_implementation in (PACKED, "flash_attention_2")
 
 
 def _attend_to_padded_rows(model: nn.Module) -> None:

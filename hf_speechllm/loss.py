@@ -55,7 +55,7 @@ def supervised_loss(
     states = hidden_states.flatten(0, 1)[positions]
     count = torch.full((), len(positions), device=labels.device)  # filled there: a copy would stall the host
     if type(head) is nn.Linear and head.bias is None and "forward" not in vars(head):
-        total, correct = called_as(
+        total, correct = _called_as(
             head, lambda states: _LinearCrossEntropy.apply(states, head.weight, targets), states
         )
     else:
@@ -66,7 +66,7 @@ def supervised_loss(
     return total / (items if num_items_in_batch is None else num_items_in_batch), count, correct / items
 
 
-def called_as(module: nn.Module, forward: Callable, *args) -> Any:
+def _called_as(module: nn.Module, forward: Callable, *args) -> Any:
     """Calls `forward` in place of a module's own, once.
 
     DeepSpeed and FSDP gather the module's weight for the call, on all ranks together: as many calls on each.

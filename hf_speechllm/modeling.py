@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
-from .attention import causal_masks
+from .attention import causal_masks, tells_rows_apart
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
-from .loss import called_as, supervised_loss
-from .packing import PackedRows, encode_packed
+from .loss import supervised_loss
+from .packing import PackedRows
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -183,11 +182,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if self.config.audio_encoder_config.model_type == "whisper":
             return self._run_whisper(input_features, input_features_mask)
-        if frame_positions is not None:
-            encode = partial(encode_packed, self.audio_encoder)
-            states = called_as(self.audio_encoder, encode, input_features, input_features_mask, frame_positions)
-            return states, input_features_mask
-        outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask)
+        packing = {} if frame_positions is None else {"frame_positions": frame_positions}
+        outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask, **packing)
         return outputs.last_hidden_state, input_features_mask
 
     def get_audio_features(
@@ -275,7 +271,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 without padding.
 
         Raises:
-            ValueError: if placeholders and audio tokens differ in number.
+            ValueError: if placeholders and audio tokens differ in number, or the model is not set up for
+                `token_positions`.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -289,6 +286,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         causal = labels is not None and label_positions is not None
         rows = None
         if causal and token_positions is not None and attention_mask is not None:
+            if not tells_rows_apart(self.llm.config):
+                raise ValueError("token_positions are for a model that attention.allow_packing has set up")
             rows = PackedRows(attention_mask, token_positions)
             inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
             kwargs.update(rows.attention)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
 
 def filled_positions(mask: torch.Tensor) -> torch.Tensor:
@@ -57,21 +58,29 @@ class PackedRows:
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-def encode_packed(encoder: Any, features: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What transformers' SAN-M encoder computes, without padding.
+def encode_packed(
+    encoder: Any,
+    input_features: torch.Tensor,
+    input_features_mask: torch.Tensor,
+    frame_positions: torch.Tensor | None = None,
+    **kwargs,
+) -> BaseModelOutput:
+    """What transformers' SAN-M encoder computes, without padding if it is told where there is none.
 
     Args:
         encoder: with the memory blocks and the attention of `attention.allow_packing`.
-        features: shape = (recordings, frames, feature size).
-        mask: shape = (recordings, frames).
-        positions: its `filled_positions`.
+        input_features: shape = (recordings, frames, feature size).
+        input_features_mask: shape = (recordings, frames).
+        frame_positions: its `filled_positions`.
 
     Returns:
-        Shape = (recordings, frames, width), with zeros for padding.
+        With `last_hidden_state`, shape = (recordings, frames, width); packed, padding is zero.
     """
-    rows = PackedRows(mask, positions)
-    features = features.to(encoder.layers[0].input_layernorm.weight.dtype)
+    if frame_positions is None:
+        return type(encoder).forward(encoder, input_features, input_features_mask, **kwargs)
+    rows = PackedRows(input_features_mask, frame_positions)
+    features = input_features.to(encoder.layers[0].input_layernorm.weight.dtype)
     states = rows.pack(features * encoder.scaling + encoder.position_embeddings(features))
     for layer in encoder.layers:
         states = layer(states, None, rows.numbers, **rows.attention)
-    return rows.unpack(states)
+    return BaseModelOutput(last_hidden_state=rows.unpack(states))

@@ -32,15 +32,16 @@ def loss_and_gradients(model, batch):
     return output.loss.detach(), output.token_accuracy, gradients
 
 
-@pytest.mark.parametrize("kind", ["fbank", "encoder", "adaptor", "lora", "checkpointing"])
+@pytest.mark.parametrize("kind", ["fbank", "encoder", "adaptor", "lora", "lora_encoder", "checkpointing"])
 def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows, make_arguments, tmp_path):
     model, processor = parts
     rows = tiny_rows
     if kind in ("encoder", "adaptor"):
         frozen = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
         rows = add_encoded(rows, model, processor, kind, make_arguments(cache_dir=str(tmp_path), **frozen))
-    if kind == "lora":
+    if kind.startswith("lora"):
         model.requires_grad_(False)
+        model.audio_encoder.requires_grad_(kind == "lora_encoder")
         model = add_lora(model, 2, 4, 0.0).eval()
     if kind == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,6 +75,12 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
     allow_packing(model)
     torch.testing.assert_close(model(**batch).loss, expected[0])
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected[1])
+
+
+def test_a_model_that_is_not_set_up_refuses_packed_rows(parts, tiny_rows):
+    model, processor = parts
+    with pytest.raises(ValueError, match="attention.allow_packing"):
+        model(**SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]]))
 
 
 def test_saved_config_does_not_name_the_attention(parts, tmp_path):
