@@ -13,7 +13,7 @@ import gc
 import logging
 import os
 import sys
-from multiprocessing.pool import ThreadPool
+from contextlib import closing
 from pathlib import Path
 
 
@@ -38,7 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--audio_root", help="folder that recordings must lie in, links followed (default: anywhere)")
     parser.add_argument("--max_bad_fraction", type=fraction, default=0.0, help="share of rows that may be left out")
     parser.add_argument("--bad_rows_file", help="file for the list of all bad rows")
-    parser.add_argument("--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="threads that check")
+    parser.add_argument(
+        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="recordings checked at once"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --jsonl_file if it exists")
     args = parser.parse_args()
     for flag in ("scp_file", "transcript_file"):
@@ -67,72 +69,53 @@ def load_tokenizer(name: str):
         raise ValueError(f"--model_name_or_path {name}: no tokenizer: {error}") from error
 
 
-def make_rows(utterances, prompt: str, tokenizer, args: argparse.Namespace, bad_rows) -> tuple[list[dict], list]:
-    """A row for each good utterance, and the durations in seconds."""
+def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from hf_speechllm.audio import AudioError, is_url
-    from hf_speechllm.chat import ChatError, parse_messages, transcription_messages
-    from hf_speechllm.data.kaldi import add_text_lengths, measure_recording
-
-    def measure(utterance):
-        try:
-            return measure_recording(utterance.recording)
-        except AudioError as error:
-            return error
-
-    folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file)))
-    rows, durations = [], []
-    # Not one by one: to hand over a recording takes longer than to read a header. Not too many: some are hours long.
-    chunk = max(1, min(128, len(utterances) // (16 * args.num_workers)))
-    with ThreadPool(args.num_workers) as pool:  # threads: libsndfile and FFmpeg work outside Python's lock
-        measured = tqdm(pool.imap(measure, utterances, chunk), "checking", len(utterances), unit=" recordings")
-        for utterance, result in zip(utterances, measured, strict=True):
-            source = utterance.recording
-            if args.relative and not is_url(source):
-                source = os.path.relpath(source, folder)
-            messages = transcription_messages(source, prompt, utterance.transcript)
-            try:
-                parse_messages(messages)
-            except ChatError as error:
-                bad_rows.add(args.transcript_file, utterance.transcript_line, f"unusable transcript: {error}")
-                continue
-            if isinstance(result, AudioError):
-                bad_rows.add(args.scp_file, utterance.recording_line, f"unusable recording: {result}")
-                continue
-            rows.append({"messages": messages, "speech_length": result[1]})
-            durations.append(result[0])
-    if tokenizer is not None:
-        add_text_lengths(rows, tokenizer)
-    return rows, durations
-
-
-def main(args: argparse.Namespace) -> None:
     from hf_speechllm import chat
     from hf_speechllm.data.bad_rows import BadDataError, BadRows
-    from hf_speechllm.data.jsonl import write_jsonl
     from hf_speechllm.data.kaldi import join, read_list, read_scp
+    from hf_speechllm.data.preparation import RowMaker, prepare
+    from hf_speechllm.files import atomic_write
 
     prompt = chat.transcription_prompt(args.language, not args.no_itn, prompt=args.prompt)
     chat.parse_messages(chat.transcription_messages("recording", prompt))
     tokenizer = load_tokenizer(args.model_name_or_path) if args.model_name_or_path else None
     if tokenizer is None:
         logging.info("no --model_name_or_path: text_length is left out of the rows")
-    gc.freeze()  # what is loaded by now stays; to search it for garbage as the rows grow takes a quarter of the time
+    gc.freeze()  # what is loaded by now stays; to search it for garbage as the lists grow takes time
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     transcripts = read_list(args.transcript_file, bad_rows, "transcript")
     utterances = join(read_scp(args.scp_file, bad_rows, args.audio_root), transcripts, bad_rows)
-    rows, durations = make_rows(utterances, prompt, tokenizer, args, bad_rows)
-    bad_rows.check(total=len(rows) + len(bad_rows))
-    if not rows:
+
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None
+    maker = RowMaker(args.scp_file, args.transcript_file, prompt, tokenizer, folder)
+    lines: list[str] = []
+    durations: list[float] = []
+    num_tokens = 0
+    # Closed: wherever an interruption comes, no process stays at work.
+    with (
+        closing(prepare(utterances, maker, args.num_workers)) as parts,
+        tqdm(desc="checking", total=len(utterances), unit=" recordings") as progress,
+    ):
+        for part in parts:
+            lines += part.lines
+            durations += part.seconds
+            num_tokens += part.num_tokens
+            for bad_row in part.bad:
+                bad_rows.add(*bad_row)
+            progress.update(len(part.lines) + len(part.bad))
+    bad_rows.check(total=len(lines) + len(bad_rows))
+    if not lines:
         raise BadDataError(f"{args.scp_file}: no rows to write")
-    write_jsonl(rows, args.jsonl_file)
+    with atomic_write(args.jsonl_file) as file:
+        file.writelines(lines)
 
     seconds = sum(durations)
-    print(f"rows: {len(rows)}\nhours: {seconds / 3600:.3f}")
-    print(f"seconds: mean {seconds / len(rows):.2f}, min {min(durations):.2f}, max {max(durations):.2f}")
+    print(f"rows: {len(lines)}\nhours: {seconds / 3600:.3f}")
+    print(f"seconds: mean {seconds / len(lines):.2f}, min {min(durations):.2f}, max {max(durations):.2f}")
     if tokenizer is not None:
-        print(f"tokens: {sum(row['text_length'] for row in rows)}")
+        print(f"tokens: {num_tokens}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in bad_rows.kinds().most_common())
     print(f"bad rows: {len(bad_rows)}" + (f" ({kinds})" if kinds else ""))
 

@@ -103,9 +103,13 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str])
         OSError: if the file can't be written.
     """
     with atomic_write(path) as file:
-        for row in rows:
-            ordered = {key: row[key] for key in KEYS if row.get(key) is not None}
-            file.write(json.dumps({**ordered, **{k: row[k] for k in row if k not in KEYS}}, ensure_ascii=False) + "\n")
+        file.writelines(json_line(row) for row in rows)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of a JSONL, with the line end; `row` is as for `write_jsonl`."""
+    ordered = {key: row[key] for key in KEYS if row.get(key) is not None}
+    return json.dumps({**ordered, **{k: row[k] for k in row if k not in KEYS}}, ensure_ascii=False) + "\n"
 
 
 def parse_object(line: bytes) -> dict:

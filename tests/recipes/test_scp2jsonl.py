@@ -224,27 +224,66 @@ def test_full_disk_leaves_the_old_file(corpus, tmp_path, run_recipe, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audio", "lists", "train.jsonl"]
 
 
-def test_interruption_stops_at_once_and_writes_nothing(corpus, tmp_path, serve):
-    asked = threading.Event()
+@pytest.fixture
+def waiting(corpus, serve):
+    """Starts the recipe with a URL that never answers before some files, and gives it as it waits for that.
+
+    And an event that comes when nothing waits any more.
+    """
+    asked, gone = threading.Event(), threading.Event()
 
     class NeverAnswers(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.set()
             self.rfile.read(1)
+            gone.set()
 
-    flags = corpus(["a"], f"u {serve(handler=NeverAnswers)}/u.wav\n", "u one\n")
-    environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1])}
-    command = [sys.executable, RECIPE, *flags]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    assert asked.wait(60)
-    time.sleep(0.5)  # the main thread may still be on its way to wait for the answer
-    process.send_signal(signal.SIGINT)
+    def start(num_files, num_workers):
+        scp = f"u {serve(handler=NeverAnswers)}/u.wav\n" + "".join(f"u{i} ../audio/a.wav\n" for i in range(num_files))
+        text = "u one\n" + "".join(f"u{i} one\n" for i in range(num_files))
+        environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1])}
+        command = [sys.executable, RECIPE, *corpus(["a"], scp, text), "--num_workers", str(num_workers)]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        assert asked.wait(60)
+        time.sleep(0.5)  # the main thread may still be on its way to wait for the answer
+        return process, gone
+
+    return start
+
+
+@pytest.mark.parametrize("num_files, num_workers", [(0, 8), (300, 2)])  # in threads, in processes
+def test_interruption_stops_at_once_and_writes_nothing(waiting, tmp_path, num_files, num_workers):
+    process, gone = waiting(num_files, num_workers)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
     start = time.monotonic()
     errors = process.communicate(timeout=60)[1]
-    assert time.monotonic() - start < 10
+    assert gone.wait(10) and time.monotonic() - start < 10
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audio", "lists"]
+
+
+def test_processes_end_when_the_first_is_killed(waiting):
+    process, gone = waiting(300, 2)
+    process.kill()
+    assert gone.wait(10)
+    process.communicate(timeout=60)  # the others have closed standard error, too
+
+
+def test_long_lists_give_the_rows_of_short_ones(bad_corpus, tmp_path, run_recipe, make_wav, capsys):
+    make_wav("audio/a.wav")
+    flags, _ = bad_corpus
+    for list_, value in ((flags[1], "../audio/a.wav"), (flags[3], "text")):
+        with open(list_, "a", encoding="utf-8") as file:
+            file.writelines(f"more{number} {value}\n" for number in range(300))
+    results = []
+    for num_workers in (1, 2, 64):  # the last takes threads
+        report = tmp_path / "bad.txt"
+        allowed = ["--max_bad_fraction", 0.8, "--bad_rows_file", report, "--num_workers", num_workers, "--overwrite"]
+        assert run_recipe("scp2jsonl.py", *flags, *allowed) is None
+        results.append([(tmp_path / "train.jsonl").read_bytes(), report.read_text(), capsys.readouterr().out])
+    assert results[0] == results[1] == results[2]
+    assert len(written(tmp_path)) == 303 and len(results[0][1].splitlines()) == 12
 
 
 def test_help_is_quick():
