@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
@@ -39,6 +40,8 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
         config: DeepSpeed's; what it says remains.
     """
     nvtx.enable_nvtx = False  # marks for a profiler, around each of 12,000 calls in a step
+    if torch.cuda.is_available():
+        get_accelerator().current_stream = _current_stream
     zero = config.get("zero_optimization", {})
     zero.setdefault("reduce_bucket_size", BUCKET_SIZE)
     if zero.get("stage") != 3:
@@ -58,6 +61,18 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
     # Messages for its developers, which are not printed, are made whenever a parameter comes or goes.
     partition_parameters.debug_param2name_id_shape_device = lambda parameter: ""
     partition_parameters.print_rank_0 = lambda message, debug=False, force=False: None
+
+
+@cache
+def _stream(*identity: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(**dict(zip(("stream_id", "device_index", "device_type"), identity, strict=True)))
+
+
+def _current_stream(device_index: int | None = None) -> torch.cuda.Stream:
+    """`torch.cuda.current_stream`, which DeepSpeed asks for several times for every parameter and gradient, without
+    a search for the device."""
+    device = torch.cuda.current_device() if device_index is None else device_index
+    return _stream(*torch._C._cuda_getCurrentStream(device))
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
