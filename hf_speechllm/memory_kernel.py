@@ -19,7 +19,8 @@ def _load(values, numbers, frame, shift, own, channel, count, width, row):
     return tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+# Not specialized: a kernel is else built anew, in the middle of a run, for numbers that 16 divides.
+@triton.jit(do_not_specialize=["count", "row"])
 def _convolve(
     values, weight, numbers, result, count, width, row, left,
     SIGN: tl.constexpr, SIZE: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -35,7 +36,7 @@ def _convolve(
     tl.store(result + at, total, mask=(frame < count)[:, None] & (channel < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "row"])
 def _correlate(
     gradient, values, numbers, result, count, width, row, left,
     SIZE: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,

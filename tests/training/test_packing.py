@@ -152,6 +152,14 @@ print("done")
     assert result.stdout == "done\n", result.stderr
 
 
+def test_no_kernel_is_built_for_numbers_of_frames():
+    pytest.importorskip("triton")
+    from hf_speechllm.memory_kernel import _convolve, _correlate
+
+    for kernel in (_convolve, _correlate):
+        assert {"count", "row"} == {item.name for item in kernel.params if item.do_not_specialize}
+
+
 def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kernel_works.cache_clear()
