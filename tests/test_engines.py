@@ -50,6 +50,7 @@ class Watched(SpeechLLMTrainer):
             persistent=len(getattr(getattr(model, "optimizer", None), "persistent_parameters", ())),
             parameters=sum(1 for _ in model.parameters()),
             gathered=sorted({type(item).__name__ for item in model.modules() if getattr(item, "_z3_leaf", False)}),
+            linear=torch.nn.functional.linear.__module__,
             overlapped=getattr(getattr(model, "optimizer", None), "overlap_comm", None),
             copied=not getattr(model, "gradient_as_bucket_view", True),
         )
@@ -121,6 +122,7 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
     assert [note["copied"] for note in notes] == [False] * num_processes
     for note in notes:
         assert (0 < note["persistent"] < note["parameters"]) is engine.startswith("deepspeed_zero3")
+        assert (note["linear"] == "hf_speechllm.training.zero") is engine.startswith("deepspeed_zero3")
         assert note["overlapped"] is (True if engine in ("deepspeed_zero1", "deepspeed_zero2") else None)
         assert note["gathered"] == (
             ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []

@@ -6,7 +6,6 @@ parameter and gradient takes longer than that.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import chain
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
-from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -55,9 +54,9 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
             set_z3_leaf_module(module, True)
             if any(parameter.requires_grad for parameter in module.parameters()):
                 module.register_forward_pre_hook(_want_gradient)
-            module.__dict__.pop("remembered_parameters", None)
+        module.__dict__.pop("remembered_parameters", None)
     partitioned_param_coordinator.get_all_parameters = _all_parameters
-    LinearFunctionForZeroStage3.forward = staticmethod(_linear)
+    partition_parameters.zero3_linear_wrap = _linear
     # Messages for its developers, which are not printed, are made whenever a parameter comes or goes.
     partition_parameters.debug_param2name_id_shape_device = lambda parameter: ""
     partition_parameters.print_rank_0 = lambda message, debug=False, force=False: None
@@ -75,12 +74,41 @@ def _current_stream(device_index: int | None = None) -> torch.cuda.Stream:
     return _stream(*torch._C._cuda_getCurrentStream(device))
 
 
+class _Linear(torch.autograd.Function):
+    """What stage 3 has in place of `functional.linear`: the backward pass takes a weight as it is then, gathered anew.
+
+    DeepSpeed's own adds the bias by a kernel of its own, and torch takes its signature apart at every call.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Args: shapes = (..., width in), (width out, width in), (width out,)."""
+        ctx.save_for_backward(inputs, weight)
+        return torch._C._nn.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        """The gradients of `forward`."""
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        away = getattr(weight, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE
+        if away:
+            weight.all_gather()
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        result = (
+            gradient.matmul(weight) if needs_inputs else None,
+            flat.t().matmul(inputs.reshape(-1, inputs.shape[-1])) if needs_weight else None,
+            flat.sum(0) if needs_bias else None,
+        )
+        if away:
+            weight.partition()
+        return result
+
+
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What stage 3 has in place of `functional.linear`, in one kernel; it adds the bias in another."""
-    return torch._C._nn.linear(input, weight, bias)
-
-
-_linear.__signature__ = inspect.signature(_linear)  # type: ignore[attr-defined] # torch asks for it at every call
+    if torch.is_autocast_enabled(input.device.type):  # which the backward pass must know of
+        return zero3_linear_wrap(input, weight, bias)
+    return _Linear.apply(input, weight, bias)
 
 
 def _want_gradient(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -90,13 +118,14 @@ def _want_gradient(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         inputs[0].requires_grad_()
 
 
-def _all_parameters(module: nn.Module, recurse: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-    """DeepSpeed's `get_all_parameters`, which looks for a layer's parameters several times in each pass."""
-    if not z3_leaf_module(module):
-        return chain(module.named_parameters(recurse=recurse), module.ds_external_parameters())  # type: ignore[operator]
+def _all_parameters(module: Any, recurse: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """DeepSpeed's `get_all_parameters`, which looks for a layer's parameters several times in each pass, and twice in
+    each step for all."""
+    if not recurse and not z3_leaf_module(module):
+        return chain(module.named_parameters(recurse=False), module.ds_external_parameters())
     if "remembered_parameters" not in module.__dict__:
         module.__dict__["remembered_parameters"] = tuple(module.named_parameters())
-    return chain(module.__dict__["remembered_parameters"], module.ds_external_parameters())  # type: ignore[operator]
+    return chain(module.__dict__["remembered_parameters"], module.ds_external_parameters())
 
 
 class _WaitOnDevice(torch.cuda.Stream):
