@@ -22,6 +22,7 @@ from workload import environment, make_model, make_rows
 import hf_speechllm.attention
 
 COMPILED = ["--compile_layers", "true"]
+PADDED = ["--padding_free", "false"]
 SMALL = ["--per_device_train_batch_seconds", "240"]
 
 
@@ -51,10 +52,20 @@ def make_masks(model) -> None:
 # What is off: the base, options of the Trainer, and what is replaced.
 WAYS: dict[str, tuple[str, list[str], dict]] = {
     "nothing": ("eager", [], {}),
-    "attention without cuDNN": ("eager", [], {"hf_speechllm.training.trainer.spare_the_host": attend_with_cudnn}),
-    "masks made without looking": (
+    "leaving padding out": ("eager", PADDED, {}),
+    "leaving padding out, memory block in one kernel": (
         "eager",
-        [],
+        PADDED,
+        {"hf_speechllm.memory_block.kernel_works": lambda: False},
+    ),
+    "leaving padding out, attention without cuDNN": (
+        "eager",
+        PADDED,
+        {"hf_speechllm.training.trainer.spare_the_host": attend_with_cudnn},
+    ),
+    "leaving padding out, masks made without looking": (
+        "eager",
+        PADDED,
         {
             "hf_speechllm.training.trainer.spare_the_host": make_masks,
             "hf_speechllm.modeling.causal_masks": lambda config: None,
@@ -68,6 +79,7 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
     "fused optimizer": ("eager", ["--optim", "adamw_torch"], {}),
     "loader processes": ("eager", ["--dataloader_num_workers", "0"], {}),
     "nothing, and layers compiled": ("compiled", [], {}),
+    "leaving padding out, compiled": ("compiled", PADDED, {}),
     "batches of like lengths, compiled": ("compiled", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
     "large batches (240 s instead), compiled": ("compiled", SMALL, {}),
     "loader processes, compiled": ("compiled", ["--dataloader_num_workers", "0"], {}),

@@ -21,6 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import nvtx
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module, z3_leaf_module
 from torch import nn
+from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 BUCKET_SIZE = 200_000_000  # elements sent at once
@@ -56,7 +57,6 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
                 module.register_forward_pre_hook(_want_gradient)
         module.__dict__.pop("remembered_parameters", None)
     partitioned_param_coordinator.get_all_parameters = _all_parameters
-    partition_parameters.zero3_linear_wrap = _linear
     # Messages for its developers, which are not printed, are made whenever a parameter comes or goes.
     partition_parameters.debug_param2name_id_shape_device = lambda parameter: ""
     partition_parameters.print_rank_0 = lambda message, debug=False, force=False: None
@@ -140,11 +140,13 @@ def prepare_optimizer(optimizer) -> None:
 
     Stages 1 and 2 no longer look for infinities, which the norm tells. Stage 3 doesn't wait for the end of the
     backward pass before it measures gradients, and gathers the small parameters, which every rank keeps, together.
-    Nothing is changed if gradients are on the CPU.
+    Nothing of that is changed if gradients are on the CPU. Linear layers are stage 3's as `_Linear` computes them.
 
     Args:
         optimizer: of the engine.
     """
+    if functional.linear is zero3_linear_wrap:
+        functional.linear = _linear
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda *args, **kwargs: None  # the norm, which follows, is checked as well
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer:
