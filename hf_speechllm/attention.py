@@ -118,8 +118,14 @@ def allow_packing(model: Any) -> None:
         model: with or without adapters of peft.
 
     Raises:
-        ValueError: if the LLM, or the attention that was asked for, can't tell rows apart.
+        ValueError: if the LLM, or the attention that was asked for, can't tell rows apart, or the GPU has no kernel.
     """
+    if torch.cuda.is_available() and not (
+        torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
+    ):
+        raise ValueError(
+            "--padding_free is for GPUs of compute capability 8.0 or more, and a torch with flash attention"
+        )
     config = model.llm.config
     if config._attn_implementation == "sdpa":
         model.llm.set_attn_implementation(PACKED)

@@ -59,10 +59,11 @@ def _grid(values: torch.Tensor, tile: tuple[int, int]) -> tuple[int, int]:
 def _run(values: torch.Tensor, weight: torch.Tensor, numbers: torch.Tensor, left: int, sign: int) -> torch.Tensor:
     values, result = values.contiguous(), torch.empty_like(values, memory_format=torch.contiguous_format)
     rows, frames, channels = values.shape
-    _convolve[_grid(values, CONVOLVED)](
-        values, weight.contiguous(), numbers.contiguous(), result, rows * frames, channels, frames, left,
-        SIGN=sign, SIZE=weight.shape[1], FRAMES=CONVOLVED[0], CHANNELS=CONVOLVED[1],
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # Triton takes the current one
+        _convolve[_grid(values, CONVOLVED)](
+            values, weight.contiguous(), numbers.contiguous(), result, rows * frames, channels, frames, left,
+            SIGN=sign, SIZE=weight.shape[1], FRAMES=CONVOLVED[0], CHANNELS=CONVOLVED[1],
+        )  # fmt: skip
     return result
 
 
@@ -91,10 +92,11 @@ def remember_backward(
     rows, frames, channels = values.shape
     grid, size = _grid(values, CORRELATED), weight.shape[1]
     parts = torch.empty((grid[0], size, channels), dtype=torch.float32, device=values.device)
-    _correlate[grid](
-        gradient, values, numbers.contiguous(), parts, rows * frames, channels, frames, left,
-        SIZE=size, FRAMES=CORRELATED[0], CHANNELS=CORRELATED[1],
-    )  # fmt: skip
+    with torch.cuda.device_of(values):
+        _correlate[grid](
+            gradient, values, numbers.contiguous(), parts, rows * frames, channels, frames, left,
+            SIZE=size, FRAMES=CORRELATED[0], CHANNELS=CORRELATED[1],
+        )  # fmt: skip
     return _run(gradient, weight, numbers, left, sign=-1), parts.sum(0).t().to(weight.dtype).contiguous()
 
 

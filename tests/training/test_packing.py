@@ -101,6 +101,13 @@ def test_llms_whose_rows_would_see_each_other_are_refused(compose_tiny, tiny_con
         allow_packing(model)
 
 
+def test_gpus_without_the_kernel_are_refused(parts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        allow_packing(parts[0])
+
+
 def test_rows_are_packed_and_unpacked():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     rows = PackedRows(mask, filled_positions(mask))
