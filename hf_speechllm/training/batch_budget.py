@@ -159,6 +159,7 @@ def _key(trainer: SpeechLLMTrainer, seconds: np.ndarray, memory: int) -> str:
         trainer.model.config.to_json_string(), trained, args.bf16, args.gradient_checkpointing, args.world_size > 1,
         args.attn_implementation, torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
         round(float(seconds.sum()), 1), round(float(seconds.max()), 2), trainer.train_dataset.column_names,
+        trainer.data_collator.padding_free,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
