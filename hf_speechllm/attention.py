@@ -17,7 +17,8 @@ from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEnc
 from .memory_block import use_memory_blocks
 from .packing import encode_packed
 
-PADDED, PACKED = "sdpa_padded", "sdpa_packed"  # names of attention implementations
+# Names of attention implementations; without packed rows they are transformers' sdpa, but for the first one's mask.
+PADDED, PACKED = "sdpa_padded", "sdpa_packed"
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PACKED)  # attention that is causal without a mask; eager is not
 MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
@@ -127,13 +128,13 @@ def allow_packing(model: Any) -> None:
             "--padding_free is for GPUs of compute capability 8.0 or more, and a torch with flash attention"
         )
     config = model.llm.config
-    if config._attn_implementation == "sdpa":
-        model.llm.set_attn_implementation(PACKED)
-    if causal_masks(config) is None or not tells_rows_apart(config):
+    if causal_masks(config) is None:
         raise ValueError(
             f"--padding_free is for LLMs of the types {' and '.join(MASKS_BY_LAYER)} with full attention, and for the "
             f"attention sdpa or flash_attention_2; this one is {config.model_type} with {config._attn_implementation}"
         )
+    if config._attn_implementation == "sdpa":
+        model.llm.set_attn_implementation(PACKED)
     use_memory_blocks(model)
     _attend_to_padded_rows(model)
     for module in model.modules():

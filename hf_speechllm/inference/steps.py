@@ -13,6 +13,8 @@ import torch
 from transformers import Cache, DynamicLayer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..attention import PACKED
+
 logger = logging.getLogger(__name__)
 
 ROOM = 32  # steps that a cache has room for, at least, when it is made or grows; a graph serves that many
@@ -29,7 +31,7 @@ def takes_steps(llm: PreTrainedModel) -> bool:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     return (
-        config._attn_implementation == "sdpa"
+        config._attn_implementation in ("sdpa", PACKED)
         and layer_types == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and rope not in ("dynamic", "longrope")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,16 +200,17 @@ class SpeechLLMTrainer(ResumableTrainer):
         return super()._finalize_training(*args)
 
     def _leave_padding_out(self) -> bool:
-        if self.args.padding_free is None:
-            if self.args.device.type != "cuda" or self.args.plain_attention or not (self.args.bf16 or self.args.fp16):
-                return False
-            with suppress(ValueError):
-                allow_packing(self.model)
-                return True
+        args = self.args
+        suited = args.device.type == "cuda" and (args.bf16 or args.fp16) and not args.plain_attention
+        if args.padding_free is False or (args.padding_free is None and not suited):
             return False
-        if self.args.padding_free:
+        try:
             allow_packing(self.model)
-        return self.args.padding_free
+        except ValueError:
+            if args.padding_free:
+                raise
+            return False
+        return True
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)

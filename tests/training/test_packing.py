@@ -11,6 +11,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.attention import PACKED, allow_packing
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
+from hf_speechllm.inference.steps import takes_steps
 from hf_speechllm.memory_block import MemoryBlock, kernel_works, remember_in_torch, use_memory_blocks
 from hf_speechllm.packing import PackedRows, filled_positions
 from hf_speechllm.training.lora import add_lora
@@ -73,6 +74,7 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
     prompt = {name: value for name, value in batch.items() if name not in ("labels", "label_positions")}
     expected = model(**batch).loss, model.generate(**prompt, max_new_tokens=4, do_sample=False)
     allow_packing(model)
+    assert takes_steps(model.llm)
     torch.testing.assert_close(model(**batch).loss, expected[0])
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected[1])
 
@@ -93,7 +95,7 @@ def test_llms_whose_rows_would_see_each_other_are_refused(compose_tiny, tiny_con
     config = tiny_config()
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config["llm_config"] = {"model_type": "llama", **size}
-    with pytest.raises(ValueError, match="this one is llama with sdpa_packed"):
+    with pytest.raises(ValueError, match="this one is llama with sdpa"):
         allow_packing(compose_tiny(config)[0])
     model, _ = compose_tiny()
     model.llm.set_attn_implementation("eager")
@@ -137,6 +139,7 @@ def test_the_kernel_computes_the_same():
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
+from hf_speechllm.inference.steps import takes_steps
 from hf_speechllm.memory_block import remember_in_torch
 from hf_speechllm.memory_kernel import remember
 
