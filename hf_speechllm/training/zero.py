@@ -152,7 +152,7 @@ def prepare_optimizer(optimizer) -> None:
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3) and not optimizer.offload_optimizer:
         if isinstance(optimizer.reduce_and_partition_stream, torch.cuda.Stream):
             optimizer.reduce_and_partition_stream = _WaitOnDevice()
-        if optimizer.persistent_parameters:
+        if optimizer.persistent_parameters and optimizer.zero_hpz_partition_size == 1:  # no second copies
             first = optimizer.persistent_parameters[0]
             first.all_gather = partial(_gather, first)
         optimizer.partition_grads = partial(_keep_gradients, optimizer)
