@@ -20,6 +20,7 @@ from .bad_rows import BadDataError, BadRow
 
 KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written
 LONGEST = 1 << 31  # frames or tokens; what is longer is a mistake
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _MARKED_PATH = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
 
 
@@ -109,7 +110,7 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str])
 def json_line(row: Mapping[str, Any]) -> str:
     """A row as a line of a JSONL, with the line end; `row` is as for `write_jsonl`."""
     ordered = {key: row[key] for key in KEYS if row.get(key) is not None}
-    return json.dumps({**ordered, **{k: row[k] for k in row if k not in KEYS}}, ensure_ascii=False) + "\n"
+    return _ENCODER.encode({**ordered, **{k: row[k] for k in row if k not in KEYS}}) + "\n"
 
 
 def parse_object(line: bytes) -> dict:
