@@ -132,6 +132,7 @@ class _WaitOnDevice(torch.cuda.Stream):
     """A stream for which not the host waits, but the stream that goes on with its results."""
 
     def synchronize(self) -> None:
+        """Has the current stream wait."""
         torch.cuda.current_stream().wait_stream(self)
 
 
