@@ -143,8 +143,8 @@ def allow_packing(model: Any) -> None:
 
 
 def tells_rows_apart(config: PretrainedConfig) -> bool:
-    """Whether an LLM of this config attends within each of several rows that are packed into one."""
-    return config._attn_implementation in (PACKED, "flash_attention_2")
+    """Whether a part of this config attends within each of several rows that are packed into one."""
+    return config._attn_implementation in (PADDED, PACKED, "flash_attention_2")
 
 
 def _attend_to_padded_rows(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.inference.steps import takes_steps
 from hf_speechllm.memory_block import MemoryBlock, kernel_works, remember_in_torch, use_memory_blocks
 from hf_speechllm.packing import PackedRows, filled_positions
+from hf_speechllm.training import readback
 from hf_speechllm.training.lora import add_lora
 
 
@@ -33,7 +34,9 @@ def loss_and_gradients(model, batch):
     return output.loss.detach(), output.token_accuracy, gradients
 
 
-@pytest.mark.parametrize("kind", ["fbank", "encoder", "adaptor", "lora", "lora_encoder", "checkpointing"])
+@pytest.mark.parametrize(
+    "kind", ["fbank", "encoder", "adaptor", "lora", "lora_encoder", "lora_adaptor", "checkpointing"]
+)
 def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows, make_arguments, tmp_path):
     model, processor = parts
     rows = tiny_rows
@@ -43,6 +46,7 @@ def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows
     if kind.startswith("lora"):
         model.requires_grad_(False)
         model.audio_encoder.requires_grad_(kind == "lora_encoder")
+        model.audio_adaptor.requires_grad_(kind == "lora_adaptor")
         model = add_lora(model, 2, 4, 0.0).eval()
     if kind == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -81,8 +85,11 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
 
 def test_a_model_that_is_not_set_up_refuses_packed_rows(parts, tiny_rows):
     model, processor = parts
-    with pytest.raises(ValueError, match="attention.allow_packing"):
-        model(**SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]]))
+    batch = SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]])
+    for name in ("token_positions", "frame_positions"):
+        part = {key: value for key, value in batch.items() if key == name or not key.endswith("_positions")}
+        with pytest.raises(ValueError, match="attention.allow_packing"):
+            model(**part, label_positions=batch["label_positions"])
 
 
 def test_saved_config_does_not_name_the_attention(parts, tmp_path):
@@ -179,6 +186,33 @@ def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeyp
     assert "computed by torch, which is slower: Triton fails" in caplog.text
     blocks = [module for module in parts[0].modules() if isinstance(module, MemoryBlock)]
     assert blocks and not any(block.kernel for block in blocks)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_run_without_padding_is_read_back_and_validated(use_lora, make_trainer, tiny_rows, caplog, monkeypatch):
+    compared, logits = [], readback._logits
+    monkeypatch.setattr(readback, "_logits", lambda model, inputs: (compared.append(model), logits(model, inputs))[1])
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options = {
+        **saving,
+        "max_steps": 2,
+        "per_device_train_batch_seconds": 12,
+        "use_lora": use_lora,
+        "lora_dropout": 0.0,
+        "eval_dataset": tiny_rows,
+    }
+    losses = []
+    for padding_free in (True, False):
+        with caplog.at_level("INFO"):
+            trainer = make_trainer(**options, padding_free=padding_free)
+            trainer.train()
+        assert "was read back" in caplog.text
+        blocks = [any(isinstance(module, MemoryBlock) for module in model.modules()) for model in compared]
+        assert blocks == [padding_free, padding_free]
+        compared.clear()
+        caplog.clear()
+        losses.append([line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_without_padding_takes_the_course_of_one_with(make_trainer):
