@@ -45,7 +45,7 @@ class PackedRows:
         """At which place in its row each position is, from 0, shape = (1, filled)."""
         return (self.positions % self.mask.shape[1]).unsqueeze(0)
 
-    @property
+    @cached_property
     def numbers(self) -> torch.Tensor:
         """In which row each position is, from 1, as 32-bit integers, shape = (1, filled)."""
         return (self.positions // self.mask.shape[1] + 1).int().unsqueeze(0)
