@@ -142,9 +142,14 @@ def allow_packing(model: Any) -> None:
             module.forward = partial(encode_packed, module)
 
 
-def tells_rows_apart(config: PretrainedConfig) -> bool:
-    """Whether a part of this config attends within each of several rows that are packed into one."""
-    return config._attn_implementation in (PADDED, PACKED, "flash_attention_2")
+def check_packing(config: PretrainedConfig) -> None:
+    """Sees to it that a part of this config attends within each of several rows that are packed into one.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if config._attn_implementation not in (PADDED, PACKED, "flash_attention_2"):
+        raise ValueError("frame_positions and token_positions are for a model that attention.allow_packing has set up")
 
 
 def _attend_to_padded_rows(model: nn.Module) -> None:

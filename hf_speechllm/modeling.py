@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .adaptors import AudioAdaptor
-from .attention import causal_masks, tells_rows_apart
+from .attention import causal_masks, check_packing
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .loss import supervised_loss
 from .packing import PackedRows
@@ -207,7 +207,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.audio_encoder_config.model_type == "whisper":
             positions = None  # of features, of which the encoder makes fewer frames
         if positions is not None:
-            _check_packing(self.audio_adaptor.config)
+            check_packing(self.audio_adaptor.config)
         tokens, lengths = self.audio_adaptor(states, mask, positions)
         if self.config.use_low_frame_rate:
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
@@ -287,7 +287,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         causal = labels is not None and label_positions is not None
         rows = None
         if causal and token_positions is not None and attention_mask is not None:
-            _check_packing(self.llm.config)
+            check_packing(self.llm.config)
             rows = PackedRows(attention_mask, token_positions)
             inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
             kwargs.update(rows.attention)
@@ -327,11 +327,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio = tokens.flatten(0, 1)[index.clamp(0, tokens.shape[0] * tokens.shape[1] - 1)]
         audio = audio.view(*placeholders.shape, -1).to(inputs_embeds.dtype)
         return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
-
-
-def _check_packing(config) -> None:
-    if not tells_rows_apart(config):
-        raise ValueError("frame_positions and token_positions are for a model that attention.allow_packing has set up")
 
 
 def _allow_checkpointing(part: PreTrainedModel) -> None:
