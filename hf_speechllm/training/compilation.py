@@ -32,6 +32,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collectio
         How many graphs are called in a forward pass.
     """
     torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
+    torch._dynamo.config.optimize_ddp = False  # it would split graphs at DDP's buckets; they are short enough
+    if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
+        # Else batches of less than 4,096 frames or tokens get graphs of their own, compiled in the middle of a run.
+        torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     graphs = 0
     for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]

@@ -216,6 +216,16 @@ def test_first_checkpoint_that_is_not_the_model_ends_the_run(make_trainer, monke
     make_trainer(**options, check_first_checkpoint=False).train()
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_run_in_bfloat16_is_read_back_in_float32(use_lora, padding_free, make_trainer, caplog):
+    options = {**SAVING, "use_lora": use_lora, "lora_dropout": 0.0, "padding_free": padding_free, "bf16": True}
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(**options)
+        trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16" and "was read back" in caplog.text
+
+
 def test_reading_back_leaves_training_as_it_is(make_trainer, tmp_path):
     weights = []
     for check in (True, False):

@@ -7,6 +7,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.attention import allow_packing
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
+from hf_speechllm.training import readback
 from hf_speechllm.training.compilation import LayerGroup, compile_layers
 from hf_speechllm.training.lora import add_lora
 
@@ -70,6 +71,29 @@ def test_packed_rows_give_the_same(model, batches, tiny_model, tiny_rows):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
+@pytest.fixture
+def single_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_graphs_are_not_split_where_gradients_are_sent_together(model, batches, single_process_group):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile_layers(model, backend=count)
+    model(**batches[0]).loss.backward()
+    alone = len(graphs)
+    torch._dynamo.reset()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4, find_unused_parameters=True)
+    parallel(**batches[0]).loss.backward()
+    assert len(graphs) == 2 * alone > 0
+
+
 def test_gradient_checkpointing_recomputes_a_group(model, batches):
     expected = losses_and_gradients(model, batches[:1])
     compile_layers(model, backend="eager")
@@ -104,6 +128,24 @@ def test_trainer_compiles_on_request(make_trainer, monkeypatch):
     plain.train()
     ours, theirs = ([line["loss"] for line in run.state.log_history if "loss" in line] for run in (trainer, plain))
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 2
+
+
+def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, monkeypatch, caplog):
+    monkeypatch.setattr(LayerGroup, "__init__", with_backend("eager"))
+    graphs, compare = [], readback._compare
+
+    def count(*args):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        problem = compare(*args)
+        graphs.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+        return problem
+
+    monkeypatch.setattr(readback, "_compare", count)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"per_device_train_batch_seconds": 12, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(compile_layers=True, max_steps=2, **options).train()
+    assert len(graphs) == 1 and 0 < graphs[0][0] == graphs[0][1]
 
 
 def with_backend(name):
