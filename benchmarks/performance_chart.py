@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
@@ -31,9 +32,11 @@ def main() -> None:
         bars |= {line["way"]: line["audio_seconds_per_second"] for line in of_mode}
         drawn = panel.barh(list(bars), list(bars.values()), color="#4878a8")
         panel.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], padding=3, fontsize=8)
-        panel.set_title(title, fontsize=10)
+        panel.set_title(title, fontsize=10, loc="right")  # room for long ones is on the left
         panel.set_xlim(0, 1.25 * max(bars.values()))
         panel.invert_yaxis()
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.tick_params(labelsize=8)
         panel.set_xlabel("audio seconds per second", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
