@@ -211,6 +211,36 @@ def test_packed_batches_follow_the_course_of_padded_ones(engine, options, train)
     check_weights(folder, reference, "adapter_model.safetensors" if options else "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "engine", [ENGINES[0], *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES[1:])]
+)
+@pytest.mark.parametrize(
+    "way",
+    [[], pytest.param(["--use_lora", "true", "--lora_dropout", 0], marks=pytest.mark.slow)],
+    ids=["whole", "lora"],
+)
+def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine, way, train):
+    saving = ["--save_strategy", "steps", "--save_steps", 2]
+    options = [*way, *saving, "--bf16", "true", "--padding_free", "true"]
+    notes, log, folder = train(engine, *options)
+    _, reference, _ = train("one", *way, accumulation=2)
+    check_engine(engine, notes, **({"model": "PeftModel"} if way else {}))
+    losses, expected = ([line["loss"] for line in lines if "loss" in line] for lines in (log, reference))
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert losses != torch.tensor(losses).bfloat16().tolist()
+    file = "adapter_model.safetensors" if way else "model.safetensors"
+    weights = load_file(folder / file)
+    # Accelerate has DeepSpeed save the copies that it computes with; its own files have the float32 weights.
+    kept = torch.bfloat16 if engine.startswith("deepspeed") else torch.float32
+    assert {tensor.dtype for tensor in weights.values()} == {kept}
+
+    shutil.rmtree(folder / "checkpoint-4")
+    _, log, _ = train(engine, *options, "--resume_from_checkpoint", "auto", folder=folder)
+    assert [line["loss"] for line in log if "loss" in line] == losses
+    again = load_file(folder / file)
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "deepspeed_zero3"])
 def test_compiled_layers_follow_the_course_of_one_process(engine, train, one_process):

@@ -1,4 +1,4 @@
-"""Clipping and the optimizer's step on the shards that FSDP2 leaves on a rank, as they are.
+"""FSDP2: outputs as the model gives them; clipping and the optimizer's step on the shards of a rank, as they are.
 
 torch takes each tensor of a thousand apart by itself, in Python, which takes a tenth of a step.
 """
@@ -6,10 +6,22 @@ torch takes each tensor of a thousand apart by itself, in Python, which takes a 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+
+def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Has FSDP leave outputs as they are: Accelerate has it round them, and so the loss, to bfloat16.
+
+    Args:
+        plugin: of the accelerator, before it prepares the model.
+    """
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def step_on_shards(optimizer: torch.optim.Optimizer) -> None:

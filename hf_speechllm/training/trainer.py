@@ -36,7 +36,7 @@ from .publishing import publish, write_card
 from .resumption import ResumableTrainer
 from .saving import CheckpointWriter, clean_up
 from .selection import checkpoints, scores_at, set_up_selection, settle
-from .shards import clip_shards, step_on_shards
+from .shards import clip_shards, keep_outputs, step_on_shards
 from .validation import PromptCollator, score_batches, score_sets
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ class SpeechLLMTrainer(ResumableTrainer):
             from .zero import prepare  # DeepSpeed need not be installed
 
             prepare(self.model, deepspeed.deepspeed_config)
+        elif self.is_fsdp_enabled:
+            keep_outputs(self.accelerator.state.fsdp_plugin)
         if self.args.compile_layers:
             if deepspeed is not None and deepspeed.zero_stage == 3:
                 raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")

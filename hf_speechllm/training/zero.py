@@ -33,7 +33,7 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
 
     Stages 1 and 2 reduce gradients while others are still computed. Stage 3 gathers the parameters of a layer of
     encoder, adaptor or LLM at once, not those of every module in it, and doesn't copy each gradient before it reduces
-    many of them.
+    many of them. Adapters get the model's dtype: they are added when DeepSpeed has already loaded that in its own.
 
     Args:
         model: to be trained.
@@ -50,6 +50,10 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
         return
     zero.setdefault("contiguous_gradients", False)
     zero.setdefault("stage3_param_persistence_threshold", PERSISTENT_SIZE)
+    dtype = next((parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")), None)
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             set_z3_leaf_module(module, True)
