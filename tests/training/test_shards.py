@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_speechllm.training.shards import clip_shards, step_on_shards
+from hf_speechllm.training.shards import clip_shards, keep_outputs, step_on_shards
 
 
 @pytest.fixture
@@ -20,6 +21,17 @@ def sharded():
     model = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
     yield model, plain
     torch.distributed.destroy_process_group()
+
+
+def test_the_loss_stays_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # once it is None, `keep_outputs` can go
+    keep_outputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    keep_outputs(plugin)
+    assert plugin.mixed_precision_policy is None
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])

@@ -1,10 +1,14 @@
 """What is set up for DeepSpeed's stages; that training stays the same is shown in tests/test_engines.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import nvtx
+from torch import nn
 
 from hf_speechllm.training.zero import BUCKET_SIZE, PERSISTENT_SIZE, _gather, prepare, prepare_optimizer
 
@@ -42,6 +46,21 @@ def test_first_trained_layer_tells_when_its_gradients_are_complete(compose_tiny)
     rotary = model.llm.get_decoder().rotary_emb(torch.zeros(1, 3, width), positions)
     layer(torch.ones(1, 3, width), position_embeddings=rotary).sum().backward()
     assert told == [True]
+
+
+def test_adapters_of_a_model_that_deepspeed_has_loaded_get_its_dtype():
+    loaded, adapter = nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2)
+    loaded.weight.ds_id = loaded.bias.ds_id = 0  # as DeepSpeed marks what it has loaded
+    model = nn.Sequential(loaded, adapter)
+    engine = SimpleNamespace(module=model)
+    DeepSpeedEngine._cast_module_mixed_precision(engine, torch.bfloat16, None, is_zero_init_model=True)
+    assert adapter.weight.dtype == torch.float32  # once it is cast here, `prepare` need not do it
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
 
 
 def test_what_a_config_says_remains():
