@@ -37,6 +37,7 @@ if engine.startswith("deepspeed_zero3"):  # else every parameter of the tiny mod
 
     zero.PERSISTENT_SIZE = 64
 
+from hf_speechllm.training import readback
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 class Watched(SpeechLLMTrainer):
@@ -56,13 +57,23 @@ class Watched(SpeechLLMTrainer):
         )
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def _save(self, output_dir=None, state_dict=None):
+        if "SAVE_WRONGLY" in os.environ:
+            state_dict = {name: tensor * 2 if "mlp" in name else tensor for name, tensor in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
 if "--compile_layers" in sys.argv:  # traced without code generation, which takes minutes
     from hf_speechllm.training.compilation import LayerGroup
 
     init = LayerGroup.__init__
     LayerGroup.__init__ = lambda self, layers, backend: init(self, layers, "aot_eager")
 
+def compare(*args):
+    record["differs"] = compared(*args)
+    return record["differs"]
+
 record, rows = {}, []
+compared, readback._compare = readback._compare, compare
 import hf_speechllm.training.trainer as module
 module.SpeechLLMTrainer = Watched
 runpy.run_path(recipe, run_name="__main__")
@@ -225,6 +236,7 @@ def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine
     notes, log, folder = train(engine, *options)
     _, reference, _ = train("one", *way, accumulation=2)
     check_engine(engine, notes, **({"model": "PeftModel"} if way else {}))
+    assert [note.get("differs", "not read back") for note in notes] == [None, "not read back"]
     losses, expected = ([line["loss"] for line in lines if "loss" in line] for lines in (log, reference))
     assert losses == pytest.approx(expected, rel=2e-3)
     assert losses != torch.tensor(losses).bfloat16().tolist()
@@ -239,6 +251,15 @@ def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine
     assert [line["loss"] for line in log if "loss" in line] == losses
     again = load_file(folder / file)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", ["true", "false"])
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_a_checkpoint_of_an_engine_that_is_not_the_model_ends_the_run(engine, bf16, train, monkeypatch):
+    monkeypatch.setenv("SAVE_WRONGLY", "1")
+    with pytest.raises(AssertionError, match="is not the model in memory: logits differ by up to"):
+        train(engine, "--bf16", bf16, "--save_strategy", "steps", "--save_steps", 2)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5  # of the largest logit
 LORA_TOLERANCE = 1e-3  # an adapter is merged when it is loaded, which rounds
+HALF_TOLERANCE = 5e-2  # where an engine computes in bfloat16 or float16
 
 
 class ReadbackError(RuntimeError):
@@ -31,15 +34,23 @@ class ReadbackError(RuntimeError):
 def check_readback(trainer: SpeechLLMTrainer, folder: Path) -> None:
     """Loads a checkpoint and compares its logits with those of the trainer's model, on the last training batch.
 
-    The first rank does it, the others wait. Where a GPU has no room for a second model, a warning says so.
+    The first rank does it, the others wait; where DeepSpeed or FSDP spread weights over ranks, all compute the model's
+    logits. Where a GPU has no room for a second model, or such an engine has written shards alone, a warning says so.
 
     Raises:
         ReadbackError: if they differ, on all ranks alike.
     """
-    problem = None
-    if trainer.args.process_index == 0 and trainer.last_inputs is not None:
+    batch = trainer.last_inputs
+    if batch is None:
+        return
+    first, spread, problem = trainer.args.process_index == 0, _is_spread(trainer), None
+    expected = _logits_in_memory(trainer, batch) if spread else None
+    if first and spread and not any(folder.glob("*.safetensors")):
+        logger.warning("%s is not read back: it has shards alone", folder)
+    elif first:
         try:
-            problem = _compare(trainer, folder)
+            expected = _logits_in_memory(trainer, batch) if expected is None else expected
+            problem = _compare(trainer, folder, batch, expected)
         except (OSError, CheckpointError) as error:
             problem = str(error)
         except torch.OutOfMemoryError:
@@ -53,41 +64,74 @@ def check_readback(trainer: SpeechLLMTrainer, folder: Path) -> None:
         )
 
 
-def _compare(trainer: SpeechLLMTrainer, folder: Path) -> str | None:
-    args = trainer.args
-    # Padded: the model that is loaded is not set up for packed rows.
-    inputs = {
-        key: value for key, value in trainer.last_inputs.items() if key != "labels" and not key.endswith("_positions")
-    }
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    devices = [args.device] if args.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _without_dropout(model):
-        expected = _logits(model, inputs)
-        loaded = SpeechLLMForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=args.attn_implementation
-        )
-        if any(isinstance(module, MemoryBlock) for module in model.modules()):
-            spare_the_host(loaded)  # whose kernels round otherwise than torch's
-        found = _logits(loaded.to(args.device).eval(), inputs)
+def _is_spread(trainer: SpeechLLMTrainer) -> bool:
+    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+
+
+def _logits_in_memory(trainer: SpeechLLMTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    if _is_spread(trainer):
+        model = forward = trainer.model_wrapped
+    else:
+        # The class's forward pass: Accelerate has put one with autocast in its place.
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        forward = partial(type(model).forward, model)
+    was_training = model.training
+    model.eval()
+    try:
+        with _without_traces(trainer):
+            return _logits(forward, batch)
+    finally:
+        model.train(was_training)
+
+
+def _compare(
+    trainer: SpeechLLMTrainer, folder: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor
+) -> str | None:
+    args, halves = trainer.args, {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = halves.get(trainer.accelerator.mixed_precision, torch.float32) if _is_spread(trainer) else torch.float32
+    autocast = trainer.accelerator.autocast() if trainer.is_fsdp_enabled else contextlib.nullcontext()
+    with _without_traces(trainer):
+        with _without_zero(trainer):
+            model = SpeechLLMForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, attn_implementation=args.attn_implementation
+            )
+        if any(isinstance(module, MemoryBlock) for module in trainer.model.modules()):
+            spare_the_host(model)  # whose kernels round otherwise than torch's
+        with autocast:
+            found = _logits(model.to(args.device).eval(), batch)
     difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-    if difference <= (LORA_TOLERANCE if args.use_lora else TOLERANCE) * scale:
+    tolerance = LORA_TOLERANCE if args.use_lora else TOLERANCE
+    if difference <= (tolerance if dtype == torch.float32 else HALF_TOLERANCE) * scale:
         logger.info("%s was read back: logits differ by at most %.2g of %.3g", folder, difference, scale)
         return None
     return f"logits differ by up to {difference:.3g} (the largest is {scale:.3g})"
 
 
-def _logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits at the last position of every row, in float32, shape = (rows, vocabulary)."""
-    # The class's forward pass, since Accelerate has put one with autocast in its place; it compiles no layers.
-    with torch.compiler.set_stance("force_eager"):
-        return type(model).forward(model, **inputs, logits_to_keep=1).logits[:, 0]
+def _logits(model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits at the last position of every row, shape = (rows, vocabulary)."""
+    # Padded: the model that is loaded is not set up for packed rows.
+    inputs = {key: value for key, value in batch.items() if key != "labels" and not key.endswith("_positions")}
+    return model(**inputs, logits_to_keep=1).logits[:, 0].float()
 
 
 @contextlib.contextmanager
-def _without_dropout(model):
-    was_training = model.training
-    model.eval()
+def _without_traces(trainer: SpeechLLMTrainer):
+    """No gradients, no compilation, and random numbers go on as if nothing had been computed."""
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def _without_zero(trainer: SpeechLLMTrainer):
+    """One rank loads a model whole; transformers has DeepSpeed's stage 3 spread it over all, which wait elsewhere."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        model.train(was_training)
+        set_hf_deepspeed_config(trainer.accelerator.state.deepspeed_plugin.dschf)

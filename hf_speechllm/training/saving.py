@@ -61,7 +61,7 @@ class CheckpointWriter:
                 raise ValueError(f"--{option} can't be had with DeepSpeed or FSDP")
         self.partial = args.save_only_trained and not args.use_lora  # LoRA runs save what is trained anyway
         self._frozen_hash: str | None = None
-        self._checked = not args.check_first_checkpoint or self.sharded
+        self._checked = not args.check_first_checkpoint
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 

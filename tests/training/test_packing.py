@@ -191,7 +191,12 @@ def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeyp
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_a_run_without_padding_is_read_back_and_validated(use_lora, make_trainer, tiny_rows, caplog, monkeypatch):
     compared, logits = [], readback._logits
-    monkeypatch.setattr(readback, "_logits", lambda model, inputs: (compared.append(model), logits(model, inputs))[1])
+
+    def record(model, batch):
+        compared.append(getattr(model, "args", [model])[0])  # the model, or its class's forward pass with it
+        return logits(model, batch)
+
+    monkeypatch.setattr(readback, "_logits", record)
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     options = {
         **saving,
