@@ -58,7 +58,7 @@ class Watched(SpeechLLMTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _save(self, output_dir=None, state_dict=None):
-        if "SAVE_WRONGLY" in os.environ:
+        if state_dict and "SAVE_WRONGLY" in os.environ:
             state_dict = {name: tensor * 2 if "mlp" in name else tensor for name, tensor in state_dict.items()}
         super()._save(output_dir, state_dict)
 
@@ -251,6 +251,19 @@ def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine
     assert [line["loss"] for line in log if "loss" in line] == losses
     again = load_file(folder / file)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["encoder", "adaptor"])
+def test_what_frozen_parts_compute_is_the_same_from_weights_that_are_spread(level, train, tmp_path):
+    options = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", level == "adaptor", "--cache_level", level]
+    notes, log, _ = train("deepspeed_zero3", *options, "--cache_dir", tmp_path / "spread")
+    _, expected, _ = train("one", *options, "--cache_dir", tmp_path / "whole", accumulation=2)
+    check_engine("deepspeed_zero3", notes)
+    check_log(log, expected)
+    folders = (tmp_path / "spread", tmp_path / "whole")
+    files = [{file.relative_to(folder) for file in folder.glob("encoded/*/*.arrow")} for folder in folders]
+    assert files[0] == files[1] and files[0]  # their folders are named after the weights
 
 
 @pytest.mark.slow

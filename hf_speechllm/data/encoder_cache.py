@@ -6,6 +6,7 @@ and nothing changes the features from epoch to epoch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..checkpoints.partial import hash_tensors
 from ..files import atomic_write
@@ -57,24 +59,44 @@ def add_encoded(
         The rows, with `encoder_states` or `audio_tokens`: the bytes of every recording, see `collator.stored_states`.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
-    folder /= _key(rows, model, level, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(rows), ROWS_PER_FILE)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    missing = [start for start in starts if not _file(folder, start).exists()]
-    if missing:
-        was_training = model.training
-        model.to(args.device).eval()
-        for start in tqdm(missing[args.local_process_index :: local_ranks], desc=level, disable=not args.should_log):
-            part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
-            budget = args.per_device_train_batch_seconds or 240.0
-            _write(_file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, budget))
-        model.train(was_training)
+    with _gathered(model, level):
+        folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
+        folder /= _key(rows, model, level, dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [start for start in starts if not _file(folder, start).exists()]
+        if missing:
+            was_training = model.training
+            model.to(args.device).eval()
+            for start in tqdm(
+                missing[args.local_process_index :: local_ranks], desc=level, disable=not args.should_log
+            ):
+                part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
+                budget = args.per_device_train_batch_seconds or 240.0
+                _write(_file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, budget))
+            model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     encoded = concatenate_datasets([Dataset.from_file(str(_file(folder, start))) for start in starts])
     return concatenate_datasets([rows.remove_columns("features").flatten_indices(), encoded], axis=1)
+
+
+def _parts(model: SpeechLLMForConditionalGeneration, level: str) -> list[PreTrainedModel]:
+    return [getattr(model, part) for part in PARTS[: 1 + (level == "adaptor")]]
+
+
+@contextlib.contextmanager
+def _gathered(model: SpeechLLMForConditionalGeneration, level: str):
+    """The parts with their weights, which DeepSpeed's stage 3 has spread over the ranks."""
+    spread = [item for part in _parts(model, level) for item in part.parameters() if hasattr(item, "ds_id")]
+    if not spread:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(spread):
+        yield
 
 
 def _file(folder: Path, start: int) -> Path:
@@ -83,8 +105,7 @@ def _file(folder: Path, start: int) -> Path:
 
 def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dtype: torch.dtype) -> str:
     facts = [str(CACHE_VERSION), rows._fingerprint, level, str(dtype)]
-    for part in PARTS[: 1 + (level == "adaptor")]:
-        module = getattr(model, part)
+    for module in _parts(model, level):
         facts += [module.config.to_json_string(), hash_tensors(module.state_dict())]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()
 

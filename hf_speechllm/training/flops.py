@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..modeling import PARTS
-from .freezing import part_of, trained_parts
+from .freezing import part_of, size_of, trained_parts
 
 # Dense bf16 matrix products, TFLOP/s, by a word of the device's name; NVIDIA's data sheets.
 PEAK_TFLOPS = {
@@ -55,7 +55,7 @@ class FlopCounter:
             if ".original_module." in f"{name}.":  # what peft keeps of a part that is trained whole
                 continue
             if isinstance(module, (nn.Linear, nn.Conv1d)):
-                part, count = part_of(name), module.weight.numel()
+                part, count = part_of(name), size_of(module.weight)
                 if name.endswith("lm_head"):
                     self.head = count
                     continue

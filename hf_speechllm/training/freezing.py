@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..modeling import PARTS, SpeechLLMForConditionalGeneration
 
 
@@ -30,8 +32,14 @@ def count_parameters(model) -> dict[str, tuple[int, int]]:
             continue
         part = part_of(name)
         trained, total = counts[part]
-        counts[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+        size = size_of(parameter)
+        counts[part] = (trained + size * parameter.requires_grad, total + size)
     return counts
+
+
+def size_of(parameter: torch.Tensor) -> int:
+    """Elements of a parameter, also of one that DeepSpeed's stage 3 has spread over the ranks."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def part_of(parameter_name: str) -> str:
