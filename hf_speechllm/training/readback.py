@@ -43,9 +43,9 @@ def check_readback(trainer: SpeechLLMTrainer, folder: Path) -> None:
     batch = trainer.last_inputs
     if batch is None:
         return
-    first, spread, problem = trainer.args.process_index == 0, _is_spread(trainer), None
-    expected = _logits_in_memory(trainer, batch) if spread else None
-    if first and spread and not any(folder.glob("*.safetensors")):
+    first, sharded, problem = trainer.args.process_index == 0, trainer.writer.sharded, None
+    expected = _logits_in_memory(trainer, batch) if sharded else None
+    if first and sharded and not any(folder.glob("*.safetensors")):
         logger.warning("%s is not read back: it has shards alone", folder)
     elif first:
         try:
@@ -64,12 +64,8 @@ def check_readback(trainer: SpeechLLMTrainer, folder: Path) -> None:
         )
 
 
-def _is_spread(trainer: SpeechLLMTrainer) -> bool:
-    return trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-
-
 def _logits_in_memory(trainer: SpeechLLMTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    if _is_spread(trainer):
+    if trainer.writer.sharded:
         model = forward = trainer.model_wrapped
     else:
         # The class's forward pass: Accelerate has put one with autocast in its place.
@@ -88,7 +84,7 @@ def _compare(
     trainer: SpeechLLMTrainer, folder: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor
 ) -> str | None:
     args, halves = trainer.args, {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = halves.get(trainer.accelerator.mixed_precision, torch.float32) if _is_spread(trainer) else torch.float32
+    dtype = halves.get(trainer.accelerator.mixed_precision, torch.float32) if trainer.writer.sharded else torch.float32
     autocast = trainer.accelerator.autocast() if trainer.is_fsdp_enabled else contextlib.nullcontext()
     with _without_traces(trainer):
         with _without_zero(trainer):

@@ -146,7 +146,6 @@ def test_the_kernel_computes_the_same():
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from hf_speechllm.inference.steps import takes_steps
 from hf_speechllm.memory_block import remember_in_torch
 from hf_speechllm.memory_kernel import remember
 
