@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ class Progress:
         self.frame_seconds = frame_seconds
         self.flops = flops
         self.peak_flops = peak_flops(accelerator.device)
+        self.rows = 0  # since the run was started
         self.reset()
 
     def reset(self) -> None:
@@ -38,9 +40,10 @@ class Progress:
         self._operations = 0.0
         self._started = time.perf_counter()
 
-    def add_batches(self, batches: Iterable[dict], waited_seconds: float) -> None:
-        """Counts what one step reads, and how long it waited for it."""
+    def add_batches(self, batches: Iterable[dict], waited_seconds: float) -> float:
+        """Counts what one step reads, and how long it waited for it; gives the floating-point operations it needs."""
         self._waited_seconds += waited_seconds
+        operations = 0.0
         for batch in batches:
             mask = batch["input_features_mask"]
             self._audio_seconds += int(mask.sum()) * self.frame_seconds
@@ -48,17 +51,26 @@ class Progress:
             self._padded_seconds += int(frames) * self.frame_seconds
             tokens = batch["attention_mask"].sum(-1)
             self._read_tokens += int(tokens.sum())
-            if self.peak_flops is not None:
-                self._operations += self.flops.step(mask.sum(-1), tokens, len(batch["label_positions"]))
+            self.rows += len(tokens)
+            operations += self.flops.step(mask.sum(-1), tokens, len(batch["label_positions"]))
+        self._operations += operations
+        return operations
 
     def add_tokens(self, outputs) -> None:
         """Counts what a `SpeechLLMOutput` with a loss predicts right."""
         self._tokens += outputs.num_label_tokens
         self._correct += outputs.token_accuracy * outputs.num_label_tokens
 
-    def leave_out(self, seconds: float) -> None:
-        """Takes time that was not spent on training, such as on validation, out of the speed."""
-        self._started += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the time of what is not training, such as validation and saving, out of the speed."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # steps that are still being computed count
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - began
 
     def summary(self) -> dict[str, float]:
         """Token accuracy, audio seconds and tokens per second (all ranks), shares of padding and of waiting for data,

@@ -243,8 +243,8 @@ class SpeechLLMTrainer(ResumableTrainer):
         return super()._prepare_input(data)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """None: the parent's guess takes no account of the audio, and goes through all parameters in every step;
-        the log has the share of the device's speed instead."""
+        """None: `get_batch_samples` counts them; the parent's guess takes no account of the audio, and goes through
+        all parameters in every step."""
         return 0
 
     def _clip_grad_norm(self, model):
@@ -287,7 +287,8 @@ class SpeechLLMTrainer(ResumableTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         if self.retention_guard is None or not self.retention_guard.stopped:  # else one can't go on from there
             self.store_flos()
-            self.writer.save()
+            with self.progress.paused():
+                self.writer.save()
 
     # Progress
 
@@ -297,7 +298,7 @@ class SpeechLLMTrainer(ResumableTrainer):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self.lost_rows.take(batch)
-        self.progress.add_batches(batches, time.perf_counter() - start)
+        self.current_flos += self.progress.add_batches(batches, time.perf_counter() - start)
         return batches, num_items_in_batch
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -328,8 +329,11 @@ class SpeechLLMTrainer(ResumableTrainer):
         if "loss" in logs:
             logs.update(self.progress.summary())
             logs.update(fault_counts(self))
-        elif "train_runtime" in logs and self.args.device.type == "cuda":
-            logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        elif "train_runtime" in logs:
+            rows = self.accelerator.reduce(torch.tensor(self.progress.rows, device=self.args.device), "sum").item()
+            logs["train_samples_per_second"] = round(rows / logs["train_runtime"], 3)  # the parent's are of 8 a batch
+            if self.args.device.type == "cuda":
+                logs["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         super().log(logs, start_time)
 
     # Validation
@@ -358,10 +362,8 @@ class SpeechLLMTrainer(ResumableTrainer):
         """As `evaluate`, without logging."""
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         sets = self.eval_dataset[sets] if isinstance(sets, str) else sets
-        began = time.perf_counter()
-        metrics = score_sets(self, sets if isinstance(sets, dict) else {"": sets}, metric_key_prefix)
-        self.progress.leave_out(time.perf_counter() - began)
-        return metrics
+        with self.progress.paused():
+            return score_sets(self, sets if isinstance(sets, dict) else {"": sets}, metric_key_prefix)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

@@ -2,6 +2,7 @@
 happened."""
 
 import json
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -15,9 +16,11 @@ from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
 from hf_speechllm.modeling import PARTS
+from hf_speechllm.training.flops import FlopCounter
 from hf_speechllm.training.freezing import count_parameters, freeze_parts, part_of
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.runs import find_checkpoint, save_final
+from hf_speechllm.training.saving import CheckpointWriter
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 FREEZES = [
@@ -252,6 +255,7 @@ def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows)
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [line["step"] for line in lines] == [1, 2, 3]
     sampler = BudgetBatchSampler(row_seconds(tiny_rows), budget, seed=trainer.args.seed, row_cost=ROW_COST)
+    counter, rows, operations = FlopCounter(trainer.model), 0, 0.0
     for line, indices in zip(lines, sampler.batches(0), strict=False):
         batch = trainer.data_collator([{**tiny_rows[int(index)], "seed": 0} for index in indices])
         with torch.no_grad():
@@ -263,6 +267,26 @@ def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows)
         assert line["audio_seconds_per_second"] > 0
         assert 0 <= line["data_wait_share"] <= 1
         assert {"learning_rate", "grad_norm", "epoch"} <= line.keys()
+        rows += len(indices)
+        operations += counter.step(mask.sum(-1), batch["attention_mask"].sum(-1), len(batch["label_positions"]))
+    end = trainer.state.log_history[-1]
+    assert end["train_samples_per_second"] * end["train_runtime"] == pytest.approx(rows, rel=0.01)
+    assert end["total_flos"] == pytest.approx(operations)
+
+
+def test_speed_is_that_of_training_alone(make_trainer, tiny_rows, monkeypatch):
+    clock, hours = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
+    monkeypatch.setattr(CheckpointWriter, "save", lambda writer: hours.append("saving"))
+    monkeypatch.setattr(
+        "hf_speechllm.training.trainer.score_sets", lambda *args: hours.append("validation") or {"eval_loss": 1.0}
+    )
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(max_steps=3, eval_dataset=tiny_rows.select([0]), **options)
+    trainer.train()
+    assert hours[:4] == ["validation", "saving"] * 2
+    speeds = [entry["audio_seconds_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert min(speeds) * 3600 > 10 * sum(row_seconds(tiny_rows))
 
 
 def test_loss_is_learned(make_trainer):
