@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -22,6 +23,12 @@ class TrainingCurve(TrainerCallback):
 
     def __init__(self):
         self._drawn_step = -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Loads what draws. That leaves exceptions with their frames behind; loaded while an epoch runs, it would keep
+        the epoch's loader processes alive with them."""
+        if state.is_world_process_zero:
+            _load_matplotlib()
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Redraws the picture, so that a long run can be looked at."""
@@ -59,10 +66,7 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
             any `eval_..._cer` there is a third panel.
         path: of the PNG; its folder is made.
     """
-    # Not at the top: takes a second, and most processes never draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    Figure, FigureCanvasAgg = _load_matplotlib()
     curves = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
     quantities = [quantity for quantity in _TITLES if quantity != "cer" or curves["cer"]]
     labels = dict.fromkeys(label for quantity in _TITLES for label in curves[quantity])
@@ -88,6 +92,14 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
             axes.set_ylim(0, min(max(1.05 * highest, 1.0), _HIGHEST_CER))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _load_matplotlib() -> tuple[Any, Any]:
+    # Not at the top: takes a second, and most processes never draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return Figure, FigureCanvasAgg
 
 
 def _curves(log_history: list[dict], quantity: str) -> dict[str, list[tuple[int, float]]]:

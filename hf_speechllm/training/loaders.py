@@ -12,7 +12,7 @@ from ..data.dataset import row_seconds
 from ..data.loader import StreamLoader
 from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
 from .faults import SparingCollator
-from .preemption import ignore_in_worker
+from .preemption import end_workers_at_exit, ignore_in_worker
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer
@@ -77,6 +77,7 @@ def _loader(trainer: SpeechLLMTrainer, dataset, sampler: BudgetBatchSampler, col
 
 def _options(trainer: SpeechLLMTrainer) -> dict:
     args = trainer.args
+    end_workers_at_exit()
     return {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -77,6 +80,27 @@ class Preemption(TrainerCallback):
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Leaves signals to the main process, which still needs its loader processes; for `worker_init_fn`."""
+    """Leaves signals to the main process, which still needs its loader processes; for `worker_init_fn`.
+
+    `end_workers_at_exit` has to be called in the main process.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Has the loader processes that are left killed when this one ends.
+
+    Else multiprocessing would ask them to end by SIGTERM, which they ignore, and wait for them without end. Some are
+    left where something still holds the iterator of a loader: an exception's frames, or a loader with persistent
+    processes.
+    """
+    atexit.register(_kill_workers)  # runs before what multiprocessing has registered, which was earlier
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

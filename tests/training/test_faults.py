@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -261,6 +262,38 @@ def test_signal_to_the_whole_process_group_leaves_the_loader_alone(make_trainer)
     trainer = make_trainer([Kill(signal.SIGTERM)], dataloader_num_workers=1, max_steps=6)
     trainer.train()
     assert trainer.state.global_step == 6
+
+
+LEFT_PROCESSES = """
+import gc, multiprocessing, runpy, sys
+from torch.utils.data import DataLoader
+if sys.argv[1] == "hold":
+    held, iterate = [], DataLoader.__iter__
+    DataLoader.__iter__ = lambda loader: held.append(iterate(loader)) or held[-1]
+else:
+    gc.disable()
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("left:", len(multiprocessing.active_children()))
+"""
+
+
+@pytest.mark.parametrize(("how", "left"), [("without garbage collection", 0), ("hold", 1)])
+def test_loader_processes_end_with_their_epoch_and_those_that_are_left_with_the_run(
+    tiny_model, tiny_corpus, tmp_path, how, left
+):
+    options = {
+        "model_name_or_path": tiny_model, "train_file": tiny_corpus.jsonl, "validation_file": tiny_corpus.jsonl,
+        "output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache", "max_steps": 2, "eval_strategy": "steps",
+        "eval_steps": 1, "save_strategy": "no", "dataloader_num_workers": 1, "preprocessing_num_workers": 1,
+        "per_device_train_batch_seconds": 4, "report_to": "none", "use_cpu": "true",
+    }  # fmt: skip
+    flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", LEFT_PROCESSES, how, str(REPOSITORY / "recipes/finetune.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"left: {left}" in result.stdout
+    assert not re.search("Traceback|Exception ignored", result.stderr), result.stderr[-2000:]
 
 
 HOLD = """
