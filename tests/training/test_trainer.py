@@ -236,6 +236,18 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(
     assert losses[0] == losses[1]
 
 
+def test_no_weight_is_said_to_be_missing_when_a_run_goes_on(make_trainer, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args, **kwargs: warnings.append(text))
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(max_steps=1, **options).train()
+    trainer = make_trainer(max_steps=2, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert not any("missing keys" in text for text in warnings)
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
+    assert any("missing keys" in text for text in warnings)  # where they are
+
+
 def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arguments, tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint"):
         find_checkpoint(make_arguments(resume_from_checkpoint="true"))
