@@ -118,7 +118,8 @@ def decode_set(trainer: SpeechLLMTrainer, dataset) -> tuple[ErrorCounts, list[Sa
     samples: list[Sample] = []
     for batch in trainer.get_decoding_dataloader(dataset):
         inputs = trainer._prepare_inputs(batch["inputs"])
-        with torch.no_grad(), trainer.accelerator.autocast():
+        # Not compiled: training may leave padding out, and its graphs are then of no use here.
+        with torch.no_grad(), trainer.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             output = model.generate(
                 **inputs, max_new_tokens=args.eval_max_new_tokens, do_sample=False, num_beams=1, use_cache=True
             )

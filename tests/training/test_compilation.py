@@ -7,7 +7,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.attention import allow_packing
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
-from hf_speechllm.training import saving
+from hf_speechllm.training import saving, validation
 from hf_speechllm.training.compilation import LayerGroup, compile_layers
 from hf_speechllm.training.lora import add_lora
 
@@ -130,20 +130,40 @@ def test_trainer_compiles_on_request(make_trainer, monkeypatch):
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 2
 
 
-def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, monkeypatch):
+@pytest.fixture
+def graphs_around(monkeypatch):
+    """Counts compiled graphs before and after each call of a function of a module."""
     monkeypatch.setattr(LayerGroup, "__init__", with_backend("eager"))
-    graphs, check = [], saving.check_readback
-
-    def count(*args):
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        check(*args)
-        graphs.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
-
-    monkeypatch.setattr(saving, "check_readback", count)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+    def watch(module, name):
+        graphs, function = [], getattr(module, name)
+
+        def count(*args):
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            result = function(*args)
+            graphs.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+            return result
+
+        monkeypatch.setattr(module, name, count)
+        return graphs
+
+    return watch
+
+
+def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, graphs_around):
+    graphs = graphs_around(saving, "check_readback")
     options = {"per_device_train_batch_seconds": 12, "save_strategy": "steps", "save_steps": 1}
     make_trainer(compile_layers=True, max_steps=2, **options).train()
+    assert len(graphs) == 1 and 0 < graphs[0][0] == graphs[0][1]
+
+
+def test_decoding_a_validation_set_compiles_nothing(make_trainer, tiny_rows, graphs_around):
+    graphs = graphs_around(validation, "decode_set")
+    options = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 4}
+    rows = tiny_rows.select(range(4))
+    make_trainer(compile_layers=True, padding_free=True, eval_dataset=rows, **options).evaluate()
     assert len(graphs) == 1 and 0 < graphs[0][0] == graphs[0][1]
 
 
