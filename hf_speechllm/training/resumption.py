@@ -81,7 +81,8 @@ class ResumableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result) -> None:
         trained = trained_parts(self.model)  # of checkpoints of `--save_only_trained`, nothing else is expected
-        missing = [name for name in load_result.missing_keys if part_of(name) in trained]
+        tied = self.model.all_tied_weights_keys  # saved once, under their other name
+        missing = [name for name in load_result.missing_keys if part_of(name) in trained and name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _load_rng_state(self, checkpoint) -> None:

@@ -266,12 +266,6 @@ class SpeechLLMTrainer(ResumableTrainer):
         finally:
             self.state.best_model_checkpoint = best
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        # Tied weights are saved once; the parent takes the others for lost.
-        tied = self.model.all_tied_weights_keys
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
-
     def _load_best_model(self) -> None:
         super()._load_best_model()
         name = Path(str(self.state.best_model_checkpoint)).name
