@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import active_children
 
 from ..audio import AudioError
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..files import atomic_write
+from .preemption import kill_workers
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer
@@ -311,9 +311,7 @@ def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
     handing_over = any(Path(frame.filename).parts[-2:] == ("multiprocessing", "reductions.py") for frame in frames)
     if "DataLoader worker" not in text and "DataLoader timed out" not in text and not handing_over:
         return None
-    for child in active_children():
-        child.kill()
-        child.join()
+    kill_workers()
     if "timed out" in text:
         return FaultError(
             f"no batch came from the loader's processes for {timeout_seconds:g} s: a file system or server may hang. "

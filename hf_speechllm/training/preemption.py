@@ -96,11 +96,17 @@ def end_workers_at_exit() -> None:
     left where something still holds the iterator of a loader: an exception's frames, or a loader with persistent
     processes.
     """
-    atexit.register(_kill_workers)  # runs before what multiprocessing has registered, which was earlier
+    atexit.register(kill_workers)  # runs before what multiprocessing has registered, which was earlier
 
 
-def _kill_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+def kill_workers() -> None:
+    """Kills the loader processes that are left, and waits for their end."""
+    # torch's handler would raise an error for a killed worker that is not waited for yet; other threads can't set it.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+            process.join()
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -247,7 +248,10 @@ def test_batch_on_its_way_from_a_process_that_dies_is_told_as_such():
     assert loader_fault(other.value, 1) is None
 
 
-def test_loader_process_that_hangs_ends_the_run_in_time(make_trainer, uncached, own_corpus):
+def test_loader_process_that_hangs_ends_the_run_in_time(make_trainer, uncached, own_corpus, monkeypatch):
+    join = BaseProcess.join
+    # Time for torch to notice that the process was killed, which is not the fault to tell of.
+    monkeypatch.setattr(BaseProcess, "join", lambda process, timeout=None: time.sleep(0.1) or join(process, timeout))
     trainer = make_trainer(**uncached, dataloader_num_workers=1, dataloader_timeout_seconds=3)
     (own_corpus / "utt09.wav").unlink()
     os.mkfifo(own_corpus / "utt09.wav")  # nobody ever writes to it
