@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adaptors import AudioAdaptor
 from .attention import causal_masks, check_packing
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
 from .packing import PackedRows
 
@@ -21,22 +22,22 @@ PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
 
 @dataclass
-class SpeechLLMOutput(ModelOutput):
-    """What the model returns.
+class SpeechLLMOutput(CausalLMOutputWithPast):
+    """Output of the model: that of transformers' causal LLMs, and two numbers about the labels.
 
     Args:
         loss: scalar, cross-entropy over the supervised tokens; given labels.
         logits: shape = (batch, tokens, vocabulary); without labels, or if `return_logits`.
+        cache: the LLM's key-value cache; `past_key_values` in transformers before 5.24.
+        hidden_states: if `output_hidden_states`, the LLM's: its input and the output of each layer, each of shape =
+            (batch, tokens, width). Of the audio encoder and the adaptor there are none.
+        attentions: if `output_attentions`, the LLM's: of each layer, shape = (batch, heads, tokens, tokens).
         num_label_tokens: scalar integer, the number of supervised tokens; given labels.
-        token_accuracy: scalar, the share of them that is predicted right (teacher forcing); given labels.
-        past_key_values: the LLM's key-value cache.
+        token_accuracy: scalar, the share of supervised tokens that is predicted right (teacher forcing); given labels.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     num_label_tokens: torch.Tensor | None = None
     token_accuracy: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -60,7 +61,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -237,7 +238,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_logits: bool = False,
@@ -248,6 +249,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_tokens: torch.Tensor | None = None,
         frame_positions: torch.Tensor | None = None,
         token_positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
         """Runs the model; with labels, computes logits only at supervised positions.
@@ -259,6 +261,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 placeholders appear, rows first.
             input_features_mask: shape = (recordings, feature frames).
             labels: shape = (batch, tokens); -100 where a token is not supervised.
+            cache, past_key_values: the LLM's key-value cache, under either name.
             return_logits: whether to return all logits although there are labels.
             logits_to_keep: without labels, how many last positions (0: all) get logits.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
@@ -273,8 +276,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 without padding.
 
         Raises:
-            ValueError: if placeholders and audio tokens differ in number, or the model is not set up for packed rows.
+            ValueError: if placeholders and audio tokens differ in number, the model is not set up for packed rows, or
+                the cache is given twice.
         """
+        cache = find_cache({"cache": cache, "past_key_values": past_key_values})
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio_tokens is not None:
@@ -295,20 +300,26 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache if labels is None else False,
+            **{CACHE: cache},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if rows is not None:
             hidden_states = rows.unpack(hidden_states)
+        result = SpeechLLMOutput(hidden_states=outputs.hidden_states, attentions=outputs.attentions)
         head = self.get_output_embeddings()
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            return SpeechLLMOutput(logits=head(hidden_states[:, kept]), past_key_values=outputs.past_key_values)
-        loss, count, accuracy = supervised_loss(hidden_states, labels, head, num_items_in_batch, label_positions)
-        logits = head(hidden_states) if return_logits else None
-        return SpeechLLMOutput(loss=loss, logits=logits, num_label_tokens=count, token_accuracy=accuracy)
+            result.logits = head(hidden_states[:, kept])
+            setattr(result, CACHE, getattr(outputs, CACHE))
+            return result
+        result.loss, result.num_label_tokens, result.token_accuracy = supervised_loss(
+            hidden_states, labels, head, num_items_in_batch, label_positions
+        )
+        if return_logits:
+            result.logits = head(hidden_states)
+        return result
 
     def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
         placeholders = input_ids == self.config.audio_token_id

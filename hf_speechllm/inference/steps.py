@@ -14,6 +14,7 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import PACKED
+from ..kv_cache import CACHE, find_cache
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class DecodingSteps:
 
     ```python
     with steps:
-        model.generate(**inputs, past_key_values=steps.new_cache(), do_sample=False)
+        model.generate(**inputs, **{CACHE: steps.new_cache()}, do_sample=False)
     ```
 
     Args:
@@ -153,7 +154,6 @@ class DecodingSteps:
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        past_key_values: RoomyCache,
         use_cache: bool = True,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -163,12 +163,14 @@ class DecodingSteps:
             inputs_embeds: shape = (rows, tokens, width).
             attention_mask: shape = (rows, tokens so far), 0 for padding; `None` without any.
             position_ids: shape = (rows, tokens).
+            **kwargs: the `RoomyCache`, under its name in the installed release, and what else an LLM takes.
         """
-        cache, room = past_key_values, past_key_values.room
+        cache = find_cache(kwargs)
+        room = cache.room
         if room.length == 0:
             output = self.plain(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=cache, use_cache=use_cache, **kwargs,
+                use_cache=use_cache, **kwargs,
             )  # fmt: skip
             room.length = inputs_embeds.shape[1]
             return output
@@ -195,12 +197,12 @@ class DecodingSteps:
             self.output = self._run(cache)
         self.steps_in_room += 1
         room.length += 1
-        return BaseModelOutputWithPast(last_hidden_state=self.output, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.output, **{CACHE: cache})
 
     def _run(self, cache: RoomyCache) -> torch.Tensor:
         embeds, positions, mask = self.inputs
         return self.plain(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
         ).last_hidden_state
 
     def _capture(self, cache: RoomyCache) -> None:

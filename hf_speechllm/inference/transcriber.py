@@ -17,6 +17,7 @@ from ..attention import spare_the_host
 from ..audio import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
 from ..downloads import redact
+from ..kv_cache import CACHE
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
 from .loading import in_background, measure_seconds
@@ -317,7 +318,7 @@ class Transcriber:
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         if self.steps is not None:
-            options["past_key_values"] = self.steps.new_cache()
+            options[CACHE] = self.steps.new_cache()
         with self.steps or nullcontext():
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options

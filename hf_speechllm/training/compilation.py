@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..kv_cache import find_cache
+
 # Layers of a graph, at most: more take longer to compile, fewer leave more work to the host.
 LAYERS_PER_GRAPH = 2
 # Graphs of one kind: first and last of a stack, trained or frozen, training and validation.
@@ -68,7 +70,7 @@ class LayerGroup:
         """As the layers one after the other."""
         # A size of one would be compiled anew, in the middle of a run. Packed rows are always one.
         sizes = hidden_states.shape[1:2] if "cu_seq_lens_q" in kwargs else hidden_states.shape[:2]
-        plain = kwargs.get("past_key_values") is not None or 1 in sizes
+        plain = find_cache(kwargs) is not None or 1 in sizes
         run = _run if plain else self.compiled
         return run(self.layers, hidden_states, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from hf_speechllm.inference import steps
 from hf_speechllm.inference.requests import Request
 from hf_speechllm.inference.steps import DecodingSteps, takes_steps
 from hf_speechllm.inference.transcriber import Transcriber
+from hf_speechllm.kv_cache import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
                     inputs_embeds=embeds[:, start:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 ).last_hidden_state
                 seen = mask[:, start:end].bool()
                 torch.testing.assert_close(result[seen], expected[:, start:end][seen], atol=1e-5, rtol=1e-4)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.attention import allow_packing
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
+from hf_speechllm.kv_cache import CACHE
 from hf_speechllm.training import saving, validation
 from hf_speechllm.training.compilation import LayerGroup, compile_layers
 from hf_speechllm.training.lora import add_lora
@@ -118,6 +120,17 @@ def test_names_weights_and_decoding_stay_as_they_are(model, batches):
     assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), expected)
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_passes_with_a_cache_are_not_compiled(model, batches):
+    decoder = model.llm.get_decoder()
+    compile_layers(model, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    embeds = model.get_input_embeddings()(batches[0]["input_ids"])
+    decoder(inputs_embeds=embeds, **{CACHE: DynamicCache(config=decoder.config)})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    decoder(inputs_embeds=embeds, use_cache=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_trainer_compiles_on_request(make_trainer, monkeypatch):
