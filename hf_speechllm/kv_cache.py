@@ -13,7 +13,10 @@ CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fi
 
 
 def find_cache(arguments: dict[str, Any]) -> Any:
-    """Finds the key-value cache among the keyword arguments of a forward pass, under either name; `None` if there is none.
+    """Finds the key-value cache among keyword arguments of a forward pass, under either name.
+
+    Returns:
+        The cache, or `None` if there is none.
 
     Raises:
         ValueError: if there is one under each name.
