@@ -1,19 +1,22 @@
 """Fine-tune speech LLMs (audio encoder, adaptor, causal LLM) on the Hugging Face stack."""
 
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .audio.fbank import FbankFeatureExtractor
-from .model.configuration import AudioAdaptorConfig, SpeechLLMConfig
-from .model.modeling import SpeechLLMForConditionalGeneration
-from .model.processing import SpeechLLMProcessor
+if TYPE_CHECKING:
+    from .audio.fbank import FbankFeatureExtractor
+    from .audio.waveform import load_audio
+    from .evaluation.normalizers import normalize_text
+    from .formats.composition import compose, train_tokenizer
+    from .inference.transcriber import Transcriber
+    from .model.configuration import AudioAdaptorConfig, SpeechLLMConfig
+    from .model.modeling import SpeechLLMForConditionalGeneration
+    from .model.processing import SpeechLLMProcessor
+    from .training.arguments import SpeechLLMTrainingArguments
+    from .training.trainer import SpeechLLMTrainer
 
-__version__ = "0.1.0"
-
-AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig)
-AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
-AutoModelForMultimodalLM.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
-AutoFeatureExtractor.register(SpeechLLMConfig, FbankFeatureExtractor)
-AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor)
+__version__ = "0.2.0"
 
 __all__ = [
     "AudioAdaptorConfig",
@@ -21,4 +24,44 @@ __all__ = [
     "SpeechLLMConfig",
     "SpeechLLMForConditionalGeneration",
     "SpeechLLMProcessor",
+    "SpeechLLMTrainer",
+    "SpeechLLMTrainingArguments",
+    "Transcriber",
+    "compose",
+    "load_audio",
+    "normalize_text",
+    "train_tokenizer",
 ]
+
+_HOMES = {
+    "AudioAdaptorConfig": "model.configuration",
+    "FbankFeatureExtractor": "audio.fbank",
+    "SpeechLLMConfig": "model.configuration",
+    "SpeechLLMForConditionalGeneration": "model.modeling",
+    "SpeechLLMProcessor": "model.processing",
+    "SpeechLLMTrainer": "training.trainer",
+    "SpeechLLMTrainingArguments": "training.arguments",
+    "Transcriber": "inference.transcriber",
+    "compose": "formats.composition",
+    "load_audio": "audio.waveform",
+    "normalize_text": "evaluation.normalizers",
+    "train_tokenizer": "formats.composition",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Imported, so that the Auto classes know them; but not for the command, whose `--help` should not load torch.
+_started_by_python = sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv
+if "hf_speechllm_command" not in sys.modules and not _started_by_python:
+    from .model import modeling, processing  # noqa: F401

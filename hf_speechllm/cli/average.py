@@ -1,15 +1,16 @@
 """Average checkpoints of a training run, full models or LoRA adapters.
 
-python recipes/average_checkpoints.py \
+hf-speechllm average \\
     --inputs exp/model/checkpoint-800 exp/model/checkpoint-900 exp/model/checkpoint-1000 --output exp/averaged
 """
 
-import argparse
 import sys
+
+from .parser import Parser, prog
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--inputs", nargs="+", required=True, help="Two folders or more.")
     parser.add_argument("--output", required=True, help="New folder; gets config and processor of the last input.")
     parser.add_argument(
@@ -20,14 +21,10 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from hf_speechllm.training.checkpointing.averaging import average_checkpoints
+    from ..training.checkpointing.averaging import average_checkpoints
 
     try:
         average_checkpoints(args.inputs, args.output, args.exact_lora)
     except (OSError, ValueError) as error:
-        sys.exit(f"average_checkpoints.py: error: {error}")
+        sys.exit(f"{prog()}: error: {error}")
     print(f"mean of {len(args.inputs)} checkpoints: {args.output}")
-
-
-if __name__ == "__main__":
-    main()

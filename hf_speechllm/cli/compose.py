@@ -1,25 +1,26 @@
 """Compose a new speech LLM, with random or pretrained parts, and save it with its processor.
 
 # Tiny, from scratch, with a tokenizer trained on the transcripts
-python recipes/compose_model.py recipes/configs/models/tiny.yaml \
+hf-speechllm compose recipes/configs/models/tiny.yaml \\
     --transcripts recipes/quickstart_data/train/text --output_dir exp/tiny/init
 
 # Whisper's encoder before a pretrained LLM
-python recipes/compose_model.py recipes/configs/models/linear_adaptor.yaml \
+hf-speechllm compose recipes/configs/models/linear_adaptor.yaml \\
     --audio_encoder openai/whisper-small --llm Qwen/Qwen3-0.6B --output_dir exp/whisper_qwen/init
 """
 
-import argparse
 import logging
 from pathlib import Path
 
 import yaml
 
+from .parser import Parser
+
 logger = logging.getLogger("compose_model")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", help="YAML with the sizes of the parts")
     parser.add_argument("--output_dir", required=True, help="where the model goes; must not exist")
     parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
@@ -37,7 +38,7 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from hf_speechllm.formats.composition import compose, train_tokenizer
+    from ..formats.composition import compose, train_tokenizer
 
     set_seed(args.seed)
     config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
@@ -52,7 +53,3 @@ def main() -> None:
         name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in model.named_children()
     }
     logger.info("%s: %s; vocabulary %d", args.output_dir, millions, len(processor.tokenizer))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Transcribe recordings with a speech LLM: `ID<tab>text` lines, in the order of the input.
 
-python recipes/decode.py --model_name_or_path exp/model --scp_file data/test/wav.scp --output_file exp/hyp.txt
-accelerate launch --num_processes 8 recipes/decode.py ...  (a GPU each, sharing the list)
+hf-speechllm decode --model_name_or_path exp/model --scp_file data/test/wav.scp --output_file exp/hyp.txt
+accelerate launch --num_processes 8 `hf-speechllm decode` ...  (a GPU each, sharing the list)
 
 A run that was interrupted, or in which recordings failed, goes on where it was when it is started again.
 Exit status: 0 if all were decoded; 1 if some failed (they are listed, the others are in the file) or none could be
@@ -15,15 +15,19 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from .parser import Parser, prog
+
 logger = logging.getLogger("decode")
 # What the texts depend on: an unfinished run goes on with the same only.
-SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
-SETTINGS += ("vad", "vad_max_seconds")
+SETTINGS = (
+    "language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard", "vad",
+    "vad_max_seconds",
+)  # fmt: skip
 OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
@@ -67,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_requests(args, bad_rows) -> list:
     """The requests of the list; what can't be read goes to `bad_rows`."""
-    from hf_speechllm.inference.hotword_option import read_hotwords
-    from hf_speechllm.inference.requests import requests_of_jsonl, requests_of_scp
-    from hf_speechllm.model import chat
+    from ..inference.hotword_option import read_hotwords
+    from ..inference.requests import requests_of_jsonl, requests_of_scp
+    from ..model import chat
 
     hotwords = read_hotwords(args.hotwords)
     prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
@@ -89,14 +93,14 @@ def main() -> None:
 
     import torch
 
-    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from hf_speechllm.audio.vad import VoiceDetector
-    from hf_speechllm.data.bad_rows import BadRows
-    from hf_speechllm.inference.decoding import decode_requests
-    from hf_speechllm.inference.distributed import Processes
-    from hf_speechllm.inference.journal import Journal, model_stamp
-    from hf_speechllm.inference.transcriber import Transcriber
-    from hf_speechllm.inference.writers import write_results
+    from .. import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..audio.vad import VoiceDetector
+    from ..data.bad_rows import BadRows
+    from ..inference.decoding import decode_requests
+    from ..inference.distributed import Processes
+    from ..inference.journal import Journal, model_stamp
+    from ..inference.transcriber import Transcriber
+    from ..inference.writers import write_results
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes:
@@ -127,7 +131,7 @@ def main() -> None:
             options = {name: getattr(args, name) for name in OPTIONS}
             transcriber = Transcriber(model.to(device), processor, vad=vad, **options)
         except (OSError, ValueError) as error:
-            sys.exit(f"decode.py: error: {error}" if processes.rank == 0 else 1)
+            sys.exit(f"{prog()}: error: {error}" if processes.rank == 0 else 1)
         outcome = decode_requests(transcriber, requests, journal, processes)
         if processes.rank > 0:
             return
@@ -142,9 +146,5 @@ def main() -> None:
     )  # fmt: skip
     if failures:
         hint = f"Mend them and start again; the others are kept in {args.output_file}.partial-*.jsonl"
-        sys.exit("\n".join([f"decode.py: {len(failures)} failed:", *failures, hint]))
+        sys.exit("\n".join([f"{prog()}: {len(failures)} failed:", *failures, hint]))
     journal.remove()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,26 @@
 """Fine-tune a speech LLM.
 
 # One GPU, only the LLM
-accelerate launch recipes/finetune.py recipes/configs/llm_only.yaml \
-    --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf \
+hf-speechllm finetune llm_only --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf \\
     --train_file data/train.jsonl --validation_file data/dev.jsonl --output_dir exp/llm_only
 
-# Eight GPUs, LoRA
-accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/finetune.py recipes/configs/lora.yaml \
+# Eight GPUs, LoRA; --config_file names a configuration of accelerate
+hf-speechllm finetune lora --num_processes 8 --config_file multi_gpu \\
     --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf --train_file data/train.jsonl --output_dir exp/lora
 
-What the command line says goes before what the YAML says. All options: --help.
+CONFIG is a YAML file, or the name of one that comes with the package: lora, llm_only, adaptor_only, encoder_adaptor,
+all. Options of the command line replace those of the file. From a checkout, the same is
+`accelerate launch [--config_file FILE] recipes/finetune.py [CONFIG] ...`.
 """
 
 import logging
 import os
 import sys
+from typing import Any
 
-from hf_speechllm.training.arguments import parse_arguments
+from .arguments import check_command_line, parse_arguments
+from .launch import launch, split_launch_options
+from .parser import prog
 
 logger = logging.getLogger("finetune")
 
@@ -24,66 +28,90 @@ logger = logging.getLogger("finetune")
 def main() -> None:
     # Every batch has a shape of its own: segments that can grow keep a GPU's memory from falling to pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    args = parse_arguments(description=__doc__)
+    launch_options, argv = split_launch_options(sys.argv[1:])
+    if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
+        check_command_line(argv)
+        try:
+            launch("finetune", launch_options, argv)
+        except ValueError as error:
+            sys.exit(f"{prog()}: error: {error}")
+        return
+    options = parse_arguments(argv, description=__doc__)
+    data, parts, args = options.data, options.parts, options.training
+    name = str(options.model.model_name_or_path)
 
     # After the arguments, so that a wrong one is told at once.
     import torch
     from transformers import set_seed
 
-    from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from hf_speechllm.audio.downloads import UrlPolicy
-    from hf_speechllm.data.augmentation import augmentations
-    from hf_speechllm.data.bad_rows import BadDataError
-    from hf_speechllm.data.collator import SpeechLLMCollator
-    from hf_speechllm.data.dataset import prepare_rows
-    from hf_speechllm.data.encoder_cache import add_encoded
-    from hf_speechllm.data.hotword_lists import hotword_sampler
-    from hf_speechllm.data.streaming import open_stream
-    from hf_speechllm.formats.checkpoint import CheckpointError
-    from hf_speechllm.training.cache_stage import choose_level
-    from hf_speechllm.training.checkpointing.selection import RetentionError
-    from hf_speechllm.training.checkpointing.verification import ReadbackError
-    from hf_speechllm.training.checkpointing.writer import SaveError
-    from hf_speechllm.training.faults import FaultError
-    from hf_speechllm.training.freezing import count_parameters, freeze_parts
-    from hf_speechllm.training.lora import add_lora
-    from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
-    from hf_speechllm.training.run import describe_data, find_checkpoint, save_final, set_up_logging
-    from hf_speechllm.training.trainer import SpeechLLMTrainer
+    from .. import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..audio.downloads import UrlPolicy
+    from ..data.augmentation import augmentations
+    from ..data.bad_rows import BadDataError
+    from ..data.collator import SpeechLLMCollator
+    from ..data.dataset import prepare_rows
+    from ..data.encoder_cache import add_encoded
+    from ..data.hotword_lists import hotword_sampler
+    from ..data.streaming import open_stream
+    from ..formats.checkpoint import CheckpointError
+    from ..training.cache_stage import choose_level
+    from ..training.checkpointing.selection import RetentionError
+    from ..training.checkpointing.verification import ReadbackError
+    from ..training.checkpointing.writer import SaveError
+    from ..training.faults import FaultError
+    from ..training.freezing import count_parameters, freeze_parts
+    from ..training.lora import add_lora
+    from ..training.preemption import EXIT_STATUS, Preempted
+    from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
+    from ..training.trainer import SpeechLLMTrainer
 
     set_up_logging(args)
     set_seed(args.seed)
 
     # Data first: its errors are found before the model is loaded.
     try:
-        UrlPolicy.change(args.url_max_megabytes, args.url_timeout_seconds, args.allow_private_redirects)
+        UrlPolicy.change(data.url_max_megabytes, data.url_timeout_seconds, data.allow_private_redirects)
         checkpoint = find_checkpoint(args)
-        processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-        limit = SpeechLLMConfig.from_pretrained(args.model_name_or_path).max_feature_frames
-        stretched = int(limit / (1 + args.tempo_perturb))  # augmentation may lengthen a recording
-        collator = SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment), args.dither)
+        processor = SpeechLLMProcessor.from_pretrained(name)
+        limit = SpeechLLMConfig.from_pretrained(name).max_feature_frames
+        stretched = int(limit / (1 + data.tempo_perturb))  # augmentation may lengthen a recording
+        collator = SpeechLLMCollator(processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither)
+        bad = {"max_bad_fraction": args.max_bad_fraction}
+        limits: dict[str, Any] = {"batch_seconds": args.per_device_train_batch_seconds, **bad}
+        weights = None
         with args.main_process_first(desc="preparing the data"):
-            if args.streaming:
-                train_rows, weights = open_stream(args.train_file, collator, stretched, args, args.train_weight), None
+            if data.streaming:
+                seed = args.seed if args.data_seed is None else args.data_seed
+                place = {"rank": args.process_index, "num_ranks": args.world_size}
+                train_rows = open_stream(
+                    data.train_file, collator, args.per_device_train_batch_seconds, stretched, data,
+                    weights=data.train_weight, seed=seed, **place, **bad,
+                )  # fmt: skip
             else:
-                train_rows, weights = prepare_rows(args.train_file, processor, stretched, args, args.train_weight)
-            collator.hotwords = hotword_sampler(args, None if args.streaming else train_rows)
+                train_rows, weights = prepare_rows(
+                    data.train_file, processor, stretched, data, data.train_weight, **limits
+                )
+            collator.hotwords = hotword_sampler(data, None if data.streaming else train_rows, args.seed)
             validation_rows = {
-                name: prepare_rows([file], processor, limit, args)[0] for name, file in args.validation_files.items()
+                name: prepare_rows([file], processor, limit, data, **limits)[0]
+                for name, file in options.validation_files.items()
             }
     except (BadDataError, OSError, ValueError) as error:
-        sys.exit(f"finetune.py: error: {error}")
+        sys.exit(f"{prog()}: error: {error}")
     describe_data(train_rows, validation_rows)
 
     # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
     model = SpeechLLMForConditionalGeneration.from_pretrained(
-        args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+        name, dtype=torch.float32, attn_implementation=options.model.attn_implementation
     )
-    freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
-    if args.use_lora:
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-    if (level := choose_level(args)) != "fbank":
-        train_rows = add_encoded(train_rows, model, processor, level, args)
+    freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
+    if parts.use_lora:
+        model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
+    if (level := choose_level(data, parts, args)) != "fbank":
+        train_rows = add_encoded(
+            train_rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
+            batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
+        )  # fmt: skip
     for part, (trained, total) in count_parameters(model).items():
         logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
 
@@ -105,15 +133,11 @@ def main() -> None:
         sys.exit(EXIT_STATUS)
     except (RetentionError, SaveError, ReadbackError) as error:  # of all ranks alike
         trainer.accelerator.end_training()
-        sys.exit(f"finetune.py: {error}")
+        sys.exit(f"{prog()}: {error}")
     except (BadDataError, FaultError, CheckpointError) as error:
-        sys.exit(f"finetune.py: {error}")
+        sys.exit(f"{prog()}: {error}")
     save_final(trainer, result)
     if args.push_to_hub:
         trainer.push_to_hub()
     # Gloo threads that outlive the interpreter abort the process.
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,13 @@
 """Show what the model will see of training data: token ids, which of them are supervised, audio tokens, frames.
 
 # The first 3 rows, coloured: supervised tokens green, audio tokens as a count
-python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/train.jsonl --num_rows 3
+hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --num_rows 3
 
 # The same for programs, a JSON line a row, with the loss of the model
-python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/train.jsonl --json --loss
+hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --json --loss
 
 # The prompts that decoding would send
-python recipes/inspect_data.py --model_name_or_path exp/model --jsonl_file data/test.jsonl --inference --language zh
+hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/test.jsonl --inference --language zh
 """
 
 import argparse
@@ -17,13 +17,15 @@ import os
 import sys
 from itertools import groupby, islice
 
+from .parser import Parser, prog
+
 logger = logging.getLogger("inspect_data")
 
 GREEN, GREY, CYAN, RESET = "\033[32m", "\033[90m", "\033[36m", "\033[0m"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model folder or Hub id")
     parser.add_argument("--jsonl_file", required=True, help="training rows")
     parser.add_argument("--num_rows", type=int, help="how many rows (default: 5, with --json all)")
@@ -69,11 +71,11 @@ def inspect(args: argparse.Namespace) -> int:
     """Prints the rows and gives the number of bad ones."""
     import torch
 
-    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from hf_speechllm.audio.waveform import AudioError
-    from hf_speechllm.data.bad_rows import BadRow
-    from hf_speechllm.data.jsonl import read_jsonl
-    from hf_speechllm.model import chat
+    from .. import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from ..audio.waveform import AudioError
+    from ..data.bad_rows import BadRow
+    from ..data.jsonl import read_jsonl
+    from ..model import chat
 
     processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
     model = None
@@ -120,9 +122,5 @@ def main() -> None:
     try:
         bad = inspect(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"inspect_data.py: error: {error}")
+        sys.exit(f"{prog()}: error: {error}")
     sys.exit(1 if bad else 0)
-
-
-if __name__ == "__main__":
-    main()

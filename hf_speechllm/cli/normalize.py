@@ -1,27 +1,27 @@
 """Normalise transcripts before scoring: lines `ID TEXT` in, lines `ID<tab>TOKENS` out, in the same order.
 
-Takes references and what recipes/decode.py wrote alike; blank lines are left out, with a notice. Then score:
+Takes references and what `hf-speechllm decode` wrote alike; blank lines are left out, with a notice. Then score:
 
-    python recipes/whisper_mix_normalize.py data/val_text.txt data/val_norm.txt
-    python recipes/whisper_mix_normalize.py output.txt output_norm.txt
+    hf-speechllm normalize data/val_text.txt data/val_norm.txt
+    hf-speechllm normalize output.txt output_norm.txt
     compute-wer data/val_norm.txt output_norm.txt cer.txt
     tail -n8 cer.txt
 """
 
-import argparse
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_speechllm.evaluation import normalize_text
-from hf_speechllm.files import atomic_write
+from ..files import atomic_write
+from .parser import Parser
 
 logger = logging.getLogger("whisper_mix_normalize")
 
 
 def normalized_lines(path: str) -> Iterator[str]:
     """Reads lines `ID TEXT` (space or tab), gives `ID<tab>TOKENS`; raises ValueError where a line is not UTF-8."""
+    from ..evaluation.normalizers import normalize_text
+
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -37,7 +37,7 @@ def normalized_lines(path: str) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("input_file", metavar="IN", help="lines `ID TEXT`, UTF-8")
     parser.add_argument("output_file", metavar="OUT", help="file to write; one that exists is replaced")
     args = parser.parse_args()
@@ -51,7 +51,3 @@ def main() -> int:
         logger.error("%s; nothing was written", error)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,20 @@
 """Publish the model of a finished training run; private unless told otherwise.
 
-python recipes/push_to_hub.py --input exp/lora --hub_model_id YOU/MODEL
+hf-speechllm push --input exp/lora --hub_model_id YOU/MODEL
 
 Training does the same at its end with --push_to_hub. Log in before with `hf auth login`, or set HF_TOKEN. A push that
 broke off is repeated with the same command.
 """
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
+from .parser import Parser, prog
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="output folder of finetune.py")
     parser.add_argument("--hub_model_id", required=True, help="USER/MODEL; created if it is not there")
     parser.add_argument("--revision", help="branch to push to (default: main)")
@@ -23,14 +24,10 @@ def main() -> None:
         parser.error(f"--input: {args.input} is not a folder")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from hf_speechllm.hub.publishing import publish
+    from ..hub.publishing import publish
 
     try:
         commit = publish(args.input, args.hub_model_id, private=not args.public, revision=args.revision)
     except (OSError, ValueError, RuntimeError) as error:  # the client's own, for an upload that failed
-        sys.exit(f"push_to_hub.py: error: {error}")
+        sys.exit(f"{prog()}: error: {error}")
     print(commit.repo_url)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Score transcripts: error rates with intervals, a comparison, hotwords, and a page that shows the worst utterances.
 
-    python recipes/score.py data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
+    hf-speechllm score data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
 
 REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL.
 References without a hypothesis count as deletions, and are named.
@@ -13,15 +13,17 @@ import os
 import sys
 from pathlib import Path
 
+from .parser import Parser, prog
+
 OUTPUTS = ("cer.txt", "score.json", "report.html")
 
 logger = logging.getLogger("score")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("reference", metavar="REF", help="lines `ID TEXT`, or rows of a .jsonl")
-    parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, as recipes/decode.py writes them")
+    parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, as `hf-speechllm decode` writes them")
     parser.add_argument("--output_dir", required=True, help=f"folder for {', '.join(OUTPUTS)}")
     parser.add_argument(
         "--compare", metavar="HYP2", help="other hypotheses, such as those of the model before training"
@@ -58,13 +60,13 @@ def warn_of_ids(what: str, ids: list[str]) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    from hf_speechllm.data.bad_rows import BadRows
-    from hf_speechllm.data.hotword_lists import listed_words
-    from hf_speechllm.data.kaldi import read_scp
-    from hf_speechllm.evaluation import hotword_scores as hotwords
-    from hf_speechllm.evaluation import report, scoring, statistics, transcripts
-    from hf_speechllm.evaluation import report_audio as recordings
-    from hf_speechllm.files import atomic_write
+    from ..data.bad_rows import BadRows
+    from ..data.hotword_lists import listed_words
+    from ..data.kaldi import read_scp
+    from ..evaluation import hotword_scores as hotwords
+    from ..evaluation import report, scoring, statistics, transcripts
+    from ..evaluation import report_audio as recordings
+    from ..files import atomic_write
 
     reference = transcripts.read_transcripts(args.reference, required=True)
     hypotheses = transcripts.read_transcripts(args.hypothesis).texts
@@ -145,8 +147,4 @@ def main() -> None:
     try:
         score(args)
     except (OSError, ValueError) as error:
-        sys.exit(f"score.py: error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit(f"{prog()}: error: {error}")

@@ -4,7 +4,7 @@ The lists are joined by ID; the rows keep the order of the recordings. Every rec
 is left out without leave: a bad line or recording is named with file and line, and stops the run before anything is
 written, unless --max_bad_fraction allows it.
 
-    python recipes/scp2jsonl.py --scp_file data/wav.scp --transcript_file data/text --jsonl_file data/train.jsonl \\
+    hf-speechllm scp2jsonl --scp_file data/wav.scp --transcript_file data/text --jsonl_file data/train.jsonl \\
         --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf
 """
 
@@ -16,6 +16,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from .parser import Parser
+
 
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
@@ -26,7 +28,7 @@ def fraction(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line, and finds before any work what is wrong with it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--scp_file", required=True, help="recordings; relative paths are relative to its folder")
     parser.add_argument("--transcript_file", required=True, help="transcripts, in any order")
     parser.add_argument("--jsonl_file", required=True, help="file to write")
@@ -69,14 +71,14 @@ def load_tokenizer(name: str):
         raise ValueError(f"--model_name_or_path {name}: no tokenizer: {error}") from error
 
 
-def main(args: argparse.Namespace) -> None:
+def make_rows(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from hf_speechllm.data.bad_rows import BadDataError, BadRows
-    from hf_speechllm.data.kaldi import join, read_list, read_scp
-    from hf_speechllm.data.preparation import RowMaker, prepare
-    from hf_speechllm.files import atomic_write
-    from hf_speechllm.model import chat
+    from ..data.bad_rows import BadDataError, BadRows
+    from ..data.kaldi import join, read_list, read_scp
+    from ..data.preparation import RowMaker, prepare
+    from ..files import atomic_write
+    from ..model import chat
 
     prompt = chat.transcription_prompt(args.language, not args.no_itn, prompt=args.prompt)
     chat.parse_messages(chat.transcription_messages("recording", prompt))
@@ -120,11 +122,11 @@ def main(args: argparse.Namespace) -> None:
     print(f"bad rows: {len(bad_rows)}" + (f" ({kinds})" if kinds else ""))
 
 
-if __name__ == "__main__":
+def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     arguments = parse_arguments()
     try:
-        main(arguments)
+        make_rows(arguments)
     except (OSError, ValueError) as error:  # bad data, unknown language or model, full disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
+from .options import DataOptions
 from .shards import Shard, as_columns, expand, is_archive, read_shard
-
-if TYPE_CHECKING:
-    from ..training.arguments import SpeechLLMTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -310,27 +308,32 @@ def prepare_rows(
     files: Sequence[str],
     processor: SpeechLLMProcessor,
     max_feature_frames: int,
-    args: SpeechLLMTrainingArguments,
+    options: DataOptions,
     weights: Sequence[float] = (),
+    *,
+    batch_seconds: float = math.inf,
+    max_bad_fraction: float = 0.0,
 ) -> tuple[Dataset, np.ndarray | None]:
     """Everything between files of rows and the trainer: rows, features or lengths, and the checks of both.
 
     Args:
         files: JSONL, tar or Parquet files; a glob stands for all that it matches.
         max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
-        args: its options about data are used.
+        options: about caches, workers and where recordings may lie.
         weights: one for each file.
+        batch_seconds: the batch budget, in seconds, which no row may exceed; 0 for one that is yet to be found.
+        max_bad_fraction: share of rows that may be bad.
 
     Returns:
         The rows, and how often each is seen in an epoch, shape = (rows,), if there are weights.
 
     Raises:
-        BadDataError: if more rows are bad than `args.max_bad_fraction` allows, or none is left.
+        BadDataError: if more rows are bad than `max_bad_fraction` allows, or none is left.
         FileNotFoundError: if a file is missing.
     """
-    bad_rows = BadRows(args.max_bad_fraction)
+    bad_rows = BadRows(max_bad_fraction)
     found = expand(files)
-    rows = load_rows([file for group in found for file in group], bad_rows, args.cache_dir, args.audio_root)
+    rows = load_rows([file for group in found for file in group], bad_rows, options.cache_dir, options.audio_root)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
     if len(rows) == 0:
@@ -339,12 +342,12 @@ def prepare_rows(
         lacking = sum(length is None for length in rows[key])
         if lacking:
             logger.info("%s: %d of %d rows lack %s; it is computed", ", ".join(files), lacking, len(rows), key)
-    workers = args.preprocessing_num_workers or os.cpu_count()
-    if args.feature_cache == "off":
+    workers = options.preprocessing_num_workers or os.cpu_count()
+    if options.feature_cache == "off":
         rows = add_lengths(rows, bad_rows, workers)
     else:
-        rows = add_features(rows, processor, bad_rows, args.feature_cache, workers)
-    budget = args.per_device_train_batch_seconds or math.inf  # 0: yet to be found, and large enough for every row
+        rows = add_features(rows, processor, bad_rows, options.feature_cache, workers)
+    budget = batch_seconds or math.inf
     rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)
     if len(rows) == 0:

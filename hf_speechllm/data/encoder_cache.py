@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -28,11 +27,9 @@ from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds
 from .sampler import BudgetBatchSampler
 
-if TYPE_CHECKING:
-    from ..training.arguments import SpeechLLMTrainingArguments
-
 CACHE_VERSION = 1  # raise it when what is stored changes
 ROWS_PER_FILE = 2000
+LOCAL_PROCESSES = (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # of this host, set by launchers; and without one
 COLUMNS = dict(zip(("encoder", "adaptor"), ENCODED_COLUMNS, strict=True))
 
 
@@ -41,7 +38,12 @@ def add_encoded(
     model: SpeechLLMForConditionalGeneration,
     processor: SpeechLLMProcessor,
     level: str,
-    args: SpeechLLMTrainingArguments,
+    cache_dir: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+    batch_seconds: float = 240.0,
+    show_progress: bool = True,
 ) -> Dataset:
     """Replaces the features of rows by what the frozen parts make of them.
 
@@ -53,28 +55,31 @@ def add_encoded(
         rows: with `features`.
         model: with or without adapters.
         level: `encoder` or `adaptor`.
-        args: its options about precision, batches and places are used.
+        cache_dir: where `datasets` keeps its caches; default that of `datasets`.
+        device: to compute on.
+        bf16: whether training computes in bfloat16.
+        batch_seconds: padded audio seconds in a batch.
+        show_progress: whether this process shows a progress bar.
 
     Returns:
         The rows, with `encoder_states` or `audio_tokens`: the bytes of every recording, see `collator.stored_states`.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     starts = range(0, len(rows), ROWS_PER_FILE)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_ranks = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESSES)
     with _gathered(model, level):
-        folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
         folder /= _key(rows, model, level, dtype)
         folder.mkdir(parents=True, exist_ok=True)
         missing = [start for start in starts if not _file(folder, start).exists()]
         if missing:
             was_training = model.training
-            model.to(args.device).eval()
-            for start in tqdm(
-                missing[args.local_process_index :: local_ranks], desc=level, disable=not args.should_log
-            ):
+            model.to(device).eval()
+            for start in tqdm(missing[local_rank::local_ranks], desc=level, disable=not show_progress):
                 part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
-                budget = args.per_device_train_batch_seconds or 240.0
-                _write(_file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, budget))
+                _write(
+                    _file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, batch_seconds)
+                )
             model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -23,7 +23,7 @@ from ..model import chat
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..training.arguments import SpeechLLMTrainingArguments
+    from .options import DataOptions
 
 MAX_UNITS = 4  # words or characters of a phrase taken from a transcript
 MIN_LETTERS = 4  # of such a phrase, a character of Chinese or Japanese counting as 2: "of the" is in every transcript
@@ -165,32 +165,37 @@ def answers_of(messages: str) -> list[str]:
     return [turn.answer for turn in chat.parse_messages(json.loads(messages)).turns if turn.answer is not None]
 
 
-def hotword_sampler(args: SpeechLLMTrainingArguments, rows: Dataset | None) -> HotwordSampler | None:
+def hotword_sampler(options: DataOptions, rows: Dataset | None, seed: int = 0) -> HotwordSampler | None:
     """What the options of training ask for; `None` if rows are to keep the hotwords they carry.
 
     Args:
-        args: its options about hotwords are used.
+        options: those about hotwords are used.
         rows: training rows, from which distractors come without `--hotword_file`; `None` when streaming.
+        seed: of the choice of phrases.
 
     Raises:
         OSError: if `--hotword_file` can't be read.
         ValueError: if it is not UTF-8, or there are no distractors.
     """
-    if not (args.hotword_file or args.hotword_distractors or args.hotword_dropout or args.hotwords_from_text):
+    if not (
+        options.hotword_file or options.hotword_distractors or options.hotword_dropout or options.hotwords_from_text
+    ):
         return None
     known, distractors = [], []
-    if args.hotword_file is not None:
-        known = distractors = read_words(args.hotword_file)
+    if options.hotword_file is not None:
+        known = distractors = read_words(options.hotword_file)
         if not known:
-            raise ValueError(f"{args.hotword_file}: no words; write one in each line")
-    elif args.hotword_distractors and rows is not None:
-        distractors = mine_words(rows, args.hotwords_from_text > 0, args.seed)
+            raise ValueError(f"{options.hotword_file}: no words; write one in each line")
+    elif options.hotword_distractors and rows is not None:
+        distractors = mine_words(rows, options.hotwords_from_text > 0, seed)
         if not distractors:
             raise ValueError(
-                f'--hotword_distractors {args.hotword_distractors}: no row carries "hotwords"; give --hotword_file, '
-                "or --hotwords_from_text"
+                f'--hotword_distractors {options.hotword_distractors}: no row carries "hotwords"; give '
+                "--hotword_file, or --hotwords_from_text"
             )
-    return HotwordSampler(known, distractors, args.hotword_distractors, args.hotword_dropout, args.hotwords_from_text)
+    return HotwordSampler(
+        known, distractors, options.hotword_distractors, options.hotword_dropout, options.hotwords_from_text
+    )
 
 
 def _different(words: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class RowMaker:
         return Prepared([json_line(row) for row in rows], seconds, sum(row.get("text_length", 0) for row in rows), bad)
 
 
-def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) -> Iterator[Prepared]:
+def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) -> Generator[Prepared, None, None]:
     """Measures recordings to their end and makes rows, in the order of the utterances.
 
     Threads measure short lists, which are done before processes have started. They wait for each other at Python's

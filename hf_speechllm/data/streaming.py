@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,9 @@ from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
 from .dataset import FRAMES_PER_SECOND, too_long
 from .kaldi import measure_recording, speech_length
+from .options import DataOptions
 from .sampler import ROW_COST, BudgetBatchSampler
 from .shards import expand, read_shard, shards_of
-
-if TYPE_CHECKING:
-    from ..training.arguments import SpeechLLMTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -255,11 +253,17 @@ class RowStream(IterableDataset):
 def open_stream(
     files: Sequence[str],
     collator: SpeechLLMCollator,
+    batch_seconds: float,
     max_feature_frames: int,
-    args: SpeechLLMTrainingArguments,
-    weights: Sequence[float] = (),
+    options: DataOptions,
+    **of_run: Any,
 ) -> RowStream:
-    """The stream of this process, as the options of training ask for it; arguments as for `RowStream`.
+    """The stream of this process, as the options ask for it.
+
+    Args:
+        files, collator, batch_seconds, max_feature_frames: as for `RowStream`.
+        options: about windows and where recordings may lie.
+        **of_run: `weights`, `seed`, `rank`, `num_ranks`, `max_bad_fraction` of `RowStream`.
 
     Raises:
         FileNotFoundError, BadDataError, ValueError: as `RowStream`.
@@ -267,13 +271,9 @@ def open_stream(
     return RowStream(
         files,
         collator,
-        args.per_device_train_batch_seconds,
+        batch_seconds,
         max_feature_frames,
-        window_rows=args.shuffle_buffer,
-        weights=weights,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        rank=args.process_index,
-        num_ranks=args.world_size,
-        max_bad_fraction=args.max_bad_fraction,
-        audio_root=args.audio_root,
+        window_rows=options.shuffle_buffer,
+        audio_root=options.audio_root,
+        **of_run,
     )

@@ -158,3 +158,8 @@ def _attend_to_padded_rows(model: nn.Module) -> None:
             continue
         if module.config._attn_implementation == "sdpa":
             module.set_attn_implementation(PADDED)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation that a model was loaded with."""
+    return model.config._attn_implementation

@@ -18,6 +18,8 @@ from ..training.validation import set_names
 from .upload import TAGS, hub_id, usage
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from ..training.arguments import SpeechLLMTrainingArguments
 
 LIBRARIES = ("transformers", "torch", "accelerate", "peft", "datasets")
@@ -65,6 +67,7 @@ def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
 def model_card(
     name: str,
     args: SpeechLLMTrainingArguments,
+    source: str,
     parameters: Mapping[str, tuple[int, int]],
     data: Sequence[DataSummary],
     log_history: Sequence[Mapping[str, float]] = (),
@@ -74,12 +77,15 @@ def model_card(
     steps: int | None = None,
     language: list[str] | None = None,
     licence: str | None = None,
+    lora: LoraConfig | None = None,
+    augmentations: Sequence[object] = (),
 ) -> str:
     """Writes the card of a trained model; it names files, but no folder of the machine, and no secret.
 
     Args:
         name: Hub id of the model, or the name of its folder.
         args: of the training.
+        source: folder or Hub id of the model that training began with.
         parameters: of each part, trained and in all; see `freezing.count_parameters`.
         data: the sets.
         log_history: of `TrainerState`; the validation at step 0, if there is one, gives the scores before training.
@@ -87,28 +93,30 @@ def model_card(
         selection: which weights these are, in words; `None` if they are simply the last.
         epochs, steps: that were trained.
         language, licence: ISO codes and SPDX id, where known.
+        lora: the adapters of the LLM, if there are any.
+        augmentations: of the training rows, see `data.augmentation`.
 
     Returns:
         Markdown with a YAML front matter.
     """
-    source = str(args.model_name_or_path)  # never empty: the arguments are checked
     base = hub_id(source)
     front_matter = ModelCardData(
         language=language,
         license=licence,
         library_name="transformers",
         base_model=base,
-        tags=[*TAGS, *(["lora"] if args.use_lora else [])],
+        tags=[*TAGS, *(["lora"] if lora else [])],
         pipeline_tag=TAGS[0],
     )
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model `{Path(source).resolve().name}`"
+    origin = origin if source else "a model that was composed"
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {name.split('/')[-1]}",
         f"A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech, fine-tuned from {origin} with "
         "`hf_speechllm`.",
-        _trained(args, parameters, base),
+        _trained(parameters, base, lora),
         _data(data),
-        _settings(args, parameters, epochs, steps, selection),
+        _settings(args, parameters, epochs, steps, selection, augmentations),
         _scores(log_history, scores),
         usage(name),
     ]
@@ -120,16 +128,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _trained(args: SpeechLLMTrainingArguments, parameters: Mapping[str, tuple[int, int]], base: str | None) -> str:
+def _trained(parameters: Mapping[str, tuple[int, int]], base: str | None, lora: LoraConfig | None) -> str:
     rows = [
         (part, f"{trained / 1e6:,.2f}", f"{total / 1e6:,.2f}")
         for part, (trained, total) in parameters.items()
     ]  # fmt: skip
     text = "## What was trained\n" + _table(("part", "trained (million parameters)", "of"), rows)
-    if args.use_lora:
+    if lora:
         text += (
-            f"\n\nThe LLM was trained with low-rank adapters (LoRA, rank {args.lora_r}, alpha {args.lora_alpha}, "
-            f"dropout {args.lora_dropout:g}) on {', '.join(args.lora_target_modules)}. "
+            f"\n\nThe LLM was trained with low-rank adapters (LoRA, rank {lora.r}, alpha {lora.lora_alpha}, "
+            f"dropout {lora.lora_dropout:g}) on `{lora.target_modules}`. "
         )
         text += (
             "The repository holds the adapters; they are merged into the base model when it is loaded."
@@ -158,6 +166,7 @@ def _settings(
     epochs: float | None,
     steps: int | None,
     selection: str | None,
+    augmentations: Sequence[object],
 ) -> str:
     rows: list[tuple[str, object]] = []
     for part, (trained, _) in parameters.items():
@@ -177,8 +186,7 @@ def _settings(
         ("weights", selection or ""),
         ("weight decay", f"{args.weight_decay:g}"),
         ("precision", "float32 weights" + (", bfloat16 compute" if args.bf16 else "")),
-        ("SpecAugment", "yes" if args.spec_augment else "no"),
-        ("tempo perturbation", f"{args.tempo_perturb:g}"),
+        ("augmentation", ", ".join(map(str, augmentations)) or "none"),
         ("seed", args.seed),
         ("versions", ", ".join([f"hf_speechllm {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])),
     ]

@@ -73,10 +73,12 @@ def publish(
 def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, licence: str | None = None) -> None:
     """Writes the model card of a run into its output folder; if that can't be done, there is a warning."""
     args, state = trainer.args, trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model)
     card = model_card(
         trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
         args,
-        count_parameters(trainer.accelerator.unwrap_model(trainer.model)),
+        model.name_or_path,
+        count_parameters(model),
         summarize_data(trainer.train_dataset, trainer.eval_dataset),
         state.log_history,
         scores=trainer.current_scores,
@@ -85,6 +87,8 @@ def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, lic
         steps=state.global_step,
         language=language,
         licence=licence,
+        lora=next(iter(getattr(model, "peft_config", {}).values()), None),
+        augmentations=getattr(trainer.data_collator, "augmentations", ()),
     )
     path = Path(args.output_dir) / CARD_FILE
     try:

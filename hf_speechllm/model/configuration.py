@@ -163,3 +163,6 @@ def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedC
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {model_type!r}, which transformers doesn't know")
     return CONFIG_MAPPING[model_type](**config)
+
+
+AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig)

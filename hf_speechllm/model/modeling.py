@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -370,3 +377,7 @@ def _refuse_scaled_logits(llm_config) -> None:
             raise ValueError(
                 f"llm_config.{name} is {value}: an LLM that alters its logits behind the head is not supported"
             )
+
+
+AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
+AutoModelForMultimodalLM.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
 
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
 from ..audio.waveform import load_audio
 from . import chat
+from .configuration import SpeechLLMConfig
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -229,3 +230,7 @@ def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         "input_features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
         "input_features_mask": mask.long(),
     }
+
+
+AutoFeatureExtractor.register(SpeechLLMConfig, FbankFeatureExtractor)
+AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 
 from ..data.dataset import row_seconds
 from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
+from ..fast.attention import attention_of
 from ..files import atomic_write
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def find_batch_seconds(trainer: SpeechLLMTrainer) -> float:
     total = torch.cuda.get_device_properties(device).total_memory
     key = _key(trainer, seconds, total)
     # The run's own memory first: a resumed run must cut the same batches.
-    folders = [Path(args.output_dir), Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE)]
+    caches = [Path(file["filename"]).parent for file in trainer.train_dataset.cache_files[:1]]
+    folders = [Path(args.output_dir), *caches]
     budget = next((known[key] for folder in folders if key in (known := _remembered(folder))), None)
     if budget is None:
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
@@ -157,7 +158,7 @@ def _key(trainer: SpeechLLMTrainer, seconds: np.ndarray, memory: int) -> str:
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     facts = [
         trainer.model.config.to_json_string(), trained, args.bf16, args.gradient_checkpointing, args.world_size > 1,
-        args.attn_implementation, torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
+        attention_of(trainer.model), torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
         round(float(seconds.sum()), 1), round(float(seconds.max()), 2), trainer.train_dataset.column_names,
         trainer.data_collator.padding_free,
     ]  # fmt: skip

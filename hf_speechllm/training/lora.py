@@ -49,3 +49,8 @@ def add_lora(
         modules_to_save=trained_whole or None,
     )
     return get_peft_model(model, config)
+
+
+def uses_lora(model) -> bool:
+    """Whether a model has adapters of peft."""
+    return bool(getattr(model, "peft_config", None))

@@ -18,8 +18,8 @@ from ..evaluation.scoring import ErrorCounts, count_errors
 from ..files import atomic_write
 from ..model import chat
 from ..model.processing import pad_features
-from .arguments import RETENTION_SET
 from .option_checks import MEASURES
+from .options import RETENTION_SET
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer

@@ -21,8 +21,8 @@ from hf_speechllm.data.augmentation import SpecAugment, TempoPerturb, augmentati
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import FeatureMapper, prepare_rows, row_seconds
+from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model.loss import label_positions
-from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
 LIMIT = 2048  # frames of the encoder
 
@@ -61,13 +61,12 @@ def prepare(corpus, processor, tmp_path):
 
     def run(*files, limit=LIMIT, feature_extractor=None, weights=(), **options):
         files = [str(file) for file in files] or [str(corpus / "train.jsonl")]
-        args = SpeechLLMTrainingArguments(
-            model_name_or_path="model", train_file=files, cache_dir=str(tmp_path / "cache"), use_cpu=True,
-            **{"preprocessing_num_workers": 1, **options},
-        )  # fmt: skip
+        limits = {"batch_seconds": options.pop("per_device_train_batch_seconds", 60)}
+        limits["max_bad_fraction"] = options.pop("max_bad_fraction", 0.0)
+        data = DataOptions(cache_dir=str(tmp_path / "cache"), **{"preprocessing_num_workers": 1, **options})
         if feature_extractor is not None:
             processor.feature_extractor = feature_extractor
-        return prepare_rows(files, processor, limit, args, weights)
+        return prepare_rows(files, processor, limit, data, weights, **limits)
 
     return run
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
@@ -23,8 +24,8 @@ from hf_speechllm.data.hotword_lists import (
     read_words,
     says,
 )
+from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model import chat
-from hf_speechllm.training.arguments import SpeechLLMTrainingArguments, parse_arguments
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "finetune.py"
 NAMES = [f"Name{number}" for number in range(50)]
@@ -32,21 +33,9 @@ SEEDS = [(0, number) for number in range(400)]
 
 
 @pytest.fixture
-def make_arguments(tiny_model, tiny_corpus, tmp_path):
-    """Options of training on the tiny corpus."""
-
-    def make(**options):
-        return SpeechLLMTrainingArguments(
-            model_name_or_path=str(tiny_model),
-            train_file=[str(tiny_corpus.jsonl)],
-            output_dir=str(tmp_path / "run"),
-            cache_dir=str(tmp_path / "cache"),
-            preprocessing_num_workers=1,
-            use_cpu=True,
-            **options,
-        )
-
-    return make
+def make_options(tmp_path):
+    """Options about data."""
+    return lambda **options: DataOptions(cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=1, **options)
 
 
 @pytest.fixture
@@ -140,9 +129,8 @@ def test_hotwords_depend_on_the_seed_of_the_row_alone():
     assert [sampler([], ["Some words are here"], (1, number)) for _, number in SEEDS] != drawn
 
 
-def test_batches_carry_them_as_decoding_does_and_are_else_the_same(make_arguments, processor):
-    args = make_arguments()
-    rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+def test_batches_carry_them_as_decoding_does_and_are_else_the_same(make_options, tiny_corpus, processor):
+    rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, make_options())[0]
     rows = [{**rows[number], "hotwords": ["Ann"], "seed": (0, number)} for number in range(8)]
     augment = augmentations(tempo_perturb=0.1, spec_augment=True)
     plain = SpeechLLMCollator(processor, augment)(rows)
@@ -158,26 +146,26 @@ def test_batches_carry_them_as_decoding_does_and_are_else_the_same(make_argument
         assert labels[labels != -100].tolist() == plain["labels"][number][plain["labels"][number] != -100].tolist()
 
 
-def test_rows_keep_the_hotwords_that_they_carry_when_nothing_is_asked_for(make_arguments, processor):
-    args = make_arguments()
-    assert hotword_sampler(args, dataset(("one two", ["one"]))) is None
+def test_rows_keep_the_hotwords_that_they_carry_when_nothing_is_asked_for(make_options, processor):
+    options = make_options()
+    assert hotword_sampler(options, dataset(("one two", ["one"]))) is None
     assert SpeechLLMCollator(processor).hotwords is None
 
 
-def test_distractors_are_other_rows_hotwords_and_phrases_unless_there_is_a_list(make_arguments, write_list):
+def test_distractors_are_other_rows_hotwords_and_phrases_unless_there_is_a_list(make_options, write_list):
     rows = dataset(("Jane came", ["Phil"]), ("Gregson left", []), ("of", None))
-    args = make_arguments(hotword_distractors=3)
-    assert hotword_sampler(args, rows) == HotwordSampler([], ["Phil"], 3)
-    args = make_arguments(hotword_distractors=3, hotwords_from_text=0.5, hotword_dropout=0.1)
-    sampler = hotword_sampler(args, rows)
+    options = make_options(hotword_distractors=3)
+    assert hotword_sampler(options, rows) == HotwordSampler([], ["Phil"], 3)
+    options = make_options(hotword_distractors=3, hotwords_from_text=0.5, hotword_dropout=0.1)
+    sampler = hotword_sampler(options, rows)
     assert (sampler.num_distractors, sampler.dropout, sampler.from_text) == (3, 0.1, 0.5)
     first, second, third = sampler.distractors
     assert first == "Phil" and second in phrases("Jane came") and third in phrases("Gregson left")
-    assert hotword_sampler(args, rows) == sampler  # on every rank
-    args = make_arguments(hotword_distractors=3, hotword_file=write_list("\ufeffAnn\n\n Bob \nAnn\n"))
-    assert hotword_sampler(args, rows) == HotwordSampler(["Ann", "Bob"], ["Ann", "Bob"], 3)
+    assert hotword_sampler(options, rows) == sampler  # on every rank
+    options = make_options(hotword_distractors=3, hotword_file=write_list("\ufeffAnn\n\n Bob \nAnn\n"))
+    assert hotword_sampler(options, rows) == HotwordSampler(["Ann", "Bob"], ["Ann", "Bob"], 3)
     with pytest.raises(ValueError, match='no row carries "hotwords"; give --hotword_file'):
-        hotword_sampler(make_arguments(hotword_distractors=1), dataset(("one two", [])))
+        hotword_sampler(make_options(hotword_distractors=1), dataset(("one two", [])))
 
 
 def test_phrases_of_a_large_corpus_are_taken_from_all_over_it():
@@ -187,15 +175,15 @@ def test_phrases_of_a_large_corpus_are_taken_from_all_over_it():
     assert words[-1] == f"word{MINED_ROWS + 4999}" and words[0] == "word0"
 
 
-def test_unusable_lists_are_told(make_arguments, write_list):
+def test_unusable_lists_are_told(make_options, write_list):
     with pytest.raises(ValueError, match="words.txt: not UTF-8: save the list as UTF-8"):
         read_words(write_list("北京\n", "gb18030"))
     with pytest.raises(ValueError, match=r"words.*: a hotword contains <\|im_end\|>"):
         read_words(write_list("北京\n上海<|im_end|>\n", "utf-8"))
     with pytest.raises(ValueError, match="words.txt: no words; write one in each line"):
-        hotword_sampler(make_arguments(hotword_file=write_list("\n \n")), None)
+        hotword_sampler(make_options(hotword_file=write_list("\n \n")), None)
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        hotword_sampler(make_arguments(hotword_file="nowhere.txt"), None)
+        hotword_sampler(make_options(hotword_file="nowhere.txt"), None)
 
 
 @pytest.mark.parametrize(

@@ -324,4 +324,4 @@ def test_checkpoints_are_not_published_on_the_way():
     from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
     with pytest.raises(ValueError, match="only `end` is offered"):
-        SpeechLLMTrainingArguments(model_name_or_path="m", train_file=["t"], hub_strategy="every_save")
+        SpeechLLMTrainingArguments(output_dir="x", hub_strategy="every_save")

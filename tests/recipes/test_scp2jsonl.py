@@ -289,7 +289,7 @@ def test_long_lists_give_the_rows_of_short_ones(bad_corpus, tmp_path, run_recipe
 def test_help_is_quick():
     start = time.monotonic()
     result = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, check=True)
-    assert "python recipes/scp2jsonl.py --scp_file" in result.stdout
+    assert "hf-speechllm scp2jsonl --scp_file" in result.stdout
     assert time.monotonic() - start < 2
 
 

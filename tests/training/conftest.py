@@ -1,5 +1,7 @@
 """Training runs on a tiny model."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import TrainerCallback, set_seed
@@ -8,9 +10,12 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.options import DataOptions
+from hf_speechllm.model.options import ModelOptions
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 from hf_speechllm.training.freezing import freeze_parts
 from hf_speechllm.training.lora import add_lora
+from hf_speechllm.training.options import FinetuningOptions, TrainedPartsOptions
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 
@@ -32,10 +37,10 @@ def interrupt():
 
 
 @pytest.fixture
-def make_arguments(tiny_model, tiny_corpus, tmp_path):
-    """Options of a short run on the CPU."""
+def split_options(tiny_model, tiny_corpus, tmp_path):
+    """Options of a short run on the CPU, by their dataclasses."""
 
-    def make(**options):
+    def split(**options):
         defaults = {
             "model_name_or_path": str(tiny_model),
             "train_file": [str(tiny_corpus.jsonl)],
@@ -52,45 +57,55 @@ def make_arguments(tiny_model, tiny_corpus, tmp_path):
             "preprocessing_num_workers": 1,
             "lora_r": 4,
         }
-        return SpeechLLMTrainingArguments(**{**defaults, **options})
+        options = {**defaults, **options}
+        kinds = (ModelOptions, DataOptions, TrainedPartsOptions)
+        names = [{item.name for item in dataclasses.fields(kind)} & {*options} for kind in kinds]
+        found = [kind(**{name: options.pop(name) for name in own}) for kind, own in zip(kinds, names, strict=True)]
+        return *found, SpeechLLMTrainingArguments(**options)
 
-    return make
+    return split
+
+
+@pytest.fixture
+def make_options(split_options):
+    """Options of a short run on the CPU, as the command line combines them."""
+    return lambda **options: FinetuningOptions(*split_options(**options))
+
+
+@pytest.fixture
+def make_arguments(split_options):
+    """Options of the trainer for a short run on the CPU."""
+    return lambda **options: split_options(**options)[-1]
 
 
 @pytest.fixture(scope="session")
 def tiny_rows(tiny_model, tiny_corpus, tmp_path_factory):
     """The rows of the corpus, with their features."""
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
-    args = SpeechLLMTrainingArguments(
-        model_name_or_path=str(tiny_model),
-        train_file=[str(tiny_corpus.jsonl)],
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-        preprocessing_num_workers=1,
-        use_cpu=True,
-    )
-    return prepare_rows(args.train_file, processor, 2048, args)[0]
+    options = DataOptions(cache_dir=str(tmp_path_factory.mktemp("cache")), preprocessing_num_workers=1)
+    return prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, options)[0]
 
 
 @pytest.fixture
-def make_trainer(make_arguments, tiny_rows):
+def make_trainer(split_options, tiny_rows):
     """A trainer as recipes/finetune.py builds it."""
 
     def make(callbacks=(), model=None, eval_dataset=None, train_dataset=None, **options):
-        args = make_arguments(**options)
+        loaded, data, parts, args = split_options(**options)
         set_seed(args.seed)
-        processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
+        processor = SpeechLLMProcessor.from_pretrained(loaded.model_name_or_path)
         if model is None:
-            model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-        freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
-        if args.use_lora:
-            model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+            model = SpeechLLMForConditionalGeneration.from_pretrained(loaded.model_name_or_path, dtype=torch.float32)
+        freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
+        if parts.use_lora:
+            model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
         return SpeechLLMTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset or tiny_rows,
             eval_dataset=eval_dataset,
             data_collator=SpeechLLMCollator(
-                processor, augmentations(args.tempo_perturb, args.spec_augment), args.dither
+                processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither
             ),
             eval_collator=SpeechLLMCollator(processor),
             processing_class=processor,

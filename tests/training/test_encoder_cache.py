@@ -21,13 +21,10 @@ def parts(tiny_model):
 
 
 @pytest.mark.parametrize("level", ["encoder", "adaptor"])
-def test_cached_rows_give_the_loss_and_gradients_of_features(
-    level, parts, tiny_rows, make_arguments, tmp_path, monkeypatch
-):
+def test_cached_rows_give_the_loss_and_gradients_of_features(level, parts, tiny_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_cache, "ROWS_PER_FILE", 7)  # several files
     model, processor = parts
-    args = make_arguments(cache_dir=str(tmp_path), **FROZEN)
-    cached = add_encoded(tiny_rows, model, processor, level, args)
+    cached = add_encoded(tiny_rows, model, processor, level, str(tmp_path))
     assert len(cached) == len(tiny_rows) and "features" not in cached.column_names
     collator = SpeechLLMCollator(processor)
     results = []
@@ -47,27 +44,24 @@ def results_frames(collator, rows):
     return sum(len(item) for index in (3, 20, 8) for item in collator.row_inputs(rows[index]))
 
 
-def test_states_are_computed_again_only_when_weights_or_rows_change(
-    parts, tiny_rows, make_arguments, tmp_path, monkeypatch
-):
+def test_states_are_computed_again_only_when_weights_or_rows_change(parts, tiny_rows, tmp_path, monkeypatch):
     model, processor = parts
-    args = make_arguments(cache_dir=str(tmp_path), **FROZEN)
     computed = []
     encode = encoder_cache._encode
     monkeypatch.setattr(encoder_cache, "_encode", lambda *a: computed.append(len(a[0])) or encode(*a))
     for _ in range(2):
-        add_encoded(tiny_rows, model, processor, "encoder", args)
+        add_encoded(tiny_rows, model, processor, "encoder", str(tmp_path))
     assert computed == [24]
-    add_encoded(tiny_rows.select(range(5)), model, processor, "encoder", args)
+    add_encoded(tiny_rows.select(range(5)), model, processor, "encoder", str(tmp_path))
     assert computed == [24, 5]
     with torch.no_grad():
         next(model.llm.parameters()).add_(1)
         next(model.audio_adaptor.parameters()).add_(1)
-    add_encoded(tiny_rows, model, processor, "encoder", args)
+    add_encoded(tiny_rows, model, processor, "encoder", str(tmp_path))
     assert computed == [24, 5]
     with torch.no_grad():
         next(model.audio_encoder.parameters()).add_(1)
-    add_encoded(tiny_rows, model, processor, "encoder", args)
+    add_encoded(tiny_rows, model, processor, "encoder", str(tmp_path))
     assert computed == [24, 5, 24]
 
 
@@ -86,8 +80,9 @@ def test_states_are_computed_again_only_when_weights_or_rows_change(
         ({**FROZEN, "cache_level": "fbank"}, "fbank"),
     ],
 )
-def test_the_deepest_right_level_is_chosen(options, level, make_arguments):
-    assert choose_level(make_arguments(**{"max_steps": -1, "num_train_epochs": 3, **options})) == level
+def test_the_deepest_right_level_is_chosen(options, level, split_options):
+    _, *found = split_options(**{"max_steps": -1, "num_train_epochs": 3, **options})
+    assert choose_level(*found) == level
 
 
 @pytest.mark.parametrize(
@@ -99,14 +94,14 @@ def test_the_deepest_right_level_is_chosen(options, level, make_arguments):
         ({"cache_level": "deep"}, "choose auto, fbank, encoder, adaptor"),
     ],
 )
-def test_a_wrong_level_is_refused_with_the_reason(options, reason, make_arguments):
+def test_a_wrong_level_is_refused_with_the_reason(options, reason, make_options):
     with pytest.raises(ValueError, match=reason):
-        make_arguments(**options)
+        make_options(**options)
 
 
-def test_training_from_cached_tokens_takes_the_same_course(make_trainer, parts, tiny_rows, make_arguments, tmp_path):
+def test_training_from_cached_tokens_takes_the_same_course(make_trainer, parts, tiny_rows, tmp_path):
     model, processor = parts
-    cached = add_encoded(tiny_rows, model, processor, "adaptor", make_arguments(cache_dir=str(tmp_path), **FROZEN))
+    cached = add_encoded(tiny_rows, model, processor, "adaptor", str(tmp_path))
     logs = []
     for rows in (tiny_rows, cached):
         trainer = make_trainer(train_dataset=rows, **FROZEN)

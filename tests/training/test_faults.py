@@ -38,7 +38,7 @@ def own_corpus(tiny_corpus, tmp_path):
 
 
 @pytest.fixture
-def uncached(own_corpus, make_arguments, tmp_path):
+def uncached(own_corpus, split_options, tmp_path):
     """Options and rows of a run that reads recordings in every epoch."""
     options = {
         "train_file": [str(own_corpus / "train.jsonl")],
@@ -47,8 +47,9 @@ def uncached(own_corpus, make_arguments, tmp_path):
         "max_steps": -1,
         "num_train_epochs": 1,
     }
-    args = make_arguments(**options)
-    rows, _ = prepare_rows(args.train_file, SpeechLLMProcessor.from_pretrained(args.model_name_or_path), 2048, args)
+    model, data, *_ = split_options(**options)
+    processor = SpeechLLMProcessor.from_pretrained(model.model_name_or_path)
+    rows, _ = prepare_rows(data.train_file, processor, 2048, data)
     return {**options, "train_dataset": rows}
 
 
@@ -325,11 +326,10 @@ PREPARE = """
 import sys
 from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data.dataset import prepare_rows
-from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
+from hf_speechllm.data.options import DataOptions
 model, train, cache = sys.argv[1:]
-args = SpeechLLMTrainingArguments(model_name_or_path=model, train_file=[train], cache_dir=cache, use_cpu=True,
-    preprocessing_num_workers=1, output_dir=cache + "/run")
-rows = prepare_rows(args.train_file, SpeechLLMProcessor.from_pretrained(model), 2048, args)[0]
+options = DataOptions(cache_dir=cache, preprocessing_num_workers=1)
+rows = prepare_rows([train], SpeechLLMProcessor.from_pretrained(model), 2048, options)[0]
 print("rows", [[row["line"], hash(row["features"][0])] for row in rows])
 """
 

@@ -15,7 +15,6 @@ from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.stream_loader import StreamLoader
 from hf_speechllm.data.streaming import RowStream, open_stream
-from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -23,15 +22,16 @@ OPTIONS = {"streaming": True, "shuffle_buffer": 7, "max_steps": 6, "save_steps":
 
 
 @pytest.fixture
-def train(make_trainer, make_arguments, tiny_corpus, monkeypatch):
+def train(make_trainer, split_options, tiny_corpus, monkeypatch):
     """Trains on the tiny corpus as the recipe does with --streaming."""
     monkeypatch.setattr("hf_speechllm.data.shards.BLOCK_SIZE", 1000)
 
     def run(checkpoint=None, **options):
-        args = make_arguments(**OPTIONS, **options)
-        processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-        collator = SpeechLLMCollator(processor, augmentations(args.tempo_perturb, args.spec_augment))
-        stream = open_stream(args.train_file, collator, 2048, args, args.train_weight)
+        model, data, _, args = split_options(**OPTIONS, **options)
+        processor = SpeechLLMProcessor.from_pretrained(model.model_name_or_path)
+        collator = SpeechLLMCollator(processor, augmentations(data.tempo_perturb, data.spec_augment))
+        seconds = args.per_device_train_batch_seconds
+        stream = open_stream(data.train_file, collator, seconds, 2048, data, seed=args.seed)
         trainer = make_trainer(train_dataset=stream, **OPTIONS, **options)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
@@ -74,9 +74,9 @@ def test_card_says_that_rows_were_not_counted(train, tmp_path):
     assert "| training | `train.jsonl` | streamed | not counted |" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_streaming_without_an_end_is_refused():
+def test_streaming_without_an_end_is_refused(make_options):
     with pytest.raises(ValueError, match="--max_steps"):
-        SpeechLLMTrainingArguments(model_name_or_path="m", train_file=["a.jsonl"], streaming=True, use_cpu=True)
+        make_options(streaming=True, max_steps=-1)
 
 
 def test_state_is_part_of_every_checkpoint(train, tmp_path):

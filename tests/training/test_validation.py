@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.options import DataOptions
 from hf_speechllm.data.sampler import Rows
 from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
 from hf_speechllm.inference.transcriber import Transcriber
@@ -90,12 +91,13 @@ def same_weights(trainer, folder, file="model.safetensors"):
 # Decoding
 
 
-def test_cer_is_that_of_the_transcripts_of_the_recordings(
-    make_trainer, make_arguments, tiny_corpus, talkative_model, tmp_path
-):
-    args = make_arguments(feature_cache="float32", cache_dir=str(tmp_path / "cache"))
+def full_precision(folder):
+    return DataOptions(feature_cache="float32", cache_dir=str(folder / "cache"), preprocessing_num_workers=1)
+
+
+def test_cer_is_that_of_the_transcripts_of_the_recordings(make_trainer, tiny_corpus, talkative_model, tmp_path):
     processor = SpeechLLMProcessor.from_pretrained(talkative_model)
-    rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+    rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, full_precision(tmp_path))[0]
     options = {"model_name_or_path": talkative_model, "per_device_eval_batch_seconds": 4.0}
     metrics = make_trainer(eval_dataset=rows, **options, **DECODING).evaluate()
 
@@ -118,15 +120,14 @@ def test_gradient_checkpointing_and_adapters_do_not_change_the_cer(make_trainer,
     assert [other.evaluate()[f"eval_{name}"] for name in COUNTS] == [plain[f"eval_{name}"] for name in COUNTS]
 
 
-def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, make_arguments, tmp_path):
+def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, tiny_model, tmp_path):
     turns = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
     messages = turns[0]["messages"] + turns[1]["messages"][1:]
     rows = [{"messages": messages, "hotwords": ["Qwen"]}, {"messages": turns[2]["messages"]}]
     jsonl = tmp_path / "dialogues.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    args = make_arguments(cache_dir=str(tmp_path / "cache"), feature_cache="float32")
-    processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-    prepared = Rows(prepare_rows([str(jsonl)], processor, 2048, args)[0])
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    prepared = Rows(prepare_rows([str(jsonl)], processor, 2048, full_precision(tmp_path))[0])
 
     batch = PromptCollator(SpeechLLMCollator(processor))(prepared.__getitems__([0, 1]))
     expected = [
@@ -454,9 +455,9 @@ def test_mean_that_has_forgotten_does_not_remain(make_trainer, sets, scripted):
         ({**DECODING, **EVERY_STEP, "save_steps": 3, "eval_steps": 2, "keep_best_checkpoints": 2}, "multiple"),
     ],
 )  # fmt: skip
-def test_contradictions_are_found_before_anything_is_loaded(make_arguments, options, message):
+def test_contradictions_are_found_before_anything_is_loaded(make_options, options, message):
     with pytest.raises(ValueError, match=message):
-        make_arguments(**options)
+        make_options(**options)
 
 
 # Several processes
@@ -467,17 +468,18 @@ from transformers import set_seed
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
-from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.training import callbacks
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 callbacks.draw_curve = lambda *_: None  # takes longer than the training
-args = parse_arguments(sys.argv[2:])
+options = parse_arguments(sys.argv[2:])
+args, name = options.training, options.model.model_name_or_path
 set_seed(args.seed)
-processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-rows = prepare_rows(args.train_file, processor, 2048, args)[0]
+processor = SpeechLLMProcessor.from_pretrained(name)
+rows = prepare_rows(options.data.train_file, processor, 2048, options.data)[0]
 trainer = SpeechLLMTrainer(
-    model=SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path), args=args, train_dataset=rows,
+    model=SpeechLLMForConditionalGeneration.from_pretrained(name), args=args, train_dataset=rows,
     eval_dataset={"many": rows.select(range(3, 11)), "few": rows.select(range(3))},
     data_collator=SpeechLLMCollator(processor), processing_class=processor,
 )

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ...formats.checkpoint import CheckpointError
-from ..arguments import RETENTION_SET, SpeechLLMTrainingArguments
+from ..arguments import SpeechLLMTrainingArguments
+from ..options import RETENTION_SET
 from .averaging import average_checkpoints
 from .manifest import MANIFEST_FILE, checkpoint_folders
 
@@ -216,7 +217,7 @@ def _go_back(trainer: SpeechLLMTrainer) -> None:
     if good is None:
         raise RetentionError(
             f"retention: training was ended at step {state.global_step}, before there was a checkpoint within "
-            f"--max_retention_loss {args.max_retention_loss:g}; nothing is saved, and {args.model_name_or_path} "
+            f"--max_retention_loss {args.max_retention_loss:g}; nothing is saved, and {trainer.model.name_or_path} "
             "remains the best model. Evaluate and save more often, or train more gently: a lower learning rate, LoRA, "
             "frozen parts"
         )

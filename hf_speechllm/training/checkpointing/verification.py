@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ...fast.attention import spare_the_host
+from ...fast.attention import attention_of, spare_the_host
 from ...fast.fsmn import MemoryBlock
 from ...formats.checkpoint import CheckpointError
 from ...model.modeling import SpeechLLMForConditionalGeneration
+from ..lora import uses_lora
 
 if TYPE_CHECKING:
     from ..trainer import SpeechLLMTrainer
@@ -89,14 +90,14 @@ def _compare(
     with _without_traces(trainer):
         with _without_zero(trainer):
             model = SpeechLLMForConditionalGeneration.from_pretrained(
-                folder, dtype=dtype, attn_implementation=args.attn_implementation
+                folder, dtype=dtype, attn_implementation=attention_of(trainer.model)
             )
         if any(isinstance(module, MemoryBlock) for module in trainer.model.modules()):
             spare_the_host(model)  # whose kernels round otherwise than torch's
         with autocast:
             found = _logits(model.to(args.device).eval(), batch)
     difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-    tolerance = LORA_TOLERANCE if args.use_lora else TOLERANCE
+    tolerance = LORA_TOLERANCE if uses_lora(trainer.model) else TOLERANCE
     if difference <= (tolerance if dtype == torch.float32 else HALF_TOLERANCE) * scale:
         logger.info("%s was read back: logits differ by at most %.2g of %.3g", folder, difference, scale)
         return None

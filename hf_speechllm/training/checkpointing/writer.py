@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...formats import partial
 from ..freezing import part_of, trained_parts
+from ..lora import uses_lora
 from .manifest import write_manifest
 from .selection import delete_checkpoints
 from .verification import check_readback
@@ -59,7 +60,7 @@ class CheckpointWriter:
         for option in ("async_save", "save_only_trained"):
             if self.sharded and getattr(args, option):
                 raise ValueError(f"--{option} can't be had with DeepSpeed or FSDP")
-        self.partial = args.save_only_trained and not args.use_lora  # LoRA runs save what is trained anyway
+        self.partial = args.save_only_trained and not uses_lora(trainer.model)  # LoRA runs save what is trained anyway
         self._frozen_hash: str | None = None
         self._checked = not args.check_first_checkpoint
         self._thread: threading.Thread | None = None
@@ -168,7 +169,7 @@ class CheckpointWriter:
     def _write_large(self, staging: Path, weights: dict[str, torch.Tensor], optimizer: dict | None) -> None:
         self.trainer._save(str(staging), state_dict=weights)
         if self.partial:
-            partial.write_reference(staging, str(self.trainer.args.model_name_or_path), str(self._frozen_hash))
+            partial.write_reference(staging, self.trainer.model.name_or_path, str(self._frozen_hash))
         if optimizer is not None:
             torch.save(optimizer, staging / "optimizer.pt")
 

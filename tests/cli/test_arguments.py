@@ -2,14 +2,22 @@
 
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from hf_speechllm.training.arguments import parse_arguments
+from hf_speechllm.cli.arguments import parse_arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIRED = ["--model_name_or_path", "model", "--train_file", "train.jsonl", "--use_cpu", "true"]
+
+
+def values_of(argv):
+    """The values of all options of a command line."""
+    options = parse_arguments(argv)
+    return SimpleNamespace(**ChainMap(*(vars(part) for part in vars(options).values())))
 
 
 @pytest.fixture
@@ -39,14 +47,14 @@ def error_of(capsys):
 
 def test_command_line_goes_before_the_yaml_and_the_yaml_before_the_defaults(yaml_file):
     path = yaml_file("learning_rate: 2.0e-4\nnum_train_epochs: 7\nfreeze_llm: true\nwarmup_steps: 12\n")
-    args = parse_arguments([path, *REQUIRED, "--learning_rate", "0.5", "--freeze_llm", "false"])
+    args = values_of([path, *REQUIRED, "--learning_rate", "0.5", "--freeze_llm", "false"])
     assert (args.learning_rate, args.freeze_llm) == (0.5, False)
     assert (args.num_train_epochs, args.warmup_steps) == (7, 12)
     assert (args.lr_scheduler_type, args.feature_cache) == ("cosine", "float16")
 
 
 def test_command_line_alone_suffices():
-    args = parse_arguments([*REQUIRED, "--freeze_audio_encoder", "--llm_learning_rate", "1e-5"])
+    args = values_of([*REQUIRED, "--freeze_audio_encoder", "--llm_learning_rate", "1e-5"])
     assert args.freeze_audio_encoder and not args.freeze_llm
     assert args.llm_learning_rate == 1e-5
     assert args.audio_encoder_learning_rate is None
@@ -57,7 +65,7 @@ def test_yaml_holds_lists_dicts_and_nothing(yaml_file):
         "train_file: [a.jsonl, b.jsonl]\ntrain_weight: [2, 0.5]\nlora_target_modules: [q_proj]\n"
         "gradient_checkpointing_kwargs: {use_reentrant: true}\ncache_dir:\n"
     )
-    args = parse_arguments([path, "--model_name_or_path", "model", "--use_cpu", "true"])
+    args = values_of([path, "--model_name_or_path", "model", "--use_cpu", "true"])
     assert args.train_file == ["a.jsonl", "b.jsonl"]
     assert args.train_weight == [2.0, 0.5]
     assert args.lora_target_modules == ["q_proj"]
@@ -67,13 +75,13 @@ def test_yaml_holds_lists_dicts_and_nothing(yaml_file):
 
 def test_list_of_the_command_line_replaces_that_of_the_yaml(yaml_file):
     path = yaml_file("train_file: [a.jsonl, b.jsonl]\n")
-    args = parse_arguments([path, "--model_name_or_path", "model", "--use_cpu", "true", "--train_file", "c.jsonl"])
+    args = values_of([path, "--model_name_or_path", "model", "--use_cpu", "true", "--train_file", "c.jsonl"])
     assert args.train_file == ["c.jsonl"]
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(config):
-    parse_arguments([str(config), *REQUIRED])
+    parse_arguments([str(config), *REQUIRED, "--validation_file", "dev.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -83,13 +91,13 @@ def test_shipped_configs_are_valid(config):
 def test_unknown_key_of_the_yaml_is_named_with_the_file_and_a_suggestion(yaml_file, error_of, key, suggestion):
     path = yaml_file(f"learning_rate: 1.0e-3\n{key}: 1\n")
     message = error_of(path, *REQUIRED)
-    assert path in message and repr(key) in message
+    assert path in message and f" {key}" in message
     assert ("did you mean" in message) == (suggestion is not None)
-    assert suggestion is None or repr(suggestion) in message
+    assert suggestion is None or f"did you mean {suggestion}?" in message
 
 
 def test_dither_needs_features_that_are_computed_in_every_epoch(error_of):
-    assert parse_arguments([*REQUIRED, "--dither", "1.0", "--feature_cache", "off"]).dither == 1.0
+    assert values_of([*REQUIRED, "--dither", "1.0", "--feature_cache", "off"]).dither == 1.0
     assert "--feature_cache off" in error_of(*REQUIRED, "--dither", "1.0")
     assert "--dither is -1" in error_of(*REQUIRED, "--dither", "-1", "--feature_cache", "off")
 
@@ -158,16 +166,15 @@ def test_missing_model_or_data_is_named(error_of, missing):
 
 
 def test_all_parts_may_be_frozen_with_lora():
-    assert parse_arguments([*REQUIRED, *FROZEN, "--use_lora"]).use_lora
+    assert parse_arguments([*REQUIRED, *FROZEN, "--use_lora"]).parts.use_lora
 
 
-def test_validation_files_have_names():
+def test_validation_files_have_names(error_of):
     argv = [*REQUIRED, "--validation_file", "data/dev.jsonl", "far=other/dev.jsonl", "odd=a=b.jsonl"]
     files = parse_arguments(argv).validation_files
     assert files == {"dev": "data/dev.jsonl", "far": "other/dev.jsonl", "odd": "a=b.jsonl"}
-    twice = parse_arguments([*REQUIRED, "--validation_file", "a/dev.jsonl", "b/dev.jsonl"])
-    with pytest.raises(ValueError, match="'dev'.*NAME=FILE"):
-        _ = twice.validation_files
+    message = error_of(*REQUIRED, "--validation_file", "a/dev.jsonl", "b/dev.jsonl")
+    assert "'dev'" in message and "NAME=FILE" in message
 
 
 def test_mistakes_are_told_before_anything_heavy_is_loaded(yaml_file):

@@ -1,0 +1,180 @@
+"""The command line of `finetune`: the options of all packages, a YAML file below them, and the help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.options import DataOptions
+from ..hub.options import PublishingOptions
+from ..model.options import ModelOptions
+from ..training.inherited_options import WITHOUT_EFFECT, check_given
+from ..training.options import (
+    BatchOptions,
+    FaultOptions,
+    FinetuningOptions,
+    OptimizationOptions,
+    TrainedPartsOptions,
+    ValidationOptions,
+)
+from .configurations import TRAINING, find_configuration
+from .parser import OneLineErrors, Parser, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+OF_TRAINER = (OptimizationOptions, BatchOptions, ValidationOptions, FaultOptions, PublishingOptions)
+GROUPS = (ModelOptions, DataOptions, TrainedPartsOptions, *OF_TRAINER)
+USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
+KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
+
+
+def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> FinetuningOptions:
+    """Reads `[CONFIG] [--key value ...]`; what the command line says goes before what the file says.
+
+    Args:
+        argv: default the command line.
+        description: shown by `--help`.
+
+    Raises:
+        SystemExit: with a line that names the file and key, for an unknown key, a wrong type or a contradiction.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help", "--help_all"} & {*argv}:
+        print_help(description, with_inherited="--help_all" in argv)
+        sys.exit()
+    from ..training.arguments import SpeechLLMTrainingArguments
+
+    parser = _parser(SpeechLLMTrainingArguments)
+    values = _read(parser, argv)
+
+    def chosen(kind: type) -> dict[str, Any]:
+        return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
+
+    try:
+        model, data = ModelOptions(**chosen(ModelOptions)), DataOptions(**chosen(DataOptions))
+        parts = TrainedPartsOptions(**chosen(TrainedPartsOptions))
+        training = SpeechLLMTrainingArguments(**chosen(SpeechLLMTrainingArguments))
+        return FinetuningOptions(model, data, parts, training)
+    except ValueError as error:
+        return parser.error(str(error))
+
+
+def check_command_line(argv: Sequence[str]) -> None:
+    """Refuses a command line with unknown options, wrong types or missing files, before processes are started.
+
+    Raises:
+        SystemExit: as `parse_arguments`.
+    """
+    from ..training.arguments import SpeechLLMTrainingArguments
+
+    _read(_parser(SpeechLLMTrainingArguments), argv)
+
+
+def _parser(trainer_options: type) -> HfArgumentParser:
+    from transformers import HfArgumentParser
+
+    from ..training.arguments import batch_seconds
+
+    class FinetuneParser(OneLineErrors, HfArgumentParser):
+        def add_argument(self, *names, **options):
+            if "--per_device_train_batch_seconds" in names:
+                options["type"] = batch_seconds
+            return super().add_argument(*names, **options)
+
+    kinds = [ModelOptions, DataOptions, TrainedPartsOptions, trainer_options]
+    return FinetuneParser(kinds, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+
+
+def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The values of all options, those that were not given with their defaults."""
+    argv, from_file = list(argv), []
+    own = {item.name for kind in GROUPS for item in dataclasses.fields(kind)}
+    try:
+        if argv and not argv[0].startswith("-"):
+            from_file = _yaml_to_argv(parser, find_configuration(argv.pop(0), TRAINING))
+        values = vars(parser.parse_args([*from_file, *argv]))
+        given = [item.partition("=")[0] for item in (*from_file, *argv) if item.startswith("--")]
+        given = [item[2:].replace("-", "_") for item in given]
+        check_given((name if name in values else name.removeprefix("no_") for name in given), own)
+    except ValueError as error:
+        parser.error(str(error))
+    return values
+
+
+def _yaml_to_argv(parser: HfArgumentParser, path: Path) -> list[str]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"{path}: {' '.join(str(error).split())}")
+    if not isinstance(config, dict):
+        parser.error(f"{path}: must hold `key: value` lines")
+    known = {name.removeprefix("--") for name in parser._option_string_actions}
+    argv = []
+    for key, value in config.items():
+        if key not in known:
+            parser.error(f"{path}: unknown key {key}{did_you_mean(str(key), known)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        option = [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+        # Parsed alone first, so that a wrong type is reported with the file it stands in.
+        prog, parser.prog = parser.prog, f"{parser.prog}: {path}"
+        _, rest = parser.parse_known_args(option)
+        if rest:
+            parser.error(f"argument --{key}: one value expected, not {value!r}")
+        parser.prog = prog
+        argv += option
+    return argv
+
+
+def print_help(description: str | None, with_inherited: bool = False) -> None:
+    """Prints the options of this project in groups; without torch and transformers, which take seconds to load.
+
+    Args:
+        description: goes before them.
+        with_inherited: whether those of transformers' `TrainingArguments` follow.
+    """
+    parser = Parser(description, usage=USAGE, add_help=False)
+    own: set[str] = set()
+    for kind in GROUPS:
+        _add_group(parser, str(kind.__doc__).partition("\n")[0], dataclasses.fields(kind))
+        own |= {item.name for item in dataclasses.fields(kind)}
+    if with_inherited:
+        from transformers import TrainingArguments
+
+        inherited = [
+            item
+            for item in dataclasses.fields(TrainingArguments)
+            if item.init and item.name not in own and item.name not in WITHOUT_EFFECT
+        ]
+        _add_group(parser, "Options of transformers' TrainingArguments", inherited)
+    else:
+        parser.epilog = (
+            "Those of transformers' TrainingArguments (--output_dir, --learning_rate, --num_train_epochs, "
+            "--max_steps, --eval_strategy,\n--save_steps, --seed, --report_to, ...): --help_all"
+        )
+    parser.print_help()
+
+
+def _add_group(parser: argparse.ArgumentParser, title: str, fields: Sequence[dataclasses.Field]) -> None:
+    group = parser.add_argument_group(title)
+    for item in fields:
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        kind = str(getattr(item.type, "__name__", item.type)).replace(" | None", "")
+        many = kind.startswith("list[")
+        metavar = KINDS.get(kind.removeprefix("list[").removesuffix("]"), "VALUE")
+        group.add_argument(
+            f"--{item.name}",
+            metavar=metavar,
+            nargs="+" if many else None,
+            default=getattr(default, "value", default),
+            help=item.metadata.get("help", "").replace("%", "%%"),
+        )

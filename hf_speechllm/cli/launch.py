@@ -1,0 +1,67 @@
+"""Starts training processes by accelerate: `hf-speechllm finetune --num_processes 8 ...`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from .configurations import LAUNCHING, find_configuration
+from .parser import Parser
+
+# Those of `accelerate launch` that go before the options of a run.
+OPTIONS = {
+    "config_file": "configuration of accelerate: a name (multi_gpu, deepspeed_zero2, fsdp2, ...) or a path",
+    "num_processes": "processes in all; usually one per GPU",
+    "num_machines": "machines",
+    "machine_rank": "number of this machine, from 0",
+    "main_process_ip": "address of machine 0",
+    "main_process_port": "port of machine 0",
+    "gpu_ids": "GPUs of this machine to use, with commas between",
+    "max_restarts": "how often the processes are started again after one is lost",
+}
+
+
+def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes the options of the launcher out of a command line.
+
+    Returns:
+        Those that were given, and the rest.
+    """
+    parser = Parser(None, add_help=False, allow_abbrev=False)
+    for name, help in OPTIONS.items():
+        parser.add_argument(f"--{name}", help=help)
+    found, rest = parser.parse_known_args(argv)
+    return {name: value for name, value in vars(found).items() if value is not None}, rest
+
+
+def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
+    """Runs a verb in several processes, and ends with the status of the first that failed.
+
+    Args:
+        verb: of `hf-speechllm`.
+        options: of `split_launch_options`.
+        argv: the rest of the command line.
+
+    Raises:
+        ValueError: if the configuration does not exist.
+        SystemExit: if a process failed.
+    """
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.cuda import is_available
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "config_file" in options:
+        options = {**options, "config_file": str(find_configuration(options["config_file"], LAUNCHING))}
+    elif not os.path.isfile(default_config_file):
+        several = "multi_node" if int(options.get("num_machines", 1)) > 1 else "multi_gpu"
+        options = {**options, "config_file": str(find_configuration(several if is_available() else "cpu", LAUNCHING))}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    try:
+        launch_command(launch_command_parser().parse_args([*words, "--module", "hf_speechllm", verb, *argv]))
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

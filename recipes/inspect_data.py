@@ -1,0 +1,6 @@
+"""The same as `hf-speechllm inspect`; its options: --help."""
+
+from hf_speechllm_command import main
+
+if __name__ == "__main__":
+    main("inspect")
