@@ -18,7 +18,8 @@ from hf_speechllm.data.sampler import BudgetBatchSampler, Stretch
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
-from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
+from hf_speechllm.training.errors import Preempted
+from hf_speechllm.training.preemption import EXIT_STATUS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = np.random.default_rng(0).uniform(0.5, 12, size=203)
