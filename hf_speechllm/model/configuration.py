@@ -7,6 +7,8 @@ from typing import ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .kv_cache import CACHE_NAMES
+
 LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM sees the first 1/8 of the adaptor's frames
 
 # Qwen3-0.6B, the LLM of Fun-ASR-Nano.
@@ -83,6 +85,9 @@ class SpeechLLMConfig(PreTrainedConfig):
     """
 
     model_type = "speech_llm"
+    attribute_map: ClassVar = {"text_config": "llm_config", "audio_config": "audio_encoder_config"}
+    # What the Trainer of transformers does not gather as predictions.
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "num_label_tokens", "token_accuracy"]
     sub_configs: ClassVar = {
         "audio_encoder_config": AutoConfig,
         "audio_adaptor_config": AudioAdaptorConfig,
@@ -98,6 +103,8 @@ class SpeechLLMConfig(PreTrainedConfig):
     funasr_files: dict | None = None
 
     def __post_init__(self, **kwargs):
+        for alias in kwargs.keys() & self.attribute_map.keys():
+            setattr(self, alias, kwargs.pop(alias))
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
         self.llm_config = _build(self.llm_config, DEFAULT_LLM)
         if not isinstance(self.audio_adaptor_config, AudioAdaptorConfig):
