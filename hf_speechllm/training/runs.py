@@ -13,9 +13,9 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data.dataset import row_seconds
 from ..data.stream import RowStream
+from ..locks import hold_output
 from .arguments import SpeechLLMTrainingArguments
 from .callbacks import CURVE_FILE
-from .locks import hold_output
 from .manifest import checkpoint_folders, find_damage, last_complete
 from .saving import clean_up
 from .selection import check_resumable

@@ -18,6 +18,7 @@ from ..chat import IGNORE_INDEX
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.loader import StreamLoader
 from ..data.stream import RowStream
+from ..locks import hold_output
 from ..modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds, run_in_halves
@@ -26,7 +27,6 @@ from .compilation import compile_layers
 from .faults import BadSteps, LostRows, fault_counts, loader_fault
 from .flops import FlopCounter
 from .loaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
-from .locks import hold_output
 from .manifest import last_complete
 from .optimization import parameter_groups
 from .position import Position
