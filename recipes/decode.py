@@ -74,10 +74,10 @@ def main() -> None:
 
     from hf_speechllm.data.bad_rows import BadRows
     from hf_speechllm.inference.command import option_settings, prepare, read_requests
+    from hf_speechllm.inference.decoding import claim_output, decode_requests
+    from hf_speechllm.inference.distributed import Processes
     from hf_speechllm.inference.journal import Journal
-    from hf_speechllm.inference.processes import Processes
-    from hf_speechllm.inference.results import write_failures, write_results
-    from hf_speechllm.inference.run import claim_output, decode_requests
+    from hf_speechllm.inference.writers import write_failures, write_results
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:

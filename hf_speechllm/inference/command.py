@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from .. import chat
-from ..configuration import SpeechLLMConfig
+from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
-from ..modeling import SpeechLLMForConditionalGeneration
-from ..processing import SpeechLLMProcessor
-from .hotwords import read_hotwords
+from ..model import chat
+from ..model.configuration import SpeechLLMConfig
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor
+from .decoding import Plan, plan_requests
+from .distributed import Processes
+from .hotword_option import read_hotwords
 from .journal import Journal
 from .measuring import RequestMeter
-from .processes import Processes
 from .requests import Request, requests_of_jsonl, requests_of_scp, requests_of_sources
-from .run import Plan, plan_requests
 from .stamp import model_stamp
 from .transcriber import Transcriber
-from .vad import VoiceDetector
 
 logger = logging.getLogger(__name__)
 

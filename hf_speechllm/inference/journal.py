@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..audio import source_stamp
-from ..chat import ChatError
+from ..audio.waveform import source_stamp
+from ..model.chat import ChatError
 from .pieces import Transcript
 from .requests import Request
 from .segments import Segment

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import chat
-from ..audio import AudioError
-from ..configuration import SpeechLLMConfig
-from ..downloads import redact
-from ..processing import SpeechLLMProcessor
-from .loading import measure_seconds
+from ..audio.downloads import redact
+from ..audio.waveform import AudioError
+from ..model import chat
+from ..model.configuration import SpeechLLMConfig
+from ..model.processing import SpeechLLMProcessor
+from .prefetch import measure_seconds
 from .requests import Request
 
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import chat
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import read_jsonl, recording_id
 from ..data.kaldi import read_scp
+from ..model import chat
 from .sources import find_recordings
 
 _LINE_BREAKERS = re.compile(r"[\t\r\n]")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..audio import is_url
+from ..audio.waveform import is_url
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import recording_id
 from ..data.shards import is_archive, recordings_of_archive

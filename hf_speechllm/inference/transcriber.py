@@ -12,22 +12,23 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .. import chat
-from ..attention import use_padding_masks, without_cudnn_attention
-from ..audio import SAMPLE_RATE, AudioError, load_audio
+from ..audio.inputs import as_list, to_source
+from ..audio.vad import VoiceDetector
+from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
-from ..modeling import SpeechLLMForConditionalGeneration
-from ..processing import SpeechLLMProcessor
-from ..waveforms import as_list, to_source
+from ..fast.attention import use_padding_masks, without_cudnn_attention
+from ..fast.cuda_graphs import DecodingSteps, takes_steps
+from ..model import chat
+from ..model.kv_cache import CACHE
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor
 from .finite import LogitsWatch
-from .loading import in_background
 from .measuring import RequestMeter
 from .pieces import Piece, Transcript
+from .prefetch import in_background
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
-from .steps import DecodingSteps, takes_steps
-from .vad import VoiceDetector
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Transcriber:
 
         Args:
             recordings: one or an iterable of: path, URL, bytes of a file, open file, waveform, `(waveform, rate)`, row
-                of `datasets`; see `waveforms.to_source`.
+                of `datasets`; see `audio.inputs.to_source`.
             sampling_rate: of waveforms that come without a rate, in Hz; default the processor's.
             **prompt_options: `language`, `itn`, `hotwords`, `prompt`, `context` of `chat.transcription_prompt`.
 
@@ -311,7 +312,7 @@ class Transcriber:
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         if self.steps is not None:
-            options["past_key_values"] = self.steps.new_cache()
+            options[CACHE] = self.steps.new_cache()
         with self.steps or nullcontext(), without_cudnn_attention(), LogitsWatch(self.model) as watch:
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
