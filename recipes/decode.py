@@ -93,8 +93,9 @@ def main() -> None:
             outcome = decode_requests(transcriber, plan, journal, processes)
             if processes.rank > 0:
                 return
-            write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
             failures = [*map(str, bad_rows), *outcome.failures]
+            if outcome.results:
+                write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
             named = write_failures(args.output_file, failures)
         except OSError as error:
             sys.exit(f"decode.py: error: {error}; what is decoded is kept: mend this and start again")

@@ -143,6 +143,7 @@ def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tupl
 
 def _tar_recordings(path: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
     with open(path, "rb") as file, _open_tar(file, path) as tar:
+        tar.offset = 0  # opening has read the first member
         while True:
             start = tar.offset
             try:
