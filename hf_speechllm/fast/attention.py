@@ -3,6 +3,8 @@ it in every batch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -101,15 +103,33 @@ def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
 
 
 def spare_the_host(model: nn.Module) -> None:
-    """Sets a model up for batches that each have a shape of their own, on a GPU.
-
-    The encoder and the adaptor get `padding_mask`, the encoder also the kernel of `memory_block`. cuDNN's attention,
-    which torch prefers on Hopper GPUs, is turned off in this process: it plans anew for every shape, which takes
-    longer than the attention itself.
-    """
+    """`use_padding_masks`, and cuDNN's attention turned off in this process; see `without_cudnn_attention`."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+    use_padding_masks(model)
+
+
+def use_padding_masks(model: nn.Module) -> None:
+    """Sets a model up for padded batches without host-device syncs, on a GPU; nothing else is changed.
+
+    The encoder and the adaptor get `padding_mask`, the encoder also the kernel of `memory_block`.
+    """
     use_memory_blocks(model)
     _attend_to_padded_rows(model)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Turns cuDNN's attention off while the block runs.
+
+    torch prefers it on Hopper GPUs. For every shape of a batch it makes a new plan, which takes longer than the
+    attention itself.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def allow_packing(model: Any) -> None:

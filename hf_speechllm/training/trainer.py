@@ -28,13 +28,13 @@ from ..fast.engines import set_up_engine
 from ..fast.fsdp import clip_shards, sharded_optimizer
 from ..formats.checkpoint import CheckpointError
 from ..hub.publishing import publish, write_card
+from ..locks import hold_output
 from ..model.chat import IGNORE_INDEX
 from ..model.modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
 from .checkpointing.manifest import last_complete
-from .checkpointing.output_lock import hold_output
 from .checkpointing.position import Position, ShiftedSchedule
 from .checkpointing.selection import checkpoints, scores_at, set_up_selection, settle
 from .checkpointing.weights import load_weights

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hf_speechllm.fast.attention import PADDED, causal_masks, spare_the_host
+from hf_speechllm.fast.attention import (
+    PADDED,
+    causal_masks,
+    spare_the_host,
+    use_padding_masks,
+    without_cudnn_attention,
+)
 from hf_speechllm.model.loss import label_positions
 
 
@@ -71,3 +77,18 @@ def test_llm_with_a_sliding_window_gets_its_own_masks(batch):
     assert causal_masks(config) == {"full_attention": None}
     config.layer_types = ["sliding_attention", "full_attention"]
     assert causal_masks(config) is None
+
+
+def test_a_model_is_set_up_without_a_change_to_the_process(batch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    use_padding_masks(batch[0])
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_attention_is_as_before_after_the_block(before):
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    with pytest.raises(ZeroDivisionError), without_cudnn_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise ZeroDivisionError
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
