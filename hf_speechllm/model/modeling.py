@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..fast.attention import causal_masks, check_packing
+from ..files import apply_umask
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
@@ -116,6 +117,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             from ..formats.loading import SIDE_FILE, write_side  # `checkpoints` builds on this module
 
             write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
+            apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
         """Uploads the model with a card; unlike with transformers, a new repository is private by default.

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
 
+from ...files import apply_umask
 from ...formats import partial
 from ...formats.checkpoint import CheckpointError
 from ..arguments import SpeechLLMTrainingArguments
 from ..freezing import part_of, trained_parts
+from .comparison import check_dependencies
+from .course import Course
+from .dependencies import describe_run
 from .position import Position
 from .writer import frozen_tensors
 
@@ -21,6 +27,9 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         position: in the training rows; `None` for a stream, which has a state of its own.
+        dependencies: what the run depends on, see `describe_run`; empty on other ranks than the first.
+        course: the checkpoints that the run builds on.
+        initial_step: steps that were done before this start.
     """
 
     args: SpeechLLMTrainingArguments
@@ -29,7 +38,35 @@ class ResumableTrainer(Trainer):
     def __init__(self, **kwargs):
         self.position: Position | None = None
         self._resumed_from: str | None = None  # folder of a checkpoint
+        self.dependencies: dict[str, Any] = {}
+        self.course = Course()
+        self.initial_step = 0
         super().__init__(**kwargs)
+        self.add_callback(self.course)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """As the parent's; a checkpoint must be one of the same run: see `check_dependencies`.
+
+        Raises:
+            CheckpointError: if something has changed that the checkpoint does not fit.
+        """
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else "none"
+        if self.is_deepspeed_enabled:
+            engine += f", stage {self.accelerator.state.deepspeed_plugin.zero_stage}"
+        weights = getattr(self, "train_weights", None)
+        self.dependencies = describe_run(
+            self.args, self.model, self.processing_class, self.train_dataset, weights, self.eval_dataset, engine
+        )
+        self.course.checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if self.course.checkpoint is not None:
+            check_dependencies(self.args, self.dependencies, self.course.checkpoint, self.train_dataset)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the parent's, with the permissions that new files have."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            apply_umask(output_dir or self.args.output_dir)
 
     def load_position(self, folder: str) -> None:
         """Goes on from a checkpoint.
@@ -59,9 +96,11 @@ class ResumableTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         epoch, steps = super()._init_training_state(*args, **kwargs)
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_model_checkpoint is None and best.is_dir():  # the output folder has moved
-            self.state.best_model_checkpoint = str(best)
+        self.initial_step = self.state.global_step
+        self.state.compute_steps(self.args, self.state.max_steps)  # --save_steps and the like may be others
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and self.args.early_stopping_patience is not None:
+                callback.early_stopping_patience = self.args.early_stopping_patience
         if self.position is None or self._resumed_from is None:
             return epoch, steps
         return self.position.epoch, 0  # the sampler leaves out what was dealt
