@@ -93,7 +93,7 @@ def describe_run(
         "data": data,
         "recordings": recordings,
         "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
-        "hotword_file": _sha(Path(args.hotword_file).read_bytes()) if args.hotword_file else None,
+        "hotword_file": _hash_file(args.hotword_file),
         "engine": engine,
         "processes": args.world_size,
         "versions": {name: version(name) for name in LIBRARIES},
@@ -127,6 +127,10 @@ def _as_json(value: Any) -> Any:
 
 def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _hash_file(path: str | None) -> str | None:
+    return _sha(Path(path).read_bytes()) if path is not None and Path(path).is_file() else None
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
