@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from ..files import apply_umask
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -183,6 +187,7 @@ def write_safetensors(
         save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{WEIGHTS_FILE} can't be written: {error}") from error
+    apply_umask(folder)
 
 
 def read_side(file: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
@@ -198,6 +203,39 @@ def write_side(side: dict[str, torch.Tensor], file: Path) -> None:
     if side:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in side.items()}, file, metadata={"format": "pt"})
+        apply_umask(file.parent, file.name)
+
+
+def stored_base(name: str | os.PathLike[str]) -> str:
+    """A base model as a checkpoint names it: a Hub id as it is, a folder by its absolute path."""
+    return os.path.abspath(name) if os.path.isdir(name) else str(name)
+
+
+def find_base(folder: Path, file: str, name: str) -> str:
+    """The base model that a checkpoint needs, from any working directory.
+
+    Args:
+        folder: of the checkpoint.
+        file: in it, that names the base model.
+        name: absolute path, path relative to `folder`, or Hub id; at last a path relative to the working directory,
+            as older checkpoints have it, with a warning.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    beside = os.path.normpath(folder / name)  # `name` itself if it is absolute
+    if os.path.isdir(beside):
+        if os.path.realpath(beside) == os.path.realpath(folder):
+            raise CheckpointError(f"{folder / file} names its own folder as the base model; write the right one there")
+        return beside
+    if not os.path.isabs(name) and os.path.isdir(name):
+        logger.warning("%s: its base model %s is taken from the working directory: %s", folder, name, os.getcwd())
+        return name
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CheckpointError(
+            f"{folder}: its base model {name} is missing; restore it, or write where it is into {folder / file}"
+        )
+    return name
 
 
 def read_generation_config(folder: Path, config: SpeechLLMConfig) -> GenerationConfig:

@@ -27,6 +27,7 @@ from .checkpoint import (
     read_generation_config,
     read_safetensors,
     read_side,
+    stored_base,
     widest,
     write_safetensors,
     write_side,
@@ -106,6 +107,22 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
     return Path(name) / subfolder
 
 
+def _adapter_base(folder: Path, hub: dict) -> str:
+    """The base model of an adapter folder.
+
+    Raises:
+        CheckpointError: if it can't be found, with the name of the adapter folder.
+    """
+    base = adapters.base_model(folder)
+    try:
+        find_layout(base, **_base_options(hub))
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{folder}: its base model {base}, named in {adapters.CONFIG_FILE}, can't be loaded: {error}"
+        ) from error
+    return base
+
+
 def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None:
     """Our config, as a dict, of a checkpoint in another layout; `None` for one in ours."""
     hub = _hub_options(options)
@@ -114,7 +131,7 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
-        return SpeechLLMConfig.from_pretrained(adapters.base_model(folder), **_base_options(hub)).to_dict()
+        return SpeechLLMConfig.from_pretrained(_adapter_base(folder, hub), **_base_options(hub)).to_dict()
     return READERS[layout].read_config(folder).to_dict()
 
 
@@ -136,9 +153,10 @@ def load_model(
     dtype = next((item for item in asked if item is not None and item != "auto"), None)
     want_info = options.pop("output_loading_info", False)
     if layout == ADAPTER:
-        base, options = adapters.base_model(folder), _base_options(options)
+        base, options = _adapter_base(folder, hub), _base_options(options)
         model, info = model_class.from_pretrained(base, *model_args, dtype=dtype, output_loading_info=True, **options)
         model = adapters.merge(model, folder, keep_dtypes=dtype is None)
+        model.name_or_path = stored_base(name)  # the base model of adapters that are trained on it in turn
         return (model, info) if want_info else model
 
     if layout == OWN:
@@ -173,7 +191,8 @@ def load_model(
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(part_dtype)
     if source is None:
-        model.name_or_path = model.config.name_or_path = str(name)  # where an adapter looks for its base model
+        model.config.name_or_path = str(name)
+    model.name_or_path = stored_base(name)  # where an adapter looks for its base model
     model.side_tensors = side
     return (model, info) if want_info else model
 
@@ -215,7 +234,7 @@ def load_processor(
         return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
-        return processor_class.from_pretrained(adapters.base_model(folder), **_base_options(options))
+        return processor_class.from_pretrained(_adapter_base(folder, hub), **_base_options(options))
     config = READERS[layout].read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder if layout == NATIVE else funasr.llm_folder(folder))
     return READERS[layout].read_processor(folder, tokenizer, config)

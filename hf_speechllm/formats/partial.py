@@ -12,7 +12,14 @@ import torch
 from ..files import atomic_write
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS
-from .checkpoint import Checkpoint, CheckpointError, read_generation_config, read_safetensors
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_base,
+    read_generation_config,
+    read_safetensors,
+    stored_base,
+)
 
 REFERENCE_FILE = "base_model.json"
 
@@ -25,7 +32,7 @@ def write_reference(folder: Path, name: str, digest: str) -> None:
         digest: `hash_tensors` of the parts that it is to give.
     """
     with atomic_write(folder / REFERENCE_FILE) as file:
-        json.dump({"base_model_name_or_path": name, "sha256": digest}, file, indent=1)
+        json.dump({"base_model_name_or_path": stored_base(name), "sha256": digest}, file, indent=1)
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -46,7 +53,7 @@ def read(folder: Path) -> Checkpoint:
     from .loading import read_checkpoint  # which builds on this module
 
     reference = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
-    name = reference["base_model_name_or_path"]
+    name = find_base(folder, REFERENCE_FILE, reference["base_model_name_or_path"])
     base, trained = read_checkpoint(name), read_safetensors(folder)
     parts = {key.split(".", 1)[0] for key in trained} & set(PARTS)
     frozen = {key: tensor for key, tensor in base.tensors.items() if key.split(".", 1)[0] not in parts}

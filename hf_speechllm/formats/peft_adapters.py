@@ -9,21 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from ..model.modeling import PARTS
-from .checkpoint import CheckpointError, widest
+from .checkpoint import CheckpointError, find_base, widest
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def base_model(folder: Path) -> str:
-    """The model that the adapter was trained on: `base_model_name_or_path`.
+    """The model that the adapter was trained on: `base_model_name_or_path`, as `find_base` finds it.
 
     Raises:
-        CheckpointError: if the adapter names none.
+        CheckpointError: if the adapter names none, or it is missing.
     """
     name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{folder / CONFIG_FILE} names no base model; write its folder or Hub id there")
-    return name
+    return find_base(folder, CONFIG_FILE, name)
 
 
 def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrainedModel:

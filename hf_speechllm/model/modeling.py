@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..fast.attention import causal_masks, check_packing
+from ..files import apply_umask
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .gradient_checkpointing import allow_checkpointing, require_gradient
@@ -119,6 +120,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             from ..formats.loading import SIDE_FILE, write_side  # `checkpoints` builds on this module
 
             write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
+            apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
         """Uploads the model with a card; unlike with transformers, a new repository is private by default.

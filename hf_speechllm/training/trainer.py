@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
@@ -26,6 +26,7 @@ from ..fast.attention import allow_packing, spare_the_host
 from ..fast.compilation import compile_layers
 from ..fast.engines import set_up_engine
 from ..fast.fsdp import clip_shards, sharded_optimizer
+from ..files import apply_umask
 from ..formats.checkpoint import CheckpointError
 from ..hub.publishing import publish, write_card
 from ..locks import hold_output
@@ -34,6 +35,9 @@ from ..model.modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
+from .checkpointing.comparison import check_dependencies
+from .checkpointing.course import Course
+from .checkpointing.dependencies import describe_run
 from .checkpointing.manifest import last_complete
 from .checkpointing.position import Position, ShiftedSchedule
 from .checkpointing.selection import checkpoints, scores_at, set_up_selection, settle
@@ -66,6 +70,9 @@ class SpeechLLMTrainer(Trainer):
 
     Attributes:
         position: place in the training rows; `None` for a stream, which has a state of its own.
+        dependencies: what the run depends on, see `describe_run`; empty on other ranks than the first.
+        course: the checkpoints that the run builds on.
+        initial_step: steps that were done before this start.
         current_scores: metrics (`eval_...`) of the current weights; `None` if the weights have not been evaluated.
         selection: which weights remained at the end of training, as text; `None` if they are simply the last.
 
@@ -84,6 +91,9 @@ class SpeechLLMTrainer(Trainer):
         eval_collator = eval_collator or self.data_collator
         self.train_weights = train_weights
         self.position: Position | None = None
+        self.dependencies: dict[str, Any] = {}
+        self.course = Course()
+        self.initial_step = 0
         self.stream_loader: StreamLoader | None = None
         self.train_loader: BudgetDataLoader | None = None
         self.current_scores: dict[str, float] | None = None
@@ -113,7 +123,13 @@ class SpeechLLMTrainer(Trainer):
         self.retention_guard = set_up_selection(self)
         self.preemption = Preemption()
         self.writer = CheckpointWriter(self)
-        for callback in (ShiftedSchedule(lambda: self.position), TrainingCurve(), ValidationTable(), self.preemption):
+        for callback in (
+            self.course,
+            ShiftedSchedule(lambda: self.position),
+            TrainingCurve(),
+            ValidationTable(),
+            self.preemption,
+        ):
             self.add_callback(callback)
 
     def _set_up_speed(self, eval_collator: SpeechLLMCollator) -> None:
@@ -314,7 +330,8 @@ class SpeechLLMTrainer(Trainer):
             SaveError: if a checkpoint can't be written; `ReadbackError` if the first one can't be used.
             FaultError: if too many steps are not finite, or a process of the loader dies or hangs.
             BadDataError: if too many recordings can no longer be read.
-            ValueError: if another run uses the output folder, or the checkpoint does not fit.
+            CheckpointError: if something has changed that the checkpoint does not fit, see `check_dependencies`.
+            ValueError: if another run uses the output folder.
         """
         if self.args.should_save:
             hold_output(self.args.output_dir)
@@ -322,6 +339,7 @@ class SpeechLLMTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete(self.args.output_dir) or "") or None
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._check_dependencies()
         if isinstance(self.train_dataset, RowStream):  # resumes by its own state; nothing needs to be skipped
             self.args.ignore_data_skip = True
         on_start = self.args.eval_on_start
@@ -338,6 +356,18 @@ class SpeechLLMTrainer(Trainer):
             self.args.eval_on_start = on_start
         result.metrics.update(settle(self))
         return result
+
+    def _check_dependencies(self) -> None:
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else "none"
+        if self.is_deepspeed_enabled:
+            engine += f", stage {self.accelerator.state.deepspeed_plugin.zero_stage}"
+        self.dependencies = describe_run(
+            self.args, self.model, self.processing_class, self.train_dataset, self.train_weights, self.eval_dataset,
+            engine,
+        )  # fmt: skip
+        self.course.checkpoint = Path(self._resumed_from) if self._resumed_from else None
+        if self.course.checkpoint is not None:
+            check_dependencies(self.args, self.dependencies, self.course.checkpoint, self.train_dataset)
 
     def _finalize_training(self, *args) -> TrainOutput:
         self.guard.resolve()
@@ -384,9 +414,11 @@ class SpeechLLMTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         epoch, steps = super()._init_training_state(*args, **kwargs)
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_model_checkpoint is None and best.is_dir():  # the output folder has moved
-            self.state.best_model_checkpoint = str(best)
+        self.initial_step = self.state.global_step
+        self.state.compute_steps(self.args, self.state.max_steps)  # --save_steps and the like may have changed
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and self.args.early_stopping_patience is not None:
+                callback.early_stopping_patience = self.args.early_stopping_patience
         if self.position is None or self._resumed_from is None:
             return epoch, steps
         return self.position.epoch, 0  # the sampler leaves out what was consumed
@@ -419,6 +451,12 @@ class SpeechLLMTrainer(Trainer):
             load_weights(self.model, folder)
         steps = [step for step, path in checkpoints(self.args.output_dir).items() if path.name == folder.name]
         self.current_scores = scores_at(self.state.log_history, steps[0]) if steps else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model with the permissions that new files have."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            apply_umask(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.retention_guard is None or not self.retention_guard.stopped:  # otherwise nobody can resume from there
