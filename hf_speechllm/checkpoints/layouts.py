@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,25 @@ from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
 from . import adapters, funasr, native, partial
 from .checkpoint import (
+    GENERATION_FILE,
     MAX_SHARD_SIZE,
     Checkpoint,
     CheckpointError,
+    check_amount,
     check_tensors,
     new_folder,
     part_dtypes,
-    read_dtypes,
     read_generation_config,
+    read_headers,
     read_safetensors,
     read_side,
     widest,
     write_safetensors,
     write_side,
 )
+from .untrusted import check_folder, inside, one_line, read_json, reading
+
+logger = logging.getLogger(__name__)
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
 LAYOUTS = (OWN, NATIVE, FUNASR)
@@ -57,8 +62,9 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         CheckpointError: if it is a model of another kind, or none at all.
         OSError: if there is no such folder or repository.
     """
-    if os.path.isfile(name):
-        return OWN  # a config.json named by itself
+    if os.path.isfile(name):  # a config.json named by itself
+        read_json(Path(name))
+        return OWN
     model_type = _read_json(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
         return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
@@ -70,7 +76,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         return FUNASR
     if model_type is not None:
         raise CheckpointError(
-            f"{name} is a {model_type} model, not a speech LLM; compose one with recipes/compose_model.py"
+            f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with recipes/compose_model.py"
         )
     raise CheckpointError(
         f"{name} holds no model: there is neither config.json (ours, transformers') nor adapter_config.json (peft's) "
@@ -86,14 +92,12 @@ def _read_json(name: str | os.PathLike[str], file: str, hub: dict) -> dict:
     path = _find(name, file, hub)
     if path is None:
         return {}
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} can't be parsed: {error}") from error
+    inside(Path(path).parent, Path(path).name, path)
+    return read_json(Path(path))
 
 
 def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool = True) -> Path:
-    """The checkpoint as a local folder, downloaded if it is on the Hub."""
+    """The checkpoint as a local folder, downloaded if it is on the Hub; see `untrusted.check_folder`."""
     hub = {key: value for key, value in hub.items() if value is not None}
     subfolder = hub.pop("subfolder", "")
     if not os.path.exists(name):
@@ -102,7 +106,32 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         name = snapshot_download(str(name), allow_patterns=patterns, **hub)
-    return Path(name) / subfolder
+    folder = Path(name) / subfolder
+    if folder.is_dir():
+        check_folder(folder)
+    return folder
+
+
+def _base_model(name: str | os.PathLike[str], folder: Path, layout: str) -> str:
+    """The base model that an adapter or the trained parts of a model name; it is announced, as it lies elsewhere.
+
+    Raises:
+        CheckpointError: if it names none, or itself, or a chain that is too long.
+    """
+    chain = [os.path.realpath(folder)]
+    first = base = adapters.base_model(folder)
+    while layout in (ADAPTER, PARTIAL):
+        place = os.path.realpath(base) if os.path.exists(base) else base
+        if place in chain or len(chain) > MAX_BASES:
+            raise CheckpointError(f"{folder}: the base models that it leads to, {', '.join(chain)}, have no end")
+        chain.append(place)
+        if not os.path.isdir(base):
+            break
+        layout = find_layout(base)
+        if layout in (ADAPTER, PARTIAL):
+            base = adapters.base_model(Path(base))
+    logger.info("%s names the base model %s, which is read too", name, first)
+    return first
 
 
 def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None:
