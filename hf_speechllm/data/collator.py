@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import chat
-from ..audio import load_audio
-from ..features import FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
-from ..loss import label_positions
-from ..packing import filled_positions
-from ..processing import SpeechLLMProcessor, pad_features
-from .hotwords import HotwordSampler, answers_of
+from ..audio.fbank import FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
+from ..audio.waveform import load_audio
+from ..model import chat
+from ..model.loss import label_positions
+from ..model.packing import filled_positions
+from ..model.processing import SpeechLLMProcessor, pad_features
+from .hotword_lists import HotwordSampler, answers_of
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # of `data.encoder_cache`
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
