@@ -109,6 +109,19 @@ def _differences(
     return one_line("; ".join(problems), 20_000)
 
 
+def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
+    """Our config of a stranger's values; what is read can be written again.
+
+    Raises:
+        CheckpointError: naming the file and, where the config classes of transformers say so, the field.
+    """
+    with reading(file):
+        config = SpeechLLMConfig(**values)
+        config.validate()
+        config.to_json_string()
+    return config
+
+
 def expected_shapes(config: SpeechLLMConfig, count: int, source: str) -> dict[str, torch.Size]:
     """Shapes of the tensors that a config asks for, without those that are tied; no memory is taken for them.
 

@@ -26,6 +26,7 @@ from .checkpoint import (
     HEAD,
     Checkpoint,
     CheckpointError,
+    build_config,
     check_side,
     check_tensors,
     default_generation_config,
@@ -88,8 +89,8 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     with reading(llm_folder(folder, files) / "config.json"):
         llm = AutoConfig.from_pretrained(llm_folder(folder, files), trust_remote_code=False)
     llm.name_or_path = ""  # the folder is of no use to who loads the result
-    return SpeechLLMConfig(
-        audio_encoder_config={
+    values = {
+        "audio_encoder_config": {
             "model_type": "fun_asr_nano_encoder",
             "num_mel_bins": frontend.get("n_mels", 80),
             "num_stacked_frames": frontend.get("lfr_m", 1),
@@ -103,7 +104,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
             "fsmn_kernel_size": encoder.get("kernel_size", 11),
             "max_position_embeddings": ours.get("max_position_embeddings", MAX_POSITIONS),
         },
-        audio_adaptor_config={
+        "audio_adaptor_config": {
             "downsample_rate": adaptor.get("downsample_rate", 2),
             "use_low_frame_rate": adaptor.get("use_low_frame_rate", False),
             "projector_hidden_size": adaptor.get("ffn_dim", 2048),
@@ -113,10 +114,11 @@ def read_config(folder: Path) -> SpeechLLMConfig:
             "hidden_dropout": adaptor.get("dropout_rate", 0.0),
             "layer_norm_eps": ours.get("layer_norm_eps", LAYER_NORM_EPS),
         },
-        llm_config=llm,
-        audio_token_id=ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
-        funasr_files=files,
-    )
+        "llm_config": llm,
+        "audio_token_id": ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
+        "funasr_files": files,
+    }
+    return build_config(values, folder / CONFIG_FILE)
 
 
 def _read_files(folder: Path) -> dict[str, Any]:
@@ -320,6 +322,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
     except RuntimeError as error:  # how torch tells a full disk
         raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
     files = copy.deepcopy(config.funasr_files or {})
+    _check_types(files, TYPES, "config.json", "funasr_files.")
     conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(conf, sort_keys=False, allow_unicode=True), encoding="utf-8")
     metas = _funasr_metas(files.get(METAS_FILE, {}))

@@ -20,6 +20,7 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     StoredTensor,
+    build_config,
     check_amount,
     check_tensors,
     new_folder,
@@ -118,8 +119,7 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     layout = find_layout(name, **hub)
     if layout in (OWN, PARTIAL):
         file = name if os.path.isfile(name) else _find(name, "config.json", hub)
-        with reading(file):
-            SpeechLLMConfig.from_dict(read_json(Path(file)))  # transformers' own error names neither file nor field
+        build_config(read_json(Path(file)), Path(file))  # transformers' own errors name neither file nor field
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
@@ -223,8 +223,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     Raises:
         CheckpointError: if it is missing, or no config of a speech LLM.
     """
-    with reading(folder / "config.json"):
-        return SpeechLLMConfig.from_dict(read_json(folder / "config.json"))
+    return build_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _override(config: SpeechLLMConfig, options: dict) -> SpeechLLMConfig:

@@ -17,6 +17,7 @@ from .checkpoint import (
     MAX_SHARD_SIZE,
     Checkpoint,
     CheckpointError,
+    build_config,
     check_tensors,
     read_generation_config,
     read_safetensors,
@@ -140,14 +141,15 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     if MARKER not in raw:
         adaptor["layer_norm_eps"] = ORIGINAL_LAYER_NORM_EPS
     native.text_config.tie_word_embeddings = native.tie_word_embeddings
-    return SpeechLLMConfig(
-        audio_encoder_config=native.audio_config,
-        audio_adaptor_config=adaptor,
-        llm_config=native.text_config,
-        audio_token_id=native.audio_token_id,
-        initializer_range=native.initializer_range,
-        funasr_files=raw.get("funasr_files"),
-    )
+    values = {
+        "audio_encoder_config": native.audio_config,
+        "audio_adaptor_config": adaptor,
+        "llm_config": native.text_config,
+        "audio_token_id": native.audio_token_id,
+        "initializer_range": native.initializer_range,
+        "funasr_files": raw.get("funasr_files"),
+    }
+    return build_config(values, folder / "config.json")
 
 
 def read(folder: Path) -> Checkpoint:

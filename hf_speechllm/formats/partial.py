@@ -10,10 +10,16 @@ from pathlib import Path
 import torch
 
 from ..files import atomic_write
-from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS
-from .checkpoint import Checkpoint, CheckpointError, check_tensors, read_generation_config, read_safetensors
-from .untrusted import base_model, one_line, read_json, reading
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    build_config,
+    check_tensors,
+    read_generation_config,
+    read_safetensors,
+)
+from .untrusted import base_model, one_line, read_json
 
 REFERENCE_FILE = "base_model.json"
 
@@ -51,8 +57,7 @@ def read(folder: Path) -> Checkpoint:
     parts = {key.split(".", 1)[0] for key in trained} & set(PARTS)
     frozen = {key: tensor for key, tensor in base.tensors.items() if key.split(".", 1)[0] not in parts}
     check_base(folder, frozen)
-    with reading(folder / "config.json"):
-        config = SpeechLLMConfig.from_dict(read_json(folder / "config.json"))
+    config = build_config(read_json(folder / "config.json"), folder / "config.json")
     checkpoint = Checkpoint(config, {**frozen, **trained}, read_generation_config(folder, config), base.side)
     check_tensors(checkpoint, str(folder))
     return checkpoint

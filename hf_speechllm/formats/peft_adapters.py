@@ -68,7 +68,8 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
             f"of a wrong shape: {', '.join(misshapen)}"
         )
     set_peft_model_state_dict(wrapped, tensors)
-    merged = wrapped.merge_and_unload(safe_merge=True)
+    with reading(folder, "can't be merged"):
+        merged = wrapped.merge_and_unload(safe_merge=True)
     merged.requires_grad_(True).eval()
     return merged
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from ..model.configuration import check_sizes
@@ -49,7 +50,7 @@ LINKABLE = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin", "
 # How libraries answer values that they did not expect.
 BAD_VALUES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NotImplementedError,
-    RuntimeError, SafetensorError, TypeError, ValueError,
+    RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def reading(source: Any, what: str = "can't be used") -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointError(one_line(error)) from error
     except BAD_VALUES as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, (ValueError, StrictDataclassError)) else f"{type(error).__name__}: "
         raise CheckpointError(f"{source} {what} ({kind}{one_line(error)})") from error
 
 

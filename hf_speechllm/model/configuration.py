@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -61,6 +62,7 @@ def check_sizes(config: Mapping[str, Any], path: str = "") -> None:
             raise ValueError(f"{name} is {str(value)[:50]}; it must be at most {MAX_SIZE:,}")
 
 
+@strict
 class AudioAdaptorConfig(PreTrainedConfig):
     """What stands between the audio encoder and the LLM.
 
@@ -93,10 +95,10 @@ class AudioAdaptorConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int | None = None
     hidden_act: str = "relu"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -106,6 +108,7 @@ class AudioAdaptorConfig(PreTrainedConfig):
             raise ValueError(f"downsample_rate is {self.downsample_rate}; it must be at least 1")
 
 
+@strict
 class SpeechLLMConfig(PreTrainedConfig):
     """Configuration of `SpeechLLMForConditionalGeneration`; its defaults are the sizes of Fun-ASR-Nano.
 
@@ -132,12 +135,16 @@ class SpeechLLMConfig(PreTrainedConfig):
     audio_adaptor_config: dict | PreTrainedConfig | None = None
     llm_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 151646
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     funasr_files: dict | None = None
 
     def __post_init__(self, **kwargs):
         check_sizes({**kwargs, "audio_token_id": self.audio_token_id})
+        if not isinstance(self.audio_adaptor_config, (dict, AudioAdaptorConfig, type(None))):
+            raise ValueError("audio_adaptor_config must be a mapping")
+        if not isinstance(self.funasr_files, (dict, type(None))):
+            raise ValueError("funasr_files must be a mapping")
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
         self.llm_config = _build(self.llm_config, DEFAULT_LLM)
         if not isinstance(self.audio_adaptor_config, AudioAdaptorConfig):
