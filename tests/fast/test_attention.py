@@ -6,6 +6,8 @@ import torch
 from hf_speechllm.fast.attention import PADDED, causal_masks, spare_the_host
 from hf_speechllm.model.loss import label_positions
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(autouse=True)
 def cudnn_as_before():

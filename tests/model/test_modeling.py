@@ -24,6 +24,8 @@ from hf_speechllm.model.loss import label_positions
 from hf_speechllm.model.modeling import PARTS
 from hf_speechllm.model.processing import pad_features
 
+pytestmark = pytest.mark.core
+
 ADAPTORS = [
     {"adaptor_type": kind, "downsample_rate": rate, "use_low_frame_rate": low}
     for kind in ("transformer", "linear")

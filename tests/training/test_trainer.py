@@ -23,6 +23,8 @@ from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
+pytestmark = pytest.mark.core
+
 FREEZES = [
     (),
     ("audio_encoder",),

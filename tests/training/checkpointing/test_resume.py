@@ -20,6 +20,8 @@ from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
 from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
 
+pytestmark = pytest.mark.core
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = np.random.default_rng(0).uniform(0.5, 12, size=203)
 

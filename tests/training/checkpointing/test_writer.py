@@ -20,6 +20,8 @@ from hf_speechllm.training.checkpointing.verification import ReadbackError
 from hf_speechllm.training.checkpointing.writer import SaveError, clean_up
 from hf_speechllm.training.run import find_checkpoint
 
+pytestmark = pytest.mark.core
+
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 FROZEN = {"freeze_audio_encoder": True, "freeze_llm": True}
 
