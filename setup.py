@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEEPSPEED = "deepspeed>=0.19.0,<0.20; sys_platform == 'linux'"
+DEEPSPEED = "deepspeed>=0.19.2,<0.20; sys_platform == 'linux'"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
@@ -15,8 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["hf_speechllm", "hf_speechllm.*"]),
     package_data={"hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"]},
-    # Each range is what CI runs: the oldest versions (tools/oldest.txt) with the core tests, the newest
-    # with all tests.
+    # CI runs both ends of each range: the oldest versions (tools/oldest.txt) with the core tests, the newest with all.
     # An upper bound stands where a release can break this package. CONTRIBUTING.md says how to move a bound.
     install_requires=[
         "torch>=2.11.0,<2.15",
@@ -37,7 +36,7 @@ setup(
         "compute-wer>=0.2.4",
         "rapidfuzz>=3.10.0",
         "jinja2>=3.1.4",
-        "whisper-normalizer>=0.1.10",
+        "whisper-normalizer>=0.1.13",
         "zhconv>=1.4.3",
     ],
     extras_require={
