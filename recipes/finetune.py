@@ -44,10 +44,10 @@ def main() -> None:
     from hf_speechllm.training.checkpointing.selection import RetentionError
     from hf_speechllm.training.checkpointing.verification import ReadbackError
     from hf_speechllm.training.checkpointing.writer import SaveError
-    from hf_speechllm.training.faults import FaultError
+    from hf_speechllm.training.errors import FaultError, Preempted
     from hf_speechllm.training.freezing import count_parameters, freeze_parts
     from hf_speechllm.training.lora import add_lora
-    from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
+    from hf_speechllm.training.preemption import EXIT_STATUS
     from hf_speechllm.training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from hf_speechllm.training.trainer import SpeechLLMTrainer
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from .. import __version__
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
-from ..training.validation import set_names
+from ..evaluation.validation_metrics import set_names
 from .upload import TAGS, hub_id, usage
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .validation import TABLE_FILE, write_table
+from .validation_files import TABLE_FILE, write_table
 
 CURVE_FILE = "training_curve.png"
 _TITLES = {

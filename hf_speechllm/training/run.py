@@ -13,13 +13,14 @@ from transformers.trainer_utils import TrainOutput
 
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
+from ..evaluation.validation_metrics import set_names
 from .arguments import SpeechLLMTrainingArguments
 from .callbacks import CURVE_FILE
 from .checkpointing.manifest import checkpoint_folders, find_damage, last_complete
 from .checkpointing.output_lock import hold_output
 from .checkpointing.selection import check_resumable
 from .checkpointing.writer import clean_up
-from .validation import TABLE_FILE, set_names
+from .validation_files import TABLE_FILE
 
 logger = logging.getLogger(__name__)
 

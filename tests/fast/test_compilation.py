@@ -174,7 +174,7 @@ def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, graphs_around)
 
 
 def test_decoding_a_validation_set_compiles_nothing(make_trainer, tiny_rows, graphs_around):
-    graphs = graphs_around(validation, "decode_set")
+    graphs = graphs_around(validation.Validator, "decode")
     options = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 4}
     rows = tiny_rows.select(range(4))
     make_trainer(compile_layers=True, padding_free=True, eval_dataset=rows, **options).evaluate()

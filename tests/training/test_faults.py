@@ -22,7 +22,8 @@ from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.training.checkpointing.manifest import last_complete
 from hf_speechllm.training.checkpointing.output_lock import hold_output
-from hf_speechllm.training.faults import FaultError, loader_fault
+from hf_speechllm.training.errors import FaultError
+from hf_speechllm.training.loader_workers import loader_fault
 from hf_speechllm.training.run import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -174,7 +175,7 @@ class Known(TrainerCallback):
         self.trainer = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.counts.append(self.trainer.bad_steps.count)
+        self.counts.append(self.trainer.guard.count)
 
 
 @pytest.mark.parametrize(("accumulation", "resumed"), [(1, False), (2, False), (2, True)])

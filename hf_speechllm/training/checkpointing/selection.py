@@ -47,6 +47,7 @@ class RetentionGuard(TrainerCallback):
         self.max_loss = max_loss
         self.stop = stop
         self.stopped = False
+        self.best: tuple[float | None, int | None] = None, None
 
     def loss(self, cer: float, log_history: History) -> float:
         """By how many percentage points a CER (a fraction) is above the base model's."""
@@ -79,6 +80,7 @@ class RetentionGuard(TrainerCallback):
         )  # fmt: skip
         if self.stop:
             self.stopped = control.should_training_stop = True
+            self.best = state.best_metric, state.best_global_step  # the evaluation that stops training is never best
 
 
 def set_up_selection(trainer: SpeechLLMTrainer) -> RetentionGuard | None:
@@ -206,6 +208,7 @@ def settle(trainer: SpeechLLMTrainer) -> dict[str, float]:
     if trainer.retention_guard is not None and trainer.current_scores is None:
         trainer.evaluate()  # steps after the last evaluation may have gone too far
     if trainer.retention_guard is not None and trainer.retention_guard.stopped:
+        trainer.state.best_metric, trainer.state.best_global_step = trainer.retention_guard.best
         _go_back(trainer)
     return _try_average(trainer) if trainer.args.average_best else {}
 

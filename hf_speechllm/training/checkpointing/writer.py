@@ -20,6 +20,7 @@ from ..freezing import part_of, trained_parts
 from .manifest import write_manifest
 from .selection import delete_checkpoints
 from .verification import check_readback
+from .weights import frozen_tensors
 
 if TYPE_CHECKING:
     from ..trainer import SpeechLLMTrainer
@@ -134,6 +135,8 @@ class CheckpointWriter:
         if not trainer.args.save_only_model:
             trainer._save_scaler(str(staging))
             trainer._save_rng_state(str(staging))
+            if trainer.stream_loader is not None:
+                trainer.stream_loader.save(staging)
         if not trainer.args.should_save:
             return
         state = trainer.state
@@ -211,14 +214,6 @@ class CheckpointWriter:
                     f"a checkpoint can't be written ({place}): {text}\nEarlier checkpoints are as they were. Mend "
                     "this (is the disk full?) and go on with --resume_from_checkpoint last"
                 )
-
-
-def frozen_tensors(model) -> dict[str, torch.Tensor]:
-    """The tensors of the parts that are not trained, under the names that a base model has for them."""
-    parts, tied = trained_parts(model), model.all_tied_weights_keys
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in parts and name not in tied
-    }
 
 
 def complete(staging: Path, final: Path) -> None:

@@ -18,7 +18,8 @@ from hf_speechllm.data.sampler import BudgetBatchSampler, Stretch
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
-from hf_speechllm.training.preemption import EXIT_STATUS, SIGNALS, Preempted
+from hf_speechllm.training.errors import Preempted
+from hf_speechllm.training.preemption import EXIT_STATUS, SIGNALS
 
 pytestmark = pytest.mark.core
 
