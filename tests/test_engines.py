@@ -165,6 +165,7 @@ def check_weights(folder, expected, file="model.safetensors"):
         )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("engine", [*ENGINES, pytest.param("deepspeed_zero3_offload", marks=pytest.mark.slow)])
 def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, one_process):
     (one,), expected, reference = one_process

@@ -82,10 +82,12 @@ def write_code(folder: Path) -> None:
     """Writes this package into `code/` of a folder, so that a reader can install what loads the model."""
     shutil.copytree(PACKAGE, folder / CODE_FOLDER / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     requirements = [item for item in metadata.requires(PACKAGE.name) or () if "extra ==" not in item]
+    python = metadata.metadata(PACKAGE.name)["Requires-Python"]
     listed = "".join(f"    {item!r},\n" for item in requirements)
     (folder / CODE_FOLDER / "pyproject.toml").write_text(
         f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
-        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\ndependencies = [\n{listed}]\n\n'
+        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\nrequires-python = "{python}"\n'
+        f"dependencies = [\n{listed}]\n\n"
         f'[tool.setuptools.packages.find]\ninclude = ["{PACKAGE.name}*"]\n\n'
         f'[tool.setuptools.package-data]\n{PACKAGE.name} = ["**/*"]\n',
         encoding="utf-8",

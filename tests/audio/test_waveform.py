@@ -13,6 +13,8 @@ from hf_speechllm.audio import waveform as audio
 from hf_speechllm.audio.truncation import missing_bytes
 from hf_speechllm.audio.waveform import AudioError, check_root, load_audio, probe_audio, read_audio, resolve_source
 
+pytestmark = pytest.mark.core
+
 SECONDS = 1.5
 
 

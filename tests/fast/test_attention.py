@@ -12,6 +12,8 @@ from hf_speechllm.fast.attention import (
 )
 from hf_speechllm.model.loss import label_positions
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(autouse=True)
 def cudnn_as_before():

@@ -17,6 +17,8 @@ from hf_speechllm.model.packing import PackedRows, filled_positions
 from hf_speechllm.training.checkpointing import verification as readback
 from hf_speechllm.training.lora import add_lora
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def parts(tiny_model):

@@ -29,6 +29,8 @@ from hf_speechllm.formats.loading import (
 from hf_speechllm.model import chat
 from hf_speechllm.training.lora import add_lora
 
+pytestmark = pytest.mark.core
+
 load = SpeechLLMForConditionalGeneration.from_pretrained
 MODEL_FILES = {"speech_llm": "model.safetensors", "native": "model.safetensors", "funasr": "model.pt"}
 

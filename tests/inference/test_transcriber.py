@@ -19,6 +19,8 @@ from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
+pytestmark = pytest.mark.core
+
 
 class Spans:
     """A detector that finds what it is told."""

@@ -26,6 +26,8 @@ from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 from hf_speechllm.training.validation import Validator
 
+pytestmark = pytest.mark.core
+
 FREEZES = [
     (),
     ("audio_encoder",),

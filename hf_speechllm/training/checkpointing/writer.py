@@ -232,6 +232,8 @@ def complete(staging: Path, final: Path) -> None:
         final.rename(old)
     staging.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    if os.name == "nt":  # where a folder can't be opened
+        return
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -14,6 +14,8 @@ from hf_speechllm.formats.loading import SIDE_FILE
 from hf_speechllm.training.checkpointing.averaging import average_checkpoints
 from hf_speechllm.training.lora import add_lora
 
+pytestmark = pytest.mark.core
+
 SCALE = 2.0  # alpha / r
 
 

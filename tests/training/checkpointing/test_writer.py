@@ -1,7 +1,6 @@
 """Checkpoints appear whole or not at all, are verified before they are used, and can be used."""
 
 import json
-import resource
 import shutil
 import threading
 from pathlib import Path
@@ -19,6 +18,8 @@ from hf_speechllm.training.checkpointing.manifest import find_damage, last_compl
 from hf_speechllm.training.checkpointing.verification import ReadbackError
 from hf_speechllm.training.checkpointing.writer import SaveError, clean_up
 from hf_speechllm.training.run import find_checkpoint
+
+pytestmark = pytest.mark.core
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 FROZEN = {"freeze_audio_encoder": True, "freeze_llm": True}
@@ -121,12 +122,15 @@ class DiskFull(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            import resource
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("limit", [3_000, 300_000], ids=["small", "large"])
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
 def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, tmp_path, limit, background):
+    resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     trainer = make_trainer([DiskFull(2, limit)], **SAVING, async_save=background, max_steps=4)
     try:
         with pytest.raises(SaveError, match="Earlier checkpoints are as they were"):
