@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.kv_cache import find_cache
+from .versions import is_tested
 
 # Layers of a graph, at most: more take longer to compile, fewer leave more work to the host.
 LAYERS_PER_GRAPH = 2
@@ -32,8 +33,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collectio
             of each before it is called.
 
     Returns:
-        How many graphs are called in a forward pass.
+        Number of graphs that a forward pass calls; 0 if the installed torch or transformers is not tested.
     """
+    if not is_tested("layer compilation"):
+        return 0
     torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
     torch._dynamo.config.optimize_ddp = False  # it would split graphs at DDP's buckets; they are short enough
     if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):

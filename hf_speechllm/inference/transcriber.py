@@ -16,8 +16,8 @@ from ..audio.inputs import as_list, to_source
 from ..audio.vad import VoiceDetector
 from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
-from ..fast.attention import use_padding_masks, without_cudnn_attention
-from ..fast.cuda_graphs import DecodingSteps, takes_steps
+from ..fast.attention import disable_host_syncs, without_cudnn_attention
+from ..fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
 from ..model import chat
 from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
@@ -86,11 +86,11 @@ class Transcriber:
         cuda_graphs: bool = True,
     ):
         self.model = model.eval()
-        self.steps: DecodingSteps | None = None
+        self.steps: CudaGraphDecoder | None = None
         if model.device.type == "cuda":
-            use_padding_masks(model)
-            if cuda_graphs and num_beams == 1 and takes_steps(model.llm.get_decoder()):
-                self.steps = DecodingSteps(model.llm.get_decoder())
+            disable_host_syncs(model)
+            if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
+                self.steps = CudaGraphDecoder(model.llm.get_decoder())
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens

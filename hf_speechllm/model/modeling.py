@@ -13,14 +13,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..fast.attention import causal_masks, check_packing
 from ..files import apply_umask
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .gradient_checkpointing import allow_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
-from .packing import PackedRows
+from .packing import PackedRows, causal_masks, require_padding_free
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -222,7 +221,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.audio_encoder_config.model_type == "whisper":
             positions = None  # of features, of which the encoder makes fewer frames
         if positions is not None:
-            check_packing(self.audio_adaptor.config)
+            require_padding_free(self.audio_adaptor.config)
         tokens, lengths = self.audio_adaptor(require_gradient(states, self.audio_adaptor), mask, positions)
         if self.config.use_low_frame_rate:
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
@@ -283,7 +282,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 then theirs.
             audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
             frame_positions: `packing.filled_positions` of `input_features_mask`: encoder and adaptor compute without
-                padding. For a model that `attention.allow_packing` has set up; the same goes for the next.
+                padding. For a model that `attention.enable_padding_free` has set up; the same goes for the next.
             token_positions: those of `attention_mask`, if labels and their positions are given: the LLM computes
                 without padding.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and what else transformers' LLMs take,
@@ -314,9 +313,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         causal = labels is not None and label_positions is not None
         rows = None
         if causal and token_positions is not None and attention_mask is not None:
-            check_packing(self.llm.config)
+            require_padding_free(self.llm.config)
             rows = PackedRows(attention_mask, token_positions)
-            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
+            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.position_ids
             kwargs.update(rows.attention)
         outputs = self.llm.get_decoder()(
             inputs_embeds=require_gradient(inputs_embeds, self.llm),

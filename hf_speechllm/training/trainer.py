@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
-from ..fast.attention import allow_packing, spare_the_host
+from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
 from ..fast.compilation import compile_layers
 from ..fast.engines import set_up_engine
 from ..fast.fsdp import clip_shards, sharded_optimizer
@@ -133,23 +134,28 @@ class SpeechLLMTrainer(Trainer):
             self.add_callback(callback)
 
     def _set_up_speed(self, eval_collator: SpeechLLMCollator) -> None:
-        args = self.args
-        on_gpu = args.device.type == "cuda" and not args.plain_attention
+        args, fast = self.args, self.args.fast == "auto"
+        on_gpu = fast and args.device.type == "cuda" and not args.plain_attention
         if on_gpu:
-            spare_the_host(self.model)
-        if args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16)):
+            disable_host_syncs(self.model)
+        if fast and (args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))):
             try:
-                allow_packing(self.model)
+                enable_padding_free(self.model)
                 self.data_collator.padding_free = eval_collator.padding_free = True
             except ValueError:
                 if args.padding_free:
                     raise
-        set_up_engine(self.accelerator, self.model)
-        if args.compile_layers:
+        set_up_engine(self.accelerator, self.model, fast)
+        if fast and args.compile_layers:
             deepspeed = self.accelerator.state.deepspeed_plugin
             if deepspeed is not None and deepspeed.zero_stage == 3:
                 raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
             compile_layers(self.model, alone=self.model._no_split_modules if self.is_fsdp_enabled else ())
+
+    def _attention(self) -> AbstractContextManager:
+        """The process-wide setting of attention that training and validation run with."""
+        plain = self.args.fast == "off" or self.args.plain_attention or self.args.device.type != "cuda"
+        return nullcontext() if plain else without_cudnn_attention()
 
     def _make_progress(self, columns: set[str]) -> Progress:
         processor = self.processing_class
@@ -204,7 +210,7 @@ class SpeechLLMTrainer(Trainer):
         model = self.model if model is None else model
         groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and self.args.fast == "auto":
             optimizer_class = sharded_optimizer(optimizer_class)
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -265,7 +271,9 @@ class SpeechLLMTrainer(Trainer):
         return 0
 
     def _clip_grad_norm(self, model):
-        norm = clip_shards(model.parameters(), self.args.max_grad_norm) if self.is_fsdp_enabled else None
+        norm = None
+        if self.is_fsdp_enabled and self.args.fast == "auto":
+            norm = clip_shards(model.parameters(), self.args.max_grad_norm)
         if norm is None:
             norm = super()._clip_grad_norm(model)
         self.guard.check(self.state.global_step + 1, norm, model, self.optimizer, self._step_rows())
@@ -346,7 +354,7 @@ class SpeechLLMTrainer(Trainer):
         if resume_from_checkpoint and self.args.eval_cer:
             self.args.eval_on_start = False  # the base model was scored when the run began
         try:
-            with self.preemption.listening():
+            with self.preemption.listening(), self._attention():
                 result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         except (RuntimeError, OSError, EOFError) as error:  # torch reports a dead process at any place
             if (fault := loader_fault(error, self.args.dataloader_timeout_seconds)) is None:
@@ -491,7 +499,7 @@ class SpeechLLMTrainer(Trainer):
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         sets = self.eval_dataset[sets] if isinstance(sets, str) else sets
         sets = sets if isinstance(sets, dict) else {"": sets}
-        with self.progress.paused():
+        with self.progress.paused(), self._attention():
             return self.validator.score(self._evaluated_model(), sets, metric_key_prefix, self.state.global_step)
 
     def evaluation_loop(

@@ -6,8 +6,7 @@ import torch
 from hf_speechllm.fast.attention import (
     PADDED,
     causal_masks,
-    spare_the_host,
-    use_padding_masks,
+    disable_host_syncs,
     without_cudnn_attention,
 )
 from hf_speechllm.model.loss import label_positions
@@ -43,7 +42,7 @@ def test_audio_tokens_are_the_same(batch):
     model, inputs = batch
     features = inputs["input_features"], inputs["input_features_mask"]
     expected, lengths = model.get_audio_features(*features)
-    spare_the_host(model)
+    disable_host_syncs(model)
     assert model.audio_encoder.config._attn_implementation == model.audio_adaptor.config._attn_implementation == PADDED
     tokens, _ = model.get_audio_features(*features)
     for row, reference, length in zip(tokens, expected, lengths, strict=True):
@@ -53,13 +52,13 @@ def test_audio_tokens_are_the_same(batch):
 def test_other_implementations_are_left_alone(batch):
     model, _ = batch
     model.audio_encoder.set_attn_implementation("eager")
-    spare_the_host(model)
+    disable_host_syncs(model)
     assert model.audio_encoder.config._attn_implementation == "eager"
 
 
 def test_saved_config_does_not_name_the_implementation(batch, tmp_path):
     model, _ = batch
-    spare_the_host(model)
+    disable_host_syncs(model)
     model.save_pretrained(tmp_path)
     assert PADDED not in (tmp_path / "config.json").read_text()
 
@@ -83,7 +82,7 @@ def test_llm_with_a_sliding_window_gets_its_own_masks(batch):
 
 def test_a_model_is_set_up_without_a_change_to_the_process(batch):
     torch.backends.cuda.enable_cudnn_sdp(True)
-    use_padding_masks(batch[0])
+    disable_host_syncs(batch[0])
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
