@@ -72,7 +72,8 @@ def compare(*args):
     return record["differs"]
 
 record, rows = {}, []
-compared, verification._compare = verification._compare, compare
+compared = verification.CheckpointVerifier._compare
+verification.CheckpointVerifier._compare = compare
 import hf_speechllm.training.trainer as module
 module.SpeechLLMTrainer = Watched
 runpy.run_path(recipe, run_name="__main__")

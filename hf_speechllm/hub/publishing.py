@@ -7,7 +7,6 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo
 
@@ -15,15 +14,11 @@ from ..formats import peft_adapters as adapters
 from ..formats.loading import read_checkpoint
 from ..formats.untrusted import base_model
 from ..model.processing import SpeechLLMProcessor
-from ..training.callbacks import CURVE_FILE
-from ..training.freezing import count_parameters
-from .card import model_card, summarize_data
 from .upload import CARD_FILE, TAGS, hub_id, layout_note, plain_card, read_card, upload, write_code, write_model
 
-if TYPE_CHECKING:
-    from ..training.trainer import SpeechLLMTrainer
-
 logger = logging.getLogger(__name__)
+
+CURVE_FILE = "training_curve.png"  # in an output folder
 
 
 def publish(
@@ -77,26 +72,3 @@ def _base_is_on_hub(folder: Path) -> bool:
         return False
     with base_model(folder / adapters.CONFIG_FILE) as name:
         return hub_id(name) is not None
-
-
-def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, licence: str | None = None) -> None:
-    """Writes the model card of a run into its output folder; if that can't be done, there is a warning."""
-    args, state = trainer.args, trainer.state
-    card = model_card(
-        trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
-        args,
-        count_parameters(trainer.accelerator.unwrap_model(trainer.model)),
-        summarize_data(trainer.train_dataset, trainer.eval_dataset),
-        state.log_history,
-        scores=trainer.current_scores,
-        selection=trainer.selection,
-        epochs=state.epoch,
-        steps=state.global_step,
-        language=language,
-        licence=licence,
-    )
-    path = Path(args.output_dir) / CARD_FILE
-    try:
-        path.write_text(card, encoding="utf-8")
-    except OSError as error:
-        logger.warning("%s can't be written: %s", path, error)

@@ -14,9 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
 from ..evaluation.validation_metrics import set_names
+from ..hub.publishing import CURVE_FILE
 from ..locks import hold_output
 from .arguments import SpeechLLMTrainingArguments
-from .callbacks import CURVE_FILE
 from .checkpointing.course import RunFinished, check_unfinished, write_finished
 from .checkpointing.manifest import checkpoint_folders, find_damage, last_complete
 from .checkpointing.selection import check_resumable

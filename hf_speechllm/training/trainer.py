@@ -9,27 +9,21 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
-from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
-from ..fast.compilation import compile_layers
-from ..fast.engines import set_up_engine
 from ..fast.fsdp import clip_shards, sharded_optimizer
 from ..files import apply_umask
 from ..formats.checkpoint import CheckpointError
-from ..hub.publishing import publish, write_card
 from ..locks import hold_output
 from ..model.chat import IGNORE_INDEX
 from ..model.modeling import PARTS
@@ -38,12 +32,14 @@ from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
 from .checkpointing.comparison import check_dependencies
 from .checkpointing.course import Course
-from .checkpointing.dependencies import describe_run
+from .checkpointing.dependencies import describe_run, write_record
 from .checkpointing.manifest import last_complete
 from .checkpointing.position import Position, ShiftedSchedule
-from .checkpointing.selection import checkpoints, scores_at, set_up_selection, settle
+from .checkpointing.retention import RetentionGuard
+from .checkpointing.selection import checkpoints, scores_at, select_final_weights
+from .checkpointing.verification import CheckpointVerifier
 from .checkpointing.weights import load_weights
-from .checkpointing.writer import CheckpointWriter, clean_up
+from .checkpointing.writer import CheckpointWriter, clean_up, save_callback_states
 from .dataloaders import BudgetDataLoader, stream_loader, train_loader
 from .device import to_device
 from .errors import Preempted
@@ -54,13 +50,15 @@ from .out_of_memory import run_in_halves
 from .parameter_groups import parameter_groups
 from .preemption import Preemption
 from .progress import Progress
+from .publishing import PublishingTrainer
+from .speed import attention_setting, set_up_speed
 from .unreadable_rows import SkipUnreadableCollator, UnreadableRows
 from .validation import Validator
 
 logger = logging.getLogger(__name__)
 
 
-class SpeechLLMTrainer(Trainer):
+class SpeechLLMTrainer(PublishingTrainer):
     """Trains a speech LLM on datasets of `data.dataset`.
 
     Args:
@@ -101,7 +99,7 @@ class SpeechLLMTrainer(Trainer):
         self.selection: str | None = None
         self.last_inputs: dict[str, torch.Tensor] | None = None  # the batch that was trained on last
         self._resumed_from: str | None = None  # folder of a checkpoint
-        self._set_up_speed(eval_collator)
+        set_up_speed(self.args, self.model, self.accelerator, (self.data_collator, eval_collator))
 
         train_rows: Any = self.train_dataset
         columns = set(getattr(train_rows, "column_names", None) or ())
@@ -121,41 +119,28 @@ class SpeechLLMTrainer(Trainer):
             eval_collator,
             input_dtype=None if deepspeed is None else deepspeed.hf_ds_config.dtype(),
         )
-        self.retention_guard = set_up_selection(self)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.writer = CheckpointWriter(self, sharded)
+        self.verifier = CheckpointVerifier(self.accelerator, self.args, sharded)
         self.preemption = Preemption()
-        self.writer = CheckpointWriter(self)
-        for callback in (
-            self.course,
-            ShiftedSchedule(lambda: self.position),
-            TrainingCurve(),
-            ValidationTable(),
-            self.preemption,
-        ):
+        self.retention_guard: RetentionGuard | None = None
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        args = self.args
+        if args.average_best and self.writer.sharded:
+            raise ValueError(
+                "--average_best: checkpoints of DeepSpeed and FSDP can't be averaged in the run; average them afterwards: "
+                "recipes/average_checkpoints.py"
+            )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.retention_file is not None:
+            self.retention_guard = RetentionGuard(args.max_retention_loss, args.retention_action == "stop")
+            self.add_callback(self.retention_guard)
+        schedule = ShiftedSchedule(lambda: self.position)
+        for callback in (self.course, schedule, TrainingCurve(), ValidationTable(), self.preemption):
             self.add_callback(callback)
-
-    def _set_up_speed(self, eval_collator: SpeechLLMCollator) -> None:
-        args, fast = self.args, self.args.fast == "auto"
-        on_gpu = fast and args.device.type == "cuda" and not args.plain_attention
-        if on_gpu:
-            disable_host_syncs(self.model)
-        if fast and (args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))):
-            try:
-                enable_padding_free(self.model)
-                self.data_collator.padding_free = eval_collator.padding_free = True
-            except ValueError:
-                if args.padding_free:
-                    raise
-        set_up_engine(self.accelerator, self.model, fast)
-        if fast and args.compile_layers:
-            deepspeed = self.accelerator.state.deepspeed_plugin
-            if deepspeed is not None and deepspeed.zero_stage == 3:
-                raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
-            compile_layers(self.model, alone=self.model._no_split_modules if self.is_fsdp_enabled else ())
-
-    def _attention(self) -> AbstractContextManager:
-        """The process-wide setting of attention that training and validation run with."""
-        plain = self.args.fast == "off" or self.args.plain_attention or self.args.device.type != "cuda"
-        return nullcontext() if plain else without_cudnn_attention()
 
     def _make_progress(self, columns: set[str]) -> Progress:
         processor = self.processing_class
@@ -326,7 +311,7 @@ class SpeechLLMTrainer(Trainer):
     # A run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """Trains, and leaves the weights that `selection.settle` chooses.
+        """Trains, and leaves the weights that `select_final_weights` chooses.
 
         Args:
             resume_from_checkpoint: folder of a checkpoint; `True` for the last complete one in the output folder.
@@ -354,7 +339,7 @@ class SpeechLLMTrainer(Trainer):
         if resume_from_checkpoint and self.args.eval_cer:
             self.args.eval_on_start = False  # the base model was scored when the run began
         try:
-            with self.preemption.listening(), self._attention():
+            with self.preemption.listening(), attention_setting(self.args):
                 result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         except (RuntimeError, OSError, EOFError) as error:  # torch reports a dead process at any place
             if (fault := loader_fault(error, self.args.dataloader_timeout_seconds)) is None:
@@ -362,7 +347,7 @@ class SpeechLLMTrainer(Trainer):
             raise fault from error
         finally:
             self.args.eval_on_start = on_start
-        result.metrics.update(settle(self))
+        result.metrics.update(select_final_weights(self))
         return result
 
     def _check_dependencies(self) -> None:
@@ -472,6 +457,37 @@ class SpeechLLMTrainer(Trainer):
             with self.progress.paused():
                 self.writer.save()
 
+    def write_rank_state(self, folder: Path) -> None:
+        """Writes the state of this rank into a checkpoint: random numbers, the place in a stream."""
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.stream_loader is not None:
+            self.stream_loader.save(folder)
+
+    def write_run_state(self, folder: Path) -> None:
+        """Writes the state of the run into a checkpoint: logs, the place in the rows, what the run depends on."""
+        save_callback_states(self.state, (*self.callback_handler.callbacks, self.control))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.position is not None:
+            self.position.save(folder)
+        write_record(self.dependencies, self.args, folder)
+        self.course.save(folder)
+
+    def write_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes weights into a checkpoint."""
+        self._save(str(folder), state_dict=weights)
+
+    def write_shards(self, folder: Path) -> None:
+        """Writes weights and optimizer of a sharded model into a checkpoint, all ranks together."""
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+
+    def verify_checkpoint(self, folder: Path) -> None:
+        """Raises a `ReadbackError` if a checkpoint does not hold the model in memory."""
+        if self.last_inputs is not None:
+            self.verifier.verify(folder, self.model_wrapped, self.last_inputs)
+
     # Validation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -499,7 +515,7 @@ class SpeechLLMTrainer(Trainer):
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         sets = self.eval_dataset[sets] if isinstance(sets, str) else sets
         sets = sets if isinstance(sets, dict) else {"": sets}
-        with self.progress.paused(), self._attention():
+        with self.progress.paused(), attention_setting(self.args):
             return self.validator.score(self._evaluated_model(), sets, metric_key_prefix, self.state.global_step)
 
     def evaluation_loop(
@@ -513,48 +529,3 @@ class SpeechLLMTrainer(Trainer):
         if self.is_in_train:
             return self.model_wrapped
         return self.accelerator.prepare_model(self.model, evaluation_mode=True)
-
-    # Publishing
-
-    def create_model_card(self, language=None, license=None, **kwargs) -> None:
-        """Writes our model card into the output folder; other options of the parent are ignored.
-
-        A card that can't be written is reported, and does not end the run.
-        """
-        if self.is_world_process_zero():
-            write_card(self, [language] if isinstance(language, str) else language, license)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> CommitInfo | None:
-        """Saves and publishes the model; unlike the parent's, without optimizer states and `training_args.bin`.
-
-        Args:
-            blocking: must be true.
-            private: default `args.hub_private_repo`.
-            **kwargs: for `create_model_card`.
-        """
-        if not blocking:
-            raise ValueError("push_to_hub returns only when everything is uploaded; leave `blocking` true")
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        private = self.args.hub_private_repo if private is None else private
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        self.create_model_card(**kwargs)
-        if not self.is_world_process_zero():
-            return None
-        folder = self.args.output_dir
-        logger.info(
-            "publishing %s as %s; if this breaks off: python recipes/push_to_hub.py --input %s --hub_model_id %s",
-            folder, self.hub_model_id, folder, self.hub_model_id,
-        )  # fmt: skip
-        revision = revision or self.args.hub_revision
-        return publish(folder, self.hub_model_id, private, token, revision, commit_message or "End of training")

@@ -11,7 +11,7 @@ from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.fast.compilation import LayerGroup, compile_layers
 from hf_speechllm.model.kv_cache import CACHE
 from hf_speechllm.training import validation
-from hf_speechllm.training.checkpointing import writer as saving
+from hf_speechllm.training.checkpointing import verification
 from hf_speechllm.training.lora import add_lora
 
 
@@ -167,7 +167,7 @@ def graphs_around(monkeypatch):
 
 
 def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, graphs_around):
-    graphs = graphs_around(saving, "check_readback")
+    graphs = graphs_around(verification.CheckpointVerifier, "verify")
     options = {"per_device_train_batch_seconds": 12, "save_strategy": "steps", "save_steps": 1}
     make_trainer(compile_layers=True, max_steps=2, **options).train()
     assert len(graphs) == 1 and 0 < graphs[0][0] == graphs[0][1]

@@ -133,7 +133,7 @@ def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, t
     resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     trainer = make_trainer([DiskFull(2, limit)], **SAVING, async_save=background, max_steps=4)
     try:
-        with pytest.raises(SaveError, match="Earlier checkpoints are as they were"):
+        with pytest.raises(SaveError, match="Earlier checkpoints are unchanged"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
