@@ -73,7 +73,9 @@ def uses(tree: ast.AST, own: set[str]) -> set[str]:
             name = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
             if isinstance(name, str) and (is_private(name) and name not in own or name in PATCHES):
                 found.add(name)
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         for target in targets:
             if not isinstance(target, ast.Attribute):
                 continue
