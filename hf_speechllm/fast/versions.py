@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 TESTED = {
     "torch": ">=2.11,<2.15",
     "transformers": ">=5.17,<5.25",
-    "deepspeed": ">=0.19.2,<0.20",
+    "deepspeed": ">=0.19.8,<0.20",
 }
 # What each path reaches into.
 PATHS = {
