@@ -43,3 +43,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
         os.replace(temporary, target)
     finally:  # once it has taken its place, it is not there any more
         temporary.unlink(missing_ok=True)
+
+
+def apply_umask(folder: str | os.PathLike[str], pattern: str = "*.safetensors") -> None:
+    """Gives files the permissions that new files of their folder have; safetensors makes them private to the user."""
+    probe = Path(folder) / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with open(probe, "x"):
+            mode = probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in Path(folder).glob(pattern):
+        os.chmod(path, mode)

@@ -41,6 +41,7 @@ def main() -> None:
     from hf_speechllm.data.streaming import open_stream
     from hf_speechllm.formats.checkpoint import CheckpointError
     from hf_speechllm.training.cache_stage import choose_level
+    from hf_speechllm.training.checkpointing.course import RunFinished
     from hf_speechllm.training.checkpointing.selection import RetentionError
     from hf_speechllm.training.checkpointing.verification import ReadbackError
     from hf_speechllm.training.checkpointing.writer import SaveError
@@ -73,6 +74,10 @@ def main() -> None:
             }
     except (BadDataError, OSError, ValueError) as error:
         sys.exit(f"finetune.py: error: {error}")
+    except RunFinished as end:
+        logger.info("%s", end)
+        args.distributed_state.destroy_process_group()
+        return
     describe_data(train_rows, validation_rows)
 
     # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.

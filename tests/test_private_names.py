@@ -1,6 +1,6 @@
 """Every use of a private name of another library, with the reason; a new one fails.
 
-A private name is one with a leading underscore, a `forward` or `__class__` that is assigned, or an attribute of another
+A private name has a leading underscore, or is a `forward` or `__class__` that is assigned, or an attribute of another
 library's module that is set. They belong in `fast/`; as attributes that transformers asks of model subclasses in
 `model/`; and as a few overrides in `training/trainer.py`.
 """
@@ -18,6 +18,7 @@ import hf_speechllm
 LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "torchaudio", "triton"}
 PACKAGE = Path(hf_speechllm.__file__).parent
 PATCHES = {"forward", "__class__"}
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 # (file, name): reason.
 ALLOWED: dict[tuple[str, str], str] = {}
@@ -73,9 +74,7 @@ def uses(tree: ast.AST, own: set[str]) -> set[str]:
             name = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], ast.Constant) else None
             if isinstance(name, str) and (is_private(name) and name not in own or name in PATCHES):
                 found.add(name)
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
+        targets = getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(node, ASSIGNMENTS) else []
         for target in targets:
             if not isinstance(target, ast.Attribute):
                 continue

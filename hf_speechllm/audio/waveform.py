@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import re
+import stat
 import struct
 import urllib.error
 from collections.abc import Collection, Iterator
@@ -76,26 +77,29 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def load_audio(source: str | Path | bytes | np.ndarray, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Loads a recording as mono.
 
     Args:
-        source: path, http(s) URL, the bytes of a file, or a waveform, shape = (samples,), already at `sampling_rate`.
+        source: path, http(s) URL, the bytes of a file, or anything else that `inputs.to_source` takes: samples
+            without a rate are already at `sampling_rate`.
         sampling_rate: of the result, in Hz.
 
     Returns:
         Waveform, float32, shape = (samples,), in [-1, 1]; channels are averaged.
 
     Raises:
-        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached.
+        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached; or if
+            samples are not finite, or their scale is not known.
     """
-    if isinstance(source, (str, Path, bytes)):
-        waveform, rate = read_audio(source, mono=True)
-        return resample(waveform, rate, sampling_rate)
-    waveform = np.asarray(source, dtype=np.float32)
-    if waveform.ndim != 1:
-        raise AudioError(f"a waveform must have one dimension (samples,), got shape {waveform.shape}")
-    return waveform
+    if not isinstance(source, (str, Path, bytes)):
+        from .inputs import to_source  # `inputs` builds on this module
+
+        source = to_source(source, sampling_rate)
+    if isinstance(source, np.ndarray):
+        return source
+    waveform, rate = read_audio(source, mono=True)
+    return resample(waveform, rate, sampling_rate)
 
 
 def read_audio(source: str | Path | bytes, mono: bool = False) -> tuple[np.ndarray, int]:
@@ -143,6 +147,7 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
     import soundfile
 
     try:
+        check_regular(path)
         with soundfile.SoundFile(path) as file:
             seconds = file.frames / file.samplerate
             if (formats is None or file.format in formats) and 0 < seconds < LONGEST:
@@ -157,6 +162,8 @@ def _probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
     import soundfile
 
     try:
+        if not isinstance(source, bytes):
+            check_regular(source)
         # Without a buffer: to fill one takes longer than all the rest.
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
             head = file.read(_SIMPLE_WAV_LENGTH)
@@ -217,6 +224,8 @@ def _decode(source: str | Path | bytes, data: bytes | None = None) -> Iterator[t
     opened: Any = source
     if data is None and _is_file(source):
         # By its name: libsndfile then reads by itself, not through Python, where threads would wait for each other.
+        with _telling_why(name):
+            check_regular(source)
         with _telling_why(name), open(source, "rb") as stream:
             size, missing = stream.seek(0, os.SEEK_END), missing_bytes(stream)
     else:
@@ -297,9 +306,22 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     with _telling_why(str(source)):
         if is_url(source):
             return download(str(source))
+        check_regular(container_of(source) or source)
         if container_of(source):
             return read_member(str(source))
         return Path(source).read_bytes()
+
+
+def check_regular(path: str | bytes | Path) -> None:
+    """Sees to it that reading a path ends: a pipe waits for ever, and a device may have no end.
+
+    Raises:
+        OSError: if it is missing, or no regular file.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise OSError(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
 def _is_file(source: str | Path | bytes) -> bool:

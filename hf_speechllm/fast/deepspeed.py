@@ -9,8 +9,6 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .versions import is_tested
-
 BUCKET_SIZE = 200_000_000  # elements sent at once
 PERSISTENT_SIZE = 10_000  # elements of a parameter that every rank keeps: biases, norms and the encoder's convolutions
 
@@ -34,8 +32,6 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
         return
     zero.setdefault("contiguous_gradients", False)
     zero.setdefault("stage3_param_persistence_threshold", PERSISTENT_SIZE)
-    if not is_tested("ZeRO-3 leaf layers"):
-        return
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             set_z3_leaf_module(module, True)

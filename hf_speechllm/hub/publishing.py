@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo
 
 from ..formats import peft_adapters as adapters
 from ..formats.loading import read_checkpoint
+from ..formats.untrusted import base_model
 from ..model.processing import SpeechLLMProcessor
 from ..training.callbacks import CURVE_FILE
 from ..training.freezing import count_parameters
@@ -51,7 +52,7 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         stage, card = Path(temporary), read_card(folder)
         processor = SpeechLLMProcessor.from_pretrained(folder)
-        if (folder / adapters.CONFIG_FILE).is_file() and hub_id(adapters.base_model(folder)) is not None:
+        if _base_is_on_hub(folder):
             in_native = False
             for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
                 shutil.copy(folder / name, stage)
@@ -68,6 +69,14 @@ def publish(
         if (folder / CURVE_FILE).is_file():
             shutil.copy(folder / CURVE_FILE, stage)
         return upload(stage, repo_id, private, token, revision=revision, commit_message=commit_message)
+
+
+def _base_is_on_hub(folder: Path) -> bool:
+    """Whether a folder holds adapters of a base model that everybody can load."""
+    if not (folder / adapters.CONFIG_FILE).is_file():
+        return False
+    with base_model(folder / adapters.CONFIG_FILE) as name:
+        return hub_id(name) is not None
 
 
 def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, licence: str | None = None) -> None:

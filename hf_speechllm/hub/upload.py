@@ -214,7 +214,8 @@ def push_model(
     with tempfile.TemporaryDirectory() as temporary:
         folder, checkpoint = Path(temporary), Checkpoint.of(model)
         in_native = write_model(checkpoint, None, folder, max_shard_size=max_shard_size)
-        card = read_card(Path(model.name_or_path)) or plain_card(repo_id, checkpoint, model.name_or_path)
+        source = model.config.name_or_path
+        card = read_card(Path(source)) or plain_card(repo_id, checkpoint, source)
         (folder / CARD_FILE).write_text(f"{card.rstrip()}\n\n{layout_note(repo_id, in_native)}\n", encoding="utf-8")
         return upload(folder, repo_id, private, token, **commit)
 

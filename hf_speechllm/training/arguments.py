@@ -119,6 +119,10 @@ class SpeechLLMTrainingArguments(TrainingArguments):
         False,
         "Compile the layers of encoder, adaptor and LLM (torch.compile): faster steps after some minutes of warm-up.",
     )
+    fast: str = _option(
+        "auto",
+        "auto, or off: only the plain paths of torch, transformers and the engines; the same numbers, slower.",
+    )
     plain_attention: bool = _option(
         False, "Attention as torch and transformers choose it, cuDNN's among it, which plans anew for every shape."
     )

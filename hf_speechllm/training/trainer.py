@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,29 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
-from ..fast.attention import allow_packing, spare_the_host
+from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
 from ..fast.compilation import compile_layers
 from ..fast.engines import set_up_engine
 from ..fast.fsdp import clip_shards, sharded_optimizer
+from ..files import apply_umask
 from ..formats.checkpoint import CheckpointError
 from ..hub.publishing import publish, write_card
+from ..locks import hold_output
 from ..model.chat import IGNORE_INDEX
 from ..model.modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
+from .checkpointing.comparison import check_dependencies
+from .checkpointing.course import Course
+from .checkpointing.dependencies import describe_run
 from .checkpointing.manifest import last_complete
-from .checkpointing.output_lock import hold_output
 from .checkpointing.position import Position, ShiftedSchedule
 from .checkpointing.selection import checkpoints, scores_at, set_up_selection, settle
 from .checkpointing.weights import load_weights
@@ -66,6 +71,9 @@ class SpeechLLMTrainer(Trainer):
 
     Attributes:
         position: place in the training rows; `None` for a stream, which has a state of its own.
+        dependencies: what the run depends on, see `describe_run`; empty on other ranks than the first.
+        course: the checkpoints that the run builds on.
+        initial_step: steps that were done before this start.
         current_scores: metrics (`eval_...`) of the current weights; `None` if the weights have not been evaluated.
         selection: which weights remained at the end of training, as text; `None` if they are simply the last.
 
@@ -84,6 +92,9 @@ class SpeechLLMTrainer(Trainer):
         eval_collator = eval_collator or self.data_collator
         self.train_weights = train_weights
         self.position: Position | None = None
+        self.dependencies: dict[str, Any] = {}
+        self.course = Course()
+        self.initial_step = 0
         self.stream_loader: StreamLoader | None = None
         self.train_loader: BudgetDataLoader | None = None
         self.current_scores: dict[str, float] | None = None
@@ -113,27 +124,38 @@ class SpeechLLMTrainer(Trainer):
         self.retention_guard = set_up_selection(self)
         self.preemption = Preemption()
         self.writer = CheckpointWriter(self)
-        for callback in (ShiftedSchedule(lambda: self.position), TrainingCurve(), ValidationTable(), self.preemption):
+        for callback in (
+            self.course,
+            ShiftedSchedule(lambda: self.position),
+            TrainingCurve(),
+            ValidationTable(),
+            self.preemption,
+        ):
             self.add_callback(callback)
 
     def _set_up_speed(self, eval_collator: SpeechLLMCollator) -> None:
-        args = self.args
-        on_gpu = args.device.type == "cuda" and not args.plain_attention
+        args, fast = self.args, self.args.fast == "auto"
+        on_gpu = fast and args.device.type == "cuda" and not args.plain_attention
         if on_gpu:
-            spare_the_host(self.model)
-        if args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16)):
+            disable_host_syncs(self.model)
+        if fast and (args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))):
             try:
-                allow_packing(self.model)
+                enable_padding_free(self.model)
                 self.data_collator.padding_free = eval_collator.padding_free = True
             except ValueError:
                 if args.padding_free:
                     raise
-        set_up_engine(self.accelerator, self.model)
-        if args.compile_layers:
+        set_up_engine(self.accelerator, self.model, fast)
+        if fast and args.compile_layers:
             deepspeed = self.accelerator.state.deepspeed_plugin
             if deepspeed is not None and deepspeed.zero_stage == 3:
                 raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
             compile_layers(self.model, alone=self.model._no_split_modules if self.is_fsdp_enabled else ())
+
+    def _attention(self) -> AbstractContextManager:
+        """The process-wide setting of attention that training and validation run with."""
+        plain = self.args.fast == "off" or self.args.plain_attention or self.args.device.type != "cuda"
+        return nullcontext() if plain else without_cudnn_attention()
 
     def _make_progress(self, columns: set[str]) -> Progress:
         processor = self.processing_class
@@ -188,7 +210,7 @@ class SpeechLLMTrainer(Trainer):
         model = self.model if model is None else model
         groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and self.args.fast == "auto":
             optimizer_class = sharded_optimizer(optimizer_class)
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
@@ -249,7 +271,9 @@ class SpeechLLMTrainer(Trainer):
         return 0
 
     def _clip_grad_norm(self, model):
-        norm = clip_shards(model.parameters(), self.args.max_grad_norm) if self.is_fsdp_enabled else None
+        norm = None
+        if self.is_fsdp_enabled and self.args.fast == "auto":
+            norm = clip_shards(model.parameters(), self.args.max_grad_norm)
         if norm is None:
             norm = super()._clip_grad_norm(model)
         self.guard.check(self.state.global_step + 1, norm, model, self.optimizer, self._step_rows())
@@ -314,7 +338,8 @@ class SpeechLLMTrainer(Trainer):
             SaveError: if a checkpoint can't be written; `ReadbackError` if the first one can't be used.
             FaultError: if too many steps are not finite, or a process of the loader dies or hangs.
             BadDataError: if too many recordings can no longer be read.
-            ValueError: if another run uses the output folder, or the checkpoint does not fit.
+            CheckpointError: if something has changed that the checkpoint does not fit, see `check_dependencies`.
+            ValueError: if another run uses the output folder.
         """
         if self.args.should_save:
             hold_output(self.args.output_dir)
@@ -322,13 +347,14 @@ class SpeechLLMTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete(self.args.output_dir) or "") or None
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._check_dependencies()
         if isinstance(self.train_dataset, RowStream):  # resumes by its own state; nothing needs to be skipped
             self.args.ignore_data_skip = True
         on_start = self.args.eval_on_start
         if resume_from_checkpoint and self.args.eval_cer:
             self.args.eval_on_start = False  # the base model was scored when the run began
         try:
-            with self.preemption.listening():
+            with self.preemption.listening(), self._attention():
                 result = super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         except (RuntimeError, OSError, EOFError) as error:  # torch reports a dead process at any place
             if (fault := loader_fault(error, self.args.dataloader_timeout_seconds)) is None:
@@ -338,6 +364,18 @@ class SpeechLLMTrainer(Trainer):
             self.args.eval_on_start = on_start
         result.metrics.update(settle(self))
         return result
+
+    def _check_dependencies(self) -> None:
+        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else "none"
+        if self.is_deepspeed_enabled:
+            engine += f", stage {self.accelerator.state.deepspeed_plugin.zero_stage}"
+        self.dependencies = describe_run(
+            self.args, self.model, self.processing_class, self.train_dataset, self.train_weights, self.eval_dataset,
+            engine,
+        )  # fmt: skip
+        self.course.checkpoint = Path(self._resumed_from) if self._resumed_from else None
+        if self.course.checkpoint is not None:
+            check_dependencies(self.args, self.dependencies, self.course.checkpoint, self.train_dataset)
 
     def _finalize_training(self, *args) -> TrainOutput:
         self.guard.resolve()
@@ -384,9 +422,11 @@ class SpeechLLMTrainer(Trainer):
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         epoch, steps = super()._init_training_state(*args, **kwargs)
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_model_checkpoint is None and best.is_dir():  # the output folder has moved
-            self.state.best_model_checkpoint = str(best)
+        self.initial_step = self.state.global_step
+        self.state.compute_steps(self.args, self.state.max_steps)  # --save_steps and the like may have changed
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and self.args.early_stopping_patience is not None:
+                callback.early_stopping_patience = self.args.early_stopping_patience
         if self.position is None or self._resumed_from is None:
             return epoch, steps
         return self.position.epoch, 0  # the sampler leaves out what was consumed
@@ -419,6 +459,12 @@ class SpeechLLMTrainer(Trainer):
             load_weights(self.model, folder)
         steps = [step for step, path in checkpoints(self.args.output_dir).items() if path.name == folder.name]
         self.current_scores = scores_at(self.state.log_history, steps[0]) if steps else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model with the permissions that new files have."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            apply_umask(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         if self.retention_guard is None or not self.retention_guard.stopped:  # otherwise nobody can resume from there
@@ -453,7 +499,7 @@ class SpeechLLMTrainer(Trainer):
         sets = self.eval_dataset if eval_dataset is None else eval_dataset
         sets = self.eval_dataset[sets] if isinstance(sets, str) else sets
         sets = sets if isinstance(sets, dict) else {"": sets}
-        with self.progress.paused():
+        with self.progress.paused(), self._attention():
             return self.validator.score(self._evaluated_model(), sets, metric_key_prefix, self.state.global_step)
 
     def evaluation_loop(

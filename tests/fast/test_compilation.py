@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
-from hf_speechllm.fast.attention import allow_packing
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.fast.compilation import LayerGroup, compile_layers
 from hf_speechllm.model.kv_cache import CACHE
 from hf_speechllm.training import validation
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
 
 def test_packed_rows_give_the_same(model, batches, tiny_model, tiny_rows):
     expected = losses_and_gradients(model, batches[:1])
-    allow_packing(model)
+    enable_padding_free(model)
     compile_layers(model, backend="eager")
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model), padding_free=True)
     torch._dynamo.utils.counters.clear()

@@ -6,7 +6,7 @@ import torch
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.fast.attention import allow_packing
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 from hf_speechllm.training.arguments import parse_arguments
 from hf_speechllm.training.batch_budget import largest_budget
@@ -68,7 +68,7 @@ def test_halves_of_a_batch_add_up_to_the_whole(level, padding_free, parts, tiny_
         frozen = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
         rows = add_encoded(rows, model, processor, level, make_arguments(cache_dir=str(tmp_path), **frozen))
     if padding_free:
-        allow_packing(model)
+        enable_padding_free(model)
     batch = SpeechLLMCollator(processor, padding_free=padding_free)([rows[index] for index in (3, 11, 20, 8, 5)])
     count = len(batch["label_positions"])
     whole = model(**batch, num_items_in_batch=count)

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.locks import hold_output
 from hf_speechllm.training.checkpointing.manifest import last_complete
-from hf_speechllm.training.checkpointing.output_lock import hold_output
 from hf_speechllm.training.errors import FaultError
 from hf_speechllm.training.loader_workers import loader_fault
 from hf_speechllm.training.run import find_checkpoint
@@ -302,7 +302,7 @@ def test_loader_processes_end_with_their_epoch_and_those_that_are_left_with_the_
 
 HOLD = """
 import sys, time
-from hf_speechllm.training.locks import hold_output
+from hf_speechllm.locks import hold_output
 hold_output(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)

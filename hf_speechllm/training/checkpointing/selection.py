@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...formats.checkpoint import CheckpointError
 from ..arguments import RETENTION_SET, SpeechLLMTrainingArguments
 from .averaging import average_checkpoints
+from .comparison import check_options
 from .manifest import MANIFEST_FILE, checkpoint_folders
 
 if TYPE_CHECKING:
@@ -123,8 +125,10 @@ def check_resumable(args: SpeechLLMTrainingArguments, checkpoint: str | Path) ->
     """Sees to it that a checkpoint has what the options need.
 
     Raises:
-        ValueError: if the base model's CER of --retention_file is not in it.
+        ValueError: if it was written with options that must not change, or the base model's CER of --retention_file is
+            not in it.
     """
+    check_options(args, Path(checkpoint))
     if args.retention_file is not None:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         base_cer(state["log_history"])
@@ -158,6 +162,30 @@ def best_steps(args: SpeechLLMTrainingArguments, log_history: History, steps: Co
     sign = -1 if args.greater_is_better else 1
     scored = [(sign * score, step) for step, score in scores.items() if score is not None]
     return [step for _, step in sorted(scored)[: args.keep_best_checkpoints]]
+
+
+def restore_best(args: SpeechLLMTrainingArguments, state: TrainerState, checkpoint: Path) -> None:
+    """Finds the best checkpoint of a resumed run again; if it is gone, the best of those that are left replaces it.
+
+    Args:
+        state: as the checkpoint has it; it is changed.
+        checkpoint: that the run was resumed from.
+    """
+    if not state.best_global_step:
+        return
+    folders, best = checkpoints(args.output_dir), int(state.best_global_step)
+    beside = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}")  # where it is not in the output folder
+    folder = folders.get(best, beside if (beside / MANIFEST_FILE).is_file() else None)
+    if folder is not None or not args.load_best_model_at_end:
+        state.best_model_checkpoint = None if folder is None else str(folder)
+        return
+    steps = best_steps(args, state.log_history, folders)
+    step = steps[0] if steps else None
+    scores = scores_at(state.log_history, step) if step is not None else None
+    state.best_global_step, state.best_metric = step or 0, scores[metric_key(args)] if scores else None
+    state.best_model_checkpoint = None if step is None else str(folders[step])
+    remains = "there is no other" if step is None else f"the best of the others is checkpoint-{step}"
+    logger.warning("the best checkpoint so far, checkpoint-%d, is gone: %s", best, remains)
 
 
 def delete_checkpoints(trainer: SpeechLLMTrainer) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ...fast.attention import spare_the_host
-from ...fast.fsmn import MemoryBlock
+from ...fast.attention import disable_host_syncs
+from ...fast.fsmn import FSMN
 from ...formats.checkpoint import CheckpointError
 from ...model.modeling import SpeechLLMForConditionalGeneration
 
@@ -91,8 +91,8 @@ def _compare(
             model = SpeechLLMForConditionalGeneration.from_pretrained(
                 folder, dtype=dtype, attn_implementation=args.attn_implementation
             )
-        if any(isinstance(module, MemoryBlock) for module in trainer.model.modules()):
-            spare_the_host(model)  # whose kernels round otherwise than torch's
+        if any(isinstance(module, FSMN) for module in trainer.model.modules()):
+            disable_host_syncs(model)  # whose kernels round otherwise than torch's
         with autocast:
             found = _logits(model.to(args.device).eval(), batch)
     difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()

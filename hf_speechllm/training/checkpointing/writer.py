@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...files import apply_umask
 from ...formats import partial
 from ..freezing import part_of, trained_parts
+from .course import finish_setting_aside
+from .dependencies import write_record
 from .manifest import write_manifest
 from .selection import delete_checkpoints
 from .verification import check_readback
@@ -40,6 +43,7 @@ def clean_up(output_dir: str | Path) -> None:
         replaced = path.with_name(path.name[1:].removesuffix(".old"))
         if not replaced.exists():
             path.rename(replaced)
+    finish_setting_aside(output_dir)
     for kind in ("tmp", "old"):
         for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -150,6 +154,8 @@ class CheckpointWriter:
         state.save_to_json(str(staging / "trainer_state.json"))
         if trainer.position is not None:
             trainer.position.save(staging)
+        write_record(trainer.dependencies, trainer.args, staging)
+        trainer.course.save(staging)
 
     def _write_together(self, staging: Path) -> None:
         trainer = self.trainer
@@ -170,6 +176,7 @@ class CheckpointWriter:
 
     def _write_large(self, staging: Path, weights: dict[str, torch.Tensor], optimizer: dict | None) -> None:
         self.trainer._save(str(staging), state_dict=weights)
+        apply_umask(staging)
         if self.partial:
             partial.write_reference(staging, str(self.trainer.args.model_name_or_path), str(self._frozen_hash))
         if optimizer is not None:

@@ -102,16 +102,16 @@ def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
 def test_resuming_takes_the_last_complete_checkpoint_or_with_auto_the_beginning(
     make_trainer, make_arguments, tmp_path
 ):
-    assert find_checkpoint(make_arguments(resume_from_checkpoint="auto")) is None
+    assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint="auto")) is None
     make_trainer(**SAVING, **FROZEN, max_steps=2).train()
     folder = tmp_path / "run"
     for asked in ("auto", "last", "true"):
-        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
     for asked in ("auto", "last"):
-        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
     with pytest.raises(ValueError, match="is damaged: optimizer.pt has 0 bytes"):
-        find_checkpoint(make_arguments(resume_from_checkpoint=str(folder / "checkpoint-2")))
+        find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=str(folder / "checkpoint-2")))
 
 
 class DiskFull(TrainerCallback):
