@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEEPSPEED = "deepspeed>=0.19.2,<0.20; sys_platform == 'linux'"
+DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(

@@ -61,6 +61,7 @@ def main() -> int:
     environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
+        environment["TORCH_EXTENSIONS_DIR"] = str(Path(folder, "extensions"))  # those of DeepSpeed fit one torch
         python = str(Path(folder, "Scripts" if os.name == "nt" else "bin", "python"))
 
         def run(*command: str, **options) -> subprocess.CompletedProcess:
