@@ -204,7 +204,9 @@ CHANGES = {
     "engine": (set_on("engine", "fsdp"), "refused", "engine none -> fsdp"),
     "base model: LLM": (other_weights("llm"), "refused", "model.base"),
     "base model: encoder": (other_weights("audio_encoder"), "refused", "model.base"),
-    "base model: config": (set_on("model.config.audio_adaptor_config.use_low_frame_rate", None), "refused", "use_low_frame_rate"),
+    "base model: config": (
+        set_on("model.config.audio_adaptor_config.use_low_frame_rate", None), "refused", "use_low_frame_rate",
+    ),
     "tokenizer": (add_token, "refused", "tokenizer.vocabulary"),
     "chat template": (set_on("processor.tokenizer.chat_template", "{{ x }}"), "refused", "tokenizer.chat_template"),
     "front end": (set_on("processor.feature_extractor.dither", 0.5), "refused", "features.dither 0.0 -> 0.5"),
