@@ -14,9 +14,8 @@ from transformers import BatchFeature
 
 from .. import chat
 from ..attention import spare_the_host
-from ..audio import SAMPLE_RATE, AudioError, load_audio
+from ..audio import SAMPLE_RATE, AudioError, load_audio, shown
 from ..data.sampler import BudgetBatchSampler
-from ..downloads import redact
 from ..modeling import SpeechLLMForConditionalGeneration
 from ..processing import SpeechLLMProcessor
 from .loading import in_background, measure_seconds
@@ -183,7 +182,7 @@ class Transcriber:
         if not durations:
             return "no recording"
         source = dialogue.recordings[int(np.argmax(durations))]
-        name = redact(source) if isinstance(source, str) else "the waveform"
+        name = "the waveform" if isinstance(source, np.ndarray) else shown(source)
         if min(durations) == 0:
             return f"{name}: no samples"
         if max(durations) > self.max_seconds and not self._is_segmented(dialogue):
