@@ -11,7 +11,6 @@ import os
 import urllib.error
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -87,12 +86,12 @@ def load_audio(
         wired in opposite phase), the loudest one is taken, with a warning.
 
     Raises:
-        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached; if it is too
-            long, or its rate or samples are beyond the limits of `decoders`.
+        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached; if its rate
+            or samples are beyond the limits of `decoders`; `TooLongError` if it is too long.
     """
     if not isinstance(source, (str, Path, bytes)):
         return _check_waveform(np.asarray(source))
-    data = None if _is_file(source) else read_bytes(source)
+    content, name = _content(source), shown(source)
     energies = _Energies()
 
     def waveform(mono: Iterable[Block]) -> np.ndarray:
@@ -100,15 +99,17 @@ def load_audio(
         first, rate = next(blocks)
         return _join(resample_blocks(_chain(first, blocks), rate, sampling_rate))
 
-    mixed = waveform((energies.mix(block), rate) for block, rate in _decode(source, data, max_seconds))
+    mixed = waveform((energies.mix(block), rate) for block, rate in _decode(content, name, max_seconds))
+    if len(mixed) < 2:
+        raise AudioError(f"{name}: a single sample")
     if not energies.cancelled:
         return mixed
     del mixed
     channel = energies.loudest
     logger.warning(
-        "%s: its channels are in opposite phase and cancel each other; channel %d is used", shown(source), channel + 1
+        "%s: its channels are in opposite phase and cancel each other; channel %d is used", name, channel + 1
     )
-    return waveform((block[:, channel], rate) for block, rate in _decode(source, data, max_seconds))
+    return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds))
 
 
 def _chain(first: np.ndarray, others: Iterable[Block]) -> Iterator[np.ndarray]:
@@ -158,7 +159,9 @@ def _check_waveform(waveform: np.ndarray) -> np.ndarray:
             "by 32768"
         )
     waveform = waveform.astype(np.float32, copy=False)
-    peak = max(-float(waveform.min()), float(waveform.max())) if len(waveform) else 0.0
+    if len(waveform) < 2:
+        raise AudioError(f"a waveform of {len(waveform)} samples")
+    peak = max(-float(waveform.min()), float(waveform.max()))
     if not peak <= MAX_PEAK:
         raise AudioError(f"the waveform: {out_of_scale(peak)}")
     return waveform
@@ -170,7 +173,7 @@ def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     Raises:
         AudioError: as `load_audio`.
     """
-    blocks = _decode(source)
+    blocks = _decode(_content(source), shown(source))
     first, rate = next(blocks)
     return _join(_chain(first, blocks)), rate
 
@@ -198,11 +201,11 @@ def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
     Raises:
         AudioError: as `load_audio`.
     """
-    data = read_bytes(source) if is_url(source) or container_of(source) else None
-    plain = probe_plain_wav(source if data is None else data)
+    content = _content(source)
+    plain = probe_plain_wav(content)
     if plain:
         return plain
-    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source, data)), strict=True)
+    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(content, shown(source))), strict=True)
     return sum(lengths), rates[0]
 
 
@@ -226,26 +229,27 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
     return None
 
 
-def _decode(
-    source: str | Path | bytes, data: bytes | None = None, max_seconds: float = MAX_SECONDS
-) -> Iterator[Block]:
+def _content(source: str | Path | bytes) -> str | Path | bytes:
+    """The path of a file of its own, or the bytes of what has none."""
+    is_file = not isinstance(source, bytes) and not is_url(source) and not container_of(source)
+    return source if is_file else read_bytes(source)
+
+
+def _decode(content: str | Path | bytes, name: str, max_seconds: float = MAX_SECONDS) -> Iterator[Block]:
     """Blocks of a recording, at least one: float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
 
     Where a file holds several recordings, one after the other, all are decoded as one.
 
     Args:
-        data: the recording's bytes, if they have been read.
+        content: what `_content` gives.
+        name: for messages.
         max_seconds: the longest recording.
 
     Raises:
         AudioError: as `load_audio`; possibly after some blocks.
     """
-    name = shown(source)
-    path = source if data is None and _is_file(source) else None
-    if path is None and data is None:
-        data = read_bytes(source)
-    with _telling_why(name), contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open_regular(path) if data is None else io.BytesIO(data))
+    path = None if isinstance(content, bytes) else content
+    with _telling_why(name), io.BytesIO(content) if isinstance(content, bytes) else open_regular(content) as stream:
         size = stream.seek(0, os.SEEK_END)
         if not size:
             raise AudioError(f"{name}: the file is empty")
@@ -296,11 +300,6 @@ def shown(source: str | Path | bytes) -> str:
     if isinstance(source, bytes):
         return "<bytes>"
     return redact_url(str(source)) if is_url(source) else str(source)
-
-
-def _is_file(source: str | Path | bytes) -> bool:
-    """Whether it is the name of a file of its own."""
-    return not isinstance(source, bytes) and not is_url(source) and not container_of(source)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,10 @@ class AudioError(ValueError):
         super().__init__(redact(message))
 
 
+class TooLongError(AudioError):
+    """A recording that is longer than what can be used."""
+
+
 def decode_blocks(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Iterator[Block]:
     """Decodes a file that holds one recording.
 
@@ -61,7 +65,7 @@ def decode_blocks(stream: BinaryIO, path: Any, name: str, max_seconds: float) ->
     samples = 0
     for block, rate in _decode(stream, path, name, max_seconds):
         samples += len(block)
-        _check_length(samples, rate, name, max_seconds)
+        _check_limits(samples, rate, name, max_seconds, f"more than {max_seconds:.1f}")
         if not len(block):
             continue
         peak = max(-float(block.min()), float(block.max()))
@@ -79,11 +83,11 @@ def out_of_scale(peak: float) -> str:
     return f"samples reach {peak:.4g}; they must lie in [-1, 1]: divide those of 16 bits by 32768"
 
 
-def _check_length(samples: int, rate: int, name: str, max_seconds: float) -> None:
+def _check_limits(samples: int, rate: int, name: str, max_seconds: float, length: str) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
         raise AudioError(f"{name}: a sampling rate of {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz")
     if samples > max_seconds * rate:
-        raise AudioError(f"{name}: longer than {max_seconds:.1f} s")
+        raise TooLongError(f"{name}: {length} s; at most {max_seconds:.1f} s can be used")
 
 
 def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Iterator[Block]:
@@ -97,7 +101,8 @@ def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Itera
     # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all. Of
     # MP3 it believes a damaged tag, and can't read it in blocks; in WAV, it takes it for truncated.
     if file and 0 < file.frames < UNKNOWN_LENGTH and not file.subtype.startswith("MPEG"):
-        _check_length(file.frames, file.samplerate, name, max_seconds)
+        seconds = file.frames / file.samplerate
+        _check_limits(file.frames, file.samplerate, name, max_seconds, f"{seconds:.1f}")
         return _blocks_of_libsndfile(file, name)
     if file:
         file.close()

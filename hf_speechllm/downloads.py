@@ -183,8 +183,9 @@ def _read(answer: http.client.HTTPResponse, policy: UrlPolicy) -> bytes:
 class _Guard:
     """Watches the connections of one download: where they lead, and how long they take in all.
 
-    A server that sends a byte now and then never meets the timeout of a socket, and a name may stand for many addresses
-    that don't answer. The download therefore has a thread of its own, which is left to itself when the time is over.
+    A server that sends a byte now and then never meets the timeout of a socket, and a name may stand for many
+    addresses that don't answer. The download therefore has a thread of its own, which is left to itself when the time
+    is over.
     """
 
     def __init__(self, policy: UrlPolicy):

@@ -20,12 +20,11 @@ def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
         ValueError: if the path holds a zero byte.
     """
     # Without O_NONBLOCK, opening a FIFO waits for a writer. It changes nothing for regular files; Windows lacks it.
-    flags = getattr(os, "O_NONBLOCK", 0)
-    file = open(path, "rb", buffering, opener=lambda name, mode: os.open(name, mode | flags))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
         raise OSError("not a regular file")
-    return file  # type: ignore[return-value]
+    return os.fdopen(number, "rb", buffering)
 
 
 @contextmanager
