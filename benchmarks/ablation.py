@@ -13,13 +13,12 @@ import tempfile
 from contextlib import ExitStack
 from unittest.mock import patch
 
+import hf_speechllm.attention
 import torch
 from torch.nn import functional
 from train_throughput import measure, read_options
 from transformers import PreTrainedModel
 from workload import environment, make_model, make_rows
-
-import hf_speechllm.attention
 
 COMPILED = ["--compile_layers", "true"]
 PADDED = ["--padding_free", "false"]
@@ -39,7 +38,10 @@ def attend_with_cudnn(model) -> None:
     """Instead of `attention.spare_the_host`: torch's own choice, and masks as transformers makes them."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == hf_speechllm.attention.PADDED:
+        if (
+            isinstance(module, PreTrainedModel)
+            and module.config._attn_implementation == hf_speechllm.fast.attention.PADDED
+        ):
             module.set_attn_implementation("sdpa")
 
 
@@ -56,7 +58,7 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
     "leaving padding out, memory block in one kernel": (
         "eager",
         PADDED,
-        {"hf_speechllm.memory_block.kernel_works": lambda: False},
+        {"hf_speechllm.fast.fsmn.kernel_works": lambda: False},
     ),
     "leaving padding out, attention without cuDNN": (
         "eager",
@@ -68,12 +70,12 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
         PADDED,
         {
             "hf_speechllm.training.trainer.spare_the_host": make_masks,
-            "hf_speechllm.modeling.causal_masks": lambda config: None,
+            "hf_speechllm.model.modeling.causal_masks": lambda config: None,
         },
     ),
     "inputs copied ahead": ("eager", ["--dataloader_pin_memory", "false"], {}),
-    "label positions' logits only": ("eager", [], {"hf_speechllm.modeling.supervised_loss": loss_of_all_logits}),
-    "loss in chunks of 4,096": ("eager", [], {"hf_speechllm.loss.POSITIONS_PER_CHUNK": 1 << 30}),
+    "label positions' logits only": ("eager", [], {"hf_speechllm.model.modeling.supervised_loss": loss_of_all_logits}),
+    "loss in chunks of 4,096": ("eager", [], {"hf_speechllm.model.loss.POSITIONS_PER_CHUNK": 1 << 30}),
     "batches of like lengths": ("eager", [], {"hf_speechllm.data.sampler.BUCKET_RATIO": 1e9}),
     "large batches (240 s instead)": ("eager", SMALL, {}),
     "fused optimizer": ("eager", ["--optim", "adamw_torch"], {}),

@@ -81,8 +81,8 @@ def stream(pattern: str, model: str, batches: int) -> dict:
     """Streams in this process, without workers, with features."""
     from hf_speechllm import SpeechLLMProcessor
     from hf_speechllm.data.collator import SpeechLLMCollator
-    from hf_speechllm.data.loader import StreamLoader
-    from hf_speechllm.data.stream import RowStream
+    from hf_speechllm.data.stream_loader import StreamLoader
+    from hf_speechllm.data.streaming import RowStream
 
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(model))
     start = clock()

@@ -18,10 +18,11 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, chat
-from hf_speechllm.audio import load_audio
-from hf_speechllm.checkpoints.layouts import save_native
-from hf_speechllm.modeling import PARTS
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.audio.waveform import load_audio
+from hf_speechllm.formats.loading import save_native
+from hf_speechllm.model import chat
+from hf_speechllm.model.modeling import PARTS
 
 
 def worst(found, expected) -> float:

@@ -50,8 +50,8 @@ def main() -> None:
 
     import soundfile
 
-    from hf_speechllm import chat
     from hf_speechllm.data.jsonl import write_jsonl
+    from hf_speechllm.model import chat
 
     rng = np.random.default_rng(0)
     codes = [f"{code:0{NUM_DIGITS}d}" for code in rng.permutation(10**NUM_DIGITS)]

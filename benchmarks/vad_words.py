@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pocketsphinx import Decoder
 
-from hf_speechllm.audio import SAMPLE_RATE, load_audio
+from hf_speechllm.audio.vad import VoiceDetector
+from hf_speechllm.audio.waveform import SAMPLE_RATE, load_audio
 from hf_speechllm.data.bad_rows import BadRows
 from hf_speechllm.data.kaldi import read_list, read_scp
-from hf_speechllm.inference.vad import VoiceDetector
 
 FRAME = 0.01  # seconds, of pocketsphinx
 EDGE = 0.1  # seconds, by which its borders between words may be off

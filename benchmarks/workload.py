@@ -17,10 +17,10 @@ import yaml
 from datasets import Dataset
 
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.chat import AUDIO_TOKEN, transcription_messages, transcription_prompt
-from hf_speechllm.checkpoints.composition import train_tokenizer
+from hf_speechllm.audio.fbank import FbankFeatureExtractor
 from hf_speechllm.data.dataset import FRAMES_PER_SECOND
-from hf_speechllm.features import FbankFeatureExtractor
+from hf_speechllm.formats.composition import train_tokenizer
+from hf_speechllm.model.chat import AUDIO_TOKEN, transcription_messages, transcription_prompt
 
 MODELS = Path(__file__).resolve().parents[1] / "recipes/configs/models"
 VOCABULARY = {"fun_asr_nano": 151936, "tiny": 400}  # rows of the embedding; the made-up tokenizer needs fewer

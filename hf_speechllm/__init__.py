@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
-from .configuration import AudioAdaptorConfig, SpeechLLMConfig
-from .features import FbankFeatureExtractor
-from .modeling import SpeechLLMForConditionalGeneration
-from .processing import SpeechLLMProcessor
+from .audio.fbank import FbankFeatureExtractor
+from .model.configuration import AudioAdaptorConfig, SpeechLLMConfig
+from .model.modeling import SpeechLLMForConditionalGeneration
+from .model.processing import SpeechLLMProcessor
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from hf_speechllm.training.averaging import average_checkpoints
+    from hf_speechllm.training.checkpointing.averaging import average_checkpoints
 
     try:
         average_checkpoints(args.inputs, args.output, args.exact_lora)

@@ -37,7 +37,7 @@ def main() -> None:
 
     from transformers import set_seed
 
-    from hf_speechllm.checkpoints.composition import compose, train_tokenizer
+    from hf_speechllm.formats.composition import compose, train_tokenizer
 
     set_seed(args.seed)
     config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))

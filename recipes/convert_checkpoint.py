@@ -34,7 +34,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from hf_speechllm import SpeechLLMProcessor
-    from hf_speechllm.checkpoints.layouts import read_checkpoint, write_checkpoint
+    from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
 
     try:
         checkpoint = read_checkpoint(args.input, revision=args.revision)

@@ -67,9 +67,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_requests(args, bad_rows) -> list:
     """The requests of the list; what can't be read goes to `bad_rows`."""
-    from hf_speechllm import chat
-    from hf_speechllm.inference.hotwords import read_hotwords
+    from hf_speechllm.inference.hotword_option import read_hotwords
     from hf_speechllm.inference.requests import requests_of_jsonl, requests_of_scp
+    from hf_speechllm.model import chat
 
     hotwords = read_hotwords(args.hotwords)
     prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
@@ -90,13 +90,13 @@ def main() -> None:
     import torch
 
     from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from hf_speechllm.audio.vad import VoiceDetector
     from hf_speechllm.data.bad_rows import BadRows
+    from hf_speechllm.inference.decoding import decode_requests
+    from hf_speechllm.inference.distributed import Processes
     from hf_speechllm.inference.journal import Journal, model_stamp
-    from hf_speechllm.inference.processes import Processes
-    from hf_speechllm.inference.results import write_results
-    from hf_speechllm.inference.run import decode_requests
     from hf_speechllm.inference.transcriber import Transcriber
-    from hf_speechllm.inference.vad import VoiceDetector
+    from hf_speechllm.inference.writers import write_results
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes:

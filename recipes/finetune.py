@@ -31,24 +31,24 @@ def main() -> None:
     from transformers import set_seed
 
     from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from hf_speechllm.checkpoints.checkpoint import CheckpointError
-    from hf_speechllm.data.augment import augmentations
+    from hf_speechllm.audio.downloads import UrlPolicy
+    from hf_speechllm.data.augmentation import augmentations
     from hf_speechllm.data.bad_rows import BadDataError
     from hf_speechllm.data.collator import SpeechLLMCollator
     from hf_speechllm.data.dataset import prepare_rows
     from hf_speechllm.data.encoder_cache import add_encoded
-    from hf_speechllm.data.hotwords import hotword_sampler
-    from hf_speechllm.data.stream import open_stream
-    from hf_speechllm.downloads import UrlPolicy
-    from hf_speechllm.training.cache_level import choose_level
+    from hf_speechllm.data.hotword_lists import hotword_sampler
+    from hf_speechllm.data.streaming import open_stream
+    from hf_speechllm.formats.checkpoint import CheckpointError
+    from hf_speechllm.training.cache_stage import choose_level
+    from hf_speechllm.training.checkpointing.selection import RetentionError
+    from hf_speechllm.training.checkpointing.verification import ReadbackError
+    from hf_speechllm.training.checkpointing.writer import SaveError
     from hf_speechllm.training.faults import FaultError
     from hf_speechllm.training.freezing import count_parameters, freeze_parts
     from hf_speechllm.training.lora import add_lora
     from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
-    from hf_speechllm.training.readback import ReadbackError
-    from hf_speechllm.training.runs import describe_data, find_checkpoint, save_final, set_up_logging
-    from hf_speechllm.training.saving import SaveError
-    from hf_speechllm.training.selection import RetentionError
+    from hf_speechllm.training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from hf_speechllm.training.trainer import SpeechLLMTrainer
 
     set_up_logging(args)

@@ -69,10 +69,11 @@ def inspect(args: argparse.Namespace) -> int:
     """Prints the rows and gives the number of bad ones."""
     import torch
 
-    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, chat
-    from hf_speechllm.audio import AudioError
+    from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from hf_speechllm.audio.waveform import AudioError
     from hf_speechllm.data.bad_rows import BadRow
     from hf_speechllm.data.jsonl import read_jsonl
+    from hf_speechllm.model import chat
 
     processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
     model = None

@@ -17,7 +17,7 @@ def main() -> None:
         parser.error(f"{args.output} exists; remove it or choose another --output")
 
     from hf_speechllm import SpeechLLMProcessor
-    from hf_speechllm.checkpoints.layouts import read_checkpoint, write_checkpoint
+    from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
 
     try:
         checkpoint = read_checkpoint(args.input)  # merges what it reads from a LoRA folder

@@ -23,7 +23,7 @@ def main() -> None:
         parser.error(f"--input: {args.input} is not a folder")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from hf_speechllm.training.publishing import publish
+    from hf_speechllm.hub.publishing import publish
 
     try:
         commit = publish(args.input, args.hub_model_id, private=not args.public, revision=args.revision)

@@ -59,9 +59,11 @@ def warn_of_ids(what: str, ids: list[str]) -> None:
 
 def score(args: argparse.Namespace) -> None:
     from hf_speechllm.data.bad_rows import BadRows
-    from hf_speechllm.data.hotwords import listed_words
+    from hf_speechllm.data.hotword_lists import listed_words
     from hf_speechllm.data.kaldi import read_scp
-    from hf_speechllm.evaluation import hotwords, recordings, report, scoring, statistics, transcripts
+    from hf_speechllm.evaluation import hotword_scores as hotwords
+    from hf_speechllm.evaluation import report, scoring, statistics, transcripts
+    from hf_speechllm.evaluation import report_audio as recordings
     from hf_speechllm.files import atomic_write
 
     reference = transcripts.read_transcripts(args.reference, required=True)

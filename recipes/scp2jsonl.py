@@ -72,11 +72,11 @@ def load_tokenizer(name: str):
 def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from hf_speechllm import chat
     from hf_speechllm.data.bad_rows import BadDataError, BadRows
     from hf_speechllm.data.kaldi import join, read_list, read_scp
     from hf_speechllm.data.preparation import RowMaker, prepare
     from hf_speechllm.files import atomic_write
+    from hf_speechllm.model import chat
 
     prompt = chat.transcription_prompt(args.language, not args.no_itn, prompt=args.prompt)
     chat.parse_messages(chat.transcription_messages("recording", prompt))

@@ -113,7 +113,7 @@ WORDS = ("one", "two", "three", "four", "五", "六", "七", "八")
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory):
     """24 tones of 0.3 to 1.5 s whose pitch tells the transcript, as Kaldi lists and as training JSONL."""
-    from hf_speechllm.chat import transcription_messages, transcription_prompt
+    from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def compose_tiny(tiny_config):
     """Composes tiny random models: `compose_tiny(config, seed)` gives model and processor."""
     import torch
 
-    from hf_speechllm.checkpoints.composition import compose, train_tokenizer
+    from hf_speechllm.formats.composition import compose, train_tokenizer
 
     tokenizer = train_tokenizer([" ".join(WORDS), "one two three", "几点了？"], vocab_size=300)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hf_speechllm.inference.transcriber import Transcriber
-from hf_speechllm.modeling import PARTS
+from hf_speechllm.model.modeling import PARTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

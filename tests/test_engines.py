@@ -133,7 +133,7 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
     assert [note["copied"] for note in notes] == [False] * num_processes
     for note in notes:
         assert (0 < note["persistent"] < note["parameters"]) is engine.startswith("deepspeed_zero3")
-        assert (note["linear"] == "hf_speechllm.training.zero") is engine.startswith("deepspeed_zero3")
+        assert (note["linear"] == "hf_speechllm.fast.deepspeed") is engine.startswith("deepspeed_zero3")
         assert note["overlapped"] is (True if engine in ("deepspeed_zero1", "deepspeed_zero2") else None)
         assert note["gathered"] == (
             ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []

@@ -16,12 +16,12 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_speechllm.audio import AudioError, load_audio, probe_audio
-from hf_speechllm.chat import transcription_messages
+from hf_speechllm.audio.waveform import AudioError, load_audio, probe_audio
 from hf_speechllm.data.bad_rows import BadRow, BadRows
 from hf_speechllm.data.jsonl import Row, read_jsonl
 from hf_speechllm.data.kaldi import join, read_list, read_scp
 from hf_speechllm.data.shards import read_shard, shards_of
+from hf_speechllm.model.chat import transcription_messages
 
 QUICK, LONG = 25, 250  # examples of each of the eight readers
 

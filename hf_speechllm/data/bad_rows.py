@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..downloads import redact
+from ..audio.downloads import redact
 from ..files import atomic_write
 
 logger = logging.getLogger(__name__)

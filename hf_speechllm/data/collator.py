@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import chat
-from ..audio import MAX_SECONDS, AudioError, load_audio
-from ..decoders import TooLongError
-from ..features import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
-from ..loss import label_positions
-from ..packing import filled_positions
-from ..processing import SpeechLLMProcessor, pad_features
-from .hotwords import HotwordSampler, answers_of
+from ..audio.decoders import TooLongError
+from ..audio.fbank import (
+    FRAME_SHIFT,
+    FbankFeatureExtractor,
+    cacheable_features,
+    encoder_input,
+    num_encoder_input_frames,
+)
+from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
+from ..model import chat
+from ..model.loss import label_positions
+from ..model.packing import filled_positions
+from ..model.processing import SpeechLLMProcessor, pad_features
+from .hotword_lists import HotwordSampler, answers_of
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # of `data.encoder_cache`
 LONGER = 1.1  # how much longer than planned a recording may be, besides a second: lists count frames in several ways

@@ -17,10 +17,10 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import SequenceFeatureExtractor
 
-from ..archives import container_of
-from ..audio import MAX_SECONDS, AudioError, check_root, is_url, load_audio, shown, source_stamp
-from ..features import cacheable_features, num_encoder_input_frames
-from ..processing import SpeechLLMProcessor
+from ..audio.archives import container_of
+from ..audio.fbank import cacheable_features, num_encoder_input_frames
+from ..audio.waveform import MAX_SECONDS, AudioError, check_root, is_url, load_audio, shown, source_stamp
+from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording

@@ -20,10 +20,10 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..checkpoints.partial import hash_tensors
 from ..files import atomic_write
-from ..modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..processing import SpeechLLMProcessor, pad_features
+from ..formats.partial import hash_tensors
+from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor, pad_features
 from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds
 from .sampler import BudgetBatchSampler

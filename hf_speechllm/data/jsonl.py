@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import chat
-from ..audio import resolve_source
-from ..downloads import is_url
+from ..audio.downloads import is_url
+from ..audio.waveform import resolve_source
 from ..files import atomic_write
+from ..model import chat
 from .bad_rows import BadDataError, BadRow
 
 KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..audio import AudioError, check_root, probe_audio, resolve_source, shown
+from ..audio.waveform import AudioError, check_root, probe_audio, resolve_source, shown
 from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
-from ..audio import AudioError, is_url
-from ..chat import ChatError, parse_messages, transcription_messages
+from ..audio.waveform import AudioError, is_url
+from ..model.chat import ChatError, parse_messages, transcription_messages
 from .jsonl import json_line
 from .kaldi import TEXTS_AT_ONCE, Utterance, add_text_lengths, measure_recording
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from .. import chat
-from ..archives import AUDIO_COLUMN, parquet_member, tar_member
+from ..audio.archives import AUDIO_COLUMN, parquet_member, tar_member
+from ..model import chat
 from .bad_rows import BadDataError, BadRow
 from .jsonl import Row, hotwords_of, length_of, map_recordings, parse_line, parse_object
 

@@ -15,8 +15,8 @@ import numpy as np
 from compute_wer.utils import default_cluster
 from compute_wer.wer import SER, WER
 
-from .hotwords import HotwordCounts
-from .recordings import Sound
+from .hotword_scores import HotwordCounts
+from .report_audio import Sound
 from .scoring import ErrorCounts, ScoredUtterance, align
 from .statistics import Comparison, rate_interval
 

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..audio import source_stamp
-from ..chat import ChatError
+from ..audio.waveform import source_stamp
+from ..model.chat import ChatError
 from .pieces import Transcript
 from .requests import Request
 from .segments import Segment

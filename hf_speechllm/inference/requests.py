@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from .. import chat
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import read_jsonl, recording_id
 from ..data.kaldi import read_scp
+from ..model import chat
 
 
 @dataclass(frozen=True)

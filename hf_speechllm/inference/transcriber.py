@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .. import chat
-from ..attention import spare_the_host
-from ..audio import SAMPLE_RATE, AudioError, load_audio, shown
+from ..audio.vad import VoiceDetector
+from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio, shown
 from ..data.sampler import BudgetBatchSampler
-from ..modeling import SpeechLLMForConditionalGeneration
-from ..processing import SpeechLLMProcessor
-from .loading import in_background, measure_seconds
+from ..fast.attention import spare_the_host
+from ..fast.cuda_graphs import DecodingSteps, takes_steps
+from ..model import chat
+from ..model.kv_cache import CACHE
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor
 from .pieces import Piece, Transcript
+from .prefetch import in_background, measure_seconds
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
-from .steps import DecodingSteps, takes_steps
-from .vad import VoiceDetector
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +319,7 @@ class Transcriber:
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         if self.steps is not None:
-            options["past_key_values"] = self.steps.new_cache()
+            options[CACHE] = self.steps.new_cache()
         with self.steps or nullcontext():
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options

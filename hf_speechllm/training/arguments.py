@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .checks import check_arguments
+from .option_checks import check_arguments
 
 RETENTION_SET = "retention"  # the name under which --retention_file is evaluated
 

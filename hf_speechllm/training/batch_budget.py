@@ -18,7 +18,7 @@ from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
 from ..files import atomic_write
 
 if TYPE_CHECKING:
-    from ..processing import SpeechLLMProcessor
+    from ..model.processing import SpeechLLMProcessor
     from .arguments import SpeechLLMTrainingArguments
     from .trainer import SpeechLLMTrainer
 

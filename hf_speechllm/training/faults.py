@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..audio import AudioError
+from ..audio.waveform import AudioError
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..files import atomic_write

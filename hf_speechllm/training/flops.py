@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling import PARTS
+from ..model.modeling import PARTS
 from .freezing import part_of, size_of, trained_parts
 
 # Dense bf16 matrix products, TFLOP/s, by a word of the device's name; NVIDIA's data sheets.

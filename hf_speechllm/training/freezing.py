@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 
 
 def freeze_parts(

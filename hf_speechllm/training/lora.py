@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 
 
 def add_lora(

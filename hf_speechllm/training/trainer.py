@@ -13,30 +13,30 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..attention import allow_packing, spare_the_host
-from ..chat import IGNORE_INDEX
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
-from ..data.loader import StreamLoader
-from ..data.stream import RowStream
-from ..modeling import PARTS
+from ..data.stream_loader import StreamLoader
+from ..data.streaming import RowStream
+from ..fast.attention import allow_packing, spare_the_host
+from ..fast.compilation import compile_layers
+from ..fast.fsdp import clip_shards, keep_outputs, step_on_shards
+from ..hub.publishing import publish, write_card
+from ..model.chat import IGNORE_INDEX
+from ..model.modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds, run_in_halves
 from .callbacks import TrainingCurve, ValidationTable
-from .compilation import compile_layers
+from .checkpointing.manifest import last_complete
+from .checkpointing.output_lock import hold_output
+from .checkpointing.position import Position
+from .checkpointing.resume import ResumableTrainer
+from .checkpointing.selection import checkpoints, scores_at, set_up_selection, settle
+from .checkpointing.writer import CheckpointWriter, clean_up
+from .dataloaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
 from .faults import BadSteps, LostRows, fault_counts, loader_fault
 from .flops import FlopCounter
-from .loaders import BudgetDataLoader, eval_loader, stream_loader, train_loader
-from .locks import hold_output
-from .manifest import last_complete
-from .optimization import parameter_groups
-from .position import Position
+from .parameter_groups import parameter_groups
 from .preemption import Preempted, Preemption
 from .progress import Progress
-from .publishing import publish, write_card
-from .resumption import ResumableTrainer
-from .saving import CheckpointWriter, clean_up
-from .selection import checkpoints, scores_at, set_up_selection, settle
-from .shards import clip_shards, keep_outputs, step_on_shards
 from .validation import PromptCollator, score_batches, score_sets
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class SpeechLLMTrainer(ResumableTrainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else each gradient is copied there and back
         deepspeed = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         if deepspeed is not None:
-            from .zero import prepare  # DeepSpeed need not be installed
+            from ..fast.deepspeed import prepare  # DeepSpeed need not be installed
 
             prepare(self.model, deepspeed.deepspeed_config)
         elif self.is_fsdp_enabled:
@@ -217,7 +217,7 @@ class SpeechLLMTrainer(ResumableTrainer):
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            from .zero import prepare_optimizer
+            from ..fast.deepspeed import prepare_optimizer
 
             prepare_optimizer(self.deepspeed.optimizer)
         elif self.is_fsdp_enabled:

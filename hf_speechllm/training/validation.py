@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .. import chat
 from ..data.collator import SpeechLLMCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..files import atomic_write
-from ..processing import pad_features
+from ..model import chat
+from ..model.processing import pad_features
 from .arguments import RETENTION_SET
-from .checks import MEASURES
+from .option_checks import MEASURES
 
 if TYPE_CHECKING:
     from .trainer import SpeechLLMTrainer

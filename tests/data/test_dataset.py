@@ -4,6 +4,7 @@ line."""
 import json
 import logging
 import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,13 @@ import soundfile
 import torch
 
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor
-from hf_speechllm.audio import load_audio
+from hf_speechllm.audio.waveform import load_audio
 from hf_speechllm.data import dataset as dataset_module
-from hf_speechllm.data.augment import SpecAugment, TempoPerturb, augmentations
+from hf_speechllm.data.augmentation import SpecAugment, TempoPerturb, augmentations
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import FeatureMapper, prepare_rows, row_seconds
-from hf_speechllm.loss import label_positions
+from hf_speechllm.model.loss import label_positions
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
 LIMIT = 2048  # frames of the encoder
@@ -166,6 +167,11 @@ def test_changed_dtype_computes_all_again(prepare, computed):
     full, _ = prepare(feature_cache="float32")
     assert sorted(computed) == ALL
     assert len(full[0]["features"][0]) == 2 * len(half[0]["features"][0])
+
+
+def test_fingerprint_names_the_extractor_by_the_path_of_release_0_1():
+    """Otherwise caches of that release would be computed again."""
+    assert b"hf_speechllm.features" in pickle.dumps(FbankFeatureExtractor)
 
 
 def test_new_version_of_the_numbers_computes_all_again(processor):

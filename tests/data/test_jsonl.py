@@ -3,9 +3,9 @@ import tracemalloc
 
 import pytest
 
-from hf_speechllm import chat
 from hf_speechllm.data.bad_rows import BadRow
 from hf_speechllm.data.jsonl import read_jsonl, write_jsonl
+from hf_speechllm.model import chat
 
 START, END = chat.SPEECH_START, chat.SPEECH_END
 

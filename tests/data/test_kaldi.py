@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm.audio import AudioError
+from hf_speechllm.audio.waveform import AudioError
 from hf_speechllm.data.bad_rows import BadRows
 from hf_speechllm.data.kaldi import join, measure_recording, read_list, read_scp, speech_length
 

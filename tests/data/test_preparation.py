@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from hf_speechllm.audio import AudioError
+from hf_speechllm.audio.waveform import AudioError
 from hf_speechllm.data import preparation
 from hf_speechllm.data.kaldi import Utterance
 from hf_speechllm.data.preparation import RowMaker, prepare

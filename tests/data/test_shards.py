@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from hf_speechllm.archives import container_of, read_member
-from hf_speechllm.audio import load_audio, probe_audio, source_stamp
+from hf_speechllm.audio.archives import container_of, read_member
+from hf_speechllm.audio.waveform import load_audio, probe_audio, source_stamp
 from hf_speechllm.data.bad_rows import BadDataError, BadRow
 from hf_speechllm.data.shards import Shard, expand, read_shard, shards_of
 

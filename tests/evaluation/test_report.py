@@ -16,9 +16,9 @@ import pytest
 import soundfile
 
 from hf_speechllm.evaluation import normalize_text, report
-from hf_speechllm.evaluation.hotwords import count_hotwords, summarize
-from hf_speechllm.evaluation.recordings import MAX_SOUND_SECONDS, embed_sound, measure_durations
+from hf_speechllm.evaluation.hotword_scores import count_hotwords, summarize
 from hf_speechllm.evaluation.report import duration_chart, html_report, worst_utterances, write_compute_wer
+from hf_speechllm.evaluation.report_audio import MAX_SOUND_SECONDS, embed_sound, measure_durations
 from hf_speechllm.evaluation.scoring import score_set, score_utterances
 from hf_speechllm.evaluation.statistics import compare_systems
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_speechllm.evaluation import METRIC_FOLDER, ErrorCounts, count_errors, normalize_text
-from hf_speechllm.evaluation.hotwords import HotwordCounts, count_hotwords
+from hf_speechllm.evaluation.hotword_scores import HotwordCounts, count_hotwords
 from hf_speechllm.evaluation.scoring import (
     align,
     describe_line,

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_speechllm.chat import transcription_messages
+from hf_speechllm.inference.distributed import shares
 from hf_speechllm.inference.journal import Journal, model_stamp, request_key
 from hf_speechllm.inference.pieces import Transcript
-from hf_speechllm.inference.processes import shares
 from hf_speechllm.inference.requests import Request
 from hf_speechllm.inference.segments import Segment
+from hf_speechllm.model.chat import transcription_messages
 
 RESULT = Transcript(7, "几点了？", 1.5, segments=(Segment(0.0, 1.5, "几点了？", True),))
 

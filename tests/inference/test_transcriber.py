@@ -7,12 +7,12 @@ import pytest
 import soundfile
 import torch
 
-from hf_speechllm.audio import AudioError, load_audio
-from hf_speechllm.chat import transcription_messages, transcription_prompt
-from hf_speechllm.inference.hotwords import read_hotwords
-from hf_speechllm.inference.loading import in_background, measure_seconds
+from hf_speechllm.audio.waveform import AudioError, load_audio
+from hf_speechllm.inference.hotword_option import read_hotwords
+from hf_speechllm.inference.prefetch import in_background, measure_seconds
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
+from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
 
 class Spans:

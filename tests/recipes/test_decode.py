@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm import chat
-from hf_speechllm.audio import load_audio
+from hf_speechllm.audio.waveform import load_audio
 from hf_speechllm.inference.transcriber import Transcriber
+from hf_speechllm.model import chat
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

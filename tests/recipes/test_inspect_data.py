@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.chat import IGNORE_INDEX, transcription_messages, transcription_prompt
+from hf_speechllm.model.chat import IGNORE_INDEX, transcription_messages, transcription_prompt
 
 TOLERANCE = 1e-4
 

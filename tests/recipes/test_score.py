@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm.chat import transcription_messages, transcription_prompt
+from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
 REFERENCES = {"a": "今天天气很好。", "b": "Turn on the light!", "c": "打开 radio", "d": "350"}
 HYPOTHESES = {"d": "三百五十", "b": "turn the light", "a": "今天田气很好", "c": "打开 radio 吧"}

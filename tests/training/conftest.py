@@ -5,7 +5,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.data.augment import augmentations
+from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments

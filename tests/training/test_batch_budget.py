@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.attention import allow_packing
-from hf_speechllm.chat import transcription_messages, transcription_prompt
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
+from hf_speechllm.fast.attention import allow_packing
+from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 from hf_speechllm.training.arguments import parse_arguments
 from hf_speechllm.training.batch_budget import largest_budget, run_in_halves, split_batch
 

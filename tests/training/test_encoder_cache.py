@@ -7,7 +7,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data import encoder_cache
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.training.cache_level import choose_level
+from hf_speechllm.training.cache_stage import choose_level
 
 FROZEN = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
 

@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.training.checkpointing.manifest import last_complete
+from hf_speechllm.training.checkpointing.output_lock import hold_output
 from hf_speechllm.training.faults import FaultError, loader_fault
-from hf_speechllm.training.locks import hold_output
-from hf_speechllm.training.manifest import last_complete
-from hf_speechllm.training.runs import find_checkpoint
+from hf_speechllm.training.run import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

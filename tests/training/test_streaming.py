@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMProcessor
-from hf_speechllm.data.augment import augmentations
+from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.data.loader import StreamLoader
-from hf_speechllm.data.stream import RowStream, open_stream
+from hf_speechllm.data.stream_loader import StreamLoader
+from hf_speechllm.data.streaming import RowStream, open_stream
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -15,12 +15,12 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
-from hf_speechllm.modeling import PARTS
+from hf_speechllm.model.modeling import PARTS
+from hf_speechllm.training.checkpointing.writer import CheckpointWriter
 from hf_speechllm.training.flops import FlopCounter
 from hf_speechllm.training.freezing import count_parameters, freeze_parts, part_of
 from hf_speechllm.training.lora import add_lora
-from hf_speechllm.training.runs import find_checkpoint, save_final
-from hf_speechllm.training.saving import CheckpointWriter
+from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 FREEZES = [

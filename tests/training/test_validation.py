@@ -17,8 +17,8 @@ from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
 from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.training import callbacks, validation
 from hf_speechllm.training.callbacks import draw_curve
-from hf_speechllm.training.runs import find_checkpoint, save_final
-from hf_speechllm.training.selection import RetentionError
+from hf_speechllm.training.checkpointing.selection import RetentionError
+from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.validation import COUNTS, PromptCollator, spread_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""Recordings in, features out: decoding of files, downloads, archives, VAD and fbank."""

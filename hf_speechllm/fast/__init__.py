@@ -1,0 +1,1 @@
+"""What exists for speed alone and touches private parts of other libraries."""

@@ -1,0 +1,352 @@
+"""FunASR's layout, read and written: `model.pt`, `config.yaml`, `configuration.json` and the LLM's folder.
+
+The names are those of `FunASRNano` in FunASR's `models/fun_asr_nano/model.py`, the defaults those of its classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, GenerationConfig
+
+from ..audio.fbank import FbankFeatureExtractor
+from ..model.configuration import SpeechLLMConfig
+from ..model.processing import SpeechLLMProcessor
+from .checkpoint import (
+    EMBEDDINGS,
+    HEAD,
+    Checkpoint,
+    CheckpointError,
+    check_tensors,
+    default_generation_config,
+    settle_tying,
+    widest,
+)
+from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, METAS_FILE, WEIGHTS_FILE, LLM_FOLDER = "config.yaml", "configuration.json", "model.pt", "Qwen3-0.6B"
+CTC_PREFIX = "ctc"  # `ctc_decoder.*` and `ctc.*`: a branch for timestamps that training never touches
+FILE_PREFIX = "file:"  # in a side file: the bytes of a file that the CTC branch needs
+# The original computes positions for any length. Ours are a table, long enough for 10 minutes at 60 ms a frame.
+MAX_POSITIONS = 10001
+LAYER_NORM_EPS = 1e-12  # of `models/transformer/layer_norm.py`
+# Our own section of config.yaml, ignored by FunASR: what it has no key for.
+SECTION = "hf_speechllm"
+LLM_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def read_config(folder: Path) -> SpeechLLMConfig:
+    """Our config of a FunASR checkpoint.
+
+    Raises:
+        CheckpointError: if a file is missing or unreadable, or names a part or an option that we don't have.
+    """
+    files = _read_files(folder)
+    conf = files[CONFIG_FILE]
+    _refuse_unknown(conf, folder)
+    encoder, adaptor = conf.get("audio_encoder_conf") or {}, conf.get("audio_adaptor_conf") or {}
+    frontend, ours = conf.get("frontend_conf") or {}, conf.get(SECTION) or {}
+    blocks, tp_blocks = encoder.get("num_blocks", 6), encoder.get("tp_blocks", 0)
+    llm = AutoConfig.from_pretrained(llm_folder(folder, files))
+    llm.name_or_path = ""  # the folder is of no use to who loads the result
+    return SpeechLLMConfig(
+        audio_encoder_config={
+            "model_type": "fun_asr_nano_encoder",
+            "num_mel_bins": frontend.get("n_mels", 80),
+            "num_stacked_frames": frontend.get("lfr_m", 1),
+            "hidden_size": encoder.get("output_size", 256),
+            "num_attention_heads": encoder.get("attention_heads", 4),
+            "intermediate_size": encoder.get("linear_units", 2048),
+            "num_hidden_layers": blocks + tp_blocks,
+            "num_timestamp_prediction_layers": tp_blocks,
+            "hidden_dropout": encoder.get("dropout_rate", 0.1),
+            "attention_dropout": encoder.get("attention_dropout_rate", 0.0),
+            "fsmn_kernel_size": encoder.get("kernel_size", 11),
+            "max_position_embeddings": ours.get("max_position_embeddings", MAX_POSITIONS),
+        },
+        audio_adaptor_config={
+            "downsample_rate": adaptor.get("downsample_rate", 2),
+            "use_low_frame_rate": adaptor.get("use_low_frame_rate", False),
+            "projector_hidden_size": adaptor.get("ffn_dim", 2048),
+            "num_hidden_layers": adaptor.get("n_layer", 2),
+            "num_attention_heads": adaptor.get("attention_heads", 8),
+            "attention_dropout": adaptor.get("attention_dropout_rate", 0.0),
+            "hidden_dropout": adaptor.get("dropout_rate", 0.0),
+            "layer_norm_eps": ours.get("layer_norm_eps", LAYER_NORM_EPS),
+        },
+        llm_config=llm,
+        audio_token_id=ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
+        funasr_files=files,
+    )
+
+
+def _read_files(folder: Path) -> dict[str, Any]:
+    """`config.yaml` and `configuration.json`, parsed."""
+    files: dict[str, Any] = {}
+    for name, parse, errors in ((CONFIG_FILE, yaml.safe_load, yaml.YAMLError), (METAS_FILE, json.loads, ValueError)):
+        if not (folder / name).is_file():
+            if name == METAS_FILE:  # FunASR too does without it
+                continue
+            raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
+        try:
+            files[name] = parse((folder / name).read_text(encoding="utf-8"))
+        except errors as error:
+            raise CheckpointError(f"{folder / name} can't be parsed: {error}") from error
+        if not isinstance(files[name], dict):
+            raise CheckpointError(f"{folder / name} must hold a mapping")
+    return files
+
+
+def _refuse_unknown(conf: dict, folder: Path) -> None:
+    for key, known in {
+        "model": "FunASRNano",
+        "audio_encoder": "SenseVoiceEncoderSmall",
+        "audio_adaptor": "Transformer",
+        "frontend": "WavFrontend",
+    }.items():
+        if conf.get(key) != known:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {key} is {conf.get(key)!r}; only {known} can be read")
+    encoder, frontend = conf.get("audio_encoder_conf") or {}, conf.get("frontend_conf") or {}
+    for wrong, reason in (
+        (encoder.get("sanm_shfit", 0) != 0, "audio_encoder_conf.sanm_shfit must be 0"),
+        (encoder.get("tp_blocks", 0) < 1, "audio_encoder_conf.tp_blocks must be at least 1"),
+        (frontend.get("cmvn_file") is not None, "frontend_conf.cmvn_file must be null: features are not normalised"),
+    ):
+        if wrong:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {reason}")
+    if (rate := (conf.get("audio_adaptor_conf") or {}).get("downsample_rate", 2)) != 1:
+        logger.warning("%s: FunASR's audio tokens don't heed downsample_rate %s, ours do", folder / CONFIG_FILE, rate)
+
+
+def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
+    """Where the LLM's config and tokenizer lie: what `configuration.json` says, or `config.yaml`.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    files = _read_files(folder) if files is None else files
+    metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
+    named = [
+        (metas.get("llm_conf") or {}).get("init_param_path"),
+        (files[CONFIG_FILE].get("llm_conf") or {}).get("init_param_path"),
+    ]
+    candidates = [folder / path for path in named if path] + [folder / Path(path).name for path in named if path]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        f"{folder}: the LLM's folder with config.json and tokenizer is missing; looked for "
+        f"{', '.join(map(str, dict.fromkeys(candidates))) or 'llm_conf.init_param_path in config.yaml'}"
+    )
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads a FunASR checkpoint; its LoRA matrices are merged, its CTC branch goes to `side`.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or not a plain state dict, or tensors are missing, unexpected or
+            of a wrong shape.
+    """
+    config = read_config(folder)
+    files = config.funasr_files or {}
+    metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
+    file = folder / metas.get("init_param", WEIGHTS_FILE)
+    state = load_state_dict(file)
+    side = {name: state.pop(name) for name in list(state) if name.startswith(CTC_PREFIX)}
+    for path in sorted(folder.glob("*.tiktoken")):  # the CTC branch's vocabulary
+        side[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    merge_lora(state, files[CONFIG_FILE].get("llm_conf") or {}, file)
+    tensors = to_ours(state, config)
+    if HEAD not in tensors and not config.llm_config.tie_word_embeddings:
+        raise CheckpointError(f"{file}: {HEAD} is missing, and the LLM's config.json says that it is not tied")
+    settle_tying(config, tensors)
+    config.dtype = widest(tensor.dtype for tensor in tensors.values())
+    saved = (files[CONFIG_FILE].get(SECTION) or {}).get("generation_config")
+    generation = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
+    checkpoint = Checkpoint(config, tensors, generation, side)
+    check_tensors(checkpoint, str(file), lambda name: to_funasr_name(name, config))
+    return checkpoint
+
+
+def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
+    """Our processor of a FunASR checkpoint. Dither is off: the original's (1.0) makes decoding random.
+
+    Raises:
+        CheckpointError: if the tokenizer lacks the audio token.
+    """
+    conf = _read_files(folder)[CONFIG_FILE]
+    frontend, dialogue = conf.get("frontend_conf") or {}, conf.get("dataset_conf") or {}
+    features = FbankFeatureExtractor(
+        feature_size=frontend.get("n_mels", 80),
+        sampling_rate=frontend.get("fs", 16000),
+        frame_length=frontend.get("frame_length", 25),
+        frame_shift=frontend.get("frame_shift", 10),
+        window_type=frontend.get("window", "hamming"),
+        num_frames_lfr=frontend.get("lfr_m", 1),
+        stride_lfr=frontend.get("lfr_n", 1),
+        waveform_scale=32768.0 if frontend.get("upsacle_samples", True) else 1.0,
+    )
+    audio_token = tokenizer.convert_ids_to_tokens(config.audio_token_id)
+    if audio_token is None:
+        raise CheckpointError(f"{folder}: the tokenizer has no token {config.audio_token_id}, the place of audio")
+    return SpeechLLMProcessor(
+        features,
+        tokenizer,
+        audio_token=audio_token,
+        downsample_rate=config.downsample_rate,
+        use_low_frame_rate=config.use_low_frame_rate,
+        think_block=not dialogue.get("do_think", True),
+        system_prompt=dialogue.get("sys_prompt", True),
+    )
+
+
+def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
+    """Refuses models that FunASR's class can't hold, and, unless forced, those that would behave differently there.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    adaptor = config.audio_adaptor_config
+    reasons = []
+    if config.audio_encoder_config.model_type != "fun_asr_nano_encoder":
+        reasons.append(f"its audio encoder is SAN-M, this one is {config.audio_encoder_config.model_type}")
+    if adaptor.adaptor_type != "transformer":
+        reasons.append(f"its adaptor is a Transformer, this one is {adaptor.adaptor_type}")
+    elif adaptor.intermediate_size != adaptor.hidden_size // 4:
+        reasons.append(f"its adaptor blocks are a quarter of the LLM wide, these are {adaptor.intermediate_size}")
+    if {adaptor.hidden_act, adaptor.projector_hidden_act} != {"relu"}:
+        reasons.append("its adaptor's activation is ReLU")
+    if reasons:
+        raise CheckpointError("FunASR's layout can't hold this model: " + "; ".join(reasons))
+    if adaptor.downsample_rate != 1:
+        reasons.append("FunASR counts audio tokens without regard to downsample_rate")
+    if (eps := adaptor.layer_norm_eps) != LAYER_NORM_EPS:
+        reasons.append(f"FunASR's adaptor has a LayerNorm epsilon of {LAYER_NORM_EPS}, this one {eps}")
+    if reasons and not force:
+        raise CheckpointError(
+            f"this model would behave differently in FunASR: {'; '.join(reasons)}; `force` writes it nevertheless"
+        )
+
+
+def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, force: bool = False) -> None:
+    """Writes a FunASR checkpoint into an existing folder: `AutoModel(model=folder)` of FunASR loads it.
+
+    Raises:
+        CheckpointError: see `refuse`.
+    """
+    refuse(checkpoint.config, force)
+    config = checkpoint.config
+    state = to_funasr(checkpoint.tensors, config)
+    for name, tensor in checkpoint.side.items():
+        if name.startswith(FILE_PREFIX):
+            (folder / name.removeprefix(FILE_PREFIX)).write_bytes(tensor.numpy().tobytes())
+        else:
+            state[name] = tensor
+    try:
+        torch.save({"state_dict": state}, folder / WEIGHTS_FILE)
+    except RuntimeError as error:  # how torch tells a full disk
+        raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
+    files = copy.deepcopy(config.funasr_files or {})
+    conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(conf, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    metas = _funasr_metas(files.get(METAS_FILE, {}))
+    (folder / METAS_FILE).write_text(json.dumps(metas, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    config.llm_config.save_pretrained(folder / LLM_FOLDER)
+    processor.tokenizer.save_pretrained(folder / LLM_FOLDER)
+
+
+def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProcessor) -> dict:
+    """`config.yaml`: that of the checkpoint's origin, if any, with what the model is now."""
+    config = checkpoint.config
+    encoder, adaptor, features = config.audio_encoder_config, config.audio_adaptor_config, processor.feature_extractor
+    tp_blocks = encoder.num_timestamp_prediction_layers
+    llm_conf = {"hub": "hf", "freeze": True, **(conf.get("llm_conf") or {})}
+    llm_conf.pop("lora_conf", None)
+    dialogue = conf.get("dataset_conf") or {}
+    layout = {"do_think": not processor.think_block, "sys_prompt": processor.system_prompt}
+    dialogue = {**dialogue, **{key: value for key, value in layout.items() if dialogue.get(key, True) != value}}
+    llm_conf.update(
+        llm_dtype=LLM_DTYPES[checkpoint.tensors[EMBEDDINGS].dtype], init_param_path=LLM_FOLDER, use_lora=False
+    )
+    return {
+        **conf,
+        "model": "FunASRNano",
+        "audio_encoder": "SenseVoiceEncoderSmall",
+        "audio_encoder_conf": {
+            "freeze": True,
+            **(conf.get("audio_encoder_conf") or {}),
+            "output_size": encoder.hidden_size,
+            "attention_heads": encoder.num_attention_heads,
+            "linear_units": encoder.intermediate_size,
+            "num_blocks": encoder.num_hidden_layers - tp_blocks,
+            "tp_blocks": tp_blocks,
+            "dropout_rate": encoder.hidden_dropout,
+            "attention_dropout_rate": encoder.attention_dropout,
+            "kernel_size": encoder.fsmn_kernel_size,
+        },
+        "llm": conf.get("llm", LLM_FOLDER),
+        "llm_conf": llm_conf,
+        "audio_adaptor": "Transformer",
+        "audio_adaptor_conf": {
+            "freeze": True,
+            **(conf.get("audio_adaptor_conf") or {}),
+            "downsample_rate": adaptor.downsample_rate,
+            "use_low_frame_rate": adaptor.use_low_frame_rate,
+            "ffn_dim": adaptor.projector_hidden_size,
+            "llm_dim": adaptor.hidden_size,
+            "encoder_dim": adaptor.encoder_hidden_size,
+            "n_layer": adaptor.num_hidden_layers,
+            "attention_heads": adaptor.num_attention_heads,
+            "attention_dropout_rate": adaptor.attention_dropout,
+            "dropout_rate": adaptor.hidden_dropout,
+        },
+        "frontend": "WavFrontend",
+        "frontend_conf": {
+            **(conf.get("frontend_conf") or {}),
+            "fs": features.sampling_rate,
+            "window": features.window_type,
+            "n_mels": features.feature_size,
+            "frame_length": features.frame_length,
+            "frame_shift": features.frame_shift,
+            "lfr_m": features.num_frames_lfr,
+            "lfr_n": features.stride_lfr,
+            "upsacle_samples": features.waveform_scale != 1.0,
+            "dither": features.dither,  # FunASR's default of 1.0 would make decoding random
+            "cmvn_file": None,
+        },
+        "tokenizer": "HuggingfaceTokenizer",
+        "tokenizer_conf": {"init_param_path": "${llm_conf.init_param_path}", **(conf.get("tokenizer_conf") or {})},
+        **({"dataset_conf": dialogue} if dialogue else {}),
+        SECTION: {
+            "audio_token_id": config.audio_token_id,
+            "max_position_embeddings": encoder.max_position_embeddings,
+            "layer_norm_eps": adaptor.layer_norm_eps,
+            "generation_config": checkpoint.generation_config.to_diff_dict(),
+        },
+    }
+
+
+def _funasr_metas(metas: dict) -> dict:
+    """`configuration.json`: which files FunASR takes."""
+    paths = {
+        **(metas.get("file_path_metas") or {}),
+        "init_param": WEIGHTS_FILE,
+        "config": CONFIG_FILE,
+        "tokenizer_conf": {"init_param_path": LLM_FOLDER},
+        "llm_conf": {"init_param_path": LLM_FOLDER},
+    }
+    return {
+        "framework": "pytorch",
+        "task": "auto-speech-recognition",
+        "model": {"type": "funasr"},
+        **metas,
+        "file_path_metas": paths,
+    }

@@ -1,0 +1,154 @@
+"""Tensors of FunASR's `FunASRNano`: reading `model.pt`, names there and here, fused projections, LoRA."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ..model.configuration import SpeechLLMConfig
+from .checkpoint import EMBEDDINGS, HEAD, CheckpointError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+DEFAULT_LORA = {"r": 16, "lora_alpha": 32}
+
+# Names inside a block: FunASR's, ours.
+BLOCK_NAMES = (
+    ("self_attn.linear_q.", "self_attn.q_proj."),
+    ("self_attn.linear_k.", "self_attn.k_proj."),
+    ("self_attn.linear_v.", "self_attn.v_proj."),
+    ("self_attn.linear_out.", "self_attn.o_proj."),
+    ("self_attn.fsmn_block.", "self_attn.fsmn.conv."),
+    ("feed_forward.w_1.", "mlp.fc1."),
+    ("feed_forward.w_2.", "mlp.fc2."),
+    ("norm1.", "input_layernorm."),
+    ("norm2.", "post_attention_layernorm."),
+)
+FUSED = re.compile(r"(.*self_attn)\.linear_q_k_v\.(weight|bias)")
+ENCODER_BLOCK = re.compile(r"audio_encoder\.(encoders0|encoders|tp_encoders)\.(\d+)\.(.+)")
+ENCODER_LAYER = re.compile(r"audio_encoder\.layers\.(\d+)\.(.+)")
+ADAPTOR_BLOCK = re.compile(r"(audio_adaptor\.blocks\.\d+\.)(.+)")
+
+
+def load_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `model.pt`, without its wrapper; only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, would run code, or holds no state dict.
+    """
+    if not file.is_file():
+        hint = "; DeepSpeed's folders must be consolidated first" if file.is_dir() else ""
+        raise CheckpointError(f"{file} is not a file{hint}")
+    try:
+        # Mapped rather than read where the format allows it: several processes then share one copy.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is damaged; it is not loaded because it could run code"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); download or copy it again") from error
+    while isinstance(state, dict) and (wrapped := [key for key in WRAPPERS if isinstance(state.get(key), dict)]):
+        state = state[wrapped[0]]
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, torch.Tensor) for value in state.values())
+    ):
+        raise CheckpointError(f"{file} holds no state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def to_ours(state: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str, torch.Tensor]:
+    """Our names; the encoder's fused query, key and value are split. What we don't know keeps its name."""
+    tensors = {}
+    for name, tensor in state.items():
+        fused = FUSED.fullmatch(name)
+        if fused is None or not name.startswith("audio_encoder."):
+            tensors[_to_our_name(name, config)] = tensor
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=False):
+            # A copy: parts of one storage would pass for shared weights.
+            tensors[_to_our_name(f"{fused[1]}.linear_{letter}.{fused[2]}", config)] = part.clone()
+    return tensors
+
+
+def _to_our_name(name: str, config: SpeechLLMConfig) -> str:
+    layers = config.audio_encoder_config.num_hidden_layers
+    blocks = layers - config.audio_encoder_config.num_timestamp_prediction_layers
+    if match := ENCODER_BLOCK.fullmatch(name):
+        first = {"encoders0": 0, "encoders": 1, "tp_encoders": blocks}[match[1]]
+        return f"audio_encoder.layers.{first + int(match[2])}.{_rename(match[3], 0)}"
+    if match := ADAPTOR_BLOCK.fullmatch(name):
+        return match[1] + _rename(match[2], 0)
+    name = name.replace("audio_encoder.after_norm.", f"audio_encoder.layers.{blocks - 1}.final_layernorm.")
+    return name.replace("audio_encoder.tp_norm.", f"audio_encoder.layers.{layers - 1}.final_layernorm.")
+
+
+def to_funasr_name(name: str, config: SpeechLLMConfig) -> str:
+    """FunASR's name; query, key and value of the encoder share that of the fused tensor."""
+    layers = config.audio_encoder_config.num_hidden_layers
+    blocks = layers - config.audio_encoder_config.num_timestamp_prediction_layers
+    if match := ADAPTOR_BLOCK.fullmatch(name):
+        return match[1] + _rename(match[2], 1)
+    match = ENCODER_LAYER.fullmatch(name)
+    if match is None:
+        return name
+    index, rest = int(match[1]), match[2]
+    if rest.startswith("final_layernorm."):
+        return f"audio_encoder.{'after' if index == blocks - 1 else 'tp'}_norm.{rest.removeprefix('final_layernorm.')}"
+    rest = re.sub(r"self_attn\.[qkv]_proj\.", "self_attn.linear_q_k_v.", rest)
+    if index == 0:
+        group = "encoders0.0"
+    elif index < blocks:
+        group = f"encoders.{index - 1}"
+    else:
+        group = f"tp_encoders.{index - blocks}"
+    return f"audio_encoder.{group}.{_rename(rest, 1)}"
+
+
+def _rename(name: str, column: int) -> str:
+    for names in BLOCK_NAMES:
+        if name.startswith(names[column]):
+            return names[1 - column] + name[len(names[column]) :]
+    return name
+
+
+def to_funasr(tensors: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str, torch.Tensor]:
+    """Our tensors under FunASR's names, with query, key and value of the encoder in one."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        target = to_funasr_name(name, config)
+        if not FUSED.fullmatch(target):
+            state[target] = tensor
+        elif target not in state:
+            parts = [tensors[re.sub(r"[qkv]_proj", f"{letter}_proj", name)] for letter in "qkv"]
+            state[target] = torch.cat(parts)
+    if HEAD not in state:
+        state[HEAD] = state[EMBEDDINGS]  # FunASR's model has both names; torch.save stores them once
+    return state
+
+
+def merge_lora(state: dict[str, torch.Tensor], llm_conf: dict, source: Path) -> None:
+    """Merges FunASR's own LoRA matrices in place: `W + lora_alpha / r * B A`, as `models/lora/layers.py` computes it.
+
+    Raises:
+        CheckpointError: if a matrix lacks its partner, or their rank is not the one in `llm_conf.lora_conf`.
+    """
+    options = {**DEFAULT_LORA, **(llm_conf.get("lora_conf") or {})}
+    for name in [name for name in state if name.endswith(".lora_A")]:
+        layer = name.removesuffix(".lora_A")
+        if f"{layer}.lora_B" not in state or f"{layer}.weight" not in state:
+            raise CheckpointError(f"{source}: {name} without {layer}.lora_B or {layer}.weight")
+        down, up = state.pop(name), state.pop(f"{layer}.lora_B")
+        if down.shape[0] != options["r"]:
+            raise CheckpointError(
+                f"{source}: {name} has rank {down.shape[0]}, but llm_conf.lora_conf.r in config.yaml is "
+                f"{options['r']}; give r and lora_alpha of the training there"
+            )
+        weight = state[f"{layer}.weight"]
+        update = up.float() @ down.float() * (options["lora_alpha"] / options["r"])
+        state[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)

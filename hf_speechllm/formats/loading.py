@@ -1,0 +1,303 @@
+"""Which layout a checkpoint has, and loading, saving and converting in any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from ..model.configuration import SpeechLLMConfig
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor
+from . import funasr, native, partial
+from . import peft_adapters as adapters
+from .checkpoint import (
+    MAX_SHARD_SIZE,
+    Checkpoint,
+    CheckpointError,
+    check_tensors,
+    new_folder,
+    part_dtypes,
+    read_dtypes,
+    read_generation_config,
+    read_safetensors,
+    read_side,
+    widest,
+    write_safetensors,
+    write_side,
+)
+
+OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
+LAYOUTS = (OWN, NATIVE, FUNASR)
+READERS = {NATIVE: native, FUNASR: funasr, PARTIAL: partial}
+SIDE_FILE = "ctc.safetensors"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What to download of a repository: (config and tokenizer, weights).
+FILES = {
+    OWN: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+    NATIVE: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+    FUNASR: (["config.yaml", "configuration.json", "*/*.json", "*/*.txt"], ["model.pt", "*.tiktoken"]),
+    ADAPTER: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+    PARTIAL: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+}
+
+
+def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
+    """The layout of a checkpoint, from the files that it has.
+
+    Args:
+        name: folder or Hub id.
+        hub: `cache_dir`, `token`, `revision` and the like, as in transformers.
+
+    Raises:
+        CheckpointError: if it is a model of another kind, or none at all.
+        OSError: if there is no such folder or repository.
+    """
+    if os.path.isfile(name):
+        return OWN  # a config.json named by itself
+    model_type = _read_json(name, "config.json", hub).get("model_type")
+    if model_type == SpeechLLMConfig.model_type:
+        return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
+    if model_type == native.MODEL_TYPE:
+        return NATIVE
+    if _find(name, adapters.CONFIG_FILE, hub) is not None:
+        return ADAPTER
+    if _find(name, funasr.CONFIG_FILE, hub) is not None:
+        return FUNASR
+    if model_type is not None:
+        raise CheckpointError(
+            f"{name} is a {model_type} model, not a speech LLM; compose one with recipes/compose_model.py"
+        )
+    raise CheckpointError(
+        f"{name} holds no model: there is neither config.json (ours, transformers') nor adapter_config.json (peft's) "
+        "nor config.yaml (FunASR's)"
+    )
+
+
+def _find(name: str | os.PathLike[str], file: str, hub: dict) -> str | None:
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _read_json(name: str | os.PathLike[str], file: str, hub: dict) -> dict:
+    path = _find(name, file, hub)
+    if path is None:
+        return {}
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} can't be parsed: {error}") from error
+
+
+def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool = True) -> Path:
+    """The checkpoint as a local folder, downloaded if it is on the Hub."""
+    hub = {key: value for key, value in hub.items() if value is not None}
+    subfolder = hub.pop("subfolder", "")
+    if not os.path.exists(name):
+        small, large = FILES[layout]
+        patterns = [*small, *large] if weights else small
+        if subfolder:
+            patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
+        name = snapshot_download(str(name), allow_patterns=patterns, **hub)
+    return Path(name) / subfolder
+
+
+def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None:
+    """Our config, as a dict, of a checkpoint in another layout; `None` for one in ours."""
+    hub = _hub_options(options)
+    layout = find_layout(name, **hub)
+    if layout in (OWN, PARTIAL):
+        return None
+    folder = _fetch(name, layout, hub, weights=False)
+    if layout == ADAPTER:
+        return SpeechLLMConfig.from_pretrained(adapters.base_model(folder), **_base_options(hub)).to_dict()
+    return READERS[layout].read_config(folder).to_dict()
+
+
+def load_model(
+    model_class: type[SpeechLLMForConditionalGeneration],
+    name: str | os.PathLike[str],
+    *model_args: Any,
+    **options: Any,
+) -> Any:
+    """What `SpeechLLMForConditionalGeneration.from_pretrained` does; arguments and result are those of transformers.
+
+    Raises:
+        CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
+    """
+    hub = _hub_options(options)
+    layout = find_layout(name, **hub)
+    folder = _fetch(name, layout, hub)
+    asked = [options.pop(key) for key in ("dtype", "torch_dtype") if key in options]
+    dtype = next((item for item in asked if item is not None and item != "auto"), None)
+    want_info = options.pop("output_loading_info", False)
+    if layout == ADAPTER:
+        base, options = adapters.base_model(folder), _base_options(options)
+        model, info = model_class.from_pretrained(base, *model_args, dtype=dtype, output_loading_info=True, **options)
+        model = adapters.merge(model, folder, keep_dtypes=dtype is None)
+        return (model, info) if want_info else model
+
+    if layout == OWN:
+        source, side = name, read_side(_find(name, SIDE_FILE, hub))
+        stored = part_dtypes(read_dtypes(folder))
+    else:
+        checkpoint = READERS[layout].read(folder)
+        source, side = None, checkpoint.side
+        stored = part_dtypes({key: tensor.dtype for key, tensor in checkpoint.tensors.items()})
+        options.setdefault("generation_config", checkpoint.generation_config)
+        options["config"] = options.get("config") or _override(checkpoint.config, options)
+        options["state_dict"] = checkpoint.tensors
+    # transformers loads in one dtype: the widest loses nothing, and each part gets its own back afterwards.
+    loaded = widest(stored.values()) if dtype is None and stored else dtype
+    strict = not options.pop("ignore_mismatched_sizes", False)  # told below, as one error
+    options["ignore_mismatched_sizes"] = True
+    load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
+    model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise CheckpointError(
+            f"{name}: the tensors don't fit the config; missing: {', '.join(sorted(info['missing_keys'])) or 'none'}; "
+            f"unexpected: {', '.join(sorted(info['unexpected_keys'])) or 'none'}"
+        )
+    if strict and info["mismatched_keys"]:
+        shapes = [
+            f"{key} is {tuple(found)}, not {tuple(asked)}" for key, found, asked in sorted(info["mismatched_keys"])
+        ]
+        raise CheckpointError(f"{name}: the tensors don't fit the config; of a wrong shape: {', '.join(shapes)}")
+    if dtype is None and len(set(stored.values())) > 1:
+        for part, part_dtype in stored.items():
+            for parameter in getattr(model, part).parameters():  # not the buffers: position tables stay float32
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(part_dtype)
+    if source is None:
+        model.name_or_path = model.config.name_or_path = str(name)  # where an adapter looks for its base model
+    model.side_tensors = side
+    return (model, info) if want_info else model
+
+
+def _override(config: SpeechLLMConfig, options: dict) -> SpeechLLMConfig:
+    """Sets what options of `from_pretrained` are attributes of the config, and takes them out."""
+    for key in [key for key in options if key in config.to_dict()]:
+        setattr(config, key, options.pop(key))
+    return config
+
+
+def _hub_options(options: dict) -> dict:
+    return {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+
+
+def _base_options(options: dict) -> dict:
+    """Options for an adapter's base model: the revision and the subfolder are the adapter's own."""
+    return {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+
+
+def load_processor(
+    processor_class: type[SpeechLLMProcessor], name: str | os.PathLike[str], **options: Any
+) -> SpeechLLMProcessor:
+    """What `SpeechLLMProcessor.from_pretrained` does.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the tokenizer lacks a token of the dialogue format.
+    """
+    hub = _hub_options(options)
+    written_by = _read_json(name, "processor_config.json", hub).get("processor_class")
+    own = written_by == SpeechLLMProcessor.__name__
+    layout = OWN if own else find_layout(name, **hub)
+    if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed apart from its model
+        folder = _fetch(name, NATIVE, hub, weights=False)
+        return native.read_processor(
+            folder, AutoTokenizer.from_pretrained(folder), SpeechLLMConfig.from_pretrained(folder)
+        )
+    if layout == OWN:
+        return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
+    folder = _fetch(name, layout, hub, weights=False)
+    if layout == ADAPTER:
+        return processor_class.from_pretrained(adapters.base_model(folder), **_base_options(options))
+    config = READERS[layout].read_config(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder if layout == NATIVE else funasr.llm_folder(folder))
+    return READERS[layout].read_processor(folder, tokenizer, config)
+
+
+def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+    """Reads a checkpoint in any layout without building the model, tensors untouched; an adapter is merged.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    layout = find_layout(name, **hub)
+    if layout == ADAPTER:
+        return Checkpoint.of(SpeechLLMForConditionalGeneration.from_pretrained(name, **hub))
+    folder = _fetch(name, layout, hub)
+    if layout != OWN:
+        return READERS[layout].read(folder)
+    config = SpeechLLMConfig.from_pretrained(folder)
+    tensors = read_safetensors(folder)
+    side = read_side(folder / SIDE_FILE)
+    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), side)
+    check_tensors(checkpoint, str(folder))
+    return checkpoint
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    processor: SpeechLLMProcessor,
+    output: str | os.PathLike[str],
+    layout: str,
+    force: bool = False,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a checkpoint in a layout; the folder appears once it is complete.
+
+    Args:
+        output: folder; must not exist.
+        layout: `speech_llm`, `native` or `funasr`.
+        force: whether to write also what would behave differently there.
+        max_shard_size: beyond it, safetensors are split; without effect on FunASR's `model.pt`.
+
+    Raises:
+        CheckpointError: if the layout can't hold the model, or it would behave differently there.
+        FileExistsError: if `output` exists.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    with new_folder(output) as folder:
+        if layout == FUNASR:
+            funasr.write(checkpoint, processor, folder, force)
+        else:
+            write_files(checkpoint, processor, folder, layout, force, max_shard_size)
+
+
+def write_files(
+    checkpoint: Checkpoint,
+    processor: SpeechLLMProcessor | None,
+    folder: Path,
+    layout: str,
+    force: bool = False,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a checkpoint into an existing folder, in our layout or the native one, without a processor if `None`."""
+    if layout == NATIVE:
+        native.write(checkpoint, processor, folder, force, max_shard_size)
+        return
+    config = checkpoint.config
+    config.architectures = [SpeechLLMForConditionalGeneration.__name__]
+    config.dtype = widest(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
+    config.save_pretrained(folder)
+    checkpoint.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    write_safetensors(checkpoint.tensors, folder, max_shard_size)
+    write_side(checkpoint.side, folder / SIDE_FILE)
+
+
+def save_native(model, processor: SpeechLLMProcessor, folder: str | os.PathLike[str], force: bool = False) -> None:
+    """Saves a model and its processor for transformers' own `fun_asr_nano`; see `write_checkpoint`."""
+    write_checkpoint(Checkpoint.of(model), processor, folder, NATIVE, force)
+
+
+def save_funasr(model, processor: SpeechLLMProcessor, folder: str | os.PathLike[str], force: bool = False) -> None:
+    """Saves a model and its processor for FunASR; see `write_checkpoint`."""
+    write_checkpoint(Checkpoint.of(model), processor, folder, FUNASR, force)

@@ -1,0 +1,292 @@
+"""The layout of transformers' own `fun_asr_nano`: read into our model, and written from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+from transformers import FunAsrNanoConfig, FunAsrNanoFeatureExtractor, FunAsrNanoProcessor
+from transformers.models.fun_asr_nano.configuration_fun_asr_nano import FunAsrNanoAdaptorConfig
+
+from ..audio.fbank import FbankFeatureExtractor
+from ..model import chat
+from ..model.configuration import SpeechLLMConfig
+from ..model.processing import SpeechLLMProcessor
+from .checkpoint import (
+    MAX_SHARD_SIZE,
+    Checkpoint,
+    CheckpointError,
+    check_tensors,
+    read_generation_config,
+    read_safetensors,
+    read_side,
+    settle_tying,
+    widest,
+    write_safetensors,
+    write_side,
+)
+
+MODEL_TYPE, PROCESSOR_CLASS = "fun_asr_nano", FunAsrNanoProcessor.__name__
+# Our own key in the native config: how the model was trained. Where it is missing, the model is a release, or trained
+# from one by others, and the original's numerics are taken to be the truth.
+MARKER = "use_low_frame_rate"
+ORIGINAL_LAYER_NORM_EPS = 1e-12  # of the adaptor's blocks in FunASR; the native class has 1e-5
+# In a subfolder, for engines that load every *.safetensors of the main one.
+SIDE_FILE = "funasr/ctc.safetensors"
+
+# Prefixes of tensor names: ours, native.
+PREFIXES = (
+    ("audio_encoder.", "model.audio_tower."),
+    ("audio_adaptor.linear1.", "model.multi_modal_projector.linear_1."),
+    ("audio_adaptor.linear2.", "model.multi_modal_projector.linear_2."),
+    ("audio_adaptor.blocks.", "model.multi_modal_projector.layers."),
+    ("llm.model.", "model.language_model."),
+    ("llm.lm_head.", "lm_head."),
+)
+ADAPTOR_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout",
+    "attention_dropout",
+    "layer_norm_eps",
+    "projector_hidden_size",
+    "projector_hidden_act",
+)
+DIALOGUE_FIELDS = ("think_block", "system_prompt")  # of our processor
+FEATURE_FIELDS = ("feature_size", "sampling_rate", "frame_length", "frame_shift", "num_frames_lfr", "stride_lfr")
+
+# Renders what `chat.tokenize` builds. A user message whose list begins with the recording is a request as
+# `FunAsrNanoProcessor.apply_transcription_request` makes it: texts are context, keywords are hotwords. Any other list,
+# and any string, is taken as it stands.
+CHAT_TEMPLATE = """\
+{%- if @WANTED@ and (not messages or messages[0]['role'] != 'system') -%}
+{{- '<|im_start|>system\\n@SYSTEM@<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages if @WANTED@ or message['role'] != 'system' -%}
+{%- set content = message['content'] -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + ('@THINK@' if message['role'] == 'assistant' else '') -}}
+{%- if content is string -%}
+{%- for piece in content.split('<|startofspeech|>') -%}
+{%- if '<|endofspeech|>' in piece -%}
+{{- '@AUDIO@' + piece.split('<|endofspeech|>', 1)[1] -}}
+{%- else -%}
+{{- piece -}}
+{%- endif -%}
+{%- endfor -%}
+{%- elif content and content[0]['type'] == 'audio' -%}
+{%- set request = namespace(context='', hotwords=[], instruction='语音转写') -%}
+{%- for part in content -%}
+{%- if part['type'] == 'text' -%}
+{%- set request.context = request.context + part['text'] + '\\n' -%}
+{%- elif part['type'] == 'keywords' -%}
+{%- set request.hotwords = request.hotwords + part['keywords'] -%}
+{%- elif part['type'] == 'language' -%}
+{%- set request.instruction = '语音转写成' + part['language'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if request.hotwords -%}
+{%- set request.context = request.context + '热词列表：[' + request.hotwords | join(', ') + ']\\n' -%}
+{%- endif -%}
+{%- if request.context -%}
+{{- '@HEADER@' + request.context -}}
+{%- endif -%}
+{{- request.instruction + '：' -}}
+{%- for part in content if part['type'] == 'audio' -%}
+{{- '@AUDIO@' -}}
+{%- endfor -%}
+{%- else -%}
+{%- for part in content -%}
+{{- '@AUDIO@' if part['type'] == 'audio' else part['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>' if message['role'] == 'assistant' else '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n@THINK@' -}}
+{%- endif -%}
+"""
+
+
+def chat_template(audio_token: str = chat.AUDIO_TOKEN, think_block: bool = False, system_prompt: bool = True) -> str:
+    """The Jinja template that makes the native processor build our prompts; see `SpeechLLMProcessor`."""
+    values = {
+        "@SYSTEM@": chat.DEFAULT_SYSTEM,
+        "@HEADER@": chat.hotword_context(["x"]).split("热词列表")[0],
+        "@THINK@": chat.THINK_BLOCK if think_block else "",
+        "@WANTED@": "true" if system_prompt else "false",
+        "@AUDIO@": audio_token,
+    }
+    template = CHAT_TEMPLATE
+    for mark, value in values.items():
+        template = template.replace(mark, value.replace("\n", "\\n"))
+    return template
+
+
+def read_config(folder: Path) -> SpeechLLMConfig:
+    """Our config of a native checkpoint.
+
+    Without our marker, `use_low_frame_rate` is true and the adaptor's LayerNorm epsilon that of the original.
+    """
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    native = FunAsrNanoConfig.from_dict(raw)
+    adaptor = {name: getattr(native.adaptor_config, name) for name in ADAPTOR_FIELDS}
+    adaptor["use_low_frame_rate"] = raw.get(MARKER, True)
+    if MARKER not in raw:
+        adaptor["layer_norm_eps"] = ORIGINAL_LAYER_NORM_EPS
+    native.text_config.tie_word_embeddings = native.tie_word_embeddings
+    return SpeechLLMConfig(
+        audio_encoder_config=native.audio_config,
+        audio_adaptor_config=adaptor,
+        llm_config=native.text_config,
+        audio_token_id=native.audio_token_id,
+        initializer_range=native.initializer_range,
+        funasr_files=raw.get("funasr_files"),
+    )
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads a native checkpoint.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or tensors are missing, unexpected or of a wrong shape.
+    """
+    config = read_config(folder)
+    tensors = {_to_ours(name): tensor for name, tensor in read_safetensors(folder).items()}
+    settle_tying(config, tensors)
+    config.dtype = widest(tensor.dtype for tensor in tensors.values())
+    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), read_side(folder / SIDE_FILE))
+    check_tensors(checkpoint, str(folder), _to_native)
+    return checkpoint
+
+
+def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
+    """Our processor of a native checkpoint."""
+    raw = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    features = raw.get("feature_extractor", {})
+    if not features and (folder / "preprocessor_config.json").is_file():
+        features = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    options = {name: features[name] for name in (*FEATURE_FIELDS, "waveform_scale", "dither") if name in features}
+    options["window_type"] = features.get("window", "hamming")
+    return SpeechLLMProcessor(
+        FbankFeatureExtractor(**options),
+        tokenizer,
+        audio_token=raw.get("audio_token", chat.AUDIO_TOKEN),
+        downsample_rate=config.downsample_rate,
+        use_low_frame_rate=config.use_low_frame_rate,
+        **{name: features[name] for name in DIALOGUE_FIELDS if name in features},
+    )
+
+
+def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
+    """Refuses models that the native class can't hold, and, unless forced, those that would behave differently there.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    adaptor, llm = config.audio_adaptor_config, config.llm_config
+    reasons = []
+    if config.audio_encoder_config.model_type != "fun_asr_nano_encoder":
+        reasons.append(f"its audio encoder is always SAN-M, this one is {config.audio_encoder_config.model_type}")
+    if adaptor.adaptor_type != "transformer":
+        reasons.append(f"its adaptor is always a Transformer, this one is {adaptor.adaptor_type}")
+    if adaptor.downsample_rate != 1:
+        reasons.append(f"its adaptor never stacks frames, this one stacks {adaptor.downsample_rate} (downsample_rate)")
+    if adaptor.intermediate_size != llm.hidden_size // 4:
+        reasons.append(
+            f"its adaptor blocks are a quarter of the LLM wide ({llm.hidden_size // 4}), "
+            f"these {adaptor.intermediate_size}"
+        )
+    if reasons:
+        raise CheckpointError("the native layout (fun_asr_nano) can't hold this model: " + "; ".join(reasons))
+    if config.use_low_frame_rate and not force:
+        raise CheckpointError(
+            "this model was trained on the first eighth of each recording's frames (use_low_frame_rate), but "
+            "transformers' fun_asr_nano class feeds the LLM all of them, so it would transcribe badly there; `force` "
+            "writes it for a reader that shortens by itself"
+        )
+
+
+def write(
+    checkpoint: Checkpoint,
+    processor: SpeechLLMProcessor | None,
+    folder: Path,
+    force: bool = False,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes a native checkpoint into an existing folder, without a processor if `None`.
+
+    Raises:
+        CheckpointError: see `refuse`; or if the LLM's tensors are not named as the native class names them.
+    """
+    refuse(checkpoint.config, force)
+    tensors = {_to_native(name): tensor for name, tensor in checkpoint.tensors.items()}
+    if strange := [name for name in tensors if name.startswith("llm.")]:
+        raise CheckpointError(
+            f"the native layout (fun_asr_nano) can't hold this LLM: no place for {', '.join(strange[:5])}"
+        )
+    config = _native_config(checkpoint)
+    config.save_pretrained(folder)
+    _fix_adaptor_attention(folder / "config.json")
+    checkpoint.generation_config.save_pretrained(folder)
+    if processor is not None:
+        native_processor(processor).save_pretrained(folder)
+    write_safetensors(tensors, folder, max_shard_size)
+    write_side(checkpoint.side, folder / SIDE_FILE)
+
+
+def _native_config(checkpoint: Checkpoint) -> FunAsrNanoConfig:
+    ours = checkpoint.config
+    adaptor = {name: getattr(ours.audio_adaptor_config, name) for name in ADAPTOR_FIELDS}
+    return FunAsrNanoConfig(
+        audio_config=ours.audio_encoder_config.to_dict(),
+        adaptor_config=FunAsrNanoAdaptorConfig(**adaptor),
+        text_config=ours.llm_config.to_dict(),
+        audio_token_id=ours.audio_token_id,
+        initializer_range=ours.initializer_range,
+        tie_word_embeddings=ours.llm_config.tie_word_embeddings,
+        architectures=["FunAsrNanoForConditionalGeneration"],
+        dtype=ours.dtype,
+        funasr_files=ours.funasr_files,
+        **{MARKER: ours.use_low_frame_rate},
+    )
+
+
+def _fix_adaptor_attention(file: Path) -> None:
+    """Names the adaptor's attention implementation in the file.
+
+    Left to itself, the native class resolves none for the adaptor, which then attends to the padding of a batch.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["attn_implementation"] = {"adaptor_config": "sdpa"}
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def native_processor(processor: SpeechLLMProcessor) -> FunAsrNanoProcessor:
+    """The native class's processor with our tokenizer, prompts and options of features."""
+    ours = processor.feature_extractor
+    features = FunAsrNanoFeatureExtractor(
+        window=ours.window_type,
+        # What the class doesn't know is kept for the way back.
+        waveform_scale=ours.waveform_scale,
+        dither=ours.dither,
+        **{name: getattr(processor, name) for name in DIALOGUE_FIELDS},
+        **{name: getattr(ours, name) for name in FEATURE_FIELDS},
+    )
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    # `generate` wants prompts of a batch padded, and on the left; the native processor does what its tokenizer says.
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs.update(padding=True, padding_side="left")
+    template = chat_template(processor.audio_token, processor.think_block, processor.system_prompt)
+    return FunAsrNanoProcessor(features, tokenizer, chat_template=template, audio_token=processor.audio_token)
+
+
+def _to_native(name: str) -> str:
+    return next((native + name[len(ours) :] for ours, native in PREFIXES if name.startswith(ours)), name)
+
+
+def _to_ours(name: str) -> str:
+    return next((ours + name[len(native) :] for ours, native in PREFIXES if name.startswith(native)), name)

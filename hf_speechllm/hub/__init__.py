@@ -1,0 +1,1 @@
+"""Publishing on the Hub: model card and upload."""

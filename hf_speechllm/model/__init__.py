@@ -1,0 +1,1 @@
+"""The model: configuration, composition, adaptors, loss, dialogue format and processor."""

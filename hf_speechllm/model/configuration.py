@@ -1,0 +1,165 @@
+"""Configuration of a speech LLM: audio encoder, audio adaptor, LLM."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM sees the first 1/8 of the adaptor's frames
+
+# Qwen3-0.6B, the LLM of Fun-ASR-Nano.
+DEFAULT_LLM = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+
+class AudioAdaptorConfig(PreTrainedConfig):
+    """What stands between the audio encoder and the LLM.
+
+    Args:
+        adaptor_type: `"transformer"` (Fun-ASR's: frame stacking, two linear layers, Transformer blocks) or `"linear"`
+            (frame stacking and two linear layers).
+        downsample_rate: number of neighbouring encoder frames concatenated into one adaptor frame.
+        use_low_frame_rate: whether the LLM is given only the first `ceil(n / 8)` of an utterance's `n` adaptor
+            frames, as the released Fun-ASR-Nano was trained.
+        encoder_hidden_size: width of the encoder's output; filled in by `SpeechLLMConfig`.
+        hidden_size: width of the LLM's embeddings; filled in by `SpeechLLMConfig`.
+        projector_hidden_size: width between the two linear layers (`ffn_dim` in the original).
+        projector_hidden_act: activation between them.
+        num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout, attention_dropout,
+            layer_norm_eps: of the Transformer blocks; `intermediate_size` defaults to a quarter of `hidden_size`,
+            and the LayerNorm epsilon to the original's 1e-12.
+    """
+
+    model_type = "speech_llm_audio_adaptor"
+    base_config_key = "audio_adaptor_config"
+
+    adaptor_type: str = "transformer"
+    downsample_rate: int = 1
+    use_low_frame_rate: bool = False
+    encoder_hidden_size: int = 512
+    hidden_size: int = 1024
+    projector_hidden_size: int = 2048
+    projector_hidden_act: str = "relu"
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    hidden_act: str = "relu"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.adaptor_type not in ("transformer", "linear"):
+            raise ValueError(f"adaptor_type is {self.adaptor_type!r}; choose 'transformer' or 'linear'")
+        if self.downsample_rate < 1:
+            raise ValueError(f"downsample_rate is {self.downsample_rate}; it must be at least 1")
+
+
+class SpeechLLMConfig(PreTrainedConfig):
+    """Configuration of `SpeechLLMForConditionalGeneration`; its defaults are the sizes of Fun-ASR-Nano.
+
+    Args:
+        audio_encoder_config: config (or dict with `model_type`) of any encoder that `AutoModel` builds; default
+            `fun_asr_nano_encoder`, the SAN-M encoder. A Whisper config stands for Whisper's encoder.
+        audio_adaptor_config: `AudioAdaptorConfig` or dict.
+        llm_config: config (or dict with `model_type`) of any LLM that `AutoModelForCausalLM` builds; default
+        Qwen3-0.6B.
+        audio_token_id: id of the placeholder in `input_ids` where an audio token goes
+            (`<|object_ref_start|>` of the Qwen3 tokenizer).
+        funasr_files: `config.yaml` and `configuration.json` of the FunASR checkpoint that the model comes from, if
+            any; they are completed and written back when it is exported to FunASR.
+    """
+
+    model_type = "speech_llm"
+    sub_configs: ClassVar = {
+        "audio_encoder_config": AutoConfig,
+        "audio_adaptor_config": AudioAdaptorConfig,
+        "llm_config": AutoConfig,
+    }
+
+    audio_encoder_config: dict | PreTrainedConfig | None = None
+    audio_adaptor_config: dict | PreTrainedConfig | None = None
+    llm_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 151646
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    funasr_files: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
+        self.llm_config = _build(self.llm_config, DEFAULT_LLM)
+        if not isinstance(self.audio_adaptor_config, AudioAdaptorConfig):
+            self.audio_adaptor_config = AudioAdaptorConfig(**(self.audio_adaptor_config or {}))
+        adaptor = self.audio_adaptor_config
+        adaptor.encoder_hidden_size = self.audio_encoder_config.hidden_size
+        adaptor.hidden_size = self.llm_config.hidden_size
+        if adaptor.intermediate_size is None:
+            adaptor.intermediate_size = adaptor.hidden_size // 4
+        # The LLM decides whether its embeddings are tied; transformers asks the outer config.
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """The config of a folder or Hub id as a dict, and the options that were not used for reading it.
+
+        Besides our own layout, that of transformers' `fun_asr_nano`, FunASR's and peft's adapters are understood.
+        """
+        from ..formats.loading import HUB_OPTIONS, load_config_dict  # `checkpoints` builds on this module
+
+        config = load_config_dict(pretrained_model_name_or_path, kwargs)
+        if config is None:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        used = (*HUB_OPTIONS, "proxies", "trust_remote_code", "_from_pipeline", "_from_auto", "gguf_file")
+        return config, {key: value for key, value in kwargs.items() if key not in used}
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The LLM's config: what generation asks for cache sizes and vocabulary."""
+        return self.llm_config
+
+    @property
+    def use_low_frame_rate(self) -> bool:
+        """Whether the LLM sees only the first eighth of the adaptor's frames."""
+        return self.audio_adaptor_config.use_low_frame_rate
+
+    @property
+    def downsample_rate(self) -> int:
+        """Encoder frames per adaptor frame."""
+        return self.audio_adaptor_config.downsample_rate
+
+    @property
+    def encoder_downsample_rate(self) -> int:
+        """Feature frames per encoder frame: 2 for Whisper's strided convolution, 1 for SAN-M."""
+        return 2 if self.audio_encoder_config.model_type == "whisper" else 1
+
+    @property
+    def max_feature_frames(self) -> int:
+        """The most feature frames of one recording that the encoder's position table holds.
+
+        SAN-M: its positions start at 1, so one entry of the table is never used. Whisper: 30 s.
+        """
+        if self.audio_encoder_config.model_type == "whisper":
+            return self.encoder_downsample_rate * self.audio_encoder_config.max_source_positions
+        return self.audio_encoder_config.max_position_embeddings - 1
+
+
+def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(default) if config is None else {"model_type": default["model_type"], **config}
+    model_type = config.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type is {model_type!r}, which transformers doesn't know")
+    return CONFIG_MAPPING[model_type](**config)

@@ -1,0 +1,27 @@
+"""The two names under which releases of transformers pass the key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+# The name in the installed release, of an argument of models and `generate` and of a field of outputs.
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+
+def find_cache(arguments: dict[str, Any]) -> Any:
+    """Finds the key-value cache among keyword arguments of a forward pass, under either name.
+
+    Returns:
+        The cache, or `None` if there is none.
+
+    Raises:
+        ValueError: if there is one under each name.
+    """
+    caches = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(caches) > 1:
+        raise ValueError(f"both {' and '.join(CACHE_NAMES)} are given, two names of one argument; give {CACHE} alone")
+    return caches[0] if caches else None

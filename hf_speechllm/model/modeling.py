@@ -1,0 +1,372 @@
+"""The speech LLM: an audio encoder, an adaptor and a causal LLM, composed into one `PreTrainedModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..fast.attention import causal_masks, check_packing
+from .adaptors import AudioAdaptor
+from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+from .kv_cache import CACHE, CACHE_NAMES, find_cache
+from .loss import supervised_loss
+from .packing import PackedRows
+
+PARTS = ("audio_encoder", "audio_adaptor", "llm")
+
+
+@dataclass
+class SpeechLLMOutput(CausalLMOutputWithPast):
+    """Output of the model: that of transformers' causal LLMs, and two numbers about the labels.
+
+    Args:
+        loss: scalar, cross-entropy over the supervised tokens; given labels.
+        logits: shape = (batch, tokens, vocabulary); without labels, or if `return_logits`.
+        cache: the LLM's key-value cache; `past_key_values` in transformers before 5.24.
+        hidden_states: if `output_hidden_states`, the LLM's: its input and the output of each layer, each of shape =
+            (batch, tokens, width). Of the audio encoder and the adaptor there are none.
+        attentions: if `output_attentions`, the LLM's: of each layer, shape = (batch, heads, tokens, tokens).
+        num_label_tokens: scalar integer, the number of supervised tokens; given labels.
+        token_accuracy: scalar, the share of supervised tokens that is predicted right (teacher forcing); given labels.
+    """
+
+    num_label_tokens: torch.Tensor | None = None
+    token_accuracy: torch.Tensor | None = None
+
+
+class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A causal LLM that reads audio tokens at the places where `input_ids` holds `config.audio_token_id`.
+
+    Example:
+
+    ```python
+    >>> from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+
+    >>> model = SpeechLLMForConditionalGeneration.from_pretrained("FunAudioLLM/Fun-ASR-Nano-2512-hf")
+    >>> processor = SpeechLLMProcessor.from_pretrained("FunAudioLLM/Fun-ASR-Nano-2512-hf")
+    >>> inputs = processor.apply_transcription_request("recording.wav", language="zh")
+    >>> processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)
+    ```
+    """
+
+    config_class = SpeechLLMConfig
+    config: SpeechLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    accepts_loss_kwargs = True  # the Trainer hands `num_items_in_batch`, the supervised tokens of the whole step
+
+    def __init__(self, config: SpeechLLMConfig):
+        super().__init__(config)
+        _refuse_scaled_logits(config.llm_config)
+        encoder = AutoModel.from_config(config.audio_encoder_config)
+        self.audio_encoder = encoder.encoder if config.audio_encoder_config.model_type == "whisper" else encoder
+        self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
+        self.llm = AutoModelForCausalLM.from_config(config.llm_config)
+        # Tensors that belong to the checkpoint but not to the model: FunASR's CTC branch.
+        self.side_tensors: dict[str, torch.Tensor] = {}
+        self.post_init()
+        # What FSDP gathers at once: layers of the LLM, but encoder and adaptor as a whole, whose many small layers
+        # would keep the host busier than the GPU. It fails on a class that the model does not have.
+        names = {type(module).__name__ for module in self.llm.modules()}
+        wholes = {type(part).__name__ for part in (self.audio_encoder, self.audio_adaptor)}
+        self._no_split_modules = wholes | (set(self.llm._no_split_modules or ()) & names)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a model from a folder or the Hub; the options are those of transformers.
+
+        Args:
+            pretrained_model_name_or_path: in our own layout, that of transformers' `fun_asr_nano`, FunASR's
+                (`model.pt`, `config.yaml`), or a peft adapter, which is merged into its base model.
+            dtype: default the dtype in which each part is stored.
+
+        Raises:
+            CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        from ..formats.loading import load_model  # `checkpoints` builds on this module
+
+        return load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        """Saves model, config and generation config in our own layout; the options are those of transformers."""
+        if state_dict := kwargs.get("state_dict"):
+            # Gathered from the shards of DeepSpeed or FSDP, tied weights share no memory and would be saved twice.
+            kwargs["state_dict"] = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if self.all_tied_weights_keys.get(name) not in state_dict
+            }
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            from ..formats.loading import SIDE_FILE, write_side  # `checkpoints` builds on this module
+
+            write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
+        """Uploads the model with a card; unlike with transformers, a new repository is private by default.
+
+        It gets the layout of transformers' `fun_asr_nano` where that class computes the same, else ours, with this
+        package's code. May be repeated if it breaks off.
+
+        Args:
+            repo_id: `USER/MODEL`; created if it is not there.
+            private: of a new repository; `None` as the account's default says.
+            token: default the one of `hf auth login`.
+            **kwargs: `max_shard_size`, and options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
+
+        Returns:
+            The commit, as `HfApi.upload_folder` gives it.
+        """
+        from ..hub.upload import push_model  # `checkpoints` builds on this module
+
+        return push_model(self, repo_id, private, token, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embeddings."""
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's token embeddings."""
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's head."""
+        return self.llm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the LLM's head."""
+        self.llm.set_output_embeddings(value)
+
+    def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
+        """Sets training mode, except in parts of which nothing is trained: those stay in eval mode, without
+        dropout."""
+        super().train(mode)
+        for name in PARTS:
+            part = getattr(self, name)
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+                if mode:
+                    _allow_checkpointing(part)
+        return self
+
+    def encode_audio(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor,
+        frame_positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the encoder.
+
+        Args:
+            input_features: shape = (recordings, feature frames, feature size).
+            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+            frame_positions: as in `forward`.
+
+        Returns:
+            Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
+            encoder frames).
+        """
+        if self.config.audio_encoder_config.model_type == "whisper":
+            return self._run_whisper(input_features, input_features_mask)
+        packing = {} if frame_positions is None else {"frame_positions": frame_positions}
+        outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask, **packing)
+        return outputs.last_hidden_state, input_features_mask
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes recordings into audio tokens.
+
+        Args:
+            input_features: shape = (recordings, feature frames, feature size).
+            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+
+        Returns:
+            Audio tokens, shape = (recordings, tokens, LLM width), and how many of them each recording has,
+            shape = (recordings,).
+        """
+        return self._audio_tokens(input_features, input_features_mask)
+
+    def _audio_tokens(self, features, mask, states=None, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
+        if states is None:
+            states, mask = self.encode_audio(features, mask, positions)
+        if self.config.audio_encoder_config.model_type == "whisper":
+            positions = None  # of features, of which the encoder makes fewer frames
+        if positions is not None:
+            check_packing(self.audio_adaptor.config)
+        tokens, lengths = self.audio_adaptor(states, mask, positions)
+        if self.config.use_low_frame_rate:
+            lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
+            tokens = tokens[:, : -(-tokens.shape[1] // LOW_FRAME_RATE)]
+        return tokens, lengths
+
+    def _run_whisper(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whisper's encoder takes exactly 30 s: the padding is the spectrogram of silence, and what lies behind it is
+        cut."""
+        frames = self.config.max_feature_frames
+        # Whisper clips log10 at 8 below the recording's maximum and divides by 4, so silence is the maximum minus 2.
+        mask = mask.bool()
+        silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
+        features = torch.where(mask.unsqueeze(-1), features, silence)
+        padding = silence.expand(-1, frames - features.shape[1], features.shape[2])
+        features = torch.cat([features, padding], dim=1).transpose(1, 2)
+        dtype = self.audio_encoder.conv1.weight.dtype
+        states = self.audio_encoder(features.to(dtype)).last_hidden_state
+        mask = mask[:, :: self.config.encoder_downsample_rate]
+        return states[:, : mask.shape[1]], mask
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_logits: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        label_positions: torch.Tensor | None = None,
+        encoder_states: torch.Tensor | None = None,
+        audio_tokens: torch.Tensor | None = None,
+        frame_positions: torch.Tensor | None = None,
+        token_positions: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> SpeechLLMOutput:
+        """Runs the model; with labels, computes logits only at supervised positions.
+
+        Args:
+            input_ids: shape = (batch, tokens), with `config.audio_token_id` once for every audio token.
+            attention_mask: shape = (batch, tokens), 0 for padding.
+            input_features: shape = (recordings, feature frames, feature size); recordings in the order in which their
+                placeholders appear, rows first.
+            input_features_mask: shape = (recordings, feature frames).
+            labels: shape = (batch, tokens); -100 where a token is not supervised.
+            cache, past_key_values: the LLM's key-value cache, under either name.
+            return_logits: whether to return all logits although there are labels.
+            logits_to_keep: without labels, how many last positions (0: all) get logits.
+            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
+            label_positions: of `loss.label_positions`, computed on the host: spares a GPU's queue from running empty.
+                Only for rows that are padded on the right.
+            encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
+                then theirs.
+            audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
+            frame_positions: `packing.filled_positions` of `input_features_mask`: encoder and adaptor compute without
+                padding. For a model that `attention.allow_packing` has set up; the same goes for the next.
+            token_positions: those of `attention_mask`, if labels and their positions are given: the LLM computes
+                without padding.
+
+        Raises:
+            ValueError: if placeholders and audio tokens differ in number, the model is not set up for packed rows, or
+                the cache is given twice.
+        """
+        cache = find_cache({"cache": cache, "past_key_values": past_key_values})
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if audio_tokens is not None:
+                lengths = torch.full((1,), len(audio_tokens), device=input_ids.device)
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio_tokens.unsqueeze(0), lengths)
+            elif input_features is not None or encoder_states is not None:
+                audio = self._audio_tokens(input_features, input_features_mask, encoder_states, frame_positions)
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
+        # With label positions, padding is on the right, so that the causal mask alone hides it.
+        causal = labels is not None and label_positions is not None
+        rows = None
+        if causal and token_positions is not None and attention_mask is not None:
+            check_packing(self.llm.config)
+            rows = PackedRows(attention_mask, token_positions)
+            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
+            kwargs.update(rows.attention)
+        outputs = self.llm.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache if labels is None else False,
+            **{CACHE: cache},
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if rows is not None:
+            hidden_states = rows.unpack(hidden_states)
+        result = SpeechLLMOutput(hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        head = self.get_output_embeddings()
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = head(hidden_states[:, kept])
+            setattr(result, CACHE, getattr(outputs, CACHE))
+            return result
+        result.loss, result.num_label_tokens, result.token_accuracy = supervised_loss(
+            hidden_states, labels, head, num_items_in_batch, label_positions
+        )
+        if return_logits:
+            result.logits = head(hidden_states)
+        return result
+
+    def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
+        placeholders = input_ids == self.config.audio_token_id
+        # Compared on the host only: on a GPU the comparison would stall every step.
+        if input_ids.device.type == "cpu" and int(placeholders.sum()) != int(lengths.sum()):
+            raise ValueError(
+                f"input_ids hold {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
+                f"but the recordings give {int(lengths.sum())} audio tokens; build both with the same processor"
+            )
+        # The n-th placeholder takes the n-th audio token. Looked up, not compressed with a mask: how much that leaves
+        # is known only once the GPU has come so far.
+        ends = lengths.cumsum(0)
+        order = placeholders.flatten().cumsum(0) - 1
+        recording = torch.searchsorted(ends, order, right=True).clamp(max=len(lengths) - 1)
+        index = recording * tokens.shape[1] + order - (ends - lengths)[recording]
+        audio = tokens.flatten(0, 1)[index.clamp(0, tokens.shape[0] * tokens.shape[1] - 1)]
+        audio = audio.view(*placeholders.shape, -1).to(inputs_embeds.dtype)
+        return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
+
+
+def _allow_checkpointing(part: PreTrainedModel) -> None:
+    """Lets gradient checkpointing work in a frozen part, through which gradients flow to a trained one before it.
+
+    transformers' layers recompute only in training mode. A layer's own flag is set where that changes nothing else: if
+    the part has no dropout; the modules inside stay in eval mode.
+    """
+    layers = [
+        module
+        for module in part.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    # The Trainer sets training mode in every step, so the config is looked at only where there is something to set.
+    if layers and not any("drop" in name and value for name, value in part.config.to_dict().items()):
+        for layer in layers:
+            layer.training = True
+
+
+def _refuse_scaled_logits(llm_config) -> None:
+    """Logits are computed here from the LLM's head, so an LLM that scales or caps them afterwards would be trained
+    wrongly."""
+    for name, neutral in {
+        "final_logit_softcapping": (None,),
+        "logit_scale": (None, 1.0),
+        "logits_scaling": (None, 1.0),
+    }.items():
+        value = llm_config.to_dict().get(name)
+        if value not in neutral:
+            raise ValueError(
+                f"llm_config.{name} is {value}: an LLM that alters its logits behind the head is not supported"
+            )

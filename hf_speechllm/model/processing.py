@@ -1,0 +1,231 @@
+"""The processor: recordings and dialogues in, the model's inputs out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
+from ..audio.waveform import load_audio
+from . import chat
+
+
+class SpeechLLMProcessor(ProcessorMixin):
+    """Feature extractor, tokenizer and dialogue format in one.
+
+    Args:
+        feature_extractor: `FbankFeatureExtractor`, or Whisper's for a Whisper encoder.
+        tokenizer: of the LLM; must know `<|im_start|>`, `<|im_end|>` and the audio token.
+        audio_token: placeholder in `input_ids` where an audio token goes.
+        downsample_rate, use_low_frame_rate, encoder_downsample_rate: how the model shortens recordings; as in its
+            config.
+        think_block: whether an empty thinking block stands before each answer (the original's `do_think: false`).
+        system_prompt: whether dialogues begin with a system prompt (the original's `sys_prompt`).
+    """
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        audio_token: str = chat.AUDIO_TOKEN,
+        downsample_rate: int = 1,
+        use_low_frame_rate: bool = False,
+        encoder_downsample_rate: int = 1,
+        think_block: bool = False,
+        system_prompt: bool = True,
+    ):
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        for token in (chat.TURN_START, chat.TURN_END, audio_token):
+            if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+                raise ValueError(f"the tokenizer lacks {token}; add it as a special token, or take the LLM's own")
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        self.downsample_rate = downsample_rate
+        self.use_low_frame_rate = use_low_frame_rate
+        self.encoder_downsample_rate = encoder_downsample_rate
+        self.think_block = think_block
+        self.system_prompt = system_prompt
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> SpeechLLMProcessor:
+        """Loads a processor from a folder or the Hub, in any layout that the model's `from_pretrained` understands.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged.
+        """
+        from ..formats.loading import load_processor  # `checkpoints` builds on this module
+
+        return load_processor(cls, pretrained_model_name_or_path, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
+        """Uploads the processor, for transformers' `fun_asr_nano` where that class can hold it, else as ours.
+
+        Args, result: as `SpeechLLMForConditionalGeneration.push_to_hub`.
+        """
+        from ..hub.upload import push_processor  # `checkpoints` builds on this module
+
+        return push_processor(self, repo_id, private, token, **kwargs)
+
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
+        return chat.num_audio_tokens(
+            num_frames, self.downsample_rate, self.use_low_frame_rate, self.encoder_downsample_rate
+        )
+
+    def tokenize(self, dialogue: chat.Dialogue, num_frames: Sequence[int]) -> chat.TokenizedDialogue:
+        """Ids and labels of a dialogue.
+
+        Args:
+            num_frames: feature frames (encoder input) of each of its recordings.
+        """
+        counts = [self.num_audio_tokens(frames) for frames in num_frames]
+        if not self.system_prompt:
+            dialogue = dataclasses.replace(dialogue, system=None)
+        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id, self.think_block)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict] | Sequence[Sequence[dict]],
+        hotwords: Sequence[str] = (),
+        return_labels: bool = True,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """The model's inputs for dialogues: for training where every turn is answered, for decoding where the last is
+        not.
+
+        Args:
+            conversation: one list of messages, or several; see `chat.parse_messages`.
+            hotwords: named before the first prompt of each dialogue.
+            return_labels: whether to add `labels`; without effect where the last answer is missing.
+            padding_side: default `right` with labels and `left` without, which is what `generate` needs.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, if there are recordings,
+            `input_features`, shape = (recordings, frames, feature size), `input_features_mask`.
+
+        Raises:
+            chat.ChatError: if a dialogue is not well formed.
+            AudioError: if a recording can't be loaded.
+        """
+        conversations: Sequence = [conversation] if isinstance(conversation[0], dict) else conversation
+        dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
+        return_labels = return_labels and all(dialogue.turns[-1].answer is not None for dialogue in dialogues)
+        waveforms = [
+            load_audio(source, self.sampling_rate) for dialogue in dialogues for source in dialogue.recordings
+        ]
+        return self.batch(dialogues, waveforms, return_labels, padding_side)
+
+    def apply_transcription_request(
+        self,
+        audio: Any,
+        language: str | None = None,
+        itn: bool = True,
+        hotwords: str | Sequence[str] | None = None,
+        prompt: str | None = None,
+        context: str | None = None,
+    ) -> BatchFeature:
+        """The inputs of `generate` that ask for transcripts.
+
+        Args:
+            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
+            language, itn, hotwords, prompt, context: see `chat.transcription_prompt`; shared by all recordings.
+
+        Returns:
+            As `apply_chat_template`, padded on the left.
+        """
+        recordings = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt, context)
+        return self.apply_chat_template([chat.transcription_messages(item, text) for item in recordings])
+
+    def batch(
+        self,
+        dialogues: Sequence[chat.Dialogue],
+        waveforms: Sequence[np.ndarray],
+        return_labels: bool,
+        padding_side: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> BatchFeature:
+        """Pads parsed dialogues and their loaded recordings; arguments and result as `apply_chat_template`.
+
+        Args:
+            device: where the features are computed, and left; the ids stay on the host.
+        """
+        features = self.extract_features(waveforms, device)
+        audio = pad_features(features) if features else {}
+        frames = [len(item) for item in features]
+        examples = []
+        for dialogue in dialogues:
+            count = len(dialogue.recordings)
+            examples.append(self.tokenize(dialogue, frames[:count]))
+            frames = frames[count:]
+        side = padding_side or ("right" if return_labels else "left")
+        columns = {"input_ids": [example.input_ids for example in examples]}
+        if return_labels:
+            columns["labels"] = [example.labels for example in examples]
+        return BatchFeature({**self.pad_tokens(columns, side), **audio})
+
+    def extract_features(
+        self, waveforms: Sequence[np.ndarray], device: torch.device | str = "cpu"
+    ) -> list[torch.Tensor]:
+        """Encoder inputs of waveforms, each of shape = (frames, feature size), on the device."""
+        extractor = self.feature_extractor
+        if torch.device(device).type == "cuda" and isinstance(extractor, FbankFeatureExtractor):
+            return extractor.extract(waveforms, device) if waveforms else []
+        features = (torch.from_numpy(cacheable_features(extractor, waveform)) for waveform in waveforms)
+        return [encoder_input(extractor, item).to(device) for item in features]
+
+    def pad_tokens(self, columns: dict[str, list[list[int]]], side: str) -> dict[str, torch.Tensor]:
+        """Pads `input_ids` (and `labels`) to the longest row on the given side and adds `attention_mask`."""
+        width = max(len(row) for row in columns["input_ids"])
+        pad_token_id = self.tokenizer.pad_token_id
+        fill = {
+            "input_ids": self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id,
+            "labels": chat.IGNORE_INDEX,
+        }
+        columns = {**columns, "attention_mask": [[1] * len(row) for row in columns["input_ids"]]}
+        padded = {}
+        for name, rows in columns.items():
+            padding = [[fill.get(name, 0)] * (width - len(row)) for row in rows]
+            ordered = [pad + row if side == "left" else row + pad for pad, row in zip(padding, rows, strict=True)]
+            padded[name] = torch.tensor(ordered, dtype=torch.long)
+        return padded
+
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the waveforms, in Hz."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """Time between two frames of the encoder's input: 60 ms with low-frame-rate stacking, else 10 ms."""
+        stacked = isinstance(self.feature_extractor, FbankFeatureExtractor)
+        return FRAME_SHIFT * (self.feature_extractor.stride_lfr if stacked else 1)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that the model takes."""
+        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+
+def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pads the encoder's inputs of several recordings.
+
+    Args:
+        features: each of shape = (frames, feature size).
+
+    Returns:
+        `input_features`, shape = (recordings, longest, feature size), zero where padded, and `input_features_mask`.
+    """
+    lengths = torch.tensor([len(item) for item in features])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
+    return {
+        "input_features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
+        "input_features_mask": mask.long(),
+    }

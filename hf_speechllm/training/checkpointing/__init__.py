@@ -1,0 +1,1 @@
+"""Checkpoints of a run: writing, verification, resuming, selection and averaging."""

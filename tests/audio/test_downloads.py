@@ -1,0 +1,223 @@
+"""Downloads: what a hostile or broken server can't do, and what stays secret."""
+
+import base64
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+
+from hf_speechllm.audio import downloads
+from hf_speechllm.audio.downloads import DownloadError, UrlPolicy, download, redact
+
+
+@pytest.fixture(autouse=True)
+def policy(monkeypatch):
+    """Leaves the policy as it was, and gives a way to change it."""
+    for name in ("MAX_MEGABYTES", "TIMEOUT_SECONDS", "ALLOW_PRIVATE_REDIRECTS"):
+        monkeypatch.setenv(f"SPEECHLLM_URL_{name}", "")
+        monkeypatch.delenv(f"SPEECHLLM_URL_{name}")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return UrlPolicy.change
+
+
+@pytest.fixture
+def server(serve):
+    """A server whose answer is made by a function of the request, and the headers that it got."""
+
+    def start(answer):
+        seen = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(dict(self.headers) | {"path": self.path})
+                answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        return serve(handler=Handler), seen
+
+    return start
+
+
+def send(request, data=b"data", status=200, length=True, **headers):
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name, value)
+    if length:
+        request.send_header("Content-Length", str(len(data)))
+    request.end_headers()
+    request.wfile.write(data)
+
+
+def redirect_to(target):
+    return lambda request: send(request, b"" if request.path == "/a" else b"data", 302, Location=target)
+
+
+def test_address_in_the_list_may_be_private(server):
+    address, _ = server(send)
+    assert download(f"{address}/a.wav") == b"data"
+
+
+def test_redirect_to_a_private_address_is_refused_before_anything_is_sent(server):
+    inner, seen = server(send)
+    port = inner.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433"):
+        outer, _ = server(redirect_to(f"http://{host}:{port}/secret"))
+        with pytest.raises(DownloadError, match="not a public address; --allow_private_redirects"):
+            download(f"{outer}/a")
+    assert seen == []
+
+
+def test_redirect_to_a_private_address_can_be_allowed(server, policy):
+    inner, _ = server(send)
+    outer, _ = server(redirect_to(f"{inner}/b"))
+    policy(allow_private_redirects=True)
+    assert download(f"{outer}/a") == b"data"
+
+
+def test_name_that_changes_its_address_is_caught(server, monkeypatch):
+    """The address that is connected to counts, not one that was looked up before."""
+    inner, seen = server(send)
+    port = int(inner.rpartition(":")[2])
+    lookup = socket.getaddrinfo
+    outer, _ = server(redirect_to("http://public.example/"))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, wanted, *rest, **options: lookup(
+            "127.0.0.1", port if host == "public.example" else wanted, type=socket.SOCK_STREAM
+        ),
+    )
+    with pytest.raises(DownloadError, match="redirected to 127.0.0.1"):
+        download(f"{outer}/a")
+    assert seen == []
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "gopher://x/"])
+def test_redirect_to_another_scheme_is_refused(server, target):
+    address, _ = server(redirect_to(target))
+    with pytest.raises((DownloadError, urllib.error.HTTPError)):
+        download(f"{address}/a")
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+def test_other_schemes_have_no_way(address):
+    with pytest.raises(DownloadError, match="neither http nor https"):
+        download(address)
+
+
+def test_link_local_address_is_refused_even_in_a_list(monkeypatch, server):
+    address, seen = server(send)
+    monkeypatch.setattr(socket.socket, "getpeername", lambda _: ("169.254.169.254", 80))
+    with pytest.raises(DownloadError, match="169.254.169.254 is a link-local address"):
+        download(f"{address}/latest/meta-data")
+    assert seen == []
+
+
+def test_endless_redirects_end(server, policy):
+    policy(allow_private_redirects=True)
+    address, seen = server(lambda request: send(request, b"", 302, Location=f"/{len(request.path) * 'x'}"))
+    with pytest.raises(urllib.error.HTTPError, match="infinite loop"):
+        download(f"{address}/a")
+    assert len(seen) < 20
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_download_has_a_limit_of_size(server, policy, length):
+    policy(max_megabytes=0.1)
+    address, _ = server(lambda request: send(request, bytes(100_000), length=length))
+    assert len(download(f"{address}/a")) == 100_000
+    address, _ = server(lambda request: send(request, bytes(100_001), length=length))
+    with pytest.raises(DownloadError, match="larger than 0.1 MB"):
+        download(f"{address}/a")
+
+
+@pytest.mark.parametrize("headers", [True, False])
+def test_server_that_drips_is_cut_off(server, policy, headers):
+    stop = threading.Event()
+
+    def drip(request):
+        request.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        if not headers:
+            request.wfile.write(b"\r\n")
+        while not stop.wait(0.05):
+            request.wfile.write(b"x")
+
+    address, _ = server(drip)
+    policy(timeout_seconds=0.5)
+    began = time.perf_counter()
+    try:
+        with pytest.raises(DownloadError, match="longer than 0.5 s"):
+            download(f"{address}/a")
+    finally:
+        stop.set()
+    assert time.perf_counter() - began < 5
+
+
+def test_download_that_breaks_off_is_not_taken_for_whole(server):
+    def cut(request):
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        request.wfile.write(b"abcd")
+
+    address, _ = server(cut)
+    with pytest.raises(http.client.IncompleteRead) as info:
+        download(f"{address}/a")
+    assert info.value.partial == b"abcd"
+
+
+def test_password_goes_to_its_host_alone(server, policy):
+    policy(allow_private_redirects=True)
+    inner, inner_seen = server(send)
+    outer, outer_seen = server(redirect_to(f"{inner}/b"))
+    assert download(outer.replace("http://", "http://me:p%40ss@") + "/a") == b"data"
+    assert outer_seen[0]["Authorization"] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert "Authorization" not in inner_seen[0]
+
+
+def test_policy_is_handed_on_to_other_processes(policy):
+    policy(12.5, None, True)
+    assert UrlPolicy.current() == UrlPolicy(12.5, 600.0, True)
+    code = "import os; print(sorted((k, v) for k, v in os.environ.items() if k.startswith('SPEECHLLM_URL')))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "('SPEECHLLM_URL_MAX_MEGABYTES', '12.5')" in told and "REDIRECTS', '1')" in told
+    with pytest.raises(ValueError, match="above 0"):
+        policy(0)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("https://u:p@h/a.wav: gone", "https://***@h/a.wav: gone"),
+        ("https://h/a.wav?token=x: gone", "https://h/a.wav?***: gone"),
+        ("http://h/a b 'https://h/?x=1' s3://k:s@b/c", "http://h/a b 'https://h/?***' s3://***@b/c"),
+        ("HTTPS://a:b@c@h/x#t=1, y", "HTTPS://***@h/x#***, y"),
+        ("wget -O - https://t@h/x?k=v |", "wget -O - https://***@h/x?*** |"),
+        ("/data/a?b.wav and a@b.c", "/data/a?b.wav and a@b.c"),
+    ],
+)
+def test_redaction(text, expected):
+    assert redact(text) == expected
+
+
+def test_timeout_of_an_answer_is_not_longer_than_that_of_the_download(monkeypatch, server, policy):
+    policy(timeout_seconds=7)
+    address, _ = server(send)
+    used = []
+    original = downloads._Connection.__init__
+    monkeypatch.setattr(
+        downloads._Connection,
+        "__init__",
+        lambda self, host, **o: used.append(o["timeout"]) or original(self, host, **o),
+    )
+    download(f"{address}/a")
+    assert used == [7]

@@ -1,0 +1,266 @@
+"""Streaming: every row once a pass over all ranks and workers, the token budget kept, an interruption leaves no trace,
+bad rows are told and stop the run."""
+
+import json
+import logging
+from collections import Counter
+
+import pytest
+import torch
+
+from hf_speechllm.data.augmentation import SpecAugment
+from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.stream_loader import StreamLoader
+from hf_speechllm.data.streaming import Place, RowStream
+from hf_speechllm.model.loss import label_positions
+
+BUDGET = 4.0  # seconds
+
+
+class Naming(SpeechLLMCollator):
+    """Gives what the rows were, instead of tensors."""
+
+    def __call__(self, rows):
+        return [
+            {"answer": json.loads(row["messages"])[-1]["content"], "frames": row["num_frames"], "seed": row["seed"]}
+            for row in rows
+        ]
+
+
+@pytest.fixture
+def stream(processor, tiny_corpus, monkeypatch):
+    """A stream of the tiny corpus in blocks of about three rows."""
+    monkeypatch.setattr("hf_speechllm.data.shards.BLOCK_SIZE", 1000)
+
+    def make(*files, collator=Naming, **options):
+        collator = collator if isinstance(collator, SpeechLLMCollator) else collator(processor)
+        files = [str(file) for file in files] or [str(tiny_corpus.jsonl)]
+        return RowStream(files, collator, BUDGET, 2048, **{"window_rows": 8, **options})
+
+    return make
+
+
+def take(stream, number, worker=0, workers=1, place=None):
+    batches = stream.batches(place or Place(), worker, workers)
+    return [next(batches) for _ in range(number)]
+
+
+def passes(stream, epochs, workers=1):
+    """The keys of the rows of each pass, all workers of one rank together."""
+    found = [Counter() for _ in range(epochs)]
+    for worker in range(workers):
+        for batch, place in stream.batches(Place(), worker, workers):
+            for row in batch:
+                _, epoch, shard, _, number = row["seed"]
+                if epoch < epochs:
+                    found[epoch][shard, number] += 1
+            if place.epoch >= epochs:
+                break
+    return found
+
+
+@pytest.mark.parametrize("ranks, workers, window", [(1, 1, 5), (2, 2, 8), (3, 1, 100)])
+def test_every_row_is_seen_once_a_pass_by_one_worker(stream, ranks, workers, window):
+    total = [Counter(), Counter()]
+    for rank in range(ranks):
+        made = stream(rank=rank, num_ranks=ranks, window_rows=window)
+        assert len(made.shards) >= ranks * workers
+        for count, found in zip(total, passes(made, 2, workers), strict=True):
+            count.update(found)
+    assert [len(count) for count in total] == [24, 24]
+    assert set(total[0].values()) == set(total[1].values()) == {1}
+
+
+def test_more_workers_than_rows_end_with_a_message(stream):
+    """Instead of waiting for each other without an end."""
+    with pytest.raises(BadDataError, match="no row for one of 100 workers"):
+        for worker in range(100):
+            take(stream(), 1, worker, 100)
+
+
+def test_rows_are_shared_where_shards_are_few(stream, write_tar, samples):
+    path = write_tar([pair for n, data, text in samples for pair in ((f"{n}.wav", data), (f"{n}.txt", text.encode()))])
+    total = Counter()
+    for rank in range(3):
+        made = stream(path, rank=rank, num_ranks=3)
+        assert len(made.shards) == 1
+        (found,) = passes(made, 1, workers=2)
+        assert sum(found.values()) == 8
+        total.update(found)
+    assert len(total) == 24 and set(total.values()) == {1}
+
+
+def test_batches_keep_the_budget_and_hold_similar_lengths(stream):
+    batches = [batch for batch, _ in take(stream(window_rows=24), 30)]
+    assert max(len(batch) for batch in batches) > 2
+    for batch in batches:
+        frames = [row["frames"] for row in batch]
+        assert max(frames) * len(frames) <= 100 * BUDGET
+    padded = sum(max(row["frames"] for row in batch) * len(batch) for batch in batches)
+    assert sum(row["frames"] for batch in batches for row in batch) > 0.8 * padded
+
+
+def test_order_depends_on_seed_pass_and_rank_alone(stream):
+    def seeds(**options):
+        return [row["seed"][1:] for batch, _ in take(stream(**options), 20) for row in batch]
+
+    assert seeds(seed=1) == seeds(seed=1)
+    assert seeds(seed=1) != seeds(seed=2)
+    first = [row for row in seeds() if row[0] == 0]
+    second = [(0, *row[1:]) for row in seeds() if row[0] == 1]
+    assert len(first) == 24 and first != second[:24]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet"])
+@pytest.mark.parametrize("cut", [1, 2, 5, 11, 19])
+def test_going_on_from_any_place_gives_the_same_batches(stream, write_tar, write_parquet, samples, kind, cut):
+    files = ()
+    if kind == "tar":
+        files = [
+            write_tar(
+                [(f"{n}.{e}", d) for n, data, text in samples for e, d in (("wav", data), ("txt", text.encode()))]
+            )
+        ]
+    elif kind == "parquet":
+        files = [write_parquet([{"audio": data, "text": text} for _, data, text in samples])]
+    whole = take(stream(*files), 20)
+    rest = take(stream(*files), 20 - cut, place=whole[cut - 1][1])
+    assert rest == whole[cut:]
+
+
+def test_weights_say_how_often_rows_are_seen_in_a_pass(stream, write_tar, samples):
+    made = write_tar(
+        [(f"{n}.{e}", d) for n, data, text in samples for e, d in (("wav", data), ("txt", text.encode()))]
+    )
+    both = stream(made, weights=[2.5], window_rows=10)
+    found = passes(both, 8)
+    for counts in found:
+        assert set(counts.values()) <= {2, 3} and len(counts) == 24
+    thirds = sum(value == 3 for counts in found for value in counts.values())
+    assert 0.35 < thirds / (8 * 24) < 0.65
+    assert len({frozenset(key for key, value in counts.items() if value == 3) for counts in found}) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_goes_on_where_a_checkpoint_was_made(stream, tmp_path, workers):
+    whole = StreamLoader(stream(), workers)
+    batches = iter(whole)
+    expected = []
+    for number in range(17):
+        if number == 9:
+            whole.save(tmp_path)
+        expected.append(next(batches))
+    del batches
+    again = StreamLoader(stream(), workers)
+    again.load(tmp_path)
+    assert again.batches == 9
+    assert [batch for batch, _ in zip(again, range(8), strict=False)] == expected[9:]
+
+
+def test_state_of_other_data_or_processes_is_refused(stream, tmp_path):
+    StreamLoader(stream()).save(tmp_path)
+    for other, key in (
+        (StreamLoader(stream(), 2), "workers"),
+        (StreamLoader(stream(num_ranks=2)), "ranks"),
+        (StreamLoader(stream(window_rows=9)), "window_rows"),
+        (StreamLoader(stream(weights=[2])), "weights"),
+    ):
+        with pytest.raises(ValueError, match=f"changed: {key} "):
+            other.load(tmp_path)
+    with pytest.raises(ValueError, match="stream_rank1.json is missing"):
+        StreamLoader(stream(rank=1, num_ranks=2)).load(tmp_path)
+
+
+def test_batches_equal_those_of_the_processor(stream, processor, tiny_corpus):
+    names = take(stream(), 3)
+    rows = {
+        json.loads(line)["messages"][2]["content"] + str(json.loads(line)["speech_length"]): json.loads(line)[
+            "messages"
+        ]
+        for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()
+    }
+    for (batch, _), (named, _) in zip(take(stream(collator=SpeechLLMCollator), 3), names, strict=True):
+        expected = processor.apply_chat_template([rows[row["answer"] + str(row["frames"])] for row in named])
+        assert torch.equal(batch.pop("label_positions"), label_positions(expected["labels"]))
+        assert batch.keys() == expected.keys()
+        for key in batch:
+            assert torch.equal(batch[key], expected[key]), key
+
+
+def test_augmentation_differs_between_passes_and_not_after_a_resume(stream, processor):
+    collator = SpeechLLMCollator(processor, [SpecAugment()])
+    whole = take(stream(collator=collator), 12)
+    rest = take(stream(collator=collator), 6, place=whole[5][1])
+    for (batch, _), (again, _) in zip(whole[6:], rest, strict=True):
+        assert torch.equal(batch["input_features"], again["input_features"])
+
+
+@pytest.fixture
+def spoiled(tiny_corpus, tmp_path):
+    """The corpus with a bad second row and a vanished recording in the third."""
+    lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()
+    start = len(lines[0].encode()) + 1
+    lines[1] = "{"
+    lines[2] = lines[2].replace("utt02.wav", "gone.wav")
+    path = tmp_path / "spoiled.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path, start
+
+
+def test_first_bad_row_stops_the_run_unless_some_may_be_bad(stream, spoiled):
+    path, start = spoiled
+    with pytest.raises(BadDataError, match=rf"spoiled.jsonl:byte {start}: not JSON|gone.wav: no such file"):
+        take(stream(path), 30)
+
+
+def test_bad_rows_are_told_counted_and_left_out(stream, spoiled, caplog):
+    path, start = spoiled
+    with caplog.at_level(logging.WARNING):
+        batches = take(stream(path, max_bad_fraction=0.1), 40)
+    place = batches[-1][1]
+    assert place.epoch > 1
+    assert abs(place.bad_rows + place.bad_recordings - place.rows / 12) < 4
+    assert f"spoiled.jsonl:byte {start}: not JSON" in caplog.text
+    assert "gone.wav: no such file" in caplog.text
+    assert len({row["seed"][2:] for batch, _ in batches for row in batch}) == 22
+
+
+def test_too_many_bad_rows_stop_the_run_after_the_minimum(stream, spoiled, monkeypatch):
+    made = stream(spoiled[0], max_bad_fraction=0.05)  # a twelfth is bad
+    with pytest.raises(BadDataError, match=r"of \d{3} rows that a worker read are bad.*\n.*--max_bad_fraction"):
+        take(made, 10_000)
+    monkeypatch.setattr("hf_speechllm.data.streaming.MIN_ROWS", 50)
+    with pytest.raises(BadDataError, match=r"of [2-6]\d rows"):
+        take(made, 10_000)
+
+
+def test_data_that_can_not_be_used_at_all_ends_with_a_message(stream, tmp_path, tiny_corpus):
+    (tmp_path / "a.jsonl").write_text("{\n" * 5)
+    with pytest.raises(BadDataError, match="no row can be used"):
+        take(stream(tmp_path / "a.jsonl", max_bad_fraction=1), 1)
+    (tmp_path / "b.jsonl").write_text(tiny_corpus.jsonl.read_text().replace(str(tiny_corpus.folder), "/gone"))
+    with pytest.raises(BadDataError, match="no recording can be decoded"):
+        take(stream(tmp_path / "b.jsonl", max_bad_fraction=1), 1)
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(BadDataError, match="no row for one of 1 workers"):
+        take(stream(tmp_path / "c.jsonl"), 1)
+
+
+def test_too_long_recordings_and_those_outside_the_root_are_bad(stream, tiny_corpus, tmp_path):
+    made = stream(max_bad_fraction=1)
+    made.batch_seconds = 1.0
+    assert max(row["frames"] for batch, _ in take(made, 30) for row in batch) <= 100
+    assert take(made, 30)[-1][1].bad_rows > 0
+    with pytest.raises(BadDataError, match="outside --audio_root"):
+        take(stream(audio_root=str(tmp_path)), 1)
+    assert take(stream(audio_root=str(tiny_corpus.folder)), 1)
+
+
+def test_wrong_length_in_a_row_does_not_break_the_budget(stream, tmp_path, make_wav, tiny_corpus):
+    row = json.loads(tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[0])
+    path = str(make_wav(seconds=5))
+    row["messages"][1]["content"] = f"x<|startofspeech|>!{path}<|endofspeech|>"
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadDataError, match="5.0 s of audio; the batch budget is 4 s"):
+        take(stream(tmp_path / "a.jsonl"), 1)

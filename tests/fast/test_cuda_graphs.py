@@ -1,0 +1,101 @@
+"""Steps of decoding in place: the same texts as transformers' own cache gives, whatever the room."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hf_speechllm.fast import cuda_graphs as steps
+from hf_speechllm.fast.cuda_graphs import DecodingSteps, takes_steps
+from hf_speechllm.inference.requests import Request
+from hf_speechllm.inference.transcriber import Transcriber
+from hf_speechllm.model.chat import transcription_messages, transcription_prompt
+from hf_speechllm.model.kv_cache import CACHE
+
+
+@pytest.fixture(scope="module")
+def requests(waveforms):
+    prompt = transcription_prompt()
+    words = [(), ("one",), (), ("two", "three"), (), (), ()]  # prompts of many lengths are padded
+    return [
+        Request(str(i), transcription_messages(waveform, prompt), words[i]) for i, waveform in enumerate(waveforms)
+    ]
+
+
+def texts(transcriber, requests):
+    return [item.text for item in sorted(transcriber(requests), key=lambda item: item.index)]
+
+
+@pytest.mark.parametrize("room", [1, 3, 48])
+def test_steps_in_place_give_the_texts_of_the_cache_that_grows(parts, requests, monkeypatch, room):
+    monkeypatch.setattr(steps, "ROOM", room)
+    monkeypatch.setattr(steps, "ALIGNMENT", 4)
+    expected = texts(Transcriber(*parts, max_new_tokens=40), requests)
+    transcriber = Transcriber(*parts, max_new_tokens=40)
+    transcriber.steps = DecodingSteps(parts[0].llm.get_decoder(), graphs=False)
+    assert texts(transcriber, requests) == expected
+    assert len(set(expected)) > 2 and max(map(len, expected)) > 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests):
+    model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
+    captured = Transcriber(model, processor, max_new_tokens=100)
+    expected = texts(Transcriber(model, processor, max_new_tokens=100, cuda_graphs=False), requests)
+    assert texts(captured, requests) == expected
+    assert captured.steps.graphs and captured.steps.graph is not None
+
+
+def test_recordings_of_one_length_need_no_mask(parts):
+    waveforms = [np.random.default_rng(i).standard_normal(16000).astype(np.float32) * 0.1 for i in range(3)]
+    transcriber = Transcriber(*parts, max_new_tokens=20)
+    expected = transcriber.transcribe(waveforms)
+    transcriber.steps = DecodingSteps(parts[0].llm.get_decoder(), graphs=False)
+    assert transcriber.transcribe(waveforms) == expected
+
+
+def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
+    decoder = parts[0].llm.get_decoder()
+    embeds = torch.randn(3, 9, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = mask[2, :1] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        expected = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
+        with DecodingSteps(decoder, graphs=False) as standing_in:
+            cache = standing_in.new_cache()
+            for start, end in [(0, 6), (6, 7), (7, 8), (8, 9)]:
+                result = decoder(
+                    inputs_embeds=embeds[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    **{CACHE: cache},
+                ).last_hidden_state
+                seen = mask[:, start:end].bool()
+                torch.testing.assert_close(result[seen], expected[:, start:end][seen], atol=1e-5, rtol=1e-4)
+        assert cache.get_seq_length() == 9
+
+
+def test_the_llm_is_itself_again_afterwards(parts, requests):
+    decoder = parts[0].llm.get_decoder()
+    with pytest.raises(ZeroDivisionError), DecodingSteps(decoder, graphs=False):
+        raise ZeroDivisionError
+    assert "forward" not in vars(decoder)
+    assert texts(Transcriber(*parts, max_new_tokens=4), requests)
+
+
+def test_llms_that_need_more_than_a_mask_are_decoded_as_they_are(parts):
+    decoder = parts[0].llm.get_decoder()
+    assert takes_steps(decoder)
+    config = decoder.config.to_dict()
+    for change in (
+        {"_attn_implementation": "eager"},
+        {"sliding_window": 16},
+        {"num_experts": 8},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}},
+    ):
+        other = torch.nn.Module()
+        other.config = type("Config", (), {**config, "_attn_implementation": "sdpa", **change})
+        assert not takes_steps(other), change

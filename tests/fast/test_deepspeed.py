@@ -1,0 +1,113 @@
+"""What is set up for DeepSpeed's stages; that training stays the same is shown in tests/test_engines.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.utils import nvtx
+from torch import nn
+
+from hf_speechllm.fast.deepspeed import BUCKET_SIZE, PERSISTENT_SIZE, _gather, prepare, prepare_optimizer
+
+
+@pytest.fixture(autouse=True)
+def deepspeed_as_before(monkeypatch):
+    monkeypatch.setattr(nvtx, "enable_nvtx", True)
+    for module, name in (
+        (partitioned_param_coordinator, "get_all_parameters"),
+        (partition_parameters, "debug_param2name_id_shape_device"),
+        (partition_parameters, "print_rank_0"),
+        (torch.nn.functional, "linear"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_frozen_layers_keep_no_graph_for_stage_3(compose_tiny, tone, trained):
+    model, processor = compose_tiny()
+    model.requires_grad_(False)
+    model.audio_encoder.requires_grad_(trained)
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    inputs = processor.feature_extractor(tone(0.5)[:, 0], sampling_rate=16000, return_tensors="pt")
+    states, _ = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+    assert states.requires_grad is trained
+
+
+def test_first_trained_layer_tells_when_its_gradients_are_complete(compose_tiny):
+    model, _ = compose_tiny()
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    layer, told = model.llm.get_decoder().layers[0], []
+    layer.register_full_backward_hook(lambda *args: told.append(layer.mlp.down_proj.weight.grad is not None))
+    width = model.llm.config.hidden_size
+    positions = torch.zeros(1, 3, dtype=torch.long)
+    rotary = model.llm.get_decoder().rotary_emb(torch.zeros(1, 3, width), positions)
+    layer(torch.ones(1, 3, width), position_embeddings=rotary).sum().backward()
+    assert told == [True]
+
+
+def test_adapters_of_a_model_that_deepspeed_has_loaded_get_its_dtype():
+    loaded, adapter = nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2)
+    loaded.weight.ds_id = loaded.bias.ds_id = 0  # as DeepSpeed marks what it has loaded
+    model = nn.Sequential(loaded, adapter)
+    engine = SimpleNamespace(module=model)
+    DeepSpeedEngine._cast_module_mixed_precision(engine, torch.bfloat16, None, is_zero_init_model=True)
+    assert adapter.weight.dtype == torch.float32  # once it is cast here, `prepare` need not do it
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16))
+    prepare(model, {"zero_optimization": {"stage": 3}})
+    assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
+
+
+def test_what_a_config_says_remains():
+    config = {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    prepare(torch.nn.Linear(1, 1), config)
+    assert config["zero_optimization"] == {
+        "stage": 1, "overlap_comm": False, "reduce_bucket_size": BUCKET_SIZE, "allgather_bucket_size": BUCKET_SIZE
+    }  # fmt: skip
+    config = {"zero_optimization": {"stage": 3, "contiguous_gradients": True, "reduce_bucket_size": 5}}
+    prepare(torch.nn.Linear(1, 1), config)
+    assert config["zero_optimization"] == {
+        "stage": 3, "contiguous_gradients": True, "reduce_bucket_size": 5,
+        "stage3_param_persistence_threshold": PERSISTENT_SIZE
+    }  # fmt: skip
+
+
+def test_stage_3_computes_linear_layers_as_torch_does():
+    layer, inputs = torch.nn.Linear(5, 7).bfloat16(), torch.randn(2, 3, 5).bfloat16().requires_grad_()
+    given = torch.randn(2, 3, 7).bfloat16()
+    tensors = [inputs, layer.weight, layer.bias]
+    expected = torch.autograd.grad(layer(inputs), tensors, given)
+    with torch.no_grad():
+        wanted = layer(inputs)
+    torch.nn.functional.linear = zero3_linear_wrap
+    prepare_optimizer(None)
+    outputs = layer(inputs)
+    assert "_Linear" in type(outputs.grad_fn).__name__
+    torch.testing.assert_close(outputs, wanted, rtol=0, atol=0)
+    for found, wanted in zip(torch.autograd.grad(outputs, tensors, given), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+class Sharded(torch.nn.Parameter):
+    """A parameter with what DeepSpeed adds to it."""
+
+    def all_gather_coalesced(self, parameters):
+        for parameter in parameters:
+            parameter.calls = len(parameters)
+        return self
+
+    def wait(self, handle_dependency):
+        self.waited = True
+
+
+def test_small_parameters_are_gathered_by_one_call():
+    parameters = [Sharded(torch.ones(1)) for _ in range(3)]
+    for parameter, status in zip(parameters, ("NOT_AVAILABLE", "AVAILABLE", "NOT_AVAILABLE"), strict=True):
+        parameter.ds_status = partition_parameters.ZeroParamStatus[status]
+    _gather(parameters[0], parameters)
+    assert [getattr(parameter, "calls", 0) for parameter in parameters] == [2, 0, 2] and parameters[0].waited

@@ -1,0 +1,66 @@
+"""FSDP2's shards are clipped and stepped as torch does it, but by plain tensors."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_speechllm.fast.fsdp import clip_shards, keep_outputs, step_on_shards
+
+
+@pytest.fixture
+def sharded():
+    """A model of FSDP2 on one rank, and the same without it."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    model = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
+    yield model, plain
+    torch.distributed.destroy_process_group()
+
+
+def test_the_loss_stays_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # once it is None, `keep_outputs` can go
+    keep_outputs(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    keep_outputs(plugin)
+    assert plugin.mixed_precision_policy is None
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_steps_are_those_of_plain_tensors(sharded, monkeypatch, max_norm):
+    seen, fused = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *lists, **kw: (seen.extend(lists[0]), fused(*lists, **kw)))
+    inputs = torch.randn(5, 4)
+    models = []
+    for model in sharded:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        step_on_shards(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            norm = clip_shards(model.parameters(), max_norm)
+            if norm is None:
+                norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+        weights = [getattr(parameter, "_local_tensor", parameter.data) for parameter in model.parameters()]
+        models.append([norm, *weights])
+    torch.testing.assert_close(models[0], models[1])
+    assert isinstance(next(sharded[0].parameters()), DTensor) and len(seen) == 24
+    assert not any(isinstance(tensor, DTensor) for tensor in seen)
+
+
+def test_other_gradients_and_optimizers_are_left_to_torch(sharded):
+    model, plain = sharded
+    plain(torch.ones(1, 4)).sum().backward()
+    assert clip_shards(plain.parameters(), 1.0) is None and clip_shards([], 1.0) is None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step_on_shards(optimizer)
+    assert "_init_group" not in vars(optimizer)

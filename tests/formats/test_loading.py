@@ -1,0 +1,595 @@
+"""Every layout loads by itself, every pair converts without changing a bit, and damage is told."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import FunAsrNanoProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats import native
+from hf_speechllm.formats.checkpoint import CheckpointError
+from hf_speechllm.formats.loading import (
+    LAYOUTS,
+    find_layout,
+    read_checkpoint,
+    save_funasr,
+    save_native,
+    write_checkpoint,
+)
+from hf_speechllm.model import chat
+from hf_speechllm.training.lora import add_lora
+
+load = SpeechLLMForConditionalGeneration.from_pretrained
+MODEL_FILES = {"speech_llm": "model.safetensors", "native": "model.safetensors", "funasr": "model.pt"}
+
+
+def edit_tensors(folder, layout, change):
+    """Lets `change` alter the stored tensors in place."""
+    file = folder / MODEL_FILES[layout]
+    if layout == "funasr":
+        state = torch.load(file, weights_only=True)["state_dict"]
+        change(state)
+        torch.save({"state_dict": state}, file)
+    else:
+        state = load_file(file)
+        change(state)
+        save_file(state, file, metadata={"format": "pt"})
+
+
+def mixed_model(make_model, tied=True):
+    """A bfloat16 LLM behind a float32 encoder and adaptor, with a CTC branch and its vocabulary."""
+    model, processor = make_model(tied=tied)
+    model.llm.to(torch.bfloat16)
+    model.side_tensors = {
+        "ctc_decoder.linear1.weight": torch.randn(4, 16),
+        "ctc.ctc_lo.bias": torch.randn(7, dtype=torch.bfloat16),
+        "file:multilingual.tiktoken": torch.tensor(list(b"IQ== 0\n"), dtype=torch.uint8),
+    }
+    return model, processor
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_conversion_there_and_back_changes_nothing(source, target, make_model, make_checkpoint, tmp_path, run_recipe):
+    model, processor = mixed_model(make_model)
+    folder = make_checkpoint(source, "source", model, processor)
+    there, back = tmp_path / "there", tmp_path / "back"
+    for origin, output, layout in ((folder, there, target), (there, back, source)):
+        arguments = ["--input", origin, "--output", output, "--format", layout, "--force"]
+        assert run_recipe("convert_checkpoint.py", *arguments) is None
+    assert find_layout(there) == target
+    start, middle, end = (read_checkpoint(item) for item in (folder, there, back))
+    for checkpoint in (middle, end):
+        assert same(start.tensors, checkpoint.tensors)
+        assert same(start.side, checkpoint.side)
+        assert checkpoint.generation_config.to_dict() == start.generation_config.to_dict()
+        assert checkpoint.config.use_low_frame_rate
+    if source != "funasr":
+        assert same(load_file(folder / "model.safetensors"), load_file(back / "model.safetensors"))
+    else:
+        states = [torch.load(item / "model.pt", weights_only=True)["state_dict"] for item in (folder, back)]
+        assert same(*states)
+        for name in ("config.yaml", "configuration.json"):  # JSON is YAML
+            assert yaml.safe_load((folder / name).read_text()) == yaml.safe_load((back / name).read_text())
+    first, last = (SpeechLLMProcessor.from_pretrained(item) for item in (folder, back))
+    assert first.feature_extractor.to_dict() == last.feature_extractor.to_dict()
+    assert first.tokenizer.get_vocab() == last.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_layout_gives_the_same_logits(layout, tied, make_model, make_checkpoint, logits):
+    model, processor = make_model(tied=tied)
+    folder = make_checkpoint(layout, model=model, processor=processor)
+    loaded, loaded_processor = load(folder), SpeechLLMProcessor.from_pretrained(folder)
+    assert loaded.config.tie_word_embeddings == loaded.config.llm_config.tie_word_embeddings == tied
+    torch.testing.assert_close(logits(loaded, loaded_processor), logits(model, processor), atol=0, rtol=0)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("layout", ["speech_llm", "native"])
+def test_sharded_safetensors(layout, make_model, tmp_path, make_checkpoint, run_recipe):
+    folder = make_checkpoint("funasr")
+    output = tmp_path / "sharded"
+    arguments = ["--input", folder, "--output", output, "--format", layout, "--force", "--max_shard_size", "20KB"]
+    assert run_recipe("convert_checkpoint.py", *arguments) is None
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    assert same(read_checkpoint(output).tensors, read_checkpoint(folder).tensors)
+    assert same(dict(load(output).state_dict()), dict(load(folder).state_dict()))
+    next(output.glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        read_checkpoint(output)
+
+
+def test_existing_output_is_refused_and_left_alone(make_checkpoint, tmp_path, run_recipe):
+    folder, output = make_checkpoint("funasr"), tmp_path / "taken"
+    output.mkdir()
+    arguments = ["--input", folder, "--output", output, "--format", "speech_llm"]
+    assert run_recipe("convert_checkpoint.py", *arguments) == 2
+    with pytest.raises(FileExistsError, match="taken exists"):
+        write_checkpoint(read_checkpoint(folder), SpeechLLMProcessor.from_pretrained(folder), output, "speech_llm")
+    assert list(output.iterdir()) == []
+
+
+# Loading
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dtype_is_as_stored_or_as_asked(layout, make_model, make_checkpoint, logits):
+    folder = make_checkpoint(layout, None, *mixed_model(make_model))
+    model = load(folder)
+    assert {parameter.dtype for parameter in model.llm.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.audio_encoder.parameters()} == {torch.float32}
+    assert model.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.isfinite(logits(model, SpeechLLMProcessor.from_pretrained(folder))).all()
+    for dtype in (torch.float32, "float32"):
+        assert {parameter.dtype for parameter in load(folder, dtype=dtype).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_options_of_transformers_work(layout, make_checkpoint):
+    folder = make_checkpoint(layout)
+    model = load(folder, attn_implementation="eager", device_map="cpu")
+    parts = (model, model.audio_encoder, model.audio_adaptor, model.llm)
+    assert {part.config._attn_implementation for part in parts} == {"eager"}
+    model, info = load(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert {part.config._attn_implementation for part in (model, model.audio_adaptor, model.llm)} == {"sdpa"}
+    config, unused = SpeechLLMConfig.from_pretrained(folder, audio_token_id=1, other=2, return_unused_kwargs=True)
+    assert (config.audio_token_id, unused) == (1, {"other": 2})
+    assert load(folder, audio_token_id=1).config.audio_token_id == 1
+    assert load(str(folder)).name_or_path == str(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hub_id(layout, make_checkpoint, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    make_checkpoint(layout).rename(repository / "snapshots" / ("a" * 40))
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    model = load("org/tiny", **options)
+    processor = SpeechLLMProcessor.from_pretrained("org/tiny", **options)
+    assert model.config.audio_token_id == processor.audio_token_id
+    assert model.config.use_low_frame_rate and processor.use_low_frame_rate
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_the_model_was_trained_is_known_in_every_layout(layout, make_checkpoint):
+    for flag in (True, False):
+        folder = make_checkpoint(layout, f"{layout}{flag}", adaptor={"use_low_frame_rate": flag})
+        assert SpeechLLMConfig.from_pretrained(folder).use_low_frame_rate == flag
+        assert load(folder).config.use_low_frame_rate == flag
+        assert SpeechLLMProcessor.from_pretrained(folder).use_low_frame_rate == flag
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_dialogues_are_laid_out_is_known_in_every_layout(layout, make_model, make_checkpoint):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False})
+    for think_block, system_prompt in ((True, True), (False, False), (True, False)):
+        processor.think_block, processor.system_prompt = think_block, system_prompt
+        folder = make_checkpoint(layout, f"{layout}{think_block}{system_prompt}", model, processor)
+        loaded = SpeechLLMProcessor.from_pretrained(folder)
+        assert (loaded.think_block, loaded.system_prompt) == (think_block, system_prompt)
+        expected = processor.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"]
+        assert torch.equal(loaded.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"], expected)
+        if layout == "native":
+            stock = FunAsrNanoProcessor.from_pretrained(folder)
+            assert torch.equal(stock.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"], expected)
+
+
+def test_a_funasr_config_says_how_dialogues_are_laid_out(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "dataset_conf" not in conf and conf["frontend_conf"]["dither"] == 0
+    conf["dataset_conf"] = {"do_think": False, "sys_prompt": False, "batch_size": 6000}
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    processor = SpeechLLMProcessor.from_pretrained(folder)
+    assert processor.think_block and not processor.system_prompt
+    save_funasr(load(folder), processor, folder.parent / "again")
+    again = yaml.safe_load((folder.parent / "again" / "config.yaml").read_text())
+    assert again["dataset_conf"] == conf["dataset_conf"]
+
+
+def test_a_native_release_is_taken_for_the_original(make_checkpoint):
+    folder = make_checkpoint("native", adaptor={"use_low_frame_rate": False, "layer_norm_eps": 1e-5})
+    adaptor = load(folder).config.audio_adaptor_config
+    assert (adaptor.use_low_frame_rate, adaptor.layer_norm_eps) == (False, 1e-5)  # our own marker says so
+    config = json.loads((folder / "config.json").read_text())
+    del config["use_low_frame_rate"]
+    (folder / "config.json").write_text(json.dumps(config))
+    adaptor = load(folder).config.audio_adaptor_config
+    assert (adaptor.use_low_frame_rate, adaptor.layer_norm_eps) == (True, 1e-12)
+    assert SpeechLLMProcessor.from_pretrained(folder).use_low_frame_rate
+
+
+# FunASR's model.pt
+
+
+@pytest.mark.parametrize("wrap", ["state_dict", None, "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrapped_or_bare_in_any_dtype(wrap, dtype, make_checkpoint):
+    folder = make_checkpoint("funasr")
+    state = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+    state = {f"module.{name}": tensor.to(dtype) for name, tensor in state.items()}
+    torch.save({wrap: state, "epoch": 3} if wrap else state, folder / "model.pt")
+    model = load(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.equal(model.audio_adaptor.linear1.bias, state["module.audio_adaptor.linear1.bias"])
+
+
+def test_head_tied_untied_or_absent(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    edit_tensors(folder, "funasr", lambda state: state.pop("llm.lm_head.weight"))
+    model = load(folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    head = torch.randn_like(model.get_input_embeddings().weight)
+    edit_tensors(folder, "funasr", lambda state: state.update({"llm.lm_head.weight": head}))
+    model = load(folder)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert not torch.equal(model.get_input_embeddings().weight, head)
+
+
+def test_ctc_branch_is_kept_aside(make_model, make_checkpoint, tmp_path):
+    model, processor = mixed_model(make_model)
+    folder = make_checkpoint("funasr", None, model, processor)
+    assert (folder / "multilingual.tiktoken").read_bytes() == b"IQ== 0\n"
+    loaded = load(folder)
+    assert not any("ctc" in name for name in loaded.state_dict())
+    loaded.save_pretrained(tmp_path / "own")
+    processor.save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "ctc.safetensors").is_file()
+    again = load(tmp_path / "own")
+    assert same(again.side_tensors, model.side_tensors)
+    save_native(again, processor, tmp_path / "native", force=True)
+    assert not any("ctc" in name for name in load_file(tmp_path / "native" / "model.safetensors"))
+    save_funasr(load(tmp_path / "native"), processor, tmp_path / "back")
+    state = torch.load(tmp_path / "back" / "model.pt", weights_only=True)["state_dict"]
+    assert torch.equal(state["ctc.ctc_lo.bias"], model.side_tensors["ctc.ctc_lo.bias"])
+    assert (tmp_path / "back" / "multilingual.tiktoken").read_bytes() == b"IQ== 0\n"
+
+
+def add_funasr_lora(folder, r, lora_conf):
+    updates = {}
+
+    def change(state):
+        for name in [name for name in state if name.endswith(("q_proj.weight", "v_proj.weight")) and "llm" in name]:
+            layer = name.removesuffix(".weight")
+            state[f"{layer}.lora_A"] = torch.randn(r, state[name].shape[1])
+            state[f"{layer}.lora_B"] = torch.randn(state[name].shape[0], r)
+            updates[name] = state[name].clone(), state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"]
+
+    edit_tensors(folder, "funasr", change)
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    conf["llm_conf"].update(use_lora=True, lora_conf=lora_conf)
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    return updates
+
+
+def test_lora_of_funasr_is_merged(make_checkpoint, tmp_path):
+    folder = make_checkpoint("funasr")
+    updates = add_funasr_lora(folder, 4, {"r": 4, "lora_alpha": 12})
+    model = load(folder)
+    for name, (weight, update) in updates.items():
+        torch.testing.assert_close(model.state_dict()[name], weight + 3 * update)
+    save_funasr(model, SpeechLLMProcessor.from_pretrained(folder), tmp_path / "merged")
+    assert not any("lora" in name for name in torch.load(tmp_path / "merged" / "model.pt")["state_dict"])
+    llm_conf = yaml.safe_load((tmp_path / "merged" / "config.yaml").read_text())["llm_conf"]
+    assert llm_conf["use_lora"] is False and "lora_conf" not in llm_conf
+
+
+def test_lora_of_funasr_with_the_wrong_rank_or_half_of_it(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    add_funasr_lora(folder, 4, {"r": 8})
+    with pytest.raises(CheckpointError, match="has rank 4, but llm_conf.lora_conf.r"):
+        load(folder)
+    edit_tensors(folder, "funasr", lambda state: state.pop("llm.model.layers.0.self_attn.q_proj.lora_B"))
+    with pytest.raises(CheckpointError, match="without llm.model.layers.0.self_attn.q_proj.lora_B"):
+        load(folder)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reader", [load, read_checkpoint])
+def test_missing_unexpected_and_misshapen_tensors_are_listed(layout, reader, make_checkpoint):
+    folder = make_checkpoint(layout)
+    names = {
+        "speech_llm": ("audio_encoder.layers.1.self_attn.q_proj.bias", "llm.model.norm.weight"),
+        "native": ("model.audio_tower.layers.1.self_attn.q_proj.bias", "model.language_model.norm.weight"),
+        "funasr": ("audio_encoder.encoders.0.self_attn.linear_q_k_v.bias", "llm.model.norm.weight"),
+    }[layout]
+
+    def change(state):
+        for name in names:
+            del state[name]
+        state["audio_adaptor.strange"] = torch.zeros(1)
+
+    edit_tensors(folder, layout, change)
+    with pytest.raises(CheckpointError) as error:
+        reader(folder)
+    for name in (*names, "audio_adaptor.strange"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["native", "funasr"])
+def test_shapes_that_do_not_fit(layout, make_checkpoint):
+    folder = make_checkpoint(layout)
+    name = "model.language_model.norm.weight" if layout == "native" else "llm.model.norm.weight"
+    edit_tensors(folder, layout, lambda state: state.update({name: torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match=rf"{name} is \(3,\), not \(16,\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("length", [0, 7, 0.5])
+def test_truncated_weights(layout, length, make_checkpoint):
+    folder = make_checkpoint(layout)
+    file = folder / MODEL_FILES[layout]
+    content = file.read_bytes()
+    file.write_bytes(content[: int(length * len(content)) if length < 1 else length])
+    with pytest.raises(CheckpointError, match=f"{file.name} .*damaged"):
+        load(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code was run')",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+def test_a_pickle_that_would_run_code_is_not_loaded(save, make_checkpoint):
+    folder = make_checkpoint("funasr")
+    save({"state_dict": {"weight": Payload()}}, folder / "model.pt")
+    with pytest.raises(CheckpointError, match="could run code"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("audio_encoder", "ConformerEncoder", "audio_encoder is 'ConformerEncoder'"),
+        ("audio_adaptor", "QFormer", "audio_adaptor is 'QFormer'"),
+        ("model", None, "model is None"),
+        ("frontend_conf", {"cmvn_file": "am.mvn"}, "cmvn_file must be null"),
+        ("audio_encoder_conf", {"tp_blocks": 0}, "tp_blocks must be at least 1"),
+    ],
+)
+def test_a_config_yaml_with_unknown_parts(key, value, message, make_checkpoint):
+    folder = make_checkpoint("funasr")
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    conf[key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    for reader in (load, SpeechLLMConfig.from_pretrained, SpeechLLMProcessor.from_pretrained):
+        with pytest.raises(CheckpointError, match=message):
+            reader(folder)
+
+
+def test_folders_that_hold_no_speech_llm(tmp_path, make_checkpoint):
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(CheckpointError, match="is a qwen3 model"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="can't be parsed"):
+        load(tmp_path)
+    folder = make_checkpoint("funasr")
+    (folder / "Qwen3-0.6B").rename(folder / "elsewhere")
+    with pytest.raises(CheckpointError, match="the LLM's folder"):
+        load(folder)
+
+
+def test_a_tokenizer_without_the_special_tokens(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    file = folder / "Qwen3-0.6B" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_start|>", "<|other|>"))
+    with pytest.raises(ValueError, match=r"the tokenizer lacks <\|im_start\|>"):
+        SpeechLLMProcessor.from_pretrained(folder)
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    conf["hf_speechllm"]["audio_token_id"] = 5000
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    with pytest.raises(CheckpointError, match="has no token 5000"):
+        SpeechLLMProcessor.from_pretrained(folder)
+
+
+# Refusals
+
+
+def test_native_export_of_a_low_frame_rate_model_is_refused(make_checkpoint, tmp_path, run_recipe):
+    folder = make_checkpoint("speech_llm")
+    arguments = ["--input", folder, "--output", tmp_path / "out", "--format", "native"]
+    assert "use_low_frame_rate" in run_recipe("convert_checkpoint.py", *arguments)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["speech_llm"]
+    assert run_recipe("convert_checkpoint.py", *arguments, "--force") is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "adaptor", "force", "message"),
+    [
+        ("native", {"adaptor_type": "linear"}, True, "this one is linear"),
+        ("native", {"downsample_rate": 2}, True, "stacks 2"),
+        ("native", {"intermediate_size": 8}, True, "quarter of the LLM wide"),
+        ("funasr", {"adaptor_type": "linear"}, True, "this one is linear"),
+        ("funasr", {"downsample_rate": 2}, False, "without regard to downsample_rate"),
+        ("funasr", {"layer_norm_eps": 1e-5}, False, "LayerNorm epsilon"),
+    ],
+)
+def test_exports_that_would_not_behave_the_same_are_refused(layout, adaptor, force, message, make_model, tmp_path):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False, **adaptor})
+    save = save_native if layout == "native" else save_funasr
+    with pytest.raises(CheckpointError, match=message):
+        save(model, processor, tmp_path / "out", force=force)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Readers of the exports
+
+STOCK = """
+import sys, torch
+from transformers import AutoProcessor, FunAsrNanoForConditionalGeneration
+inputs = torch.load(sys.argv[2])
+model = FunAsrNanoForConditionalGeneration.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+waveforms = [item.numpy() for item in inputs.pop("waveforms")]
+request = processor.apply_transcription_request(waveforms, language="zh", keywords=["hello", "world"])
+with torch.no_grad():
+    outputs = {"logits": model(**inputs).logits, "input_ids": request["input_ids"]}
+assert "hf_speechllm" not in sys.modules
+torch.save(outputs, sys.argv[3])
+"""
+
+
+def test_native_export_in_transformers_without_this_package(make_model, make_checkpoint, tmp_path):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False})
+    folder = make_checkpoint("native", None, model, processor)
+    waveforms = [torch.randn(samples) * 0.1 for samples in (9000, 16000)]
+    inputs = processor.apply_transcription_request([item.numpy() for item in waveforms])
+    torch.save({**inputs, "waveforms": waveforms}, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", STOCK, folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(outputs["logits"][mask], expected[mask], atol=1e-5, rtol=0)
+    ours = processor.apply_transcription_request(
+        [item.numpy() for item in waveforms], language="zh", hotwords=["hello", "world"]
+    )
+    assert torch.equal(outputs["input_ids"], ours["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        chat.transcription_messages("a.wav", chat.transcription_prompt()),
+        chat.transcription_messages("a.wav", chat.transcription_prompt("en", itn=False, hotwords=["a", "b"])),
+        [{"role": "user", "content": [{"type": "text", "text": "Speech: "}, {"type": "audio", "audio": "a.wav"}]}],
+        [
+            *chat.transcription_messages("a.wav", "语音转写：", "hello"),
+            {"role": "user", "content": "<|startofspeech|>!b.wav<|endofspeech|> again"},
+        ],
+        [*chat.transcription_messages("a.wav", "语音转写：", "hello")],
+    ],
+)
+def test_native_chat_template_renders_our_prompts(messages, make_checkpoint):
+    folder = make_checkpoint("native", adaptor={"use_low_frame_rate": False})
+    ours = SpeechLLMProcessor.from_pretrained(folder)
+    stock = FunAsrNanoProcessor.from_pretrained(folder)
+    dialogue = chat.parse_messages(messages)
+    counts = [1] * len(dialogue.recordings)
+    expected = chat.tokenize(dialogue, ours.tokenizer, counts, ours.audio_token_id).input_ids
+    text = stock.tokenizer.apply_chat_template(
+        messages, chat_template=stock.chat_template, tokenize=False,
+        add_generation_prompt=dialogue.turns[-1].answer is None,
+    )  # fmt: skip
+    assert stock.tokenizer.encode(text, add_special_tokens=False) == expected
+
+
+def test_native_chat_template_takes_context():
+    content = [{"type": "audio"}, {"type": "text", "text": "About trains."}, {"type": "keywords", "keywords": ["ICE"]}]
+    rendered, _ = render_jinja_template(
+        conversations=[[{"role": "user", "content": content}]],
+        chat_template=native.chat_template(),
+        add_generation_prompt=True,
+    )
+    header = chat.hotword_context(["ICE"]).replace("热词列表", "About trains.\n热词列表")
+    assert rendered[0].endswith(f"{header}语音转写：<|object_ref_start|><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_funasr_export_in_funasr(make_model, make_wav, tmp_path):
+    funasr = pytest.importorskip("funasr")
+    model, processor = make_model()
+    save_funasr(model, processor, tmp_path / "out")
+    reader = funasr.AutoModel(model=str(tmp_path / "out"), device="cpu", disable_update=True)
+    state = reader.model.state_dict()
+    expected = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["state_dict"]
+    assert same(dict(state), expected)
+    result = reader.generate(input=[str(make_wav(seconds=1.0))], batch_size=1, max_length=5)
+    assert isinstance(result[0]["text"], str)
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(make_model, make_checkpoint, tmp_path):
+    """A folder as LoRA training writes it, with the adaptor trained whole, and the trained model."""
+    model, processor = make_model()
+    base = load(make_checkpoint("funasr", "base", model, processor))
+    base.audio_encoder.requires_grad_(False)
+    trained = add_lora(base, r=2, alpha=6)
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+            assert "lora_" in name or "audio_adaptor" in name
+    trained.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", trained.eval(), processor
+
+
+def test_adapter_is_merged_into_its_base_model(adapter, logits, tmp_path, run_recipe):
+    folder, trained, processor = adapter
+    assert find_layout(folder) == "adapter"
+    merged = load(folder)
+    assert not any("lora" in name or "base_layer" in name for name in merged.state_dict())
+    assert torch.equal(merged.audio_adaptor.linear1.weight, trained.audio_adaptor.linear1.weight)
+    torch.testing.assert_close(logits(merged, processor), logits(trained, processor), atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert same(dict(load(tmp_path / "merged").state_dict()), dict(merged.state_dict()))
+    arguments = ["--input", folder, "--output", tmp_path / "funasr", "--format", "funasr"]
+    assert run_recipe("convert_checkpoint.py", *arguments) is None
+    assert same(dict(load(tmp_path / "funasr").state_dict()), dict(merged.state_dict()))
+
+
+def test_processor_and_config_of_an_adapter(adapter, tmp_path):
+    folder, _, processor = adapter
+    assert SpeechLLMProcessor.from_pretrained(folder).feature_extractor.dither == 0  # of the base model
+    assert SpeechLLMConfig.from_pretrained(folder).use_low_frame_rate
+    processor.feature_extractor.dither = 0.5
+    processor.save_pretrained(folder)
+    assert find_layout(folder) == "adapter"
+    assert SpeechLLMProcessor.from_pretrained(folder).feature_extractor.dither == 0.5  # its own
+
+
+def test_parts_trained_whole_keep_their_dtype(adapter):
+    folder, trained, _ = adapter
+    base = folder.parent / "base"
+    edit_tensors(base, "funasr", lambda state: state.update({k: v.bfloat16() for k, v in state.items()}))
+    merged = load(folder)
+    assert torch.equal(merged.audio_adaptor.linear1.weight, trained.audio_adaptor.linear1.weight)
+    assert {parameter.dtype for parameter in merged.llm.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in load(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+def test_an_incomplete_adapter(adapter):
+    folder, _, _ = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_A" in name)
+    del tensors[name]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"missing: {name}"):
+        load(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        load(folder)

@@ -1,0 +1,91 @@
+"""The loss from a linear head: as from full logits, in one call of the head, whatever engine holds its weight."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hf_speechllm.model import loss as module
+from hf_speechllm.model.chat import IGNORE_INDEX
+from hf_speechllm.model.loss import supervised_loss
+
+VOCABULARY, WIDTH = 101, 32
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(module, "POSITIONS_PER_CHUNK", 17)
+
+
+@pytest.fixture
+def inputs():
+    """States and labels of three rows of forty tokens; the first nine are not supervised."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 40, WIDTH, generator=generator, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (3, 40), generator=generator)
+    labels[:, :9] = IGNORE_INDEX
+    return states, labels
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(1)
+    return nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+
+def full_loss(states, labels, head):
+    logits = head(states[:, :-1]).float()
+    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_loss_and_gradients_equal_those_of_full_logits(inputs, head, autocast, trained):
+    states, labels = inputs
+    head.requires_grad_(trained)
+    results = []
+    for compute in (full_loss, lambda *args: supervised_loss(*args)[0]):
+        states.grad = head.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = compute(states, labels, head)
+        (2.5 * loss).backward()
+        results.append((loss.detach(), states.grad, head.weight.grad))
+    (expected, *gradients), (loss, *ours) = results
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert trained == (ours[1] is not None)
+    for gradient, reference in zip(ours, gradients, strict=True):
+        if reference is not None:
+            error = (gradient - reference).norm() / reference.norm()
+            assert error < (1e-2 if autocast else 1e-6)  # bfloat16 has three digits
+
+
+def test_head_is_called_once_with_its_hooks_however_many_chunks_there_are(inputs, head):
+    calls = []
+    head.register_forward_pre_hook(lambda *_: calls.append("before"))
+    head.register_forward_hook(lambda *_: calls.append("after"))
+    supervised_loss(*inputs, head)[0].backward()
+    assert calls == ["before", "after"]
+    assert head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)  # its own forward pass is back
+
+
+def test_weight_may_be_gone_after_the_forward_pass(inputs, head):
+    weight = head.weight.detach().clone()
+    loss = supervised_loss(*inputs, head)[0]
+    head.weight.data = torch.full_like(weight, torch.nan)  # as FSDP takes it away until it is needed again
+    loss.backward()
+    assert torch.isfinite(inputs[0].grad).all()
+
+
+def test_heads_that_do_more_than_a_product_are_called_as_they_are(inputs):
+    biased = nn.Linear(WIDTH, VOCABULARY)
+    for layer in (biased, nn.Sequential(nn.Linear(WIDTH, VOCABULARY, bias=False), nn.Tanh())):
+        loss = supervised_loss(*inputs, layer)[0]
+        torch.testing.assert_close(loss, full_loss(*inputs, layer), rtol=1e-6, atol=0)
+
+
+def test_nothing_supervised_gives_zero_and_no_gradient(inputs, head):
+    states, labels = inputs
+    loss, count, accuracy = supervised_loss(states, torch.full_like(labels, IGNORE_INDEX), head)
+    loss.backward()
+    assert (loss.item(), count.item(), accuracy.item()) == (0, 0, 0)
+    assert not states.grad.any() and not head.weight.grad.any()

@@ -1,0 +1,274 @@
+"""Checkpoints appear whole or not at all, are verified before they are used, and can be used."""
+
+import json
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats.checkpoint import CheckpointError
+from hf_speechllm.formats.loading import read_checkpoint
+from hf_speechllm.training.checkpointing import writer as saving
+from hf_speechllm.training.checkpointing.manifest import find_damage, last_complete
+from hf_speechllm.training.checkpointing.verification import ReadbackError
+from hf_speechllm.training.checkpointing.writer import SaveError, clean_up
+from hf_speechllm.training.run import find_checkpoint
+
+SAVING = {"save_strategy": "steps", "save_steps": 1}
+FROZEN = {"freeze_audio_encoder": True, "freeze_llm": True}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with files of a checkpoint, and its manifest."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (2, 10):
+        staging = folder / f".checkpoint-{step}.tmp"
+        (staging / "global_step").mkdir(parents=True)
+        (staging / "model.safetensors").write_bytes(bytes(1000))
+        (staging / "global_step" / "shard.pt").write_bytes(b"x" * step)
+        saving.complete(staging, folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.fixture
+def run_folder(made, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(made, tmp_path / "made"))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_manifest_lists_every_file_and_the_folder_has_its_name_last(run_folder):
+    manifest = json.loads((run_folder / "checkpoint-10" / "manifest.json").read_text())["files"]
+    assert {name: entry["size"] for name, entry in manifest.items()} == {
+        "model.safetensors": 1000,
+        "global_step/shard.pt": 10,
+    }
+    assert find_damage(run_folder / "checkpoint-10") is None
+    assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def truncate(folder):
+    (folder / "model.safetensors").write_bytes(bytes(999))
+
+
+def flip(folder):
+    (folder / "model.safetensors").write_bytes(bytes(500) + b"\1" + bytes(499))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (truncate, "model.safetensors has 999 bytes instead of 1000"),
+        (flip, "model.safetensors changed"),
+        (lambda folder: (folder / "global_step" / "shard.pt").unlink(), "global_step/shard.pt is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "not written to the end"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json can't be read"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(run_folder, damage, told, caplog):
+    assert last_complete(run_folder) == run_folder / "checkpoint-10"
+    damage(run_folder / "checkpoint-10")
+    assert last_complete(run_folder) == run_folder / "checkpoint-2"
+    assert told in caplog.text and "checkpoint-2 is the last complete" in caplog.text
+
+
+def test_no_complete_checkpoint_is_an_error_that_names_them_all(run_folder):
+    for step in (2, 10):
+        flip(run_folder / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="(?s)move these away.*checkpoint-10: .*checkpoint-2: "):
+        last_complete(run_folder)
+
+
+def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
+    (run_folder / ".checkpoint-12.tmp").mkdir()
+    (run_folder / "checkpoint-10").rename(run_folder / ".checkpoint-10.old")  # killed between two renames
+    shutil.copytree(run_folder / "checkpoint-2", run_folder / ".checkpoint-2.old")
+    clean_up(run_folder)
+    assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert find_damage(run_folder / "checkpoint-10") is None
+
+
+def test_resuming_takes_the_last_complete_checkpoint_or_with_auto_the_beginning(
+    make_trainer, make_arguments, tmp_path
+):
+    assert find_checkpoint(make_arguments(resume_from_checkpoint="auto")) is None
+    make_trainer(**SAVING, **FROZEN, max_steps=2).train()
+    folder = tmp_path / "run"
+    for asked in ("auto", "last", "true"):
+        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
+    (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    for asked in ("auto", "last"):
+        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
+    with pytest.raises(ValueError, match="is damaged: optimizer.pt has 0 bytes"):
+        find_checkpoint(make_arguments(resume_from_checkpoint=str(folder / "checkpoint-2")))
+
+
+class DiskFull(TrainerCallback):
+    """Lets no file grow beyond some bytes, from a step on."""
+
+    def __init__(self, step, limit):
+        self.step, self.limit = step, limit
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [3_000, 300_000], ids=["small", "large"])
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, tmp_path, limit, background):
+    trainer = make_trainer([DiskFull(2, limit)], **SAVING, async_save=background, max_steps=4)
+    try:
+        with pytest.raises(SaveError, match="Earlier checkpoints are as they were"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    folder = tmp_path / "run"
+    assert last_complete(folder) == folder / "checkpoint-1"
+    assert not list(folder.glob(".checkpoint*"))
+
+
+def test_failed_save_deletes_nothing(make_trainer, tmp_path, monkeypatch):
+    complete, calls = saving.complete, []
+
+    def fail_later(staging, final):
+        calls.append(final.name)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        complete(staging, final)
+
+    monkeypatch.setattr(saving, "complete", fail_later)
+    with pytest.raises(SaveError, match="No space left"):
+        make_trainer(**SAVING, **FROZEN, save_total_limit=1).train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_limit_keeps_the_best_and_the_last(make_trainer, tiny_rows, tmp_path):
+    trainer = make_trainer(
+        **SAVING, **FROZEN, save_total_limit=2, eval_dataset=tiny_rows.select(range(4)), eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="loss", learning_rate=1.0, max_steps=4, per_device_train_batch_seconds=3.0,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert 0 < best < 4  # or it would not show
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
+
+
+def test_checkpoint_written_in_the_background_is_that_of_its_step(make_trainer, tmp_path, monkeypatch):
+    """Training goes on while the file is written, and does not get into it."""
+    go_on, write = threading.Event(), saving.CheckpointWriter._write_large
+    writers = []
+
+    def slowly(self, *args):
+        writers.append(threading.current_thread())
+        if self.trainer.state.global_step == 2:
+            assert go_on.wait(30)
+        write(self, *args)
+
+    class Goes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                go_on.set()
+
+    monkeypatch.setattr(saving.CheckpointWriter, "_write_large", slowly)
+    options = {**SAVING, "save_steps": 2, "max_steps": 4}
+    make_trainer(
+        [Goes()], **options, async_save=True, check_first_checkpoint=False, output_dir=str(tmp_path / "a")
+    ).train()
+    assert all(writer is not threading.main_thread() for writer in writers) and len(writers) == 2
+    go_on.set()
+    make_trainer(**options, output_dir=str(tmp_path / "b")).train()
+    for step in (2, 4):
+        first, second = (tmp_path / run / f"checkpoint-{step}" for run in "ab")
+        assert find_damage(first) is None
+        assert same(load_file(first / "model.safetensors"), load_file(second / "model.safetensors"))
+        states = [torch.load(folder / "optimizer.pt", weights_only=True)["state"] for folder in (first, second)]
+        assert states[0].keys() == states[1].keys()
+        assert all(same(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_first_checkpoint_that_is_not_the_model_ends_the_run(make_trainer, monkeypatch, lora):
+    write = saving.CheckpointWriter._write_large
+    options = {**SAVING, "use_lora": lora, "max_steps": 2, "learning_rate": 0.05}
+    make_trainer(**options).train()  # what is right passes
+
+    def wrongly(self, staging, *args):
+        write(self, staging, *args)
+        file = staging / ("adapter_model.safetensors" if lora else "model.safetensors")
+        tensors = load_file(file)
+        name = next(name for name in tensors if "llm" in name and "norm" not in name and tensors[name].any())
+        save_file({**tensors, name: tensors[name] * 2}, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(saving.CheckpointWriter, "_write_large", wrongly)
+    with pytest.raises(ReadbackError, match="logits differ by up to"):
+        make_trainer(**options).train()
+    make_trainer(**options, check_first_checkpoint=False).train()
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_run_in_bfloat16_is_read_back_in_float32(use_lora, padding_free, make_trainer, caplog):
+    options = {**SAVING, "use_lora": use_lora, "lora_dropout": 0.0, "padding_free": padding_free, "bf16": True}
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(**options)
+        trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16" and "was read back" in caplog.text
+
+
+def test_reading_back_leaves_training_as_it_is(make_trainer, tmp_path):
+    weights = []
+    for check in (True, False):
+        trainer = make_trainer(**SAVING, use_lora=True, lora_dropout=0.3, check_first_checkpoint=check, max_steps=3)
+        trainer.train()
+        weights.append(dict(trainer.model.named_parameters()))
+    assert same(*weights)
+
+
+def test_only_what_is_trained_is_stored_if_asked(make_trainer, make_arguments, tiny_model, tmp_path):
+    options = {**SAVING, **FROZEN, "max_steps": 4}
+    whole = make_trainer(**options, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    trainer = make_trainer(**options, save_only_trained=True)
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    assert {name.split(".")[0] for name in load_file(folder / "model.safetensors")} == {"audio_adaptor"}
+    assert json.loads((folder / "base_model.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+
+    loaded = SpeechLLMForConditionalGeneration.from_pretrained(folder)
+    expected = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "whole" / "checkpoint-2")
+    assert same(dict(loaded.named_parameters()), dict(expected.named_parameters()))
+    assert SpeechLLMProcessor.from_pretrained(folder).tokenizer.eos_token == "<|im_end|>"
+    assert same(read_checkpoint(folder).tensors, read_checkpoint(tmp_path / "whole" / "checkpoint-2").tensors)
+
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    assert find_checkpoint(make_arguments(resume_from_checkpoint="last")) == str(folder)
+    resumed = make_trainer(**options, save_only_trained=True)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert resumed.state.global_step == 4
+    assert same(dict(resumed.model.named_parameters()), dict(whole.model.named_parameters()))
+
+
+def test_trained_parts_are_refused_with_another_base_model(make_trainer, tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    options = {**SAVING, **FROZEN, "max_steps": 2, "save_only_trained": True, "model_name_or_path": str(base)}
+    make_trainer(**options).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("llm"))
+    save_file({**tensors, name: tensors[name] + 1e-3}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="whose other parts have changed"):
+        SpeechLLMForConditionalGeneration.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="whose other parts have changed"):
+        make_trainer(**options).train(resume_from_checkpoint=str(folder))
