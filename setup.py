@@ -35,6 +35,7 @@ setup(
         "silero-vad[onnx-cpu]>=6.2.3",
         "compute-wer>=0.2.4",
         "rapidfuzz>=3.10.0",
+        "regex>=2025.10.22",
         "jinja2>=3.1.4",
         "whisper-normalizer>=0.1.13",
         "zhconv>=1.4.3",

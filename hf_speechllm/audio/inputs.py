@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .waveform import AudioError, resample
+from .decoders import MAX_PEAK, MAX_RATE, MIN_RATE, AudioError
+from .resampling import resample
 
-LARGEST_PEAK = 4.0  # of float samples: clipping gives a little more than 1, 16-bit integers far more
 CONTENTS = ("bytes", "path")  # of `datasets.Audio(decode=False)`
 SAMPLES = ("array", "raw")  # of `datasets.Audio` before version 4, and of transformers' pipelines
 
@@ -85,7 +85,7 @@ def to_source(recording: Any, sampling_rate: int, given_rate: int | None = None)
 def to_waveform(samples: Any) -> np.ndarray:
     """Samples as float32, shape = (samples,), in [-1, 1].
 
-    Integers are scaled by the range of their type. A little clipping (up to `LARGEST_PEAK`) passes.
+    Integers are scaled by the range of their type. A little clipping (up to `MAX_PEAK`) passes.
 
     Args:
         samples: array or tensor, shape = (samples,), (1, samples) or (samples, 1).
@@ -103,13 +103,13 @@ def to_waveform(samples: Any) -> np.ndarray:
         raise AudioError(
             f"a waveform must have one dimension (samples,), got shape {array.shape}; average its channels"
         )
-    if not len(array):
-        raise AudioError("the waveform: no samples")
+    if len(array) < 2:
+        raise AudioError("the waveform: a single sample" if len(array) else "the waveform: no samples")
     if np.issubdtype(array.dtype, np.floating):
         peak = float(np.abs(array).max())
         if not np.isfinite(peak):
             raise AudioError("the waveform: holds samples that are not finite")
-        if peak > LARGEST_PEAK:
+        if peak > MAX_PEAK:
             raise AudioError(
                 f"the waveform: samples up to {peak:g}, where [-1, 1] is expected; divide them by their scale "
                 "(32768 for 16 bits)"
@@ -164,6 +164,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _checked_rate(rate: Any) -> int:
-    if not _is_number(rate) or rate <= 0 or not float(rate).is_integer():
-        raise AudioError(f"a sampling rate must be a whole number of Hz above 0, not {rate!r}")
+    if not _is_number(rate) or not float(rate).is_integer() or not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"a sampling rate must be a whole number of Hz, {MIN_RATE:,} to {MAX_RATE:,}, not {rate!r}")
     return int(rate)

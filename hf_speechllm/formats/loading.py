@@ -118,8 +118,8 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     hub = _hub_options(options)
     layout = find_layout(name, **hub)
     if layout in (OWN, PARTIAL):
-        file = name if os.path.isfile(name) else _find(name, "config.json", hub)
-        build_config(read_json(Path(file)), Path(file))  # transformers' own errors name neither file nor field
+        file = Path(name if os.path.isfile(name) else str(_find(name, "config.json", hub)))
+        build_config(read_json(file), file)  # transformers' own errors name neither file nor field
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:

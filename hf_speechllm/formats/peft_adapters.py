@@ -111,7 +111,7 @@ def _read_config(folder: Path, tensors: dict[str, torch.Tensor], names: list[str
         if isinstance(settings.get(key), str) and settings[key] != "all-linear":
             settings[key] = list(_matching(settings[key], names, end, f"{file}: {key}"))
     for key, pattern in patterns.items():
-        values = {}
+        values: dict[str, int] = {}
         for expression, value in pattern.items():
             for name in _matching(rf"(.*\.)?({expression})", names, end, f"{file}: {key}"):
                 values.setdefault(re.escape(name), value)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..audio.downloads import redact
-from ..audio.waveform import AudioError
+from ..audio.waveform import AudioError, shown
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
 from ..model.processing import SpeechLLMProcessor
@@ -88,4 +87,4 @@ class RequestMeter:
 
 
 def _name(source: Any) -> str:
-    return redact(source) if isinstance(source, str) else "the waveform"
+    return shown(source) if isinstance(source, str) else "the waveform"

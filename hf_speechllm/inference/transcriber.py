@@ -252,7 +252,9 @@ class Transcriber:
                 return [piece.waveform]
             try:
                 recordings = requests[piece.index].dialogue.recordings
-                return [load_audio(source, self.processor.sampling_rate) for source in recordings]
+                # As for `measure`: a recording may have been replaced by a longer one, or not be what its header says.
+                limit = self.meter.max_seconds + self.processor.frame_seconds
+                return [load_audio(source, self.processor.sampling_rate, limit) for source in recordings]
             except AudioError as error:
                 return error
 

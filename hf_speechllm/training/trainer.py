@@ -130,7 +130,7 @@ class SpeechLLMTrainer(PublishingTrainer):
         args = self.args
         if args.average_best and self.writer.sharded:
             raise ValueError(
-                "--average_best: checkpoints of DeepSpeed and FSDP can't be averaged in the run; average them afterwards: "
+                "--average_best is not supported with DeepSpeed or FSDP: average the checkpoints afterwards with "
                 "recipes/average_checkpoints.py"
             )
         if args.early_stopping_patience is not None:
