@@ -24,6 +24,11 @@ MAX_PEAK = 4.0  # of samples that should lie in [-1, 1]; clipping goes beyond, b
 
 BLOCK_LENGTH = 1 << 20  # samples decoded at once, of all channels; a minute at 16 kHz, so that most take one block
 UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
+# libsndfile's names of formats that it reads. Of its others, for samples of instruments and tables of numbers, it does not
+# know the rate, or not where they end.
+FORMATS = (
+    "WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "NIST", "SVX", "IRCAM", "PAF", "PVF", "AVR", "HTK",
+)  # fmt: skip
 # FFmpeg's names of containers that hold recordings. Others are lists of addresses or files (SDP, HLS, concat, ...),
 # which FFmpeg would open, or pictures and subtitles.
 CONTAINERS = (
@@ -100,7 +105,7 @@ def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Itera
         file, cause = None, error.error_string.rstrip(".")
     # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all. Of
     # MP3 it believes a damaged tag, and can't read it in blocks; in WAV, it takes it for truncated.
-    if file and 0 < file.frames < UNKNOWN_LENGTH and not file.subtype.startswith("MPEG"):
+    if file and file.format in FORMATS and 0 < file.frames < UNKNOWN_LENGTH and not file.subtype.startswith("MPEG"):
         seconds = file.frames / file.samplerate
         _check_limits(file.frames, file.samplerate, name, max_seconds, f"{seconds:.1f}")
         return _blocks_of_libsndfile(file, name)

@@ -15,6 +15,10 @@ _MARGIN = 64  # bytes of the longest mark
 _MARKS = {
     b"fLaC": re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"),
     b"#!AM": re.compile(rb"#!AMR(-WB)?\n"),
+    b"caff": re.compile(rb"caff\x00\x01\x00\x00desc"),
+    b"TTA1": re.compile(rb"TTA1[\x01\x02]\x00"),
+    b"FLV\x01": re.compile(rb"FLV\x01[\x01\x04\x05]\x00\x00\x00\x09"),
+    b"Crea": re.compile(rb"Creative Voice File\x1a"),
     b"\x1aE\xdf\xa3": re.compile(rb"\x1aE\xdf\xa3.{1,48}?(webm|matroska)", re.DOTALL),
 }
 _HEADS = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3")
@@ -70,7 +74,7 @@ def _ends(file: BinaryIO) -> tuple[int, int]:
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
         return _riff_ends(file, b"data", "little")
     if head[:4] == b"FORM":
-        return _riff_ends(file, b"SSND", "big")
+        return _riff_ends(file, b"BODY" if head[8:12] == b"8SVX" else b"SSND", "big")
     if head[:4] == b".snd":
         start, length = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
         ends = 0 if length == 0xFFFFFFFF else start + length
