@@ -23,7 +23,8 @@ UNSPACED_CHARACTER = re.compile(f"[{CJK}{_SOUTH_EAST_ASIAN}]")
 # From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too,
 # and so is an amount before its word ("10 dollars").
 _AMOUNT_OF_WORD = (
-    r"(?<![\d,.])\d[\d,.]*\s*(?=(?:dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion)\b)"
+    r"(?<![\d,.])\d[\d,.]*\s*"
+    r"(?=(?:dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion)\b)"
 )
 _WORDS = re.compile(rf"(?:{_AMOUNT_OF_WORD}|\d(?=(?:st|nd|rd|th)\b))?{LETTER}(?:[^{CJK}]*{LETTER})?")
 _SPACE_IN_CJK = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}\d])|(?<=\d)\s+(?=[{CJK}])")
