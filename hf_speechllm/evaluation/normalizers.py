@@ -22,8 +22,10 @@ _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Th
 UNSPACED_CHARACTER = re.compile(f"[{CJK}{_SOUTH_EAST_ASIAN}]")
 # From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too,
 # and so is an amount before its word ("10 dollars").
-_AMOUNT_WORDS = "dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion"
-_AMOUNT_OF_WORD = rf"(?<![\d,.])\d[\d,.]*\s*(?=(?:{_AMOUNT_WORDS})\b)"
+_AMOUNT_OF_WORD = (
+    r"(?<![\d,.])\d[\d,.]*\s*"
+    r"(?=(?:dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion)\b)"
+)
 _WORDS = re.compile(rf"(?:{_AMOUNT_OF_WORD}|\d(?=(?:st|nd|rd|th)\b))?{LETTER}(?:[^{CJK}]*{LETTER})?")
 _SPACE_IN_CJK = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}\d])|(?<=\d)\s+(?=[{CJK}])")
 
