@@ -47,6 +47,50 @@ def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests
     assert captured.steps.graphs and captured.steps.graph is not None
 
 
+def damaged(parts):
+    """A model whose logits become NaN in its fourth step, in every second row."""
+    model = copy.deepcopy(parts[0])
+    decoder, forward, steps_done = model.llm.get_decoder(), model.llm.get_decoder().layers[0].forward, []
+
+    def damage(hidden_states, *args, **kwargs):
+        steps_done.append(1)
+        result = forward(hidden_states, *args, **kwargs)
+        if hidden_states.shape[1] > 1:
+            steps_done.clear()
+        if len(steps_done) != 3:
+            return result
+        result = result.clone()
+        result[::2] = float("nan")
+        return result
+
+    decoder.layers[0].forward = damage
+    return model
+
+
+def test_logits_that_become_nan_in_a_step_in_place_are_found(parts, waveforms):
+    model = damaged(parts)
+    transcriber = Transcriber(model, parts[1], max_new_tokens=20, batch_seconds=1000)
+    transcriber.steps = DecodingSteps(model.llm.get_decoder(), graphs=False)
+    sound = Transcriber(*parts, max_new_tokens=20, batch_seconds=1000).transcribe(waveforms)
+    prompt = transcription_prompt()
+    requests = [Request(str(i), transcription_messages(item, prompt)) for i, item in enumerate(waveforms)]
+    results = sorted(transcriber(requests), key=lambda item: item.index)
+    failed = [item.index for item in results if item.error]
+    assert 2 <= len(failed) < len(waveforms) and all("not finite" in results[index].error for index in failed)
+    assert all(item.error or item.text == text for item, text in zip(results, sound, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_that_are_nan_in_a_captured_step_are_found(parts, requests):
+    model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
+    transcriber = Transcriber(model, processor, max_new_tokens=100)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert all(item.error is None for item in transcriber(requests))
+    model.llm.get_decoder().norm.weight.data[0] = float("nan")
+    assert all("not finite" in item.error for item in transcriber(requests))
+    assert transcriber.steps.graph is not None and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_recordings_of_one_length_need_no_mask(parts):
     waveforms = [np.random.default_rng(i).standard_normal(16000).astype(np.float32) * 0.1 for i in range(3)]
     transcriber = Transcriber(*parts, max_new_tokens=20)

@@ -8,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 from safetensors.torch import load_file, save_file
@@ -315,25 +318,25 @@ def test_an_unfinished_run_is_not_resumed_with_other_weights(decode, tiny_model,
     assert "1 failed" in decode("--max_new_tokens", "2", "--overwrite", **options)[0]
 
 
-def test_recordings_folders_and_archives_are_decoded_without_a_list(decode, make_wav, tmp_path):
-    import tarfile
-
-    import pyarrow
-    import pyarrow.parquet
-
-    a, b = make_wav("in/a.wav"), make_wav("in/deep/b.flac")
+def test_recordings_folders_and_archives_are_decoded_without_a_list(decode, parts, tiny_corpus, tmp_path):
+    a, b = tmp_path / "in/a.wav", tmp_path / "in/deep/b.flac"
+    b.parent.mkdir(parents=True)
+    shutil.copy(tiny_corpus.folder / "utt13.wav", a)
+    soundfile.write(b, *soundfile.read(a))
     with tarfile.open(tmp_path / "c.tar", "w") as tar:
         tar.add(a, "c.wav")
     rows = {"audio": [{"bytes": a.read_bytes(), "path": "d.wav"}, {"bytes": b"", "path": "bad.wav"}]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
-    message, text = decode(
-        tmp_path / "in", tmp_path / "c.tar", tmp_path / "d.parquet", "--max_new_tokens", "60", scp=None
-    )
+    for part in parts:
+        part.save_pretrained(tmp_path / "model")
+    options = {"scp": None, "model": tmp_path / "model"}
+    sources = [tmp_path / "in", tmp_path / "c.tar", tmp_path / "d.parquet"]
+    message, text = decode(*sources, "--max_new_tokens", "40", **options)
     assert "1 failed" in message and "bad: " in message
     lines = [line.split("\t") for line in text.splitlines()]
     assert [line[0] for line in lines] == ["a", "deep/b", "c", "d"]
     assert len({line[1] for line in lines}) == 1 and lines[0][1]
-    end, two = decode(a, b, "--max_new_tokens", "60", scp=None, output="two.txt")
+    end, two = decode(a, b, "--max_new_tokens", "40", output="two.txt", **options)
     assert end is None and two == f"a\t{lines[0][1]}\nb\t{lines[1][1]}\n"
 
 
