@@ -24,10 +24,11 @@ MAX_PEAK = 4.0  # of samples that should lie in [-1, 1]; clipping goes beyond, b
 
 BLOCK_LENGTH = 1 << 20  # samples decoded at once, of all channels; a minute at 16 kHz, so that most take one block
 UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
-# libsndfile's names of formats that it reads. Of its others, for samples of instruments and tables of numbers, it does not
-# know the rate, or not where they end.
+# libsndfile's names of formats that it reads to their end at a known rate; its others hold samples of instruments and
+# tables of numbers.
 FORMATS = (
-    "WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "NIST", "SVX", "IRCAM", "PAF", "PVF", "AVR", "HTK",
+    "WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "NIST", "SVX", "IRCAM", "PAF", "PVF", "AVR",
+    "HTK",
 )  # fmt: skip
 # FFmpeg's names of containers that hold recordings. Others are lists of addresses or files (SDP, HLS, concat, ...),
 # which FFmpeg would open, or pictures and subtitles.

@@ -13,7 +13,6 @@ from typing import Any
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.jsonl import read_jsonl, recording_id
 
-
 # A path, a URL or a command of a wav.scp.
 _RECORDING = re.compile(r"^\S+\.(?:wav|flac|mp3|ogg|opus|m4a|aac|sph|pcm|ark:\d+)$|\|$", re.IGNORECASE)
 

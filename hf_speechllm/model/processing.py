@@ -14,6 +14,7 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TextInput
 
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
+from ..audio.inputs import as_list
 from ..audio.waveform import load_audio
 from . import chat
 
@@ -206,9 +207,10 @@ class SpeechLLMProcessor(ProcessorMixin):
         dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
         answered = [dialogue.turns[-1].answer is not None for dialogue in dialogues]
         if add_generation_prompt is not None and add_generation_prompt in answered:
+            end = "an answer" if add_generation_prompt else "a question"
             raise chat.ChatError(
-                f"add_generation_prompt is {add_generation_prompt}, "
-                f"but dialogue {answered.index(add_generation_prompt)} ends with {'an answer' if add_generation_prompt else 'a question'}; leave the option out"
+                f"add_generation_prompt is {add_generation_prompt}, but dialogue "
+                f"{answered.index(add_generation_prompt)} ends with {end}; leave the option out"
             )
         if not tokenize:
             texts = [self._render(dialogue) for dialogue in dialogues]
@@ -312,7 +314,7 @@ class SpeechLLMProcessor(ProcessorMixin):
 
 
 def _list_of(audio: Any) -> list:
-    return list(audio) if isinstance(audio, (list, tuple)) else [audio]
+    return as_list(audio)[0]
 
 
 def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -70,7 +70,7 @@ def damaged(parts):
 def test_logits_that_become_nan_in_a_step_in_place_are_found(parts, waveforms):
     model = damaged(parts)
     transcriber = Transcriber(model, parts[1], max_new_tokens=20, batch_seconds=1000)
-    transcriber.steps = DecodingSteps(model.llm.get_decoder(), graphs=False)
+    transcriber.steps = CudaGraphDecoder(model.llm.get_decoder(), graphs=False)
     sound = Transcriber(*parts, max_new_tokens=20, batch_seconds=1000).transcribe(waveforms)
     prompt = transcription_prompt()
     requests = [Request(str(i), transcription_messages(item, prompt)) for i, item in enumerate(waveforms)]
