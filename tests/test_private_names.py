@@ -18,10 +18,63 @@ import hf_speechllm
 LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "torchaudio", "triton"}
 PACKAGE = Path(hf_speechllm.__file__).parent
 PATCHES = {"forward", "__class__"}
+STANDARD = {"_replace", "_exit", "_abc_impl", "_backward_cls"}  # of Python, and what metaclasses add
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 # (file, name): reason.
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED: dict[tuple[str, str], str] = {
+    # transformers asks these of model subclasses
+    ("model/adaptors.py", "_no_split_modules"): "layers that an engine keeps together",
+    ("model/adaptors.py", "_supports_attention_backend"): "attention by name",
+    ("model/adaptors.py", "_supports_flash_attn"): "attention by name",
+    ("model/adaptors.py", "_supports_sdpa"): "attention by name",
+    ("model/modeling.py", "_can_compile_fullgraph"): "compiled generation",
+    ("model/modeling.py", "_from_config"): "builds the adaptor with its attention implementation",
+    ("model/modeling.py", "_skip_keys_device_placement"): "the key-value cache stays on its device",
+    ("model/modeling.py", "_supports_attention_backend"): "attention by name",
+    ("model/modeling.py", "_supports_flash_attn"): "attention by name",
+    ("model/modeling.py", "_supports_sdpa"): "attention by name",
+    ("model/packing.py", "_attn_implementation"): "the attention that a part has got",
+    # overrides of the Trainer, and calls of its parts
+    ("training/trainer.py", "_clip_grad_norm"): "the norm is checked once, where it is measured",
+    ("training/trainer.py", "_finalize_training"): "waits for a background save; a preempted run ends here",
+    ("training/trainer.py", "_init_training_state"): "a resumed run starts in the epoch of its position",
+    ("training/trainer.py", "_load_from_checkpoint"): "checkpoints may leave out frozen parts",
+    ("training/trainer.py", "_run_epoch"): "a resumed epoch has fewer steps",
+    ("training/trainer.py", "_save_checkpoint"): "checkpoints appear whole or not at all",
+    ("training/trainer.py", "_load_best_model"): "called for engines that shard, and for adapters",
+    ("training/trainer.py", "_save_optimizer_and_scheduler"): "called for engines that shard",
+    ("training/trainer.py", "_save_rng_state"): "called to write random numbers",
+    ("training/trainer.py", "_save_scaler"): "called to write a loss scale",
+    # fast paths
+    ("fast/attention.py", "_attn_implementation"): "the attention that a part has got",
+    ("fast/attention.py", "_flash_attention_forward"): "torch's flash kernel for rows of different lengths",
+    ("fast/attention.py", "forward ="): "the encoder's forward pass, with positions",
+    ("fast/compilation.py", "_dynamo"): "limits of graphs",
+    ("fast/compilation.py", "_inductor"): "one graph for all sizes",
+    ("fast/compilation.py", "forward ="): "a layer's forward pass is that of its group",
+    (
+        "fast/compilation.py",
+        "torch._dynamo.config.cache_size_limit =",
+    ): "graphs of first and last, trained and frozen layers",
+    ("fast/compilation.py", "torch._dynamo.config.optimize_ddp ="): "graphs are not split at DDP's buckets",
+    (
+        "fast/compilation.py",
+        "torch._inductor.config.triton.mix_order_reduction_non_strict_mode =",
+    ): "small batches get no graphs of their own",
+    ("fast/cuda_graphs.py", "_attn_implementation"): "the attention that a part has got",
+    ("fast/cuda_graphs.py", "forward ="): "the LLM's forward pass while a batch is decoded",
+    ("fast/fsdp.py", "_foreach_mul_"): "clips all shards by one call",
+    ("fast/fsdp.py", "_foreach_norm"): "measures all shards by one call",
+    ("fast/fsdp.py", "_init_group"): "AdamW on plain shards",
+    ("fast/fsdp.py", "_local_tensor"): "the shard of a rank",
+    ("fast/fsmn.py", "__class__ ="): "FSMN blocks keep weights and names",
+    (
+        "model/loss.py",
+        "forward =",
+    ): "the head is called once, as a module, so that engines gather its weight; restored at once",
+    ("model/processing.py", "_process_audio"): "the features of a call, where transformers' processors compute them",
+}
 
 
 def modules():
@@ -31,7 +84,7 @@ def modules():
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+    return name not in STANDARD and name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
 def own_names() -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def model_card(
         tags=[*TAGS, *(["lora"] if lora else [])],
         pipeline_tag=TAGS[0],
     )
-    local = _escape(Path(source).resolve().name)
+    local = _code(Path(source).resolve().name)
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model {local}"
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {name.split('/')[-1]}",
@@ -75,23 +76,33 @@ def model_card(
         "`hf_speechllm`.",
         _trained(parameters, lora, base),
         _data(data),
-        "## Settings\n" + _table(("setting", "value"), settings),
+        "## Settings\n" + _table(("setting", "value"), [(name, _escape(value)) for name, value in settings]),
         _scores(log_history, scores),
         usage(name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _one_line(text: object) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
 def _escape(text: object) -> str:
-    """Text as Markdown shows it, without markup, also in a table: names of files and sets may hold anything."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
-    line = html.escape(line, quote=False)
-    return "".join(f"\\{char}" if char in "\\`*_[]|~#!" else char for char in line)
+    """Text as Markdown shows it, without markup, also in a table."""
+    line = html.escape(_one_line(text), quote=False)
+    return "".join(f"\\{char}" if char in "\\`*[]|~" else char for char in line)
+
+
+def _code(name: object) -> str:
+    """A name of a file or set, which may hold anything, as code."""
+    line = _one_line(name).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *([_escape(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _trained(parameters: Mapping[str, tuple[int, int]], lora: str | None, base: str | None) -> str:
@@ -111,7 +122,7 @@ def _data(data: Sequence[DataSummary]) -> str:
     rows = [
         (
             item.use,
-            item.name,
+            _code(item.name),
             "streamed" if item.rows is None else f"{item.rows:,}",
             "not counted" if item.seconds is None else f"{item.seconds / 3600:.2f}",
         )
@@ -132,7 +143,7 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
     rows = []
     for name in set_names(scores):
         prefix = metric_prefix("eval", name)
-        row = [name or "validation", f"{scores[f'{prefix}_loss']:.4f}"]
+        row = [_code(name or "validation"), f"{scores[f'{prefix}_loss']:.4f}"]
         row.append(f"{scores[f'{prefix}_token_accuracy']:.2%}")
         if decoded:
             key = f"{prefix}_cer"

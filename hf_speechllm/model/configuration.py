@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from . import pretrained
 from .kv_cache import CACHE_NAMES
 
 LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM sees the first 1/8 of the adaptor's frames
@@ -171,12 +172,17 @@ class SpeechLLMConfig(PreTrainedConfig):
 
         Besides our own layout, that of transformers' `fun_asr_nano`, FunASR's and peft's adapters are understood.
         """
-        from ..formats.loading import HUB_OPTIONS, load_config_dict  # `checkpoints` builds on this module
-
-        config = load_config_dict(pretrained_model_name_or_path, kwargs)
+        config = pretrained.formats().load_config_dict(pretrained_model_name_or_path, kwargs)
         if config is None:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        used = (*HUB_OPTIONS, "proxies", "trust_remote_code", "_from_pipeline", "_from_auto", "gguf_file")
+        used = (
+            *pretrained.formats().HUB_OPTIONS,
+            "proxies",
+            "trust_remote_code",
+            "_from_pipeline",
+            "_from_auto",
+            "gguf_file",
+        )
         return config, {key: value for key, value in kwargs.items() if key not in used}
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:

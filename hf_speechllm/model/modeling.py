@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..files import apply_umask
+from . import pretrained
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .gradient_checkpointing import allow_checkpointing, require_gradient
@@ -101,9 +102,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
-        from ..formats.loading import load_model  # `checkpoints` builds on this module
-
-        return load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        return pretrained.formats().load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Saves model, config and generation config in our own layout; the options are those of transformers."""
@@ -116,9 +115,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            from ..formats.loading import SIDE_FILE, write_side  # `checkpoints` builds on this module
-
-            write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
+            loading = pretrained.formats()
+            loading.write_side(self.side_tensors, Path(save_directory) / loading.SIDE_FILE)
             apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
@@ -136,9 +134,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             The commit, as `HfApi.upload_folder` gives it.
         """
-        from ..hub.upload import push_model  # `checkpoints` builds on this module
-
-        return push_model(self, repo_id, private, token, **kwargs)
+        return pretrained.hub().push_model(self, repo_id, private, token, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embeddings."""

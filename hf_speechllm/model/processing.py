@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import TextInput
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
 from ..audio.inputs import as_list
 from ..audio.waveform import load_audio
-from . import chat
+from . import chat, pretrained
 
 # Options of a call, by the dict in which they may be given (`text_kwargs`, ...); others stand alone.
 OPTIONS = {
@@ -69,18 +69,14 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             CheckpointError: if a file is missing or damaged.
         """
-        from ..formats.loading import load_processor  # `checkpoints` builds on this module
-
-        return load_processor(cls, pretrained_model_name_or_path, **kwargs)
+        return pretrained.formats().load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
         """Uploads the processor, for transformers' `fun_asr_nano` where that class can hold it, else as ours.
 
         Args, result: as `SpeechLLMForConditionalGeneration.push_to_hub`.
         """
-        from ..hub.upload import push_processor  # `checkpoints` builds on this module
-
-        return push_processor(self, repo_id, private, token, **kwargs)
+        return pretrained.hub().push_processor(self, repo_id, private, token, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """How many audio tokens a recording of so many feature frames (encoder input) becomes."""

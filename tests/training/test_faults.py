@@ -1,6 +1,7 @@
 """Faults in the middle of a run: left out, counted and reported, or an end with a reason; never silence or a hang."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_speechllm import SpeechLLMProcessor
+from hf_speechllm.data import collator as collator_module
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.locks import hold_output
@@ -250,13 +252,20 @@ def test_batch_on_its_way_from_a_process_that_dies_is_told_as_such():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="patches a forked process")
 def test_loader_process_that_hangs_ends_the_run(make_trainer, uncached, own_corpus, monkeypatch):
     join = BaseProcess.join
     # Time for torch to notice that the process was killed, which is not the fault to tell of.
     monkeypatch.setattr(BaseProcess, "join", lambda process, timeout=None: time.sleep(0.1) or join(process, timeout))
     trainer = make_trainer(**uncached, dataloader_num_workers=1, dataloader_timeout_seconds=3)
-    (own_corpus / "utt09.wav").unlink()
-    os.mkfifo(own_corpus / "utt09.wav")  # nobody ever writes to it
+    load = collator_module.load_audio
+
+    def hang(source, *args):
+        if str(source).endswith("utt09.wav"):
+            time.sleep(600)
+        return load(source, *args)
+
+    monkeypatch.setattr(collator_module, "load_audio", hang)  # the loader's process is forked
     with pytest.raises(FaultError, match="no batch .* for 3 s.*--dataloader_timeout_seconds"):
         trainer.train()
     assert not torch.multiprocessing.active_children()

@@ -266,7 +266,8 @@ def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arg
     with pytest.raises(ValueError, match="is not a checkpoint folder"):
         find_checkpoint(make_arguments(resume_from_checkpoint=str(tmp_path)))
     first = str(tmp_path / "run" / "checkpoint-1")
-    assert find_checkpoint(make_arguments(resume_from_checkpoint=first)) == first
+    frozen = {"freeze_audio_encoder": True, "freeze_llm": True}
+    assert find_checkpoint(make_arguments(**frozen, resume_from_checkpoint=first)) == first
 
 
 def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows):

@@ -396,7 +396,9 @@ def test_run_without_the_base_models_score_can_not_be_resumed_with_a_guard(
     scripted({3: {0: 50, 1: 4}})
     make_trainer(eval_dataset={"near": sets["near"]}, max_steps=1, **DECODING, **EVERY_STEP, **QUICK).train()
     with pytest.raises(ValueError, match="began without --retention_file"):
-        find_checkpoint(make_arguments(resume_from_checkpoint="true", **DECODING, **EVERY_STEP, **RETENTION))
+        find_checkpoint(
+            make_arguments(resume_from_checkpoint="true", max_steps=2, **DECODING, **EVERY_STEP, **QUICK, **RETENTION)
+        )
 
 
 def test_best_checkpoints_and_the_latest_are_kept(make_trainer, sets, scripted):
