@@ -16,6 +16,9 @@ class BuildWithConfigurations(build_py):
             shutil.copytree(folder, Path(self.build_lib, "hf_speechllm", folder), dirs_exist_ok=True)
 
 
+DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
+TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+
 setup(
     name="hf_speechllm",
     version="0.2.0",
@@ -23,47 +26,41 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["hf_speechllm", "hf_speechllm.*"]),
     py_modules=["hf_speechllm_command"],
     entry_points={"console_scripts": ["hf-speechllm = hf_speechllm_command:main"]},
     cmdclass={"build_py": BuildWithConfigurations},
     package_data={"hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"]},
+    # CI runs both ends of each range: the oldest versions (tools/oldest.txt) with the core tests, the newest with all.
+    # An upper bound stands where a release can break this package. CONTRIBUTING.md says how to move a bound.
     install_requires=[
-        "torch>=2.9",
-        "torchaudio>=2.9",
-        "transformers>=5.17",
-        "accelerate>=1.12",
-        "datasets>=4.4",
-        "peft>=0.18",
-        "evaluate",
-        "filelock",
-        "soundfile",
-        "av",
-        "pyyaml",
-        "tqdm",
-        "matplotlib",
-        "tensorboard",
+        "torch>=2.11.0,<2.15",
+        "torchaudio>=2.11.0",
+        "transformers>=5.18.0,<5.25",
+        "accelerate>=1.12.0,<1.16",
+        "datasets>=4.4.0,<5.3",
+        "peft>=0.20.0,<0.22",
+        "evaluate>=0.4.6",
+        "filelock>=3.16.0",
+        "soundfile>=0.13.0",
+        "av>=14.0.1",
+        "pyyaml>=6.0.2",
+        "tqdm>=4.66.3",
+        "matplotlib>=3.9.2",
+        "tensorboard>=2.18.0",
         "silero-vad[onnx-cpu]>=6.2.3",
-        "compute-wer",
-        "rapidfuzz",
-        "jinja2",
-        "jiwer",
-        "whisper-normalizer",
-        "zhconv",
+        "compute-wer>=0.2.4",
+        "rapidfuzz>=3.10.0",
+        "regex>=2025.10.22",
+        "jinja2>=3.1.4",
+        "whisper-normalizer>=0.1.13",
+        "zhconv>=1.4.3",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19.8"],
+        "deepspeed": [DEEPSPEED],
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "dev": [
-            "pytest",
-            "pytest-timeout",
-            "pytest-xdist",
-            "hypothesis",
-            "deepspeed>=0.19.8",
-            "ruff",
-            "mypy",
-            "pre-commit",
-        ],
+        "test": TEST,
+        "dev": [*TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

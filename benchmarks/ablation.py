@@ -35,7 +35,7 @@ def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, pos
 
 
 def attend_with_cudnn(model) -> None:
-    """Instead of `attention.spare_the_host`: torch's own choice, and masks as transformers makes them."""
+    """Instead of `attention.disable_host_syncs`: torch's own choice, and masks as transformers makes them."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     for module in model.modules():
         if (
@@ -63,13 +63,13 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
     "leaving padding out, attention without cuDNN": (
         "eager",
         PADDED,
-        {"hf_speechllm.training.trainer.spare_the_host": attend_with_cudnn},
+        {"hf_speechllm.training.trainer.disable_host_syncs": attend_with_cudnn},
     ),
     "leaving padding out, masks made without looking": (
         "eager",
         PADDED,
         {
-            "hf_speechllm.training.trainer.spare_the_host": make_masks,
+            "hf_speechllm.training.trainer.disable_host_syncs": make_masks,
             "hf_speechllm.model.modeling.causal_masks": lambda config: None,
         },
     ),

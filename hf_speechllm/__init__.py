@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .audio.fbank import FbankFeatureExtractor
     from .audio.waveform import load_audio
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from .model.processing import SpeechLLMProcessor
     from .training.arguments import SpeechLLMTrainingArguments
     from .training.trainer import SpeechLLMTrainer
-
-__version__ = "0.2.0"
 
 __all__ = [
     "AudioAdaptorConfig",

@@ -1,11 +1,30 @@
-"""Writing files so that a reader sees the old content or the complete new one, never a part."""
+"""Writing files so that a reader sees the old content or the complete new one, never a part; reading real files."""
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+
+def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+    """Opens a file for reading bytes; a FIFO or a device, which may have no end, is refused without waiting for it.
+
+    Args:
+        buffering: as of `open`.
+
+    Raises:
+        OSError: if the file is not a regular one, or can't be read.
+        ValueError: if the path holds a zero byte.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer. It changes nothing for regular files; Windows lacks it.
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("not a regular file")
+    return os.fdopen(number, "rb", buffering)
 
 
 @contextmanager
@@ -43,3 +62,15 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
         os.replace(temporary, target)
     finally:  # once it has taken its place, it is not there any more
         temporary.unlink(missing_ok=True)
+
+
+def apply_umask(folder: str | os.PathLike[str], pattern: str = "*.safetensors") -> None:
+    """Gives files the permissions that new files of their folder have; safetensors makes them private to the user."""
+    probe = Path(folder) / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with open(probe, "x"):
+            mode = probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in Path(folder).glob(pattern):
+        os.chmod(path, mode)

@@ -1,6 +1,7 @@
 """Fixtures that several rooms need: recordings and tiny models made on the spot, a web server, recipes, real data if
 there is any."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -15,6 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from transformers import TrainerCallback, set_seed
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.data.augmentation import augmentations
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.options import DataOptions
+from hf_speechllm.model.options import ModelOptions
+from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
+from hf_speechllm.training.freezing import freeze_parts
+from hf_speechllm.training.lora import add_lora
+from hf_speechllm.training.options import FinetuningOptions, TrainedPartsOptions
+from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -201,3 +216,118 @@ def tiny_model(compose_tiny, tmp_path_factory):
     for part in compose_tiny():
         part.save_pretrained(folder)
     return folder
+
+
+class Interruption(TrainerCallback):
+    """Ends a run after a step as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupt():
+    """Makes a callback that ends a run after a step as Ctrl-C does."""
+    return Interruption
+
+
+@pytest.fixture
+def split_options(tiny_model, tiny_corpus, tmp_path):
+    """Options of a short run on the CPU, by their dataclasses."""
+
+    def split(**options):
+        defaults = {
+            "model_name_or_path": str(tiny_model),
+            "train_file": [str(tiny_corpus.jsonl)],
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_seconds": 4.0,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "preprocessing_num_workers": 1,
+            "lora_r": 4,
+        }
+        options = {**defaults, **options}
+        kinds = (ModelOptions, DataOptions, TrainedPartsOptions)
+        names = [{item.name for item in dataclasses.fields(kind)} & {*options} for kind in kinds]
+        found = [kind(**{name: options.pop(name) for name in own}) for kind, own in zip(kinds, names, strict=True)]
+        args = SpeechLLMTrainingArguments(**options)
+        args.run_options = {name: value for part in found for name, value in vars(part).items()}
+        return *found, args
+
+    return split
+
+
+@pytest.fixture
+def make_options(split_options):
+    """Options of a short run on the CPU, as the command line combines them."""
+    return lambda **options: FinetuningOptions(*split_options(**options))
+
+
+@pytest.fixture
+def make_arguments(split_options):
+    """Options of the trainer for a short run on the CPU."""
+    return lambda **options: split_options(**options)[-1]
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tiny_model, tiny_corpus, tmp_path_factory):
+    """The rows of the corpus, with their features."""
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    options = DataOptions(cache_dir=str(tmp_path_factory.mktemp("cache")), preprocessing_num_workers=1)
+    return prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, options)[0]
+
+
+@pytest.fixture
+def make_trainer(split_options, tiny_rows):
+    """A trainer as recipes/finetune.py builds it."""
+
+    def make(callbacks=(), model=None, eval_dataset=None, train_dataset=None, **options):
+        loaded, data, tuned, args = split_options(**options)
+        set_seed(args.seed)
+        processor = SpeechLLMProcessor.from_pretrained(loaded.model_name_or_path)
+        if model is None:
+            model = SpeechLLMForConditionalGeneration.from_pretrained(loaded.model_name_or_path, dtype=torch.float32)
+        freeze_parts(model, tuned.freeze_audio_encoder, tuned.freeze_audio_adaptor, tuned.freeze_llm)
+        if tuned.use_lora:
+            model = add_lora(model, tuned.lora_r, tuned.lora_alpha, tuned.lora_dropout, tuned.lora_target_modules)
+        return SpeechLLMTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset or tiny_rows,
+            eval_dataset=eval_dataset,
+            data_collator=SpeechLLMCollator(
+                processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither
+            ),
+            eval_collator=SpeechLLMCollator(processor),
+            processing_class=processor,
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def parts(compose_tiny):
+    return compose_tiny(seed=3)
+
+
+@pytest.fixture(scope="module")
+def waveforms():
+    """Tones with noise, of many lengths, out of order."""
+    rng = np.random.default_rng(0)
+    result = []
+    for seconds in (0.9, 3.1, 0.2, 1.7, 2.4, 0.5, 1.2):
+        time = np.arange(int(seconds * 16000)) / 16000
+        tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * time)
+        result.append((0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32))
+    return result

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.model.modeling import PARTS
+
+pytestmark = pytest.mark.core
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

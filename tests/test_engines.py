@@ -33,11 +33,11 @@ if engine == "fsdp2":
     sys.path.append(os.path.join(os.path.dirname(recipe), "../tests"))
     import fsdp_on_cpu
 if engine.startswith("deepspeed_zero3"):  # else every parameter of the tiny model is kept by every rank
-    from hf_speechllm.training import zero
+    from hf_speechllm.fast import deepspeed
 
-    zero.PERSISTENT_SIZE = 64
+    deepspeed.PERSISTENT_SIZE = 64
 
-from hf_speechllm.training import readback
+from hf_speechllm.training.checkpointing import verification
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 class Watched(SpeechLLMTrainer):
@@ -51,7 +51,6 @@ class Watched(SpeechLLMTrainer):
             persistent=len(getattr(getattr(model, "optimizer", None), "persistent_parameters", ())),
             parameters=sum(1 for _ in model.parameters()),
             gathered=sorted({type(item).__name__ for item in model.modules() if getattr(item, "_z3_leaf", False)}),
-            linear=torch.nn.functional.linear.__module__,
             overlapped=getattr(getattr(model, "optimizer", None), "overlap_comm", None),
             copied=not getattr(model, "gradient_as_bucket_view", True),
         )
@@ -63,7 +62,7 @@ class Watched(SpeechLLMTrainer):
         super()._save(output_dir, state_dict)
 
 if "--compile_layers" in sys.argv:  # traced without code generation, which takes minutes
-    from hf_speechllm.training.compilation import LayerGroup
+    from hf_speechllm.fast.compilation import LayerGroup
 
     init = LayerGroup.__init__
     LayerGroup.__init__ = lambda self, layers, backend: init(self, layers, "aot_eager")
@@ -73,7 +72,8 @@ def compare(*args):
     return record["differs"]
 
 record, rows = {}, []
-compared, readback._compare = readback._compare, compare
+compared = verification.CheckpointVerifier._compare
+verification.CheckpointVerifier._compare = compare
 import hf_speechllm.training.trainer as module
 module.SpeechLLMTrainer = Watched
 runpy.run_path(recipe, run_name="__main__")
@@ -133,7 +133,6 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
     assert [note["copied"] for note in notes] == [False] * num_processes
     for note in notes:
         assert (0 < note["persistent"] < note["parameters"]) is engine.startswith("deepspeed_zero3")
-        assert (note["linear"] == "hf_speechllm.fast.deepspeed") is engine.startswith("deepspeed_zero3")
         assert note["overlapped"] is (True if engine in ("deepspeed_zero1", "deepspeed_zero2") else None)
         assert note["gathered"] == (
             ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []
@@ -167,6 +166,7 @@ def check_weights(folder, expected, file="model.safetensors"):
         )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("engine", [*ENGINES, pytest.param("deepspeed_zero3_offload", marks=pytest.mark.slow)])
 def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, one_process):
     (one,), expected, reference = one_process

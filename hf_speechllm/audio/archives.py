@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from typing import Any
+
+from ..files import open_regular
 
 AUDIO_COLUMN = "audio"  # of a Parquet file: bytes, or the struct {bytes, path} of `datasets.Audio`
 _TAR, _PARQUET = ".tar::", ".parquet::"
+_PLACE = re.compile(r"@(?P<offset>[0-9]{1,19})\+(?P<size>[0-9]{1,19})\Z")
+_ROW = re.compile(r"[0-9]{1,19}")
 
 
 def tar_member(path: str, name: str, offset: int, size: int) -> str:
@@ -39,38 +44,63 @@ def container_of(source: Any) -> str | None:
     return None
 
 
-def read_member(source: str) -> bytes:
+def read_member(source: str, max_bytes: int | None = None) -> bytes:
     """The bytes of a recording in a tar or Parquet file.
 
+    Args:
+        max_bytes: the largest recording; default any.
+
     Raises:
-        OSError: if the file can't be read.
-        ValueError: if the source or the file is not well formed, or has no such row.
+        OSError: if the file can't be read, or is not a regular one.
+        ValueError: if the source or the file is not well formed, has no such row, or the recording is too large.
     """
     path = container_of(source)
     if path is None:
         raise ValueError(f"{source}: not in a tar or Parquet file")
     place = source[len(path) + 2 :]
     if path.endswith(".parquet"):
-        return _read_parquet(path, int(place))
-    offset, size = place.rpartition("@")[2].split("+")
-    with open(path, "rb") as file:
-        file.seek(int(offset))
-        data = file.read(int(size))
-    if len(data) < int(size):
+        if not _ROW.fullmatch(place):
+            raise ValueError(f"{place!r} is not the number of a row")
+        data = _read_parquet(path, int(place))
+        _check_size(len(data), max_bytes)
+        return data
+    match = _PLACE.search(place)
+    if not match:
+        raise ValueError("the place in the tar file is missing: ::NAME@FIRST_BYTE+SIZE")
+    offset, size = int(match["offset"]), int(match["size"])
+    with open_regular(path) as file:
+        present = os.fstat(file.fileno()).st_size - offset
+        if present < size:
+            raise ValueError(f"truncated: {max(0, present)} of {size} bytes")
+        _check_size(size, max_bytes)
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
         raise ValueError(f"truncated: {len(data)} of {size} bytes")
     return data
 
 
+def _check_size(size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(f"{size / 1e9:.1f} GB; a recording in an archive has at most {max_bytes / 1e9:g} GB")
+
+
 def _read_parquet(path: str, row: int) -> bytes:
-    status = os.stat(path)
-    starts = _row_group_starts(path, status.st_size, status.st_mtime_ns)
-    for group, start in enumerate(starts[:-1]):
-        if start <= row < starts[group + 1]:
-            value = _row_group(path, status.st_size, status.st_mtime_ns, group)[row - start]
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if isinstance(data, bytes):
-                return data
-            raise ValueError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings")
+    import pyarrow
+
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+    try:
+        starts = _row_group_starts(path, status.st_size, status.st_mtime_ns)
+        for group, start in enumerate(starts[:-1]):
+            if start <= row < starts[group + 1]:
+                value = _row_group(path, status.st_size, status.st_mtime_ns, group)[row - start]
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if isinstance(data, bytes):
+                    return data
+                raise ValueError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings")
+    except (pyarrow.ArrowException, KeyError) as error:  # KeyError: no such column
+        raise ValueError(f"not a Parquet file with a column {AUDIO_COLUMN!r}, or damaged: {error}") from error
     raise ValueError(f"no row {row}")
 
 

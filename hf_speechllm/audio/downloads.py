@@ -14,14 +14,22 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 URL_TIMEOUT = 30  # seconds without an answer before a download is given up
 BLOCK_SIZE = 1 << 16  # bytes read at once
+WHOLE = (200, 203)  # answers that hold the whole file: OK, and the same from a proxy that changed it
+# Where cloud machines keep their secrets, besides link-local addresses: Alibaba, Oracle, AWS by IPv6.
+METADATA = frozenset(map(ipaddress.ip_address, ("100.100.100.200", "192.0.0.192", "fd00:ec2::254")))
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SECRETS = re.compile(
     r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#]*@)?(?P<rest>[^\s?#'\"]*)(?P<query>[?#][^\s'\"]*?(?=[:;,.]?(?:[\s'\"]|$)))?",
     re.IGNORECASE,
 )
+# A query behind a space or a quote in a URL, where `_SECRETS` has to take the URL for ended.
+_LOST_QUERY = re.compile(r"\?[\w.%\[\]-]+=[^\s'\"]*?(?=[:;,.]?(?:[\s'\"]|$))")
 
 
 class DownloadError(ValueError):
@@ -91,7 +99,21 @@ def redact(text: str) -> str:
         user = "***@" if match["user"] else ""
         return f"{match['scheme']}{user}{match['rest']}" + (f"{match['query'][0]}***" if match["query"] else "")
 
-    return _SECRETS.sub(clean, text)
+    text = _SECRETS.sub(clean, text)
+    return _LOST_QUERY.sub("?***", text) if "://" in text else text
+
+
+def redact_url(url: str) -> str:
+    """A URL without user, password, query and fragment.
+
+    In a longer text, `redact` has to guess where a URL ends: a space or a quote may be part of it.
+    """
+    start = url.find("://") + 3
+    path = min(place for sign in "/?#" for place in (url.find(sign, start), len(url)) if place >= 0)
+    host = url[start:path]
+    rest = re.search("[?#]", url[path:])
+    shown = url[path:] if rest is None else f"{url[path : path + rest.start() + 1]}***"
+    return f"{url[:start]}{'***@' if '@' in host else ''}{host.rpartition('@')[2]}{shown}"
 
 
 def is_url(source: object) -> bool:
@@ -130,18 +152,20 @@ def download(url: str) -> bytes:
         _Handler(guard),
     ):
         opener.add_handler(handler)
-    with guard:
+
+    def fetch() -> bytes:
         try:
             with opener.open(request, timeout=min(URL_TIMEOUT, policy.timeout_seconds)) as answer:
-                data = _read(answer, policy)
-        except (OSError, http.client.HTTPException, ValueError):
-            guard.check_time()  # what is said of a connection that was cut means nothing
-            raise
-        guard.check_time()
-    return data
+                return _read(answer, policy)
+        except http.client.InvalidURL as error:  # its message has parts of the URL
+            raise DownloadError("not a valid URL") from error
+
+    return guard.within_time(fetch)
 
 
 def _read(answer: http.client.HTTPResponse, policy: UrlPolicy) -> bytes:
+    if answer.status not in WHOLE:
+        raise DownloadError(f"the server answers {answer.status}, which is not the whole file")
     limit = int(policy.max_megabytes * 1e6)
     too_large = DownloadError(f"larger than {policy.max_megabytes:g} MB (--url_max_megabytes)")
     if (answer.length or 0) > limit:
@@ -159,7 +183,9 @@ def _read(answer: http.client.HTTPResponse, policy: UrlPolicy) -> bytes:
 class _Guard:
     """Watches the connections of one download: where they lead, and how long they take in all.
 
-    A server that sends a byte now and then never meets the timeout of a socket, so a timer cuts the connection.
+    A server that sends a byte now and then never meets the timeout of a socket, and a name may stand for many
+    addresses that don't answer. The download therefore has a thread of its own, which is left to itself when the time
+    is over.
     """
 
     def __init__(self, policy: UrlPolicy):
@@ -168,38 +194,61 @@ class _Guard:
         self.expired = False
         self.by_proxy = False
         self.socket: socket.socket | None = None
-        self._timer = threading.Timer(policy.timeout_seconds, self._expire)
-        self._timer.daemon = True
 
-    def __enter__(self) -> None:
-        self._timer.start()
+    def within_time(self, fetch: Callable[[], bytes]) -> bytes:
+        """What `fetch` gives or raises; raises `DownloadError` if the time is over before."""
+        result: Future[bytes] = Future()
 
-    def __exit__(self, *_) -> None:
-        self._timer.cancel()
+        def run() -> None:
+            try:
+                result.set_result(fetch())
+            except BaseException as error:  # raised again by `result`
+                result.set_exception(error)
 
-    def _expire(self) -> None:
+        threading.Thread(target=run, daemon=True).start()
+        wait([result], self.policy.timeout_seconds)
+        if result.done():
+            return result.result()
         self.expired = True
         if self.socket is not None:
             with contextlib.suppress(OSError):  # closed in the meantime
                 self.socket.shutdown(socket.SHUT_RDWR)
+        raise DownloadError(f"took longer than {self.policy.timeout_seconds:g} s (--url_timeout_seconds)")
 
-    def check_time(self) -> None:
-        """Raises `DownloadError` if the time is over."""
-        if self.expired:
-            raise DownloadError(f"took longer than {self.policy.timeout_seconds:g} s (--url_timeout_seconds)")
+    def check_host(self, host: str) -> None:
+        """Raises `DownloadError` if the policy forbids an address that a host's name stands for.
+
+        For requests by a proxy, which connects itself: a name that is not known here is left to it.
+        """
+        try:
+            addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return
+        for *_, address in addresses:
+            self.check_address(str(address[0]))
 
     def check_address(self, text: str) -> None:
         """Raises `DownloadError` if the policy forbids an address, "127.0.0.1" or "::1"."""
-        address = ipaddress.ip_address(text.partition("%")[0])
-        address = getattr(address, "ipv4_mapped", None) or address
         if self.policy.allow_private_redirects:
             return
+        address = _embedded(ipaddress.ip_address(text.partition("%")[0]))
         if self.redirected and not address.is_global:
             raise DownloadError(
                 f"redirected to {address}, which is not a public address; --allow_private_redirects allows it"
             )
         if address.is_link_local:
             raise DownloadError(f"{address} is a link-local address; --allow_private_redirects allows it")
+        if address in METADATA:
+            raise DownloadError(f"{address} is an address of cloud metadata; --allow_private_redirects allows it")
+
+
+def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that an IPv6 address leads to (mapped, NAT64, 6to4); any other address unchanged."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
 
 
 class _Connection(http.client.HTTPConnection):
@@ -209,7 +258,8 @@ class _Connection(http.client.HTTPConnection):
         """As the parent's; raises `DownloadError` if the address is forbidden."""
         super().connect()
         self.guard.socket = self.sock
-        self.guard.check_time()
+        if self.guard.expired:
+            raise TimeoutError
         # The address that is connected to: a name may stand for another one the next time it is looked up. Behind a
         # proxy this is the proxy, which the user has chosen.
         if not self.guard.by_proxy:
@@ -241,7 +291,10 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self._open(_SecureConnection, request)
 
     def _open(self, kind: type[_Connection], request: urllib.request.Request):
-        self.guard.by_proxy = request.host != urllib.parse.urlsplit(request.full_url).netloc
+        target = urllib.parse.urlsplit(request.full_url)
+        self.guard.by_proxy = request.host != urllib.parse.unquote(target.netloc)  # as the request has read it
+        if self.guard.by_proxy:
+            self.guard.check_host(urllib.parse.unquote(target.hostname or ""))
 
         def connection(host, **options):
             made = kind(host, **options)
@@ -260,16 +313,5 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if not is_url(address):
             raise DownloadError("redirected to something that is neither http nor https")
         self.guard.redirected = True
-        host = urllib.parse.urlsplit(address).hostname or ""
-        if _is_address(host):  # also behind a proxy; what a name stands for is checked once it is connected to
-            self.guard.check_address(host)
         file.read = bytes  # the parent reads the whole body of the redirect, whatever its size: let there be none
         return super().redirect_request(request, file, code, message, headers, address)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True

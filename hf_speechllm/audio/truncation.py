@@ -1,52 +1,133 @@
-"""Whether a recording's file is all there: what its container announces, against what it has."""
+"""Where a recording ends in its file, according to its container: too early for the file, or too late."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-MP3_SAMPLES_PER_BYTE = 100  # at 8 kbit/s and 24 kHz, the least and the most, there are 24
+MAX_CHUNKS = 1_000_000  # chunks or pages of a container that are looked at: hours of speech have 100,000
+MAX_TAIL = 1 << 24  # bytes behind the end of a recording; tags and pictures are smaller
+_READ = 1 << 20  # bytes searched at once
+_MARGIN = 64  # bytes of the longest mark
+# Formats that do not announce where they end: what every recording in them starts with.
+_MARKS = {
+    b"fLaC": re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"),
+    b"#!AM": re.compile(rb"#!AMR(-WB)?\n"),
+    b"caff": re.compile(rb"caff\x00\x01\x00\x00desc"),
+    b"TTA1": re.compile(rb"TTA1[\x01\x02]\x00"),
+    b"FLV\x01": re.compile(rb"FLV\x01[\x01\x04\x05]\x00\x00\x00\x09"),
+    b"Crea": re.compile(rb"Creative Voice File\x1a"),
+    b"\x1aE\xdf\xa3": re.compile(rb"\x1aE\xdf\xa3.{1,48}?(webm|matroska)", re.DOTALL),
+}
+_HEADS = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3")
+_MP3_TAGS = (b"Xing", b"Info")  # in the first frame, with the number of bytes
 
 
 def missing_bytes(file: BinaryIO) -> int:
     """How many bytes a recording announces that are not there; 0 where its format (or writer) does not say.
 
-    Decoders read a truncated WAV, AIFF, Ogg or WebM file as a shorter one, without a word.
+    Decoders read a truncated WAV, AIFF, AU, Ogg, WebM or MP3 file as a shorter one, without a word.
     """
+    return max(0, _ends(file)[0] - file.seek(0, os.SEEK_END))
+
+
+def second_recording(file: BinaryIO) -> int:
+    """Where a second recording begins, behind the end of the first one; 0 if the file holds one only.
+
+    `cat a.wav b.wav` makes such files, and so does chained Ogg. Decoders stop at the end of the first one.
+
+    Raises:
+        ValueError: if the file goes on with something else that is too long for a tag, as a WAV file of more than
+            4 GiB does.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(4)
+    if head == b"OggS":
+        return _second_chain(file)
+    if head in _MARKS:
+        return _find_again(file, _MARKS[head])
+    end = _ends(file)[1]
+    if not 0 < end < size:
+        return 0
+    for start in (end, end + 1):  # a byte of padding
+        if _is_recording(file, start):
+            return start
+    if size - end > MAX_TAIL:
+        raise ValueError(f"{size - end} bytes follow after the end that its header announces; write it again")
+    return 0
+
+
+def _is_recording(file: BinaryIO, start: int) -> bool:
+    file.seek(start)
+    head = file.read(16)
+    return head.startswith(_HEADS) or head[4:8] == b"ftyp" or _mp3_tag(file, start)[1] >= 0
+
+
+def _ends(file: BinaryIO) -> tuple[int, int]:
+    """Where the samples end, and where the recording ends with all that belongs to it; 0 for what is not said."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(64)
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
-        end = _chunk_end(file, b"data", "little")
-    elif head[:4] == b"FORM":
-        end = _chunk_end(file, b"SSND", "big")
+        return _riff_ends(file, b"data", "little")
+    if head[:4] == b"FORM":
+        return _riff_ends(file, b"BODY" if head[8:12] == b"8SVX" else b"SSND", "big")
+    if head[:4] == b".snd":
+        start, length = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
+        ends = 0 if length == 0xFFFFFFFF else start + length
+    elif head[:6] == b"riff\x2e\x91":  # W64: a 64-bit size after a GUID of 16 bytes
+        ends = int.from_bytes(head[16:24], "little")
     elif head[:4] == b"OggS":
-        end = _last_ogg_page_end(file, size)
+        ends = _last_ogg_page_end(file, size)
     elif head[4:8] == b"ftyp":
-        end = _mp4_end(file)
+        return _mp4_ends(file)
     elif head[:4] == b"\x1aE\xdf\xa3":
-        end = _matroska_end(head)
+        ends = _matroska_end(head)
     else:
-        end = 0
-    return max(0, end - size)
+        ends = _mp3_end(file)
+    return ends, ends
 
 
-def _chunk_end(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> int:
-    """Where a chunk of a RIFF, RF64 or AIFF file ends."""
-    position, large_size = 12, 0
-    while True:
+def _chunks(file: BinaryIO, order: Literal["little", "big"]) -> Iterator[tuple[bytes, int, int]]:
+    """Names, starts of the content and sizes of the chunks of a RIFF, RF64 or AIFF file."""
+    position = 12
+    for _ in range(MAX_CHUNKS):
         file.seek(position)
         header = file.read(8)
-        if len(header) < 8:
-            return 0
         size = int.from_bytes(header[4:], order)
-        if header[:4] == b"ds64":  # RF64: the 64-bit size of the data chunk follows that of the file
-            large_size = int.from_bytes(file.read(16)[8:], "little")
-        elif header[:4] == name:
+        if len(header) < 8 or not header[:4].isascii() or not header[:4].decode("ascii").isprintable():
+            return
+        yield header[:4], position + 8, size
+        position += 8 + size + size % 2
+
+
+def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> tuple[int, int]:
+    """Ends of a RIFF, RF64 or AIFF file: of the chunk with the samples, and of all.
+
+    Raises:
+        ValueError: if there are two such chunks, as some recorders write on a pause: decoders read one of them.
+    """
+    file.seek(4)
+    form_end = 8 + int.from_bytes(file.read(4), order)
+    large_size = samples_end = 0
+    for chunk, start, size in _chunks(file, order):
+        if samples_end and start > form_end:
+            break
+        if chunk == b"ds64":  # RF64: the 64-bit sizes of the file and of the data chunk
+            sizes = file.read(16)
+            form_end, large_size = 8 + int.from_bytes(sizes[:8], "little"), int.from_bytes(sizes[8:], "little")
+        elif chunk == name:
+            if samples_end:
+                raise ValueError(f"two chunks of samples ({name.decode()}); write it again with one")
             # Writers that can't seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
             size = size if size < 0x7FFFF000 else large_size
-            return position + 8 + size if size else 0
-        position += 8 + size + size % 2
+            if not size:
+                return 0, 0
+            samples_end = start + size
+    return samples_end, max(samples_end, form_end) if samples_end else 0
 
 
 def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
@@ -62,22 +143,53 @@ def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
     return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments])
 
 
-def _mp4_end(file: BinaryIO) -> int:
-    """Where the samples and the index of an MP4 or M4A file end (ISO/IEC 14496-12, section 4.2: boxes)."""
-    position, end = 0, 0
-    while True:
+def _second_chain(file: BinaryIO) -> int:
+    """Where a second chain begins in an Ogg file (RFC 3533, section 4): a first page of a stream after others."""
+    position, begun = 0, False
+    for _ in range(MAX_CHUNKS):
+        file.seek(position)
+        page = file.read(27 + 255)
+        if page[:4] != b"OggS" or len(page) < 27:
+            return position if page.startswith(_HEADS) else 0
+        first = bool(page[5] & 2)
+        if first and begun:
+            return position
+        begun = begun or not first
+        segments = page[26]
+        position += 27 + segments + sum(page[27 : 27 + segments])
+    return 0
+
+
+def _find_again(file: BinaryIO, mark: re.Pattern[bytes]) -> int:
+    """Where a mark is found again behind the start of a file; 0 if it is not."""
+    position = file.seek(4)
+    held = b""
+    while block := file.read(_READ):
+        searched = held + block
+        if found := mark.search(searched):
+            return position - len(held) + found.start()
+        position += len(block)
+        held = searched[-_MARGIN:]
+    return 0
+
+
+def _mp4_ends(file: BinaryIO) -> tuple[int, int]:
+    """Ends of an MP4 or M4A file (ISO/IEC 14496-12, section 4.2: boxes): of samples and index, and of all."""
+    position = end = 0
+    for number in range(MAX_CHUNKS):
         file.seek(position)
         header = file.read(16)
-        if len(header) < 8:
-            return end
+        if len(header) < 8 or number and header[4:8] == b"ftyp":
+            break
         size = int.from_bytes(header[:4], "big")
         if size == 1:  # a 64-bit size follows the name
             size = int.from_bytes(header[8:], "big")
         if header[4:8] in (b"mdat", b"moov"):
             end = position + size
         if size < 8:  # 0: up to the end of the file
-            return end
+            break
         position += size
+    return end, position
 
 
 def _matroska_end(head: bytes) -> int:
@@ -97,15 +209,27 @@ def _matroska_end(head: bytes) -> int:
     return 0 if size < 0 else start + size  # live recordings leave the size open
 
 
-def mp3_has_length(data: bytes, samples: int) -> bool:
-    """Whether an MP3 file tells its number of samples, in a tag in the first frame; else libsndfile guesses it.
+def _mp3_end(file: BinaryIO) -> int:
+    """Where an MP3 stream ends, if a tag in its first frame says so."""
+    start, place, frame = _mp3_tag(file, 0)
+    if place < 0 or not frame[place + 7] & 2:  # a flag for each number that follows: frames, then bytes
+        return 0
+    place += 8 + 4 * (frame[place + 7] & 1)
+    length = int.from_bytes(frame[place : place + 4], "big")
+    return start + length if length else 0
 
-    More samples than that many bytes can hold are a damaged tag, and memory for them must not be asked for.
+
+def _mp3_tag(file: BinaryIO, start: int) -> tuple[int, int, bytes]:
+    """Where the first frame of an MP3 stream begins, the place in it of the tag with its length, and the frame.
+
+    The tag follows header and side information, 4 to 38 bytes; the place is -1 if there is none.
     """
-    if samples > MP3_SAMPLES_PER_BYTE * len(data):
-        return False
-    start = 0
-    if data[:3] == b"ID3":  # four bytes of 7 bits each
-        start = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    first_frame = data[start : start + 2048]
-    return b"Xing" in first_frame or b"Info" in first_frame
+    file.seek(start)
+    head = file.read(10)
+    if head[:3] == b"ID3":  # a tag before the frame; its size has four bytes of 7 bits each
+        start += 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=False))
+    file.seek(start)
+    frame = file.read(64)
+    if len(frame) < 64 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
+        return start, -1, frame
+    return start, max(frame.find(tag, 4, 48) for tag in _MP3_TAGS), frame

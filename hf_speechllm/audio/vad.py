@@ -38,12 +38,14 @@ class VoiceDetector:
         self.max_seconds = max_seconds
         self.threshold = threshold
         threads = torch.get_num_threads()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that its model takes 16 kHz only
-            import silero_vad
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that its model takes 16 kHz only
+                import silero_vad
 
-            self._model = silero_vad.load_silero_vad(sequence=True)
-        torch.set_num_threads(threads)  # silero_vad sets it to 1 for the whole process
+                self._model = silero_vad.load_silero_vad(sequence=True)
+        finally:
+            torch.set_num_threads(threads)  # silero_vad sets it to 1 for the whole process
         self._timestamps = silero_vad.get_speech_timestamps_from_probs
 
     def speech(self, waveform: np.ndarray) -> list[Span]:

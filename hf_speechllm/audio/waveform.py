@@ -6,43 +6,37 @@ import contextlib
 import functools
 import http.client
 import io
-import itertools
+import logging
 import os
-import re
-import struct
 import urllib.error
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..files import open_regular
 from .archives import container_of, read_member
-from .downloads import DownloadError, download, is_url, redact
-from .truncation import missing_bytes, mp3_has_length
+from .decoders import (
+    MAX_BYTES_IN_MEMORY,
+    MAX_FILE_BYTES,
+    MAX_RATE,
+    MAX_SECONDS,
+    MIN_RATE,
+    AudioError,
+    Block,
+    decode_blocks,
+)
+from .downloads import DownloadError, download, is_url, redact_url
+from .resampling import resample_blocks
+from .truncation import second_recording
+from .wav_header import probe_plain_wav
 
-if TYPE_CHECKING:
-    import soundfile
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
-BLOCK_LENGTH = 1 << 20  # samples decoded at once; a minute at 16 kHz, so that most recordings are one block
-PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
+CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of the energy of independent ones
 LONGEST = 1e9  # seconds; a stream without a length says 2^63 samples
-UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
-# What most WAV files of integer PCM start with: no chunk before the data but the format and FFmpeg's version.
-_SIMPLE_WAV = re.compile(
-    rb"RIFF.{4}WAVEfmt \x10\0\0\0\x01\0.{14}"
-    rb"(?:LIST\x1a\0\0\0INFOISFT[\x0d\x0e]\0\0\0Lavf[0-9.]{8}[0-9.\0]\0)?data.{4}",
-    re.DOTALL,
-)
-_SIMPLE_WAV_LENGTH = 78  # bytes of the longest
-
-
-class AudioError(ValueError):
-    """A recording that can't be used; the message has its path and the reason, without secrets of a URL."""
-
-    def __init__(self, message: str):
-        super().__init__(redact(message))
 
 
 def resolve_source(source: str, folder: str) -> str:
@@ -76,45 +70,111 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def load_audio(source: str | Path | bytes | np.ndarray, sampling_rate: int = SAMPLE_RATE) -> np.ndarray:
+def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float = MAX_SECONDS) -> np.ndarray:
     """Loads a recording as mono.
 
     Args:
-        source: path, http(s) URL, the bytes of a file, or a waveform, shape = (samples,), already at `sampling_rate`.
+        source: path, http(s) URL, the bytes of a file, or anything else that `inputs.to_source` takes: samples
+            without a rate are already at `sampling_rate`.
         sampling_rate: of the result, in Hz.
+        max_seconds: the longest recording; a longer one is not decoded beyond that.
 
     Returns:
-        Waveform, float32, shape = (samples,), in [-1, 1]; channels are averaged.
+        Waveform, float32, shape = (samples,), in [-1, 1]; channels are averaged. Where they cancel each other (one is
+        wired in opposite phase), the loudest one is taken, with a warning.
 
     Raises:
-        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached.
+        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached; if its rate
+            or samples are beyond the limits of `decoders`; `TooLongError` if it is too long.
     """
-    if isinstance(source, (str, Path, bytes)):
-        waveform, rate = read_audio(source, mono=True)
-        return resample(waveform, rate, sampling_rate)
-    waveform = np.asarray(source, dtype=np.float32)
-    if waveform.ndim != 1:
-        raise AudioError(f"a waveform must have one dimension (samples,), got shape {waveform.shape}")
-    return waveform
+    if not isinstance(source, (str, Path, bytes)):
+        from .inputs import to_source  # `inputs` builds on this module
+
+        source = to_source(source, sampling_rate)
+    if isinstance(source, np.ndarray):
+        return source
+    content, name = _content(source), shown(source)
+    energies = _Energies()
+
+    def waveform(mono: Iterable[Block]) -> np.ndarray:
+        blocks = iter(mono)
+        first, rate = next(blocks)
+        return _join(resample_blocks(_chain(first, blocks), rate, sampling_rate))
+
+    mixed = waveform((energies.mix(block), rate) for block, rate in _decode(content, name, max_seconds))
+    if len(mixed) < 2:
+        raise AudioError(f"{name}: a single sample")
+    if not energies.cancelled:
+        return mixed
+    del mixed
+    channel = energies.loudest
+    logger.warning(
+        "%s: its channels are in opposite phase and cancel each other; channel %d is used", name, channel + 1
+    )
+    return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds))
 
 
-def read_audio(source: str | Path | bytes, mono: bool = False) -> tuple[np.ndarray, int]:
+def _chain(first: np.ndarray, others: Iterable[Block]) -> Iterator[np.ndarray]:
+    yield first
+    for block, _ in others:
+        yield block
+
+
+class _Energies:
+    """Averages the channels of blocks, and keeps the energies of both."""
+
+    def __init__(self):
+        self.channels: np.ndarray | float = 0.0
+        self.mean = 0.0
+
+    def mix(self, block: np.ndarray) -> np.ndarray:
+        """The mean of a block's channels, shape = (samples,)."""
+        if block.shape[1] == 1:
+            return block[:, 0]
+        mean = block.mean(axis=1)
+        # Of differences: a constant offset or hum, which may have opposite signs in two channels, is not speech.
+        changes = np.diff(block, axis=0)
+        self.channels = self.channels + np.einsum("ij,ij->j", changes, changes)
+        self.mean += float(np.square(changes.mean(axis=1)).sum())
+        return mean
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the mean has so little energy that channels must be in opposite phase.
+
+        The mean of independent channels has the energy of one of them, divided by their number.
+        """
+        return bool(self.mean < CANCELLED * np.mean(self.channels) / np.size(self.channels))
+
+    @property
+    def loudest(self) -> int:
+        """The channel with the most energy, counted from 0."""
+        return int(np.argmax(self.channels))
+
+
+def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     """Decodes a recording: float32, shape = (samples, channels), in [-1, 1], and its rate in Hz.
-
-    Args:
-        mono: whether to average the channels; the shape is then (samples,).
 
     Raises:
         AudioError: as `load_audio`.
     """
-    # Averaged block by block: an hour in six channels would take 4 GB.
-    decoded = ((_average(block) if mono else block, rate) for block, rate in _decode(source))
-    blocks, rates = zip(*decoded, strict=True)
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks), rates[0]
+    blocks = _decode(_content(source), shown(source))
+    first, rate = next(blocks)
+    return _join(_chain(first, blocks)), rate
 
 
-def _average(block: np.ndarray) -> np.ndarray:
-    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """One array of all; each block's memory is given back when it is copied."""
+    held = list(blocks)
+    if len(held) == 1:
+        return np.ascontiguousarray(held[0])
+    joined = np.empty((sum(map(len, held)), *held[0].shape[1:]), held[0].dtype)
+    end = len(joined)
+    while held:
+        block = held.pop()
+        joined[end - len(block) : end] = block
+        end -= len(block)
+    return joined
 
 
 def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
@@ -126,11 +186,11 @@ def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
     Raises:
         AudioError: as `load_audio`.
     """
-    data = read_bytes(source) if is_url(source) or container_of(source) else None
-    plain = _probe_plain_wav(source if data is None else data)
+    content = _content(source)
+    plain = probe_plain_wav(content)
     if plain:
         return plain
-    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(source, data)), strict=True)
+    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(content, shown(source))), strict=True)
     return sum(lengths), rates[0]
 
 
@@ -143,147 +203,64 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
     import soundfile
 
     try:
+        open_regular(path).close()  # libsndfile would wait for the other end of a FIFO
         with soundfile.SoundFile(path) as file:
             seconds = file.frames / file.samplerate
-            if (formats is None or file.format in formats) and 0 < seconds < LONGEST:
+            believed = (formats is None or file.format in formats) and not file.subtype.startswith("MPEG")
+            if believed and MIN_RATE <= file.samplerate <= MAX_RATE and 0 < seconds < LONGEST:
                 return seconds
-    except (OSError, soundfile.LibsndfileError):
+    except (OSError, ValueError, soundfile.LibsndfileError):
         pass  # not libsndfile's format, or damaged: decoding tells
     return None
 
 
-def _probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
-    """As `probe_audio`; `None` for whatever must be decoded, or can't be read, which decoding then says."""
-    import soundfile
-
-    try:
-        # Without a buffer: to fill one takes longer than all the rest.
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
-            head = file.read(_SIMPLE_WAV_LENGTH)
-            simple = _parse_simple_wav(head, file.seek(0, os.SEEK_END)) if head.startswith(b"RIFF") else None
-            if simple:
-                return simple
-            if not head.startswith((b"RIFF", b"RF64")) or missing_bytes(file):
-                return None
-            file.seek(0)
-            # By its name where it has one: libsndfile then reads by itself, not through Python.
-            with soundfile.SoundFile(file if isinstance(source, bytes) else source) as wav:
-                return (wav.frames, wav.samplerate) if wav.subtype in PLAIN_PCM and wav.frames else None
-    except (OSError, ValueError, soundfile.LibsndfileError):
-        return None
+def _content(source: str | Path | bytes) -> str | Path | bytes:
+    """The path of a file of its own, or the bytes of what has none."""
+    is_file = not isinstance(source, bytes) and not is_url(source) and not container_of(source)
+    return source if is_file else read_bytes(source)
 
 
-def _parse_simple_wav(head: bytes, size: int) -> tuple[int, int] | None:
-    """As `_probe_plain_wav`, for a header that leaves no doubt; `None` for any other, which is libsndfile's to judge.
-
-    Opening with soundfile takes several times as long as reading the header, and lists have millions of short files.
-
-    Args:
-        head: the first bytes of the file, `_SIMPLE_WAV_LENGTH` if it has as many.
-        size: of the whole file.
-    """
-    match = _SIMPLE_WAV.match(head)
-    if match is None:
-        return None
-    riff_length, channels, rate, byte_rate, width, bits = struct.unpack_from("<4xI14xHIIHH", head)
-    length = int.from_bytes(head[match.end() - 4 : match.end()], "little")
-    consistent = (
-        0 < channels <= 1024  # libsndfile's limits of channels and rate
-        and 0 < rate < 1 << 31
-        and bits in (8, 16, 24, 32)
-        and width == channels * bits // 8
-        and byte_rate == rate * width
-        and riff_length == size - 8
-        and 0 < length == size - match.end()
-        and length % width == 0
-    )
-    return (length // width, rate) if consistent else None
-
-
-def _decode(source: str | Path | bytes, data: bytes | None = None) -> Iterator[tuple[np.ndarray, int]]:
+def _decode(content: str | Path | bytes, name: str, max_seconds: float = MAX_SECONDS) -> Iterator[Block]:
     """Blocks of a recording, at least one: float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
 
-    Args:
-        data: the recording's bytes, if they have been read.
+    Where a file holds several recordings, one after the other, all are decoded as one.
 
-    libsndfile reads WAV, FLAC, Ogg, Opus and MP3; FFmpeg, as bundled by PyAV, the rest (M4A, AAC, WMA, AMR, video).
+    Args:
+        content: what `_content` gives.
+        name: for messages.
+        max_seconds: the longest recording.
 
     Raises:
         AudioError: as `load_audio`; possibly after some blocks.
     """
-    import soundfile
-
-    name = "<bytes>" if isinstance(source, bytes) else str(source)
-    opened: Any = source
-    if data is None and _is_file(source):
-        # By its name: libsndfile then reads by itself, not through Python, where threads would wait for each other.
-        with _telling_why(name), open(source, "rb") as stream:
-            size, missing = stream.seek(0, os.SEEK_END), missing_bytes(stream)
-    else:
-        data = read_bytes(source) if data is None else data
-        size, missing, opened = len(data), missing_bytes(io.BytesIO(data)), io.BytesIO(data)
-    if not size:
-        raise AudioError(f"{name}: the file is empty")
-    if missing:
-        raise AudioError(f"{name}: truncated: the file announces {missing} more bytes than there are")
-    try:
-        file, cause = soundfile.SoundFile(opened), "no length in the header"
-    except soundfile.LibsndfileError as error:
-        file, cause = None, error.error_string.rstrip(".")
-    # libsndfile reads as far as it believes the length goes; without one, it would stop early or not start at all.
-    if file and 0 < file.frames < UNKNOWN_LENGTH and file.format != "MP3":
-        blocks = _blocks_of_libsndfile(file, name)
-    else:
-        data = read_bytes(source) if data is None else data
-        if file and 0 < file.frames < UNKNOWN_LENGTH and mp3_has_length(data, file.frames):
-            blocks = _blocks_of_libsndfile(file, name)
-        else:
-            blocks = _blocks_of_ffmpeg(data, name, cause)
-    samples = 0
-    for block, rate in blocks:
-        if not np.isfinite(block).all():
-            raise AudioError(f"{name}: holds samples that are not finite")
-        samples += len(block)
-        yield block, rate
-    if not samples:
-        raise AudioError(f"{name}: no samples")
+    path = None if isinstance(content, bytes) else content
+    with _telling_why(name), io.BytesIO(content) if isinstance(content, bytes) else open_regular(content) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if not size:
+            raise AudioError(f"{name}: the file is empty")
+        if size > MAX_FILE_BYTES:
+            raise AudioError(f"{name}: {size / 1e9:.1f} GB; at most {MAX_FILE_BYTES / 1e9:g} GB are read")
+        if not second_recording(stream):
+            yield from decode_blocks(stream, path, name, max_seconds)
+            return
+        if size > MAX_BYTES_IN_MEMORY:
+            raise AudioError(f"{name}: several recordings in a file of more than {MAX_BYTES_IN_MEMORY / 1e9:g} GB")
+        stream.seek(0)
+        yield from _decode_joined(stream.read(), name, max_seconds)
 
 
-def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[tuple[np.ndarray, int]]:
-    import soundfile
-
-    # soundfile seeks after each block, which puts the MP3 decoder off: that must read all at once.
-    length = -1 if file.format == "MP3" else BLOCK_LENGTH
-    samples = 0
-    with file:
-        try:
-            while len(block := file.read(length, dtype="float32", always_2d=True)):
-                samples += len(block)
-                yield block, file.samplerate
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{name}: truncated or damaged: {error.error_string}") from error
-        if samples < file.frames:
-            raise AudioError(f"{name}: truncated: {samples} of {file.frames} samples can be read")
-
-
-def _blocks_of_ffmpeg(data: bytes, name: str, cause: str) -> Iterator[tuple[np.ndarray, int]]:
-    import av
-
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            if not container.streams.audio:
-                raise AudioError(f"{name}: not audio: the file has no audio stream")
-            # Every rate and channel count stays; only the sample format is converted. Not to a plane for each channel:
-            # PyAV looks for more of them than a frame may have, and the process dies.
-            resampler = av.AudioResampler(format="flt")
-            for frame in itertools.chain(container.decode(container.streams.audio[0]), [None]):
-                for block in resampler.resample(frame):
-                    yield block.to_ndarray().reshape(-1, block.layout.nb_channels), block.sample_rate
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, AudioError):
-            raise
-        reason = error.strerror if isinstance(error, av.FFmpegError) else error
-        raise AudioError(f"{name}: not audio, or damaged (libsndfile: {cause}; FFmpeg: {reason})") from error
+def _decode_joined(data: bytes, name: str, max_seconds: float) -> Iterator[Block]:
+    kind = None
+    seconds = 0.0
+    while data:
+        end = second_recording(io.BytesIO(data)) or len(data)
+        for block, rate in decode_blocks(io.BytesIO(data[:end]), None, name, max_seconds - seconds):
+            if (rate, block.shape[1]) != (kind or (rate, block.shape[1])):
+                raise AudioError(f"{name}: holds several recordings, of different rates or channels: split it")
+            kind = rate, block.shape[1]
+            seconds += len(block) / rate
+            yield block, rate
+        data = data[end:]
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
@@ -294,17 +271,20 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     """
     if isinstance(source, bytes):
         return source
-    with _telling_why(str(source)):
+    with _telling_why(shown(source)):
         if is_url(source):
             return download(str(source))
         if container_of(source):
-            return read_member(str(source))
-        return Path(source).read_bytes()
+            return read_member(str(source), MAX_BYTES_IN_MEMORY)
+        with open_regular(source) as file:
+            return file.read()
 
 
-def _is_file(source: str | Path | bytes) -> bool:
-    """Whether it is the name of a file of its own."""
-    return not isinstance(source, bytes) and not is_url(source) and not container_of(source)
+def shown(source: str | Path | bytes) -> str:
+    """What a message calls a source: a path, or a URL without its secrets."""
+    if isinstance(source, bytes):
+        return "<bytes>"
+    return redact_url(str(source)) if is_url(source) else str(source)
 
 
 @contextlib.contextmanager
@@ -312,6 +292,8 @@ def _telling_why(source: str) -> Iterator[None]:
     """Turns what reading raises into an `AudioError`."""
     try:
         yield
+    except AudioError:
+        raise
     except DownloadError as error:
         raise AudioError(f"{source}: {error}") from error
     except urllib.error.HTTPError as error:
@@ -325,22 +307,6 @@ def _telling_why(source: str) -> Iterator[None]:
         raise AudioError(f"{source}: no such file{hint}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise AudioError(f"{source}: can't be read: {error}") from error
-
-
-@functools.cache
-def _resampler(rate: int, sampling_rate: int):
-    from torchaudio.transforms import Resample
-
-    return Resample(rate, sampling_rate)
-
-
-def resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    """Resamples a waveform, shape = (samples,), as the original does: torchaudio's windowed sinc."""
-    if rate == sampling_rate:
-        return np.ascontiguousarray(waveform)
-    import torch
-
-    return _resampler(rate, sampling_rate)(torch.from_numpy(np.ascontiguousarray(waveform))).numpy()
 
 
 def source_stamp(source: str) -> str:

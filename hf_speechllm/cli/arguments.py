@@ -23,7 +23,7 @@ from ..training.options import (
     ValidationOptions,
 )
 from .configurations import TRAINING, find_configuration
-from .parser import OneLineErrors, Parser, did_you_mean
+from .parser import OneLineErrors, Parser, command_line, did_you_mean, prog
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
@@ -44,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     Raises:
         SystemExit: with a line that names the file and key, for an unknown key, a wrong type or a contradiction.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(command_line()[1] if argv is None else argv)
     if {"-h", "--help", "--help_all"} & {*argv}:
         print_help(description, with_inherited="--help_all" in argv)
         sys.exit()
@@ -88,7 +88,9 @@ def _parser(trainer_options: type) -> HfArgumentParser:
             return super().add_argument(*names, **options)
 
     kinds = [ModelOptions, DataOptions, TrainedPartsOptions, trainer_options]
-    return FinetuneParser(kinds, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = FinetuneParser(kinds, add_help=False, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.prog = prog()
+    return parser
 
 
 def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _yaml_to_argv(parser: HfArgumentParser, path: Path) -> list[str]:
         parser.error(f"{path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
         parser.error(f"{path}: must hold `key: value` lines")
-    known = {name.removeprefix("--") for name in parser._option_string_actions}
+    known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     argv = []
     for key, value in config.items():
         if key not in known:

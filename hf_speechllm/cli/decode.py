@@ -1,37 +1,34 @@
 """Transcribe recordings with a speech LLM: `ID<tab>text` lines, in the order of the input.
 
-hf-speechllm decode --model_name_or_path exp/model --scp_file data/test/wav.scp --output_file exp/hyp.txt
-accelerate launch --num_processes 8 `hf-speechllm decode` ...  (a GPU each, sharing the list)
+hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt a.wav b.mp3 folder/ c.tar d.parquet
+hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt --scp_file data/test/wav.scp
+accelerate launch --num_processes 8 -m hf_speechllm decode ...  (a GPU each, sharing the list)
 
-A run that was interrupted, or in which recordings failed, goes on where it was when it is started again.
+A run that was interrupted, or in which recordings failed, resumes when it is started again. A second run
+that is to write the same file meanwhile is refused.
 Exit status: 0 if all were decoded; 1 if some failed (they are listed, the others are in the file) or none could be
 tried; 2 for wrong usage.
 """
 
 import argparse
+import contextlib
+import glob
 import logging
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 from .parser import Parser, prog
 
 logger = logging.getLogger("decode")
-# What the texts depend on: an unfinished run goes on with the same only.
-SETTINGS = (
-    "language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard", "vad",
-    "vad_max_seconds",
-)  # fmt: skip
-OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
-    source.add_argument("--jsonl_file", help="rows as for training, with their own prompts; IDs are the files' stems")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
+    parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
+    parser.add_argument("--jsonl_file", help="rows as for training, with their own prompts; IDs are the files' stems")
     parser.add_argument("--output_file", required=True, help="where the texts go")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace --output_file, or an unfinished run's results"
@@ -56,95 +53,61 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args()
+    if sum(map(bool, (args.sources, args.scp_file, args.jsonl_file))) != 1:
+        parser.error("give one of: recordings (or folders, ...), --scp_file, --jsonl_file")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
-    if not Path(args.scp_file or args.jsonl_file).is_file():
-        parser.error(f"{args.scp_file or args.jsonl_file}: no such file")
-    if not Path(args.output_file).absolute().parent.is_dir():
+    for file in filter(None, (args.scp_file, args.jsonl_file)):
+        if not Path(file).is_file():
+            parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
+    output = Path(args.output_file).resolve()
+    if not output.parent.is_dir():
         parser.error(f"{args.output_file}: no such folder; make it first")
-    unfinished = Path(f"{args.output_file}.partial-0.jsonl").exists()
-    if Path(args.output_file).exists() and not args.overwrite and not unfinished:
+    unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
+    if output.exists() and not args.overwrite and not unfinished:
         parser.error(f"{args.output_file} exists; remove it, or replace it with --overwrite")
     return args
-
-
-def read_requests(args, bad_rows) -> list:
-    """The requests of the list; what can't be read goes to `bad_rows`."""
-    from ..inference.hotword_option import read_hotwords
-    from ..inference.requests import requests_of_jsonl, requests_of_scp
-    from ..model import chat
-
-    hotwords = read_hotwords(args.hotwords)
-    prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
-    if args.scp_file:
-        requests = requests_of_scp(args.scp_file, prompt, bad_rows)
-    else:
-        is_own = args.language or args.no_itn or args.prompt or args.context or hotwords
-        requests = requests_of_jsonl(args.jsonl_file, prompt if is_own else None, bad_rows)
-    if not requests and not bad_rows:
-        raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings")
-    return requests
 
 
 def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    import torch
-
-    from .. import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-    from ..audio.vad import VoiceDetector
     from ..data.bad_rows import BadRows
-    from ..inference.decoding import decode_requests
+    from ..inference.command import option_settings, prepare, read_requests
+    from ..inference.decoding import claim_output, decode_requests
     from ..inference.distributed import Processes
-    from ..inference.journal import Journal, model_stamp
-    from ..inference.transcriber import Transcriber
-    from ..inference.writers import write_results
+    from ..inference.journal import Journal
+    from ..inference.writers import write_failures, write_results
 
     bad_rows = BadRows(max_bad_fraction=1.0)
-    with Processes() as processes:
-        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-        device = args.device or (f"cuda:{processes.local_rank}" if on_gpu else "cpu")
-        dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-        settings = {name: getattr(args, name) for name in SETTINGS if args.vad or name != "vad_max_seconds"}
-        settings |= {"dtype": dtype, "model": model_stamp(args.model_name_or_path)}
-        journal = Journal(args.output_file, settings, processes.rank)
-        if args.overwrite and processes.rank == 0:
-            journal.remove()
-        processes.gather(None)  # nobody reads before it is removed
+    with Processes() as processes, contextlib.ExitStack() as stack:
+        if processes.rank > 0:
+            logging.getLogger().setLevel(logging.WARNING)  # the main process says the rest
+        journal = Journal(os.path.realpath(args.output_file), option_settings(args), processes.rank)
         try:
-            requests = read_requests(args, bad_rows)
-            journal.read()
-            twice = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
-            if args.vad and twice:
-                raise ValueError(f"two recordings are called {twice[0]}; --vad writes files named by ID: rename one")
-            if twice and processes.rank == 0:
-                logger.warning(
-                    "%d IDs are there more than once, as %s; score.py won't take that", len(twice), twice[0]
-                )
-            vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
-            model = SpeechLLMForConditionalGeneration.from_pretrained(
-                args.model_name_or_path, dtype=getattr(torch, dtype)
-            )
-            processor = SpeechLLMProcessor.from_pretrained(args.model_name_or_path)
-            options = {name: getattr(args, name) for name in OPTIONS}
-            transcriber = Transcriber(model.to(device), processor, vad=vad, **options)
+            stack.enter_context(claim_output(args.output_file, journal, processes, args.overwrite))
+            plan, transcriber = prepare(args, read_requests(args, bad_rows, processes), journal, processes)
         except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}" if processes.rank == 0 else 1)
-        outcome = decode_requests(transcriber, requests, journal, processes)
-        if processes.rank > 0:
-            return
-
-    write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
-    failures = [*map(str, bad_rows), *outcome.failures]
-    loops = sum(transcript.looped for _, transcript in outcome.results)
-    logger.info(
-        "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",
-        args.output_file, len(outcome.results), outcome.seconds, outcome.elapsed, outcome.seconds / outcome.elapsed,
-        len(failures), f"; {loops} loops cut" if args.repetition_guard else "",
-    )  # fmt: skip
-    if failures:
-        hint = f"Mend them and start again; the others are kept in {args.output_file}.partial-*.jsonl"
-        sys.exit("\n".join([f"{prog()}: {len(failures)} failed:", *failures, hint]))
-    journal.remove()
+        try:
+            outcome = decode_requests(transcriber, plan, journal, processes)
+            if processes.rank > 0:
+                return
+            failures = [*map(str, bad_rows), *outcome.failures]
+            if outcome.results:
+                write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
+            named = write_failures(args.output_file, failures)
+        except OSError as error:
+            sys.exit(f"{prog()}: error: {error}; what is decoded is kept: mend this and start again")
+        loops = sum(transcript.looped for _, transcript in outcome.results)
+        logger.info(
+            "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",
+            args.output_file, len(outcome.results), outcome.seconds, outcome.elapsed,
+            outcome.seconds / outcome.elapsed, len(failures), f"; {loops} loops cut" if args.repetition_guard else "",
+        )  # fmt: skip
+        if failures:
+            hint = f"Mend them and start again; the others are kept in {journal.prefix}*.jsonl"
+            sys.exit(f"{prog()}: {len(failures)} failed:\n{named}\n{hint}")
+        journal.remove()

@@ -8,7 +8,7 @@ import re
 import sys
 from importlib import metadata
 
-from .. import __version__
+from ..version import __version__
 from .parser import Parser
 
 

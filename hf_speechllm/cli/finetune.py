@@ -20,7 +20,7 @@ from typing import Any
 
 from .arguments import check_command_line, parse_arguments
 from .launch import launch, split_launch_options
-from .parser import prog
+from .parser import command_line, prog
 
 logger = logging.getLogger("finetune")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("finetune")
 def main() -> None:
     # Every batch has a shape of its own: segments that can grow keep a GPU's memory from falling to pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    launch_options, argv = split_launch_options(sys.argv[1:])
+    launch_options, argv = split_launch_options(command_line()[1])
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
         check_command_line(argv)
         try:
@@ -55,13 +55,14 @@ def main() -> None:
     from ..data.streaming import open_stream
     from ..formats.checkpoint import CheckpointError
     from ..training.cache_stage import choose_level
+    from ..training.checkpointing.course import RunFinished
     from ..training.checkpointing.selection import RetentionError
     from ..training.checkpointing.verification import ReadbackError
     from ..training.checkpointing.writer import SaveError
-    from ..training.faults import FaultError
+    from ..training.errors import FaultError, Preempted
     from ..training.freezing import count_parameters, freeze_parts
     from ..training.lora import add_lora
-    from ..training.preemption import EXIT_STATUS, Preempted
+    from ..training.preemption import EXIT_STATUS
     from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from ..training.trainer import SpeechLLMTrainer
 
@@ -98,6 +99,10 @@ def main() -> None:
             }
     except (BadDataError, OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
+    except RunFinished as end:
+        logger.info("%s", end)
+        args.distributed_state.destroy_process_group()
+        return
     describe_data(train_rows, validation_rows)
 
     # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from itertools import groupby, islice
+from typing import Any
 
 from .parser import Parser, prog
 
@@ -99,7 +100,7 @@ def inspect(args: argparse.Namespace) -> int:
             elif messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
         try:
-            batch = processor.apply_chat_template(messages, hotwords=hotwords)
+            batch: Any = processor.apply_chat_template(messages, hotwords=hotwords)
         except AudioError as error:
             print(f"{row.file}:{row.line}: {error}", file=sys.stderr)
             bad += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from .. import __version__
+from ..version import __version__
 from .parser import did_you_mean, prog
 
 VERBS = {
@@ -36,7 +36,6 @@ def main(verb: str | None = None) -> None:
     """
     if verb is None:
         verb = _verb(sys.argv[1:])
-        sys.argv = [f"hf-speechllm {verb}", *sys.argv[2:]]
     try:
         sys.exit(import_module(f".{verb}", __package__).main())
     except ModuleNotFoundError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,13 +31,13 @@ class OneLineErrors(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None) -> Any:
         """As the parent's; names the option that an unknown one is closest to."""
-        parsed, rest = self.parse_known_args(args, namespace)
+        parsed, rest = self.parse_known_args(command_line()[1] if args is None else args, namespace)
         if rest:
             unknown = next((item for item in rest if item.startswith("-")), None)
             if unknown is None:
                 self.error(f"unexpected: {' '.join(rest)}")
             name = unknown.partition("=")[0]
-            self.error(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}; all options: --help")
+            self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; all options: --help")
         return parsed
 
 
@@ -44,7 +45,7 @@ class Parser(OneLineErrors):
     """The parser of a verb; the description is the docstring of its module."""
 
     def __init__(self, description: str | None, **options: Any):
-        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+        super().__init__(prog(), description=description, formatter_class=HelpFormatter, **options)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -53,6 +54,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options that a parser knows."""
+    return set(re.findall(r"--\w+", parser.format_usage()))
+
+
+def command_line() -> tuple[str, list[str]]:
+    """The name of the program, with the verb if it was started by `hf-speechllm VERB`, and the arguments behind it."""
+    path, *words = sys.argv
+    name = Path(path).name
+    if name.startswith("hf-speechllm") or Path(path).parts[-2:] == ("hf_speechllm", "__main__.py"):
+        return " ".join(["hf-speechllm", *words[:1]]), words[1:]
+    return name, words
+
+
 def prog() -> str:
-    """The name under which the program was started, for its messages."""
-    return Path(sys.argv[0]).name
+    """The name of the program, for its messages."""
+    return command_line()[0]

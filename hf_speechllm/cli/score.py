@@ -2,8 +2,8 @@
 
     hf-speechllm score data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
 
-REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL.
-References without a hypothesis count as deletions, and are named.
+REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL. References without a hypothesis count as
+deletions, and are named. The reference's language, or that of --utt2lang, decides the rules for both texts.
 """
 
 import argparse
@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .parser import Parser, prog
 
@@ -31,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scp_file", help="recordings, for durations and the players of the page")
     parser.add_argument("--utt2dur", help="lines `ID SECONDS`, instead of measuring the recordings")
     parser.add_argument("--utt2dataset", help="lines `ID NAME`: the data sets to score one by one, too")
-    parser.add_argument("--utt2lang", help="lines `ID LANGUAGE`, instead of telling languages by script")
+    parser.add_argument("--utt2lang", help="lines `ID LANGUAGE` (en, zh, ...): whose rules an utterance gets")
     parser.add_argument("--hotwords", help="words with commas between them, or a file with one in each line")
     parser.add_argument("--no_normalize", action="store_true", help="count the tokens that compute-wer finds")
     parser.add_argument("--num_worst", type=int, default=30, help="utterances shown on the page")
@@ -47,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     existing = [name for name in OUTPUTS if Path(args.output_dir, name).exists()]
     if existing and not args.overwrite:
         parser.error(f"{args.output_dir} has {', '.join(existing)}; remove, or replace with --overwrite")
+    if args.hypothesis.endswith(".jsonl"):
+        parser.error(f"{args.hypothesis} has training rows, which are references: are REF and HYP swapped?")
     for name, least in (("num_worst", 0), ("num_resamples", 100), ("num_workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more")
@@ -74,12 +78,17 @@ def score(args: argparse.Namespace) -> None:
     datasets = transcripts.read_map(args.utt2dataset) if args.utt2dataset else {}
     languages = transcripts.read_map(args.utt2lang) if args.utt2lang else {}
     words = listed_words(args.hotwords)
+    lists: dict[str | None, Mapping[str, Any]] = {args.hypothesis: hypotheses, args.compare: other_hypotheses}
+    lists |= {args.utt2dataset: datasets, args.utt2lang: languages}
     sources = reference.recordings
     if args.scp_file:
         bad_rows = BadRows(max_bad_fraction=1.0)
         scp = read_scp(args.scp_file, bad_rows)
         bad_rows.check(len(scp.entries) + len(bad_rows))
-        sources = {entry.id: entry.value for entry in scp.entries}
+        sources = lists[args.scp_file] = {entry.id: entry.value for entry in scp.entries}
+    if args.utt2dur:
+        durations = lists[args.utt2dur] = transcripts.read_durations(args.utt2dur)
+    transcripts.require_common_ids(args.reference, reference.texts, lists)
 
     # Counts.
     options = {"normalize": not args.no_normalize, "num_workers": args.num_workers}
@@ -114,9 +123,7 @@ def score(args: argparse.Namespace) -> None:
 
     # Recordings.
     wanted = {id_: source for id_, source in sources.items() if id_ in reference.texts}
-    if args.utt2dur:
-        durations = transcripts.read_durations(args.utt2dur)
-    else:
+    if not args.utt2dur:
         durations, reasons = recordings.measure_durations(wanted)
         warn_of_ids("recordings that can't be read", list(reasons.values()))
     worst = report.worst_utterances(utterances, args.num_worst)

@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..audio.fbank import FbankFeatureExtractor, cacheable_features, encoder_input, num_encoder_input_frames
-from ..audio.waveform import load_audio
+from ..audio.decoders import TooLongError
+from ..audio.fbank import (
+    FRAME_SHIFT,
+    FbankFeatureExtractor,
+    cacheable_features,
+    encoder_input,
+    num_encoder_input_frames,
+)
+from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.loss import label_positions
 from ..model.packing import filled_positions
@@ -20,6 +27,7 @@ from ..model.processing import SpeechLLMProcessor, pad_features
 from .hotword_lists import HotwordSampler, answers_of
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # of `data.encoder_cache`
+LONGER = 1.1  # how much longer than planned a recording may be, besides a second: lists count frames in several ways
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
@@ -113,15 +121,24 @@ class SpeechLLMCollator:
                     extractor = copy.copy(extractor)  # the processor's own decodes and validates, without
                     extractor.dither = self.dither
                     torch.manual_seed(int(np.random.default_rng(row["seed"]).integers(2**63)))
+                lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
                 features = [
-                    torch.from_numpy(cacheable_features(extractor, load_audio(source, self.processor.sampling_rate)))
-                    for source in row["recordings"]
+                    torch.from_numpy(cacheable_features(extractor, self._load(source, frames * FRAME_SHIFT)))
+                    for source, frames in zip(row["recordings"], lengths, strict=True)
                 ]
         if self.augmentations:
             rng = np.random.default_rng(row["seed"])
             for augmentation in self.augmentations:
                 features = [augmentation(item, rng) for item in features]
         return features
+
+    def _load(self, source: Any, seconds: float) -> np.ndarray:
+        """A waveform that is not much longer than planned: batches are made for the lengths that were measured."""
+        try:
+            limit = min(MAX_SECONDS, LONGER * seconds + 1.0)
+            return load_audio(source, self.processor.sampling_rate, limit)
+        except TooLongError as error:
+            raise AudioError(f"{error}: by its row, or when it was measured, it had {seconds:.1f} s") from error
 
 
 def stored_states(data: bytes) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import SequenceFeatureExtractor
 
 from ..audio.archives import container_of
 from ..audio.fbank import cacheable_features, num_encoder_input_frames
-from ..audio.waveform import AudioError, check_root, is_url, load_audio, source_stamp
+from ..audio.waveform import MAX_SECONDS, AudioError, check_root, is_url, load_audio, shown, source_stamp
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
@@ -134,11 +134,13 @@ class FeatureMapper:
     Args:
         extractor: the feature extractor.
         dtype: `"float16"` or `"float32"`.
+        max_seconds: the longest recording; of a longer one nothing is computed.
         version: `FEATURES_VERSION`.
     """
 
     extractor: Any
     dtype: str
+    max_seconds: float = MAX_SECONDS
     version: int = FEATURES_VERSION
 
     def __getstate__(self) -> dict:
@@ -147,21 +149,22 @@ class FeatureMapper:
             "extractor": self.extractor.to_json_string(),
             "class": type(self.extractor),
             "dtype": self.dtype,
+            "max_seconds": self.max_seconds,
             "version": self.version,
         }
 
     def __setstate__(self, state: dict) -> None:
         self.extractor = state["class"](**json.loads(state["extractor"]))
-        self.dtype, self.version = state["dtype"], state["version"]
+        self.dtype, self.max_seconds, self.version = state["dtype"], state["max_seconds"], state["version"]
 
     def __call__(self, recordings: list[str]) -> dict[str, Any]:
         """Features of every recording of a row as bytes, and their frames; or the `error`."""
         features, num_frames = [], []
         try:
             for source in recordings:
-                waveform = load_audio(source, self.extractor.sampling_rate)
+                waveform = load_audio(source, self.extractor.sampling_rate, self.max_seconds)
                 if 1000 * len(waveform) < FRAME_LENGTH * self.extractor.sampling_rate:
-                    raise AudioError(f"{source}: shorter than {FRAME_LENGTH} ms")
+                    raise AudioError(f"{shown(source)}: shorter than {FRAME_LENGTH} ms")
                 item = cacheable_features(self.extractor, waveform)
                 features.append(item.astype(self.dtype).tobytes())
                 num_frames.append(len(item))
@@ -176,6 +179,7 @@ def add_features(
     bad_rows: BadRows,
     dtype: str = "float16",
     num_proc: int | None = None,
+    max_seconds: float = MAX_SECONDS,
 ) -> Dataset:
     """Adds `features` (bytes) and `num_frames` (10 ms frames) of every recording, cached by `map` in Arrow files.
 
@@ -187,6 +191,7 @@ def add_features(
         bad_rows: gets every row whose audio can't be used.
         dtype: `"float16"` or `"float32"`.
         num_proc: processes.
+        max_seconds: the longest recording; rows with a longer one are bad, and nothing is computed of them.
     """
     features = Features(
         {
@@ -199,7 +204,7 @@ def add_features(
     num_proc = None if num_proc is None or num_proc < 2 else min(num_proc, len(rows))
     with _one_thread():
         mapped = rows.map(
-            FeatureMapper(processor.feature_extractor, dtype),
+            FeatureMapper(processor.feature_extractor, dtype, max_seconds),
             input_columns=["recordings"],
             features=features,
             num_proc=num_proc,
@@ -259,6 +264,18 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
 def row_seconds(rows: Dataset) -> np.ndarray:
     """Audio of each row in seconds, shape = (rows,)."""
     return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
+
+
+def longest_usable(processor: SpeechLLMProcessor, max_feature_frames: int) -> float:
+    """Seconds of audio beyond which nothing of a recording is decoded: what the encoder takes, and something more.
+
+    A power of two, so that a cache of features need not be computed again after a small change of that limit, which
+    is lower where the tempo is changed.
+
+    Args:
+        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
+    """
+    return min(MAX_SECONDS, 2.0 ** math.ceil(math.log2(max_feature_frames * processor.frame_seconds + 1.0)))
 
 
 def too_long(
@@ -346,7 +363,9 @@ def prepare_rows(
     if options.feature_cache == "off":
         rows = add_lengths(rows, bad_rows, workers)
     else:
-        rows = add_features(rows, processor, bad_rows, options.feature_cache, workers)
+        # Not the batch budget, which changes more often: the cache would be computed again.
+        limit = longest_usable(processor, max_feature_frames)
+        rows = add_features(rows, processor, bad_rows, options.feature_cache, workers, limit)
     budget = batch_seconds or math.inf
     rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import generate_fingerprint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -109,7 +110,7 @@ def _file(folder: Path, start: int) -> Path:
 
 
 def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dtype: torch.dtype) -> str:
-    facts = [str(CACHE_VERSION), rows._fingerprint, level, str(dtype)]
+    facts = [str(CACHE_VERSION), generate_fingerprint(rows), level, str(dtype)]
     for module in _parts(model, level):
         facts += [module.config.to_json_string(), hash_tensors(module.state_dict())]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=16).hexdigest()

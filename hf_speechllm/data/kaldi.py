@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..audio.waveform import AudioError, check_root, probe_audio, resolve_source
+from ..audio.waveform import AudioError, check_root, probe_audio, resolve_source, shown
 from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms
@@ -165,7 +165,7 @@ def measure_recording(source: str) -> tuple[float, int]:
     length = speech_length(num_samples, sampling_rate)
     if length < 1:
         duration = 1000 * num_samples / sampling_rate
-        raise AudioError(f"{source}: shorter than {FRAME_LENGTH} ms: {duration:.1f} ms")
+        raise AudioError(f"{shown(source)}: shorter than {FRAME_LENGTH} ms: {duration:.1f} ms")
     return num_samples / sampling_rate, length
 
 

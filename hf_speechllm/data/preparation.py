@@ -158,7 +158,7 @@ def _read_ahead(source: str) -> None:
     if not hasattr(os, "posix_fadvise"):  # macOS, Windows
         return
     with contextlib.suppress(OSError, ValueError):
-        file = os.open(source, os.O_RDONLY)
+        file = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the other end of a FIFO
         try:
             os.posix_fadvise(file, 0, HEADER_SIZE, os.POSIX_FADV_WILLNEED)
         finally:

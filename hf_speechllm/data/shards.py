@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -115,6 +115,74 @@ def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[
         yield from read
     except OSError as error:
         yield Item(BadRow(shard.file, "shard", f"can't be read: {error.strerror or error}"), END)
+
+
+def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
+    """The recordings of a tar or Parquet file, with or without transcripts, in their order.
+
+    Args:
+        file: an absolute path.
+        suffixes: of the members of a tar file that are recordings, in lower case, with the dot.
+
+    Yields:
+        An ID and the recording's name as of `archives`. The ID is a member's name without the suffix; for a row of a
+        Parquet file the column `id`, the stem of the recording's path, or `FILE-ROW`. A `BadRow` stands for what can't
+        be read from there on, and for a file without recordings.
+    """
+    number = 0
+    try:
+        for item in _tar_recordings(file, suffixes) if file.endswith(".tar") else _parquet_recordings(file):
+            number += 1
+            yield item
+    except OSError as error:
+        number += 1
+        yield BadRow(file, "archive", f"can't be read: {error.strerror or error}")
+    if not number:
+        yield BadRow(file, "archive", "no recordings in it")
+
+
+def _tar_recordings(path: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
+    with open(path, "rb") as file, _open_tar(file, path) as tar:
+        tar.offset = 0  # opening has read the first member
+        while True:
+            start = tar.offset
+            try:
+                member = _next_member(tar)
+            except BadDataError as error:
+                yield BadRow(path, f"byte {start}", str(error))
+                return
+            if member is None:
+                return
+            name = member.name.encode("utf-8", "replace").decode()
+            stem, suffix = os.path.splitext(name)
+            if member.isreg() and suffix.lower() in suffixes and not os.path.basename(name).startswith("."):
+                yield stem, tar_member(path, name, member.offset_data, member.size)
+
+
+def _parquet_recordings(path: str) -> Iterator[tuple[str, str] | BadRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row, stem = 0, os.path.splitext(os.path.basename(path))[0]
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if AUDIO_COLUMN not in schema.names:
+                raise OSError(f"columns {schema.names}; needs {AUDIO_COLUMN!r}")
+            kind = schema.field(AUDIO_COLUMN).type
+            has_path = pyarrow.types.is_struct(kind) and "path" in (field.name for field in kind)
+            columns = ["id"] * ("id" in schema.names) + [f"{AUDIO_COLUMN}.path"] * has_path
+            batches = file.iter_batches(1024, columns=columns) if columns else ()
+            named = (record for batch in batches for record in batch.to_pylist())
+            for row in range(file.metadata.num_rows):
+                record: dict[str, Any] = next(named, {})
+                name, id_ = (record.get(AUDIO_COLUMN) or {}).get("path"), record.get("id")
+                if id_ is None:
+                    id_ = os.path.splitext(os.path.basename(name))[0] if name else f"{stem}-{row}"
+                yield str(id_), parquet_member(path, row)
+    except (pyarrow.ArrowException, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield BadRow(path, f"row {row}", f"can't be read from here on: {reason}")
 
 
 def _read_block(shard: Shard, position: int) -> Iterator[Item]:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..audio.waveform import AudioError, check_root, load_audio
 from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
-from .dataset import FRAMES_PER_SECOND, too_long
+from .dataset import FRAMES_PER_SECOND, longest_usable, too_long
 from .kaldi import measure_recording, speech_length
 from .options import DataOptions
 from .sampler import ROW_COST, BudgetBatchSampler
@@ -231,7 +231,8 @@ class RowStream(IterableDataset):
 
     def _decode(self, row: dict[str, Any]) -> dict[str, Any]:
         rate = self.collator.processor.sampling_rate
-        waveforms = [load_audio(source, rate) for source in row["recordings"]]
+        limit = min(longest_usable(self.collator.processor, self.max_feature_frames), self.batch_seconds + 1.0)
+        waveforms = [load_audio(source, rate, limit) for source in row["recordings"]]
         lengths = [speech_length(len(waveform), rate) for waveform in waveforms]
         if min(lengths) < 1:
             raise AudioError("a recording shorter than one frame of 25 ms")

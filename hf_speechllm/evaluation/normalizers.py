@@ -12,25 +12,31 @@ from functools import cache
 
 import zhconv
 
+from .languages import CJK, LETTER, detect_language, is_turkish, known_language, script_language
 from .numbers_zh import numerals_to_digits, read_symbols
-from .words import drop_fillers, is_english, join_suffixes, normalize_words
+from .signs import SIGNS
+from .words import drop_fillers, join_suffixes, normalize_english, normalize_other
 
-HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
-HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
-_CJK = f"{HAN}{KANA}{HANGUL}\u30fc\u3105-\u312f"  # with the long-vowel mark and Bopomofo
 _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
 
-UNSPACED_CHARACTER = re.compile(f"[{_CJK}{_SOUTH_EAST_ASIAN}]")
-_LETTER = rf"[^\W\d_{_CJK}]"
-# From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too.
-_WORDS = re.compile(rf"(?:\d(?=(?:st|nd|rd|th)\b))?{_LETTER}(?:[^{_CJK}]*{_LETTER})?")
-_SPACE_IN_CJK = re.compile(rf"(?<=[{_CJK}])\s+(?=[{_CJK}\d])|(?<=\d)\s+(?=[{_CJK}])")
+UNSPACED_CHARACTER = re.compile(f"[{CJK}{_SOUTH_EAST_ASIAN}]")
+# From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too,
+# and so is an amount before its word ("10 dollars").
+_AMOUNT_OF_WORD = (
+    r"(?<![\d,.])\d[\d,.]*\s*"
+    r"(?=(?:dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion)\b)"
+)
+_WORDS = re.compile(rf"(?:{_AMOUNT_OF_WORD}|\d(?=(?:st|nd|rd|th)\b))?{LETTER}(?:[^{CJK}]*{LETTER})?")
+_SPACE_IN_CJK = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}\d])|(?<=\d)\s+(?=[{CJK}])")
 
 # Before NFKC, which would make letters of ™ and a combining mark of ´.
 _PLAIN_MARKS = str.maketrans({**dict.fromkeys("™℠®©", " "), **dict.fromkeys("’‘ʼ`´", "'"), "∶": ":"})
 _TAG = re.compile(r"<\|?[a-z_/-]+\|?>|\[[a-z_-]+\]")
-_BRACKETS = re.compile(r"[()<>\[\]{}=]")
+_BRACKETS = re.compile(r"[()<>\[\]{}]|(?<!\d)=|=(?!\d)")
+# Behind a digit, NFKC would make 21/2 of 2½ and 102 of 10².
+_AFTER_DIGIT = re.compile("(?<=\\d)[¼-¾⅐-⅞²³⁴-⁹]")
+_AFTER_DIGIT_MARKS = {"²": "^2", "³": "^3", **{chr(0x2070 + power): f"^{power}" for power in range(4, 10)}}
+_CJK_RUN = re.compile(f"([{CJK}]+)")
 _TEMPERATURES = {
     "zh": {"c": "摄氏度", "f": "华氏度", "": "度"},
     "ja": {"c": "度", "f": "度", "": "度"},
@@ -51,11 +57,17 @@ def _simplify(text: str) -> str:
     return _PARTICLE_ZHE.sub("着", text).replace("甚么", "什么")
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, turkish: bool = False) -> str:
     """Lower case, ASCII digits; no compatibility forms (full width, ligatures), tags, brackets, invisible signs."""
-    text = unicodedata.normalize("NFKC", text.translate(_PLAIN_MARKS)).lower()
+    text = _AFTER_DIGIT.sub(
+        lambda match: _AFTER_DIGIT_MARKS.get(match[0], f" {match[0]}"), text.translate(_PLAIN_MARKS)
+    )
+    # In lower case, İ is i and a mark of its own, which nobody writes.
+    text = unicodedata.normalize("NFKC", text).replace("İ", "i")
+    if turkish:
+        text = text.replace("I", "ı")
     characters = []
-    for character in unicodedata.normalize("NFKC", text).replace("⁄", "/"):
+    for character in unicodedata.normalize("NFKC", text.lower()).replace("⁄", "/"):
         category = unicodedata.category(character)
         if category == "Nd":
             character = str(unicodedata.digit(character))
@@ -67,19 +79,10 @@ def _plain(text: str) -> str:
     return _BRACKETS.sub(" ", _TAG.sub(" ", "".join(characters)))
 
 
-def _language(text: str) -> str:
-    """Language of a line by its script: "zh", "ja", "ko", or "" for languages written with spaces.
-
-    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese. Digits alone are Chinese,
-    unless signs set apart from them show that they were English before they were normalised: "5 . 6", "5 0 %".
-    """
-    if re.search(f"[{KANA}]", text):
-        return "ja"
-    hangul, han = len(re.findall(f"[{HANGUL}]", text)), len(re.findall(f"[{HAN}]", text))
-    if hangul > han:
-        return "ko"
-    words = re.search(rf"{_LETTER}|[$€£¢]|(?<=\d) (?:\. \d|%)", re.sub(r"°\s*[cf]\b", "", text))
-    return "zh" if han or not words else ""
+def _normalize_foreign_words(words: str) -> str:
+    """Normalises words in a line of Chinese, Japanese or Korean: Latin ones are mostly English, others keep marks."""
+    latin = all(character < "\u0250" or not character.isalpha() for character in words)
+    return normalize_english(words) if latin else normalize_other(words)
 
 
 def _normalize_cjk(text: str, language: str) -> str:
@@ -89,9 +92,20 @@ def _normalize_cjk(text: str, language: str) -> str:
     degrees = _TEMPERATURES[language]
     text = re.sub(r"(?<=\d)\s*°\s*([cf]?)(?![a-z])", lambda match: degrees[match[1]], text)
     text = re.sub(r"(?<=[a-z])[-−](?=\d)", " ", text)  # covid-19 is not below zero
-    text = _WORDS.sub(lambda match: f" {normalize_words(match[0])} ", drop_fillers(text))
+    text = _WORDS.sub(lambda match: f" {_normalize_foreign_words(match[0])} ", drop_fillers(text))
     text = _SPACE_IN_CJK.sub("", re.sub(r"(?<=\d) percent\b", "%", " ".join(text.split())))
-    return read_symbols(numerals_to_digits(text), language)
+    return read_symbols(numerals_to_digits(text, language), language)
+
+
+def _normalize_spaced(text: str, english: bool) -> str:
+    """Normalises text of a language written with spaces; characters of CJK in it get the rules of their script."""
+    parts = _CJK_RUN.split(text)
+    for index, part in enumerate(parts):
+        if index % 2:
+            parts[index] = _normalize_cjk(part, script_language(part) or "zh")
+        elif part.strip():
+            parts[index] = normalize_english(drop_fillers(part)) if english else normalize_other(part)
+    return " ".join(parts)
 
 
 def _tokens(text: str) -> list[str]:
@@ -107,7 +121,7 @@ def _tokens(text: str) -> list[str]:
             or UNSPACED_CHARACTER.match(character)
             or (character in "$£¢" and following.isdecimal())
             or (character == "%" and after_digit)
-            or (character == "." and after_digit and following.isdecimal())
+            or (character in f".{SIGNS}" and after_digit and following.isdecimal())
         ):
             tokens.append(character)
             previous = "character"
@@ -122,7 +136,17 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def normalize_text(text: str) -> str:
+def language_of(text: str) -> str:
+    """The language whose rules `normalize_text` applies to a text if none is named.
+
+    Returns:
+        "zh" (also for digits alone), "ja", "ko", "en", "tr" or "other".
+    """
+    language = detect_language(_plain(text))
+    return "tr" if language == "other" and is_turkish(text) else language
+
+
+def normalize_text(text: str, language: str | None = None) -> str:
     """Normalises a transcript, or a part of one, for scoring by word or character error rate.
 
     A token is a character in Chinese, Japanese, Korean (syllables: spacing is optional in practice, and the language
@@ -133,14 +157,18 @@ def normalize_text(text: str) -> str:
 
     Args:
         text: one line in any language, or several mixed.
+        language: code or name; by default, and if it is not known, `language_of` decides. A reference and its
+            hypotheses must get the same one.
 
     Returns:
         Tokens, separated by single spaces; empty for text without letters and digits.
     """
-    text = _plain(text)
-    language = _language(text)
-    if language:
-        text = _normalize_cjk(text, language)
-    if not _language(text):  # from the start, or once 一 of "part 一" is a digit
-        text = normalize_words(drop_fillers(text) if is_english(text) else text)
+    rules = known_language(language or "") or language_of(text)
+    text = _plain(text, turkish=rules == "tr")
+    if rules in _TEMPERATURES:
+        text = _normalize_cjk(text, rules)
+        if not script_language(text):  # the text has no such characters, or 一 of "part 一" is a digit now
+            text = _normalize_foreign_words(text)
+    else:
+        text = _normalize_spaced(text, english=rules == "en")
     return " ".join(_tokens(text))

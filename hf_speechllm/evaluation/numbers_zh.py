@@ -7,28 +7,50 @@ digits without any unit are read one by one (二零二四).
 
 import re
 
+from .signs import RATIO, READINGS, is_score, read_between_numbers
+
 _DIGIT = "[一二三四五六七八九]"
 _DIGIT_BEFORE_UNIT = "[一二两三四五六七八九]"
+_ANY = "零一二两三四五六七八九十百千万亿億兆0-9"
 _TENS = f"{_DIGIT}?十{_DIGIT}?"
-_HUNDREDS = f"{_DIGIT_BEFORE_UNIT}百(?:零?{_TENS}|零?{_DIGIT})?"
-# 千 in 千克 and 千瓦 belongs to the unit: 五千克 is written 5千克.
-_THOUSANDS = f"{_DIGIT_BEFORE_UNIT}千(?![克瓦])(?:零?(?:{_HUNDREDS}|{_TENS})|零?{_DIGIT})?"
-_BELOW_10_000 = f"(?:{_THOUSANDS}|{_HUNDREDS}|{_TENS}|{_DIGIT})"
 # 5000 of 5000万, 3千 of 3千万; not the fraction of 3.5万, nor the last of single digits set apart by spaces.
-_WRITTEN_HEAD = r"(?<![\d.点])(?<!\d )[1-9](?:\d{0,15}(?=[万亿億](?!分之))|千(?![克瓦]|分之)|百(?!分之))"
-_WRITTEN_TAIL = r"[1-9]\d{0,3}千?(?!\d| \d|[.,:/%点]\d|[百万亿億])"
-_HEAD = f"(?:{_BELOW_10_000}|两|{_WRITTEN_HEAD})"
-_TAIL = f"(?:零?{_BELOW_10_000}|{_WRITTEN_TAIL})?"
-_BELOW_100_MILLION = f"{_HEAD}万{_TAIL}"
-_NUMBER = re.compile(
-    f"(?:{_BELOW_100_MILLION}|{_HEAD})[亿億](?:零?{_BELOW_100_MILLION}|{_TAIL})"
-    f"|{_BELOW_100_MILLION}|{_BELOW_10_000}|{_WRITTEN_HEAD}"
-)
-_UNITS = (("亿", 10**8), ("万", 10**4), ("千", 1000), ("百", 100), ("十", 10))
+_WRITTEN_HEAD = r"(?<![\d.点])(?<!\d )[1-9](?:\d{0,15}(?=[万亿億兆](?!分之))|千(?![克瓦]|分之)|百(?!分之))"
+_WRITTEN_TAIL = r"[1-9]\d{0,3}千?(?!\d| \d|[.,:/%点]\d|[百万亿億兆])"
+# What may follow 百 or 千 without a digit before it, a numeral in Japanese only: 百円, 千年, but 百貨店, 千葉.
+_JAPANESE_COUNTERS = "[円人年個本回台名件枚歳度点冊匹頭万億兆メキグトドポパユセリヶヵカか日時分秒倍]"
+
+
+def _number_pattern(japanese: bool) -> re.Pattern[str]:
+    """Numerals; in Japanese, 百 and 千 need no digit before them: 千二百, 三千百五十."""
+    digit = f"{_DIGIT_BEFORE_UNIT}?" if japanese else _DIGIT_BEFORE_UNIT
+    alone = f"(?<![{_ANY}])(?=[百千](?:[一二三四五六七八九十百]|{_JAPANESE_COUNTERS}))" if japanese else "(?!)"
+    hundreds = "{}百(?:零?" + _TENS + "|零?" + _DIGIT + ")?"
+    # 千 in 千克 and 千瓦 belongs to the unit: 五千克 is written 5千克.
+    thousands = "{}千(?![克瓦])(?:零?(?:" + hundreds.format(digit) + "|" + _TENS + ")|零?" + _DIGIT + ")?"
+    below_10_000 = (
+        f"(?:{thousands.format(_DIGIT_BEFORE_UNIT)}|{hundreds.format(_DIGIT_BEFORE_UNIT)}"
+        f"|{alone}(?:{thousands.format('')}|{hundreds.format('')})|{_TENS}|{_DIGIT})"
+    )
+    inner = f"(?:{thousands.format(digit)}|{hundreds.format(digit)}|{_TENS}|{_DIGIT})"
+    head = f"(?:{below_10_000}|两|{_WRITTEN_HEAD})"
+    tail = f"(?:零?{inner}|{_WRITTEN_TAIL})?"
+    below_100_million = f"{head}万{tail}"
+    rest = f"(?:{inner}|两|{_WRITTEN_HEAD})万{tail}"
+    number = f"(?:{below_100_million}|{head})[亿億](?:零?{rest}|{tail})|{below_100_million}"
+    if japanese:
+        number = f"{head}兆(?:{number}|{tail})|{number}"
+    return re.compile(f"{number}|{below_10_000}|{_WRITTEN_HEAD}")
+
+
+_NUMBERS = {"zh": _number_pattern(japanese=False), "ja": _number_pattern(japanese=True)}
+_NUMBERS["ko"] = _NUMBERS["zh"]
+_UNITS = (("兆", 10**12), ("亿", 10**8), ("万", 10**4), ("千", 1000), ("百", 100), ("十", 10))
 _UNIT_ZEROS = {"万": 4, "亿": 8, "億": 8, "万亿": 12}
 _DECIMAL_WITH_UNIT = re.compile(r"(?<![\d.点])(\d{1,15})[.点](\d{1,12})(万亿|[万亿億])(?!分之)")
-_DIGIT_VALUES = {digit: str(value) for value, digit in enumerate("零一二三四五六七八九")}
+_DIGITS = "零一二三四五六七八九"
+_DIGIT_VALUES = {digit: str(value) for value, digit in enumerate(_DIGITS)}
 _DIGIT_VALUES["两"] = "2"
+_CHINESE_DIGITS = {ord(str(value)): digit for value, digit in enumerate(_DIGITS)}
 
 # After 点, digits without a unit are decimals; with 十 they are minutes.
 _DECIMALS = re.compile(
@@ -41,14 +63,14 @@ _MINUTES_WITHOUT_UNIT = re.compile(
 _TWO = re.compile(r"(?<![\d几半])(?<!\d )两(?!\W*$)")
 
 
-def _value(numeral: str) -> int:
+def _value(numeral: str, language: str) -> int:
     for unit, size in _UNITS:
         head, found, tail = numeral.rpartition(unit)
         if found:
-            count = _value(head) if head else 1
-            if len(tail) == 1 and size >= 100:
-                return count * size + _value(tail) * size // 10
-            return count * size + (_value(tail.lstrip("零")) if tail else 0)
+            count = _value(head, language) if head else 1
+            if len(tail) == 1 and tail != "十" and size >= 100 and language != "ja":  # 一百二: 120, Japanese 百二: 102
+                return count * size + _value(tail, language) * size // 10
+            return count * size + (_value(tail.lstrip("零"), language) if tail else 0)
     return int(_DIGIT_VALUES.get(numeral, numeral))
 
 
@@ -59,21 +81,48 @@ def _write_out(match: re.Match[str]) -> str:
     return str(int(whole + decimals.ljust(zeros, "0"))) if len(decimals) <= zeros else match[0]
 
 
-def numerals_to_digits(text: str) -> str:
+# Two digits in a row that are neighbours count roughly, before a unit, behind one, or before a measure word: 二三十 is
+# 20 to 30, 十五六 is 15 or 16, 七八个 is 7 or 8; each of them is another number than 230, 156 and 78.
+_MEASURES = (
+    "(?:[个個天次块元岁歳斤位名件条只张辆家间句遍匹碗杯瓶颗支吨倍人枚冊](?!分)"
+    f"|个?月|公里|公斤|小时|分钟|秒钟|星期|点(?![{_ANY}])|時間)"
+)
+_ROUGH = re.compile(
+    f"(?<![{_ANY}点第])((?:[一二两三四五六七八九十百千万亿億零]*[十百千万亿億])?)"
+    "([一二两三四五六七八])([二两三四五六七八九])"
+    f"(?:([十百千万亿億]+)(?![{_ANY}年])|(?=({_MEASURES}))|(?![{_ANY}点]))"
+)
+_WRITTEN_WITH_UNITS = re.compile(r"(?<![\d.点])(?<!\d )[1-9](?:[千百十][1-9])+(?![\d.点]| \d)")  # 3千5百
+
+
+def _read_rough(match: re.Match[str], word: str) -> str:
+    head, first, second, unit, measure = match.groups()
+    step = int(_DIGIT_VALUES[second]) - int(_DIGIT_VALUES[first])
+    neighbours = step == 1 and (head or unit or measure)
+    if not neighbours and not (first + second == "三五" and (unit or measure)):
+        return match[0]
+    unit = unit or ""
+    return f"{head}{first}{unit}{word}{head}{second}{unit}"
+
+
+def numerals_to_digits(text: str, language: str = "zh") -> str:
     """Turns Chinese numerals into Arabic digits: 一百零八 into 108, 二零二四 into 2024, 三点一四 into 3点14.
 
     万 and 亿 are written out: 三亿五千万, 3亿5000万, 三点五亿 and 3.5亿 all become 350000000. A unit without a digit
-    before it (百 in 百货, 千万 in 千万不要) is a word and stays. Idioms are not told from numbers (一起 becomes 1起):
-    both sides of a comparison are treated alike.
+    before it (百 in 百货, 千万 in 千万不要) is a word and stays, but in Japanese before a numeral or a counter (百円).
+    Idioms are not told from numbers (一起 becomes 1起): both sides of a comparison are treated alike.
 
     Args:
         text: simplified Chinese or Japanese text without spaces between characters.
+        language: "zh", "ja" or "ko".
     """
-    text = text.replace("〇", "零").replace("幺", "一")
+    text = re.sub(f"(?<=[{_ANY}])[○◯]|[○◯](?=[{_ANY}])", "零", text).replace("〇", "零").replace("幺", "一")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = _MINUTES_WITHOUT_UNIT.sub(r"\1\2分", text)
     text = _DECIMALS.sub(lambda match: "".join(_DIGIT_VALUES[digit] for digit in match[0]), text)
-    text = _NUMBER.sub(lambda match: str(_value(match[0].replace("億", "亿"))), text)
+    text = _ROUGH.sub(lambda match: _read_rough(match, READINGS[language].range), text)
+    text = _WRITTEN_WITH_UNITS.sub(lambda match: match[0].translate(_CHINESE_DIGITS), text)
+    text = _NUMBERS[language].sub(lambda match: str(_value(match[0].replace("億", "亿"), language)), text)
     text = _DECIMAL_WITH_UNIT.sub(_write_out, text)
     return _TWO.sub("2", text.replace("零", "0"))
 
@@ -86,25 +135,48 @@ _CURRENCIES = {
 }
 _PERCENT = {"zh": r"百分之\1", "ja": r"\1パーセント", "ko": r"\1퍼센트"}
 _FRACTION = {"zh": "分之", "ja": "分の", "ko": "분의"}
+_AND = {"zh": "又", "ja": "と", "ko": "와"}
+_PER_MILLE = {"zh": r"千分之\1", "ja": r"\1パーミル", "ko": r"\1퍼밀"}
+_MINUS = {"zh": "负", "ja": "マイナス", "ko": "마이너스"}
+_TIME_UNITS = {"zh": "点分秒", "ja": "時分秒", "ko": "시분초"}
+_FOREIGN_DOLLARS = {
+    "us": "美元",
+    "hk": "港元",
+    "nt": "新台币",
+    "a": "澳元",
+    "au": "澳元",
+    "c": "加元",
+    "ca": "加元",
+    "s": "新加坡元",
+}
+_TIME = re.compile(r"(?<![\d:.])([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?![\d:])")
+_DAYTIME = "(?:[上中下]午|[早晚]上|凌晨|清晨|傍晚|半夜|夜里|[今明昨][早晚])"
 
 
-def _read_time(match: re.Match[str]) -> str:
+def _read_time(match: re.Match[str], language: str) -> str:
     hour, minute, second = match.groups()
+    hours, minutes, seconds = tuple(_TIME_UNITS[language])
+    if language == "zh" and not second and is_score(match.string, match.start()):
+        return match[0]
+    hour = hour.lstrip("0") or "0"
     if minute == "00" and second is None:
-        return f"{hour}点"
-    return f"{hour}点{minute}分" + (f"{second}秒" if second else "")
+        return f"{hour}{hours}"
+    if language != "zh":  # 零 is said before minutes in Chinese only
+        minute = minute.lstrip("0") or "0"
+    return f"{hour}{hours}{minute}{minutes}" + (f"{second}{seconds}" if second else "")
 
 
 def _read_fraction(match: re.Match[str], word: str) -> str:
     numerator, denominator = match.groups()
     # 24/7 is no fraction; a date such as 3/15 cannot be told from one.
-    return f"{denominator}{word}{numerator}" if int(numerator) < int(denominator) else match[0]
+    return match[0] if match[0] == "24/7" else f"{denominator}{word}{numerator}"
 
 
 def read_symbols(text: str, language: str) -> str:
     """Writes symbols next to digits as they are read out: 35% as 百分之35, -5.5 as 负5点5, $3 as 3美元, 1/3 as 3分之1.
 
-    In Chinese also times (10:05 as 10点05分, 三点半 as 3点30分) and scores (3:2 as 3比2).
+    Also times (10:05 as 10点05分, 三点半 as 3点30分), dates (2024/5/1 as 2024年5月1日), scores (3:2 as 3比2) and
+    ranges (5-6 as 5到6).
 
     Args:
         text: lower-case text whose numerals are digits.
@@ -112,14 +184,34 @@ def read_symbols(text: str, language: str) -> str:
     """
     currencies = _CURRENCIES[language]
     symbols = "".join(map(re.escape, currencies))
+    readings = READINGS[language]
+    text = re.sub(r"(?<=\d) (?=\d{1,2}/\d)", _AND[language], text)  # 2 1/3
+    hours = _TIME_UNITS[language][0]
+    if language == "zh":
+        text = re.sub(
+            rf"(?<![a-z])(us|hk|nt|au?|ca?|s) ?\$ ?({_AMOUNT}[百千万亿億]*)",
+            lambda match: match[2] + _FOREIGN_DOLLARS[match[1]],
+            text,
+        )
+    text = read_between_numbers(_TIME.sub(lambda match: _read_time(match, language), text), language)
     text = re.sub(rf"([{symbols}])\s*({_AMOUNT}[百千万亿億]*)", lambda m: m[2] + currencies[m[1]], text)
     text = re.sub(rf"(?<=\d)\s*([{symbols}])", lambda m: currencies[m[1]], text)
+    text = re.sub(rf"(?<=\d){hours}半", f"{hours}30{_TIME_UNITS[language][1]}", text)
     if language == "zh":
-        text = re.sub(r"(?<![\d:.])([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?![\d:])", _read_time, text)
-        text = re.sub(r"(?<=\d)点半", "点30分", text)
-        text = re.sub(r"(?<![\d:])(\d+):(\d+)(?![\d:])", r"\1比\2", text)
-        text = re.sub(r"(?<![0-9a-z%)])[-−](?=\d)", "负", text)
-        text = re.sub(rf"({_AMOUNT})\s*‰", r"千分之\1", text.replace("百分之百", "百分之100"))
+        text = re.sub(r"(?<=\d)点([13])刻", lambda m: f"点{15 * int(m[1])}分", text)
+        text = re.sub(rf"({_DAYTIME}\d{{1,2}}点[0-5]\d)(?![\d分点%元])", r"\1分", text)
+        text = re.sub(r"(?<![\d零])0(?=[1-9][月日号])", "", text).replace("百分之百", "百分之100")
+    text = RATIO.sub(rf"\1{readings.ratio}\2", text)
+    text = re.sub(r"(?<![0-9a-z%)])[-−](?=\d)", _MINUS[language], text)
+    text = re.sub(rf"({_AMOUNT})\s*‰", _PER_MILLE[language], text)
     text = re.sub(r"(?<![\d/.])(\d{1,9})/(\d{1,9})(?![\d/.])", lambda m: _read_fraction(m, _FRACTION[language]), text)
+    if language == "zh":
+        text = re.sub(rf"({_AMOUNT})%?到({_AMOUNT})\s*%", _read_percent_range, text)
     text = re.sub(rf"({_AMOUNT})\s*%", _PERCENT[language], text)
     return re.sub(r"(?<=\d)\.(?=\d)", "点", text)
+
+
+def _read_percent_range(match: re.Match[str]) -> str:
+    low, high = match.groups()
+    both = "%到" in match[0].replace(" ", "")
+    return f"百分之{low}到百分之{high}" if both else f"百分之{low}到{high}"

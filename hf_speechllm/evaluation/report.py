@@ -54,7 +54,7 @@ def write_compute_wer(utterances: Iterable[ScoredUtterance], missing: int, extra
             for line, token, width in zip(lines, tokens, widths, strict=True):
                 line.append(token + " " * (max(widths) - width))
         total += counts
-        if counts.total() == counts["equal"]:
+        if _as_wer(counts).wer == 0:  # also, as there, insertions into an empty reference
             sentences.cor += 1
         else:
             sentences.err += 1

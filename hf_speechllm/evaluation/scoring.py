@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from compute_wer import normalize as compute_wer_tokens
 from rapidfuzz.distance import Levenshtein
 
-from .normalizers import HAN, HANGUL, KANA, UNSPACED_CHARACTER, normalize_text
+from .languages import HAN, HANGUL, KANA, is_english, known_language
+from .normalizers import UNSPACED_CHARACTER, language_of, normalize_text
 from .statistics import rate_interval
-from .words import is_english
 
 _LETTER = re.compile(r"[^\W\d_]")
 NUM_TEXTS_FOR_POOL = 5000  # fewer are tokenised before other processes have started
@@ -78,22 +78,31 @@ class AlignedPair(NamedTuple):
     hypothesis: str
 
 
-def tokenize(text: str, normalize: bool = True) -> list[str]:
+def tokenize(text: str, normalize: bool = True, language: str | None = None) -> list[str]:
     """The tokens that are counted.
 
     Args:
         text: one transcript.
         normalize: whether `normalize_text` is applied, which finds the tokens, too. Without it they are those that
             the compute-wer command finds in the text as it is: punctuation counts.
+        language: whose rules `normalize_text` applies; a hypothesis gets those of its reference.
     """
     if normalize:
-        return normalize_text(text).split()
+        return normalize_text(text, language).split()
     return compute_wer_tokens(text, case_sensitive=True, remove_tag=True)
 
 
 def _folded(tokens: list[str]) -> list[str]:
     # As compute-wer does; after normalisation it only makes the likes of ß and ss meet.
     return [token.upper() for token in tokens]
+
+
+def rules_for(reference: str, language: str | None = None) -> str:
+    """The language whose rules a reference and its hypotheses get: the one named, if known, or the reference's.
+
+    A reference without any letter or digit has none (""): its hypotheses decide for themselves.
+    """
+    return known_language(language or "") or (language_of(reference) if re.search(r"\w", reference) else "")
 
 
 def count_token_errors(reference: list[str], hypothesis: list[str]) -> ErrorCounts:
@@ -109,15 +118,17 @@ def count_token_errors(reference: list[str], hypothesis: list[str]) -> ErrorCoun
     return ErrorCounts(counts["replace"], counts["delete"], counts["insert"], len(reference))
 
 
-def count_errors(reference: str, hypothesis: str, normalize: bool = True) -> ErrorCounts:
+def count_errors(reference: str, hypothesis: str, normalize: bool = True, language: str | None = None) -> ErrorCounts:
     """Errors of a transcript.
 
     Args:
         reference: what was said.
         hypothesis: what was recognised.
         normalize: as in `tokenize`.
+        language: whose rules both texts get; by default, the language of the reference.
     """
-    return count_token_errors(tokenize(reference, normalize), tokenize(hypothesis, normalize))
+    rules = rules_for(reference, language)
+    return count_token_errors(tokenize(reference, normalize, rules), tokenize(hypothesis, normalize, rules))
 
 
 def align(reference: list[str], hypothesis: list[str]) -> list[AlignedPair]:
@@ -142,6 +153,7 @@ class ScoredUtterance:
         metric: "CER" where all words are of characters, "WER" where none are, "MER" for both in one line, "" for a
             line without letters, which fits any.
         language: given, or as `describe_line` finds it.
+        rules: the language whose rules normalise the reference and its hypotheses (`rules_for`).
         dataset: given, or empty.
     """
 
@@ -151,6 +163,7 @@ class ScoredUtterance:
     counts: ErrorCounts
     metric: str
     language: str
+    rules: str
     dataset: str = ""
 
 
@@ -162,14 +175,14 @@ def describe_line(tokens: list[str], text: str) -> tuple[str, str]:
 
     Args:
         tokens: of the reference, normalised or not.
-        text: the reference as it was written; it decides where the tokens have no letters.
+        text: the reference as it was written; it decides where it or the tokens have no letters (百分之 of 50%).
 
     Returns:
         "CER", "WER", "MER" or "", and the language.
     """
-    line = " ".join(tokens).lower()
-    if not _LETTER.search(line):
-        line = unicodedata.normalize("NFKC", text).lower()
+    line, written = " ".join(tokens).lower(), unicodedata.normalize("NFKC", text).lower()
+    if not _LETTER.search(line) or not _LETTER.search(written):
+        line = written
     words, has_characters = UNSPACED_CHARACTER.subn(" ", line)
     has_words = _LETTER.search(words)
     languages = []
@@ -189,21 +202,29 @@ def describe_line(tokens: list[str], text: str) -> tuple[str, str]:
     return metric, "+".join(dict.fromkeys(languages))
 
 
-def tokenize_all(texts: Iterable[str], normalize: bool = True, num_workers: int = 1) -> list[list[str]]:
+def _tokenize_pair(pair: tuple[str, str], normalize: bool) -> list[str]:
+    return tokenize(pair[0], normalize, pair[1])
+
+
+def tokenize_all(
+    texts: Iterable[str], normalize: bool = True, num_workers: int = 1, languages: Iterable[str] | None = None
+) -> list[list[str]]:
     """`tokenize` for many texts, each different one once.
 
     Args:
         num_workers: processes, if there are texts enough for them to pay.
+        languages: of the texts, one each.
     """
     texts = list(texts)
-    different = list(dict.fromkeys(texts))
-    function = partial(tokenize, normalize=normalize)
+    pairs = list(zip(texts, languages or [""] * len(texts), strict=True))
+    different = list(dict.fromkeys(pairs))
+    function = partial(_tokenize_pair, normalize=normalize)
     if num_workers > 1 and len(different) >= NUM_TEXTS_FOR_POOL:
         with Pool(num_workers) as pool:
             tokens = dict(zip(different, pool.imap(function, different, chunksize=500), strict=True))
     else:
-        tokens = {text: function(text) for text in different}
-    return [tokens[text] for text in texts]
+        tokens = {pair: function(pair) for pair in different}
+    return [tokens[pair] for pair in pairs]
 
 
 def score_utterances(
@@ -220,17 +241,19 @@ def score_utterances(
         references: texts by ID.
         hypotheses: texts by ID; IDs that no reference has are left out.
         normalize: as in `tokenize`.
-        languages: by ID, for those that `describe_line` need not guess.
+        languages: by ID, for those that need not be guessed: of the rules that reference and hypothesis get, and of
+            the groups.
         datasets: by ID.
         num_workers: processes that normalise.
     """
     languages, datasets = languages or {}, datasets or {}
-    tokens = tokenize_all(references.values(), normalize, num_workers)
+    rules = [rules_for(text, languages.get(id_)) for id_, text in references.items()]
+    tokens = tokenize_all(references.values(), normalize, num_workers, rules)
     utterances = []
-    for (id_, text), reference in zip(references.items(), tokens, strict=True):
+    for (id_, text), reference, rule in zip(references.items(), tokens, rules, strict=True):
         metric, language = describe_line(reference, text)
         language, dataset = languages.get(id_, language), datasets.get(id_, "")
-        utterances.append(ScoredUtterance(id_, reference, [], ErrorCounts(), metric, language, dataset))
+        utterances.append(ScoredUtterance(id_, reference, [], ErrorCounts(), metric, language, rule, dataset))
     return rescore(utterances, hypotheses, normalize, num_workers)
 
 
@@ -239,7 +262,8 @@ def rescore(
 ) -> list[ScoredUtterance]:
     """The same references with other hypotheses; arguments as for `score_utterances`."""
     utterances = list(utterances)
-    tokens = tokenize_all((hypotheses.get(u.id, "") for u in utterances), normalize, num_workers)
+    texts = (hypotheses.get(utterance.id, "") for utterance in utterances)
+    tokens = tokenize_all(texts, normalize, num_workers, [utterance.rules for utterance in utterances])
     return [
         replace(utterance, hypothesis=hypothesis, counts=count_token_errors(utterance.reference, hypothesis))
         for utterance, hypothesis in zip(utterances, tokens, strict=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.jsonl import read_jsonl, recording_id
+
+# A path, a URL or a command of a wav.scp.
+_RECORDING = re.compile(r"^\S+\.(?:wav|flac|mp3|ogg|opus|m4a|aac|sph|pcm|ark:\d+)$|\|$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[s
 def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Transcripts:
     """Reads transcripts: lines `ID TEXT`, or, if the name ends in .jsonl, rows as for training.
 
-    A row's ID is the stem of its last recording's name, as in what recipes/decode.py writes; its text is the last
+    A row's ID is the stem of its last recording's name, as in what `hf-speechllm decode` writes; its text is the last
     answer.
 
     Args:
@@ -86,10 +90,14 @@ def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Tr
         required: whether there must be any.
 
     Raises:
-        BadDataError: at a line that is not UTF-8, repeats an ID, or is no row; if there are none and must be.
+        BadDataError: at a line that is not UTF-8, repeats an ID, or is no row; if there are none and must be; if most
+            of the texts are recordings, as in a wav.scp.
         OSError: if the file can't be read.
     """
     transcripts = _read_rows(path) if Path(path).suffix == ".jsonl" else Transcripts(read_map(path, empty_values=True))
+    paths = [text for text in transcripts.texts.values() if _RECORDING.search(text)]
+    if 2 * len(paths) > len(transcripts.texts):
+        raise BadDataError(f'{path}: recordings ("{paths[0]}"), not transcripts; give a list of lines `ID TEXT`')
     if required and not transcripts.texts:
         raise BadDataError(f"{path}: no transcripts")
     return transcripts
@@ -112,6 +120,28 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
         transcripts.recordings[id_] = row.recordings[-1]
         transcripts.hotwords[id_] = row.hotwords
     return transcripts
+
+
+def require_common_ids(
+    reference: str, texts: Mapping[str, str], lists: Mapping[str | None, Mapping[str, Any]]
+) -> None:
+    """Refuses lists that have nothing to do with the references.
+
+    Args:
+        reference: file name.
+        texts: its transcripts, by ID.
+        lists: contents of other files, by file name and ID; `None` for a file that is not given.
+
+    Raises:
+        BadDataError: if a file has no ID of the references.
+    """
+    for name, values in lists.items():
+        if name is not None and not texts.keys() & values.keys():
+            first = f'"{next(iter(values))}"' if values else "no ID at all"
+            raise BadDataError(
+                f'{name} has no ID of {reference}: {first} there, "{next(iter(texts))}" here; give lists of the same '
+                "utterances, REF before HYP"
+            )
 
 
 def read_durations(path: str | os.PathLike[str]) -> dict[str, float]:

@@ -5,6 +5,9 @@ import re
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishNumberNormalizer, EnglishTextNormalizer
 
+from .numbers_en import protect_signs, read_days, read_signs, restore_signs, split_am_pm, spoken_to_written
+from .signs import read_between_numbers
+
 
 class _NumberNormalizer(EnglishNumberNormalizer):
     """Whisper's arithmetic without its last step, which makes "one" of the 1 in $1 and 1%, and so loses the signs."""
@@ -19,46 +22,27 @@ class _NumberNormalizer(EnglishNumberNormalizer):
 _normalize_basic = BasicTextNormalizer(preserve_marks=True)
 _normalize_english = EnglishTextNormalizer()
 _normalize_english.standardize_numbers = _NumberNormalizer()
+for _words in ("ones_ordinal", "ones_suffixed"):  # Whisper's table has "nineth"
+    getattr(_normalize_english.standardize_numbers, _words)["ninth"] = (9, "th")
+_normalize_english.standardize_numbers.words.add("ninth")
 _normalize_english.ignore_patterns = "(?!)"  # fillers are dropped here, where mm after a number is a unit
 _NUMBER_WORDS = "|".join(sorted(_normalize_english.standardize_numbers.decimals))
 _MULTIPLIERS = "|".join(_normalize_english.standardize_numbers.multipliers)
-
-# Frequent words that tell English from its neighbours; without those that they share (in, an, was, on).
-_ENGLISH = (
-    "the and of to is are you that it for with he she they this have had be not at but from by what we my your his"
-    " her their our there which would can will been has if out all up who when"
-)
-_OTHER = (
-    "der die das und ist nicht ich ein eine mit auf wir sie den dem zu"
-    " le la les des est et un une que qui dans pas pour il elle je vous nous"
-    " el los las con para del una muy está yo"
-    " che di non sono questo della anche"
-    " um uma com os não ele isso"
-    " het een van niet dat zijn voor"
-)
-_ENGLISH_WORDS, _OTHER_WORDS = frozenset(_ENGLISH.split()), frozenset(_OTHER.split())
 
 _FILLERS = re.compile(rf"(\d\s*mm\b|\b(?:{_NUMBER_WORDS})\s+mm\b)|(?<![a-z0-9'])(?:hmm|mm|mhm|mmm|uh|um)(?![a-z0-9'])")
 _PERCENT_WORDS = re.compile(
     r"(?<=\d)\s*(?:%|(?:percent|per cent|prozent|pour cent|pourcent|por ciento|por cento|per cento|procent)\b)"
 )
+_PRICE_WORDS = (
+    "euro|eur|dollar|dólar|pound|pfund|libra|livre|franc|franken|cent|yen|kron|rubl|złot|lira|peso|real|reais"
+)
 _CURRENCY_WORDS = {"€": "euro", "$": "dollar", "£": "pound", "¢": "cent", "¥": "yen"}
 
 # Appended to a word that Whisper's number rules must not see; a private-use character passes through them.
 _SHIELD = "\ue000"
+_DECIMAL_MARK = "\ue001"
 _NOT_A_DECIMAL_POINT = re.compile(rf"\bpoint\b(?! (?:\d|(?:{_NUMBER_WORDS})\b))")
 _NEGATIVE = re.compile(rf"\bnegative(?= (?:[$€£¢]?\d|(?:{_NUMBER_WORDS}|{_MULTIPLIERS})\b))")
-
-
-def is_english(text: str) -> bool:
-    """Tells whether lower-case text is English rather than another language written with spaces.
-
-    Votes are frequent words and, against English, words with letters outside a to z. Without any evidence, text
-    counts as English.
-    """
-    words = re.findall(r"[^\W\d_]+", text)
-    other = sum(word in _OTHER_WORDS or not word.isascii() for word in words)
-    return other <= sum(word in _ENGLISH_WORDS for word in words)
 
 
 def drop_fillers(text: str) -> str:
@@ -99,26 +83,45 @@ def _shield_words(text: str) -> str:
     return re.sub(r"(^|half )and(?= a half\b)", rf"\1and{_SHIELD}", text)
 
 
-def normalize_words(text: str) -> str:
-    """Normalises lower-case text of a language written with spaces; digits are not yet set apart.
+def normalize_english(text: str) -> str:
+    """Normalises lower-case English text; digits are not yet set apart.
 
-    English: contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), with
-    percent and the decimal point as signs behind digits, and "minus" written out. Other languages: punctuation goes,
-    letters stay as they are, diacritics included; a decimal comma or point is dropped like a thousands separator, as
-    languages differ in which is which.
+    Contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), with percent and
+    the decimal point as signs behind digits, "minus" written out, and signs between numbers read out or kept.
     """
-    text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
-    if not is_english(text):
-        text = re.sub(r"([$€£¢¥])\s*(\d+(?:[.,]\d+)*)", r"\2\1", text)
-        text = re.sub(r"(?<=\d)\s*([$€£¢¥])", lambda match: f" {_CURRENCY_WORDS[match[1]]}", text)
-        text = _normalize_basic(_PERCENT_WORDS.sub(" percent", text))
-        return re.sub(r"(?<=\d) percent\b", "%", text)
-    text = _join_digits(" ".join(text.split()))
+    text = re.sub(r"(?<=\d) (?=\d{1,2}/\d)", " and ", " ".join(text.split()))  # 2 3/4, before digits are joined
+    text = _join_digits(text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(\d+(?:[.,]\d+)*) ?([$€£¢])(?! ?\d)", r"\2\1", text)
-    text = _normalize_english(_shield_words(" ".join(_protect_digits(text).split())))
+    text = read_signs(spoken_to_written(text))
+    text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
+    text = _normalize_english(_shield_words(" ".join(_protect_digits(protect_signs(text)).split())))
+    text = read_days(split_am_pm(restore_signs(text)))
     # As Whisper does, a 1 that is no part of a larger number or amount is the word.
-    text = re.sub(rf"(?<![$€£¢.])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%]| (?:{_SHIELD} )?\d)", r"one\1", text)
+    text = re.sub(
+        rf"(?<![$€£¢.:/^+×*÷=-])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%:/^+×*÷=-]| (?:{_SHIELD} )?\d)",
+        r"one\1",
+        text,
+    )
     text = " ".join(text.replace(_SHIELD, "").split())
     text = re.sub(r"(?<!\d)\.(?=\d)", " point ", text)
     # Euros follow the number, as in the languages that use them: short lines in these may be taken for English.
     return re.sub(r"€(\d+(?:\.\d+)*)", r"\1 euro", text)
+
+
+def normalize_other(text: str) -> str:
+    """Normalises lower-case text of another language written with spaces; digits are not yet set apart.
+
+    Punctuation goes, letters stay as they are, diacritics included. A decimal mark is a point; marks of thousands go,
+    and so does the mark of a price, which is not spoken (12,50 Euro).
+    """
+    text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
+    text = re.sub(r"(?<=\d) \. (?=\d)", ".", text)
+    text = re.sub(r"([$€£¢¥])\s*(\d+(?:[.,]\d+)*)", r"\2\1", text)
+    text = re.sub(r"(?<=\d)\s*([$€£¢¥])", lambda match: f" {_CURRENCY_WORDS[match[1]]}", text)
+    text = protect_signs(read_between_numbers(text, "other"))
+    text = re.sub(r"(?<=\d)[.,](?=\d{3}(?!\d))", "", text)
+    text = re.sub(rf"(?<=\d)[.,](?=\d+(?!\d|[.,]\d| (?:{_PRICE_WORDS})))", _DECIMAL_MARK, text)
+    text = _normalize_basic(_PERCENT_WORDS.sub(" percent", text))
+    text = restore_signs(text).replace(_DECIMAL_MARK, ".")
+    return re.sub(r"(?<=\d) percent\b", "%", text)

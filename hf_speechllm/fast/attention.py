@@ -1,33 +1,36 @@
-"""Attention without padding, and on a GPU without waits of the host: what transformers and torch do by default stalls
-it in every batch."""
+"""Padding-free attention, and on a GPU attention without host-device syncs.
+
+By default transformers and torch stall a GPU in every batch: masks are built by their values, and cuDNN's attention
+makes a new plan for every shape.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
 
-from ..model.packing import encode_packed
-from .fsmn import use_memory_blocks
+from ..model.packing import MASKS_BY_LAYER, PADDED, PADDING_FREE, PackedRows, causal_masks
+from .fsmn import use_fsmn
+from .versions import is_tested
 
-# Names of attention implementations; without packed rows they are transformers' sdpa, but for the first one's mask.
-PADDED, PACKED = "sdpa_padded", "sdpa_packed"
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
-CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PACKED)  # attention that is causal without a mask; eager is not
-MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
 
 
 def padding_mask(
     batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs
 ) -> torch.Tensor | None:
-    """The mask of bidirectional attention over padded rows, built without looking at its values.
+    """Builds the mask of bidirectional attention over padded rows without a look at its values.
 
     transformers' own leaves the mask out where there is no padding, and has the host wait for the GPU to know.
 
@@ -41,7 +44,7 @@ def padding_mask(
     return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
 
 
-def packed_attention(
+def padding_free_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -53,7 +56,7 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows that lie one after the other in one; without `cu_seq_lens_q`, transformers' `sdpa`.
+    """Computes attention within each of several rows that are packed into one; without them, transformers' `sdpa`.
 
     Args:
         query, key, value: shape = (1, heads, tokens of all rows, width of a head); keys may have fewer heads.
@@ -84,36 +87,38 @@ def packed_attention(
     return torch.cat([attend(*row) for row in rows], dim=1).transpose(0, 1).unsqueeze(0), None
 
 
-AttentionInterface.register(PADDED, packed_attention)
+AttentionInterface.register(PADDED, padding_free_attention)
 AttentionMaskInterface.register(PADDED, padding_mask)
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+AttentionInterface.register(PADDING_FREE, padding_free_attention)
+AttentionMaskInterface.register(PADDING_FREE, sdpa_mask)
 
 
-def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
-    """What an LLM of this config takes for a causal mask alone.
+def disable_host_syncs(model: nn.Module) -> None:
+    """Sets a model up for padded batches without host-device syncs, on a GPU; nothing else is changed.
 
-    `None` has transformers look for rows packed into one, for which the host waits for the GPU; a dict, where an LLM
-    takes one, does not.
+    The encoder and the adaptor get `padding_mask`, the encoder also the FSMN kernel.
     """
-    full = config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}
-    return {"full_attention": None} if full and config._attn_implementation in CAUSAL_BY_ITSELF else None
-
-
-def spare_the_host(model: nn.Module) -> None:
-    """Sets a model up for batches that each have a shape of their own, on a GPU.
-
-    The encoder and the adaptor get `padding_mask`, the encoder also the kernel of `memory_block`. cuDNN's attention,
-    which torch prefers on Hopper GPUs, is turned off in this process: it plans anew for every shape, which takes
-    longer than the attention itself.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    use_memory_blocks(model)
+    use_fsmn(model)
     _attend_to_padded_rows(model)
 
 
-def allow_packing(model: Any) -> None:
-    """Sets a speech LLM up for batches without padding, see `packing`.
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Turns cuDNN's attention off while the block runs.
+
+    torch prefers it on Hopper GPUs. For every shape of a batch it makes a new plan, which takes longer than the
+    attention itself.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def enable_padding_free(model: Any) -> None:
+    """Sets a speech LLM up for batches without padding, see `model.packing`.
 
     Args:
         model: with or without adapters of peft.
@@ -121,6 +126,8 @@ def allow_packing(model: Any) -> None:
     Raises:
         ValueError: if the LLM, or the attention that was asked for, can't tell rows apart, or the GPU has no kernel.
     """
+    if not is_tested("padding-free attention"):
+        raise ValueError("--padding_free is not tested with the installed torch or transformers")
     if torch.cuda.is_available() and not (
         torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
     ):
@@ -134,22 +141,39 @@ def allow_packing(model: Any) -> None:
             f"attention sdpa or flash_attention_2; this one is {config.model_type} with {config._attn_implementation}"
         )
     if config._attn_implementation == "sdpa":
-        model.llm.set_attn_implementation(PACKED)
-    use_memory_blocks(model)
-    _attend_to_padded_rows(model)
+        model.llm.set_attn_implementation(PADDING_FREE)
+    disable_host_syncs(model)
     for module in model.modules():
         if isinstance(module, FunAsrNanoEncoder):
-            module.forward = partial(encode_packed, module)
+            module.forward = partial(encode_padding_free, module)
 
 
-def check_packing(config: PretrainedConfig) -> None:
-    """Sees to it that a part of this config attends within each of several rows that are packed into one.
+def encode_padding_free(
+    encoder: Any,
+    input_features: torch.Tensor,
+    input_features_mask: torch.Tensor,
+    frame_positions: torch.Tensor | None = None,
+    **kwargs,
+) -> BaseModelOutput:
+    """Computes what transformers' SAN-M encoder computes, padding-free if the positions without padding are given.
 
-    Raises:
-        ValueError: if it does not.
+    Args:
+        encoder: with the FSMN blocks and the attention of `enable_padding_free`.
+        input_features: shape = (recordings, frames, feature size).
+        input_features_mask: shape = (recordings, frames).
+        frame_positions: its `filled_positions`.
+
+    Returns:
+        With `last_hidden_state`, shape = (recordings, frames, width); without padding in between, padding is zero.
     """
-    if config._attn_implementation not in (PADDED, PACKED, "flash_attention_2"):
-        raise ValueError("frame_positions and token_positions are for a model that attention.allow_packing has set up")
+    if frame_positions is None:
+        return type(encoder).forward(encoder, input_features, input_features_mask, **kwargs)
+    rows = PackedRows(input_features_mask, frame_positions)
+    features = input_features.to(encoder.layers[0].input_layernorm.weight.dtype)
+    states = rows.pack(features * encoder.scaling + encoder.position_embeddings(features))
+    for layer in encoder.layers:
+        states = layer(states, None, rows.segment_ids, **rows.attention)
+    return BaseModelOutput(last_hidden_state=rows.unpack(states))
 
 
 def _attend_to_padded_rows(model: nn.Module) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.kv_cache import find_cache
+from .versions import is_tested
 
 # Layers of a graph, at most: more take longer to compile, fewer leave more work to the host.
 LAYERS_PER_GRAPH = 2
@@ -31,8 +33,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collectio
             of each before it is called.
 
     Returns:
-        How many graphs are called in a forward pass.
+        Number of graphs that a forward pass calls; 0 if the installed torch or transformers is not tested.
     """
+    if not is_tested("layer compilation"):
+        return 0
     torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
     torch._dynamo.config.optimize_ddp = False  # it would split graphs at DDP's buckets; they are short enough
     if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
@@ -49,7 +53,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collectio
             first, *others = layers[start : start + size]
             first.forward = LayerGroup([first, *others], backend)
             for layer in others:
-                layer.forward = _pass_on
+                layer.forward = FurtherLayer(layer)
             graphs += 1
     return graphs
 
@@ -68,18 +72,37 @@ class LayerGroup:
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As the layers one after the other."""
-        # A size of one would be compiled anew, in the middle of a run. Packed rows are always one.
-        sizes = hidden_states.shape[1:2] if "cu_seq_lens_q" in kwargs else hidden_states.shape[:2]
-        plain = find_cache(kwargs) is not None or 1 in sizes
-        run = _run if plain else self.compiled
-        return run(self.layers, hidden_states, *args, **kwargs)
+        if _is_plain(hidden_states, kwargs):
+            return _run(self.layers[:1], hidden_states, *args, **kwargs)
+        return self.compiled(self.layers, hidden_states, *args, **kwargs)
+
+
+class FurtherLayer:
+    """Stands in for the forward pass of a layer behind the first of a group.
+
+    Args:
+        layer: whose group has already run it, unless the pass is plain.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """As the layer, or nothing."""
+        layers = [self.layer] if _is_plain(hidden_states, kwargs) else []
+        return _run(layers, hidden_states, *args, **kwargs)
+
+
+def _is_plain(hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether layers run one by one, not compiled."""
+    # A size of one would be compiled anew, in the middle of a run. Packed rows are always one.
+    sizes = hidden_states.shape[1:2] if "cu_seq_lens_q" in kwargs else hidden_states.shape[:2]
+    # Hooks on layers record hidden states and attentions, and see nothing of a group.
+    recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+    return bool(recorded) or find_cache(kwargs) is not None or 1 in sizes
 
 
 def _run(layers: list[nn.Module], hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     for layer in layers:
         hidden_states = type(layer).forward(layer, hidden_states, *args, **kwargs)
-    return hidden_states
-
-
-def _pass_on(hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     return hidden_states

@@ -14,7 +14,8 @@ from transformers import Cache, DynamicLayer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..model.kv_cache import CACHE, find_cache
-from .attention import PACKED
+from ..model.packing import PADDING_FREE
+from .versions import is_tested
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,8 @@ ROOM = 32  # steps that a cache has room for, at least, when it is made or grows
 ALIGNMENT = 16  # a cache's length is a multiple of it, as attention kernels want that of masks
 
 
-def takes_steps(llm: PreTrainedModel) -> bool:
-    """Whether `DecodingSteps` can stand in for an LLM's: if all layers look at all tokens, with torch's attention.
+def supports_cuda_graphs(llm: PreTrainedModel) -> bool:
+    """Whether `CudaGraphDecoder` can stand in for an LLM's: if all layers look at all tokens, with torch's attention.
 
     Nothing may depend on values that the host would have to look at: experts that tokens choose, or position
     embeddings that change with the longest row.
@@ -32,7 +33,8 @@ def takes_steps(llm: PreTrainedModel) -> bool:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     return (
-        config._attn_implementation in ("sdpa", PACKED)
+        is_tested("CUDA-graph decoding")
+        and config._attn_implementation in ("sdpa", PADDING_FREE)
         and layer_types == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and rope not in ("dynamic", "longrope")
@@ -41,7 +43,7 @@ def takes_steps(llm: PreTrainedModel) -> bool:
 
 
 @dataclass
-class Room:
+class Preallocation:
     """What the layers of a cache share.
 
     Args:
@@ -55,10 +57,10 @@ class Room:
     size: int = 0
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of a layer, with room behind them, which steps fill in place."""
 
-    def __init__(self, room: Room):
+    def __init__(self, room: Preallocation):
         super().__init__()
         self.room = room
 
@@ -90,7 +92,7 @@ class RoomyLayer(DynamicLayer):
         return self.room.length
 
 
-class RoomyCache(Cache):
+class PreallocatedKVCache(Cache):
     """A key-value cache whose room is filled in place.
 
     Args:
@@ -100,8 +102,8 @@ class RoomyCache(Cache):
 
     def __init__(self, num_layers: int, device: torch.device):
         # Layers don't know the cache: it would stay in memory until Python looks for cycles.
-        self.room = Room(torch.zeros(1, dtype=torch.long, device=device))
-        super().__init__(layers=[RoomyLayer(self.room) for _ in range(num_layers)])
+        self.room = Preallocation(torch.zeros(1, dtype=torch.long, device=device))
+        super().__init__(layers=[PreallocatedLayer(self.room) for _ in range(num_layers)])
 
     def grow(self) -> None:
         """Makes room for `ROOM` more tokens."""
@@ -110,7 +112,7 @@ class RoomyCache(Cache):
             layer.resize()
 
 
-class DecodingSteps:
+class CudaGraphDecoder:
     """Stands in for an LLM's forward pass while a batch is decoded greedily.
 
     ```python
@@ -119,7 +121,7 @@ class DecodingSteps:
     ```
 
     Args:
-        llm: without its head; `takes_steps` must hold.
+        llm: without its head; `supports_cuda_graphs` must hold.
         graphs: whether steps are captured as CUDA graphs; without, they are only computed in place.
     """
 
@@ -132,7 +134,7 @@ class DecodingSteps:
         self.inputs: tuple[torch.Tensor, ...] = ()  # embeddings, positions, mask, where a graph reads them
         self.output: torch.Tensor | None = None  # where it leaves the hidden states
 
-    def __enter__(self) -> DecodingSteps:
+    def __enter__(self) -> CudaGraphDecoder:
         self.replaced = vars(self.llm).get("forward")
         self.plain = self.llm.forward
         self.llm.forward = self
@@ -145,9 +147,9 @@ class DecodingSteps:
             self.llm.forward = self.replaced
         self.inputs, self.output = (), None
 
-    def new_cache(self) -> RoomyCache:
+    def new_cache(self) -> PreallocatedKVCache:
         """For a batch."""
-        return RoomyCache(self.llm.config.num_hidden_layers, self.llm.device)
+        return PreallocatedKVCache(self.llm.config.num_hidden_layers, self.llm.device)
 
     def __call__(
         self,
@@ -163,7 +165,7 @@ class DecodingSteps:
             inputs_embeds: shape = (rows, tokens, width).
             attention_mask: shape = (rows, tokens so far), 0 for padding; `None` without any.
             position_ids: shape = (rows, tokens).
-            **kwargs: the `RoomyCache`, under its name in the installed release, and what else an LLM takes.
+            **kwargs: the `PreallocatedKVCache`, under its name in the installed release, and what else an LLM takes.
         """
         cache = find_cache(kwargs)
         room = cache.room
@@ -199,13 +201,13 @@ class DecodingSteps:
         room.length += 1
         return BaseModelOutputWithPast(last_hidden_state=self.output, **{CACHE: cache})
 
-    def _run(self, cache: RoomyCache) -> torch.Tensor:
+    def _run(self, cache: PreallocatedKVCache) -> torch.Tensor:
         embeds, positions, mask = self.inputs
         return self.plain(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE: cache}
         ).last_hidden_state
 
-    def _capture(self, cache: RoomyCache) -> None:
+    def _capture(self, cache: PreallocatedKVCache) -> None:
         """Makes `graph` of a step. Not with `torch.cuda.graph`, which empties the allocator's cache each time."""
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self.llm.device)

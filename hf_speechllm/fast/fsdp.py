@@ -1,6 +1,6 @@
-"""FSDP2: outputs as the model gives them; clipping and the optimizer's step on the shards of a rank, as they are.
+"""FSDP2: outputs in the dtype of the model; clipping and AdamW on the plain shards of a rank.
 
-torch takes each tensor of a thousand apart by itself, in Python, which takes a tenth of a step.
+torch dispatches each of a thousand sharded tensors (`DTensor`) by itself, in Python, which takes a tenth of a step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .versions import is_tested
+
 
 def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Has FSDP leave outputs as they are: Accelerate has it round them, and so the loss, to bfloat16.
+    """Makes FSDP leave outputs as they are: Accelerate rounds them, and so the loss, to bfloat16.
 
     Args:
         plugin: of the accelerator, before it prepares the model.
@@ -24,37 +26,33 @@ def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
-def step_on_shards(optimizer: torch.optim.Optimizer) -> None:
-    """Has Adam work on the shards of its parameters and of its state.
+class AdamWOnShards(torch.optim.AdamW):
+    """AdamW whose arithmetic runs on the plain shards of FSDP's parameters and of its own state."""
 
-    Args:
-        optimizer: others than Adam and AdamW are left alone.
-    """
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        return
-    parent = optimizer._init_group
-
-    def init_group(group, *lists):
-        result = parent(group, *lists)
+    def _init_group(self, group, *lists):
+        result = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = [_shard(tensor) for tensor in tensors]
         return result
 
-    optimizer._init_group = init_group  # type: ignore[method-assign]
+
+def sharded_optimizer(optimizer_class: type) -> type:
+    """Returns the class to use with FSDP2: `AdamWOnShards` for AdamW, any other class unchanged."""
+    return AdamWOnShards if optimizer_class is torch.optim.AdamW and is_tested("FSDP2 on shards") else optimizer_class
 
 
 def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor | None:
-    """What `torch.nn.utils.clip_grad_norm_` does.
+    """Clips gradients as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
         parameters: of FSDP2.
-        max_norm: the Euclidean norm that all gradients have together at most.
+        max_norm: largest Euclidean norm of all gradients together.
 
     Returns:
-        Their norm before that; `None`, and nothing is done, if they are not all sharded over one row of ranks.
+        Their norm before clipping; `None`, and nothing is done, if they are not all sharded over one row of ranks.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients or not isinstance(gradients[0], DTensor):
+    if not gradients or not isinstance(gradients[0], DTensor) or not is_tested("FSDP2 on shards"):
         return None
     mesh = gradients[0].device_mesh
     if mesh.ndim != 1 or any(

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..files import apply_umask
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from .untrusted import CheckpointError, check_name, inside, one_line, read_json, reading
 
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "50GB"
 MAX_LISTED = 50  # names in an error message
+MAX_BUFFERS = 2**28  # numbers in tables that a config asks for beside the weights: 1 GiB of float32
+CTC_PREFIX = "ctc"  # FunASR's `ctc_decoder.*` and `ctc.*`: a branch for timestamps that training never touches
+FILE_PREFIX = "file:"  # in a side file: the bytes of a vocabulary that the CTC branch needs
+SIDE_NAME = re.compile(r"[^./\\][^/\\]*\.tiktoken")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or can't be written in a layout; the message says why and what to do."""
 
 
 @dataclass
@@ -80,11 +87,15 @@ def check_tensors(checkpoint: Checkpoint, source: str, rename: Callable[[str], s
     Raises:
         CheckpointError: listing missing and unexpected tensors and those of a wrong shape.
     """
-    with torch.device("meta"):
-        model = SpeechLLMForConditionalGeneration(checkpoint.config)
-    tied = model.all_tied_weights_keys
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    expected = expected_shapes(checkpoint.config, len(checkpoint.tensors), source)
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if problems := _differences(expected, found, rename):
+        raise CheckpointError(f"{source}: the tensors don't fit the config; {problems}")
+
+
+def _differences(
+    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], rename: Callable[[str], str] = str
+) -> str:
     problems = []
     if missing := [rename(name) for name in expected if name not in found]:
         problems.append(f"{len(missing)} missing: {_listed(missing)}")
@@ -97,8 +108,73 @@ def check_tensors(checkpoint: Checkpoint, source: str, rename: Callable[[str], s
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} of a wrong shape: {_listed(misshapen)}")
-    if problems:
-        raise CheckpointError(f"{source}: the tensors don't fit the config; " + "; ".join(problems))
+    return one_line("; ".join(problems), 20_000)
+
+
+def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
+    """Our config of a stranger's values; what is read can be written again.
+
+    Raises:
+        CheckpointError: naming the file and, where the config classes of transformers say so, the field.
+    """
+    with reading(file):
+        config = SpeechLLMConfig(**values)
+        config.validate()
+        config.to_json_string()
+    return config
+
+
+def expected_shapes(config: SpeechLLMConfig, count: int, source: str) -> dict[str, torch.Size]:
+    """Shapes of the tensors that a config asks for, without those that are tied; no memory is taken for them.
+
+    Args:
+        count: tensors in the checkpoint; a config that asks for many more modules than they fill is refused.
+        source: of the config, for the message.
+
+    Raises:
+        CheckpointError: if no model can be built from the config, or its tables would take more than 1 GiB.
+    """
+    left = 20 * count + 2000
+
+    def count_module(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"{source}: the config asks for many more layers than {count} tensors fill")
+
+    hook = register_module_module_registration_hook(count_module)
+    try:
+        with reading(source, "has a config that no model can be built from"), torch.device("meta"):
+            model = SpeechLLMForConditionalGeneration(config)
+    finally:
+        hook.remove()
+    if (size := sum(buffer.numel() for buffer in model.buffers())) > MAX_BUFFERS:
+        raise CheckpointError(
+            f"{source}: the config asks for tables of {size:,} numbers beside the weights (max_position_embeddings?); "
+            f"the most is {MAX_BUFFERS:,}"
+        )
+    tied = model.all_tied_weights_keys
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def check_amount(config: SpeechLLMConfig, stored: Mapping[str, torch.Size], source: str) -> None:
+    """Refuses a config that asks for more numbers than the weights hold, before memory is taken for them.
+
+    Args:
+        stored: shapes in the files, under any names.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing or larger.
+    """
+    if is_deepspeed_zero3_enabled():  # transformers would shard the empty model over the ranks
+        return
+    expected = expected_shapes(config, len(stored), source)
+    asked, there = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (expected, stored))
+    if asked > there:
+        raise CheckpointError(
+            f"{source}: the tensors don't fit the config, which asks for {asked:,} numbers of which {there:,} are "
+            f"there; {_differences(expected, stored)}"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -132,42 +208,75 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
-    if (folder / INDEX_FILE).is_file():
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(index.values()))
-    else:
-        index, files = {}, [WEIGHTS_FILE]
+    index, files = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
-        with _open(folder / name) as file:
-            tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; download or copy the checkpoint again")
+        tensors.update(read_tensors(path))
     if missing := [name for name in index if name not in tensors]:
-        raise CheckpointError(f"{folder}: not in the shards that the index names: {_listed(missing)}")
+        raise CheckpointError(f"{folder}: not in the shards that the index names: {one_line(_listed(missing))}")
     return tensors
 
 
-def read_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """The dtype of each tensor in the folder's weights, from their headers; empty if they are not in safetensors."""
-    if (folder / INDEX_FILE).is_file():
-        files = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        files = {WEIGHTS_FILE}
-    dtypes: dict[str, torch.dtype] = {}
-    for name in files:
-        if (folder / name).is_file():
-            with _open(folder / name) as file:
-                names = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (not a dict)
-            dtypes.update({key: FLOATS[name] for key, name in names.items() if name in FLOATS})
-    return dtypes
+def _weight_files(folder: Path) -> tuple[Iterable[str], list[Path]]:
+    """The tensors that an index names, if there is one, and the files that hold the weights.
+
+    Raises:
+        CheckpointError: if the index is damaged or names a file elsewhere.
+    """
+    file = folder / INDEX_FILE
+    # The order of transformers: a file that holds all comes before an index.
+    if (folder / WEIGHTS_FILE).is_file() or not file.is_file():
+        return (), [inside(folder, WEIGHTS_FILE, folder)]
+    index = read_json(file).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{file}: weight_map must name the file of each tensor")
+    for key, name in index.items():
+        check_name(name, f"{file}: weight_map.{one_line(key, 100)}")
+        if not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: weight_map.{one_line(key, 100)} must be a file called *.safetensors")
+    return index, [inside(folder, name, f"{file}: weight_map") for name in sorted(set(index.values()))]
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); download or copy it again") from error
+@dataclass
+class StoredTensor:
+    """Dtype (`None` if it is not a float of torch) and shape of a tensor in a file."""
+
+    dtype: torch.dtype | None
+    shape: torch.Size
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """What the folder's safetensors hold, from their headers; empty if there are none.
+
+    Raises:
+        CheckpointError: if a file is damaged, or the index names a file elsewhere.
+    """
+    headers = {}
+    for path in _weight_files(folder)[1]:
+        if path.is_file():
+            with _open(path) as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_slice(key)
+                    headers[key] = StoredTensor(FLOATS.get(tensor.get_dtype()), torch.Size(tensor.get_shape()))
+    return headers
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    with reading(file, "is damaged; download or copy it again"), safe_open(file, framework="pt") as opened:
+        yield opened
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    with _open(file) as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
 def write_safetensors(
@@ -183,14 +292,37 @@ def write_safetensors(
         save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{WEIGHTS_FILE} can't be written: {error}") from error
+    apply_umask(folder)
 
 
 def read_side(file: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
-    """Tensors of a side file; none if there is no such file."""
+    """Tensors of a side file; none if there is no such file.
+
+    Raises:
+        CheckpointError: if it is damaged, or holds what `check_side` refuses.
+    """
     if file is None or not os.path.isfile(file):
         return {}
-    with _open(Path(file)) as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+    side = read_tensors(Path(file))
+    check_side(side, file)
+    return side
+
+
+def check_side(side: Mapping[str, torch.Tensor], source: Any) -> None:
+    """Refuses all but the tensors of a CTC branch and the bytes of its vocabulary, a plain file name `*.tiktoken`.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for key, tensor in side.items():
+        if not key.startswith(FILE_PREFIX):
+            if not key.startswith(CTC_PREFIX):
+                raise CheckpointError(f"{source}: {one_line(key, 100)} is no tensor of a CTC branch; remove it")
+            continue
+        name = key.removeprefix(FILE_PREFIX)
+        check_name(name, source)
+        if SIDE_NAME.fullmatch(name) is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise CheckpointError(f"{source}: {one_line(key, 100)} is not the bytes of a *.tiktoken file; remove it")
 
 
 def write_side(side: dict[str, torch.Tensor], file: Path) -> None:
@@ -198,12 +330,14 @@ def write_side(side: dict[str, torch.Tensor], file: Path) -> None:
     if side:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in side.items()}, file, metadata={"format": "pt"})
+        apply_umask(file.parent, file.name)
 
 
 def read_generation_config(folder: Path, config: SpeechLLMConfig) -> GenerationConfig:
     """`generation_config.json`, or what the LLM's config says of ends and padding."""
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
+    if (folder / GENERATION_FILE).is_file():
+        with reading(folder / GENERATION_FILE):
+            return GenerationConfig.from_pretrained(folder)
     return default_generation_config(config)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,57 @@ from ..audio.fbank import FbankFeatureExtractor
 from ..model.configuration import SpeechLLMConfig
 from ..model.processing import SpeechLLMProcessor
 from .checkpoint import (
+    CTC_PREFIX,
     EMBEDDINGS,
+    FILE_PREFIX,
     HEAD,
     Checkpoint,
     CheckpointError,
+    build_config,
+    check_side,
     check_tensors,
     default_generation_config,
     settle_tying,
     widest,
 )
 from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
+from .untrusted import check_folder, inside, one_line, read_json, read_yaml, reading
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METAS_FILE, WEIGHTS_FILE, LLM_FOLDER = "config.yaml", "configuration.json", "model.pt", "Qwen3-0.6B"
-CTC_PREFIX = "ctc"  # `ctc_decoder.*` and `ctc.*`: a branch for timestamps that training never touches
-FILE_PREFIX = "file:"  # in a side file: the bytes of a file that the CTC branch needs
 # The original computes positions for any length. Ours are a table, long enough for 10 minutes at 60 ms a frame.
 MAX_POSITIONS = 10001
 LAYER_NORM_EPS = 1e-12  # of `models/transformer/layer_norm.py`
 # Our own section of config.yaml, ignored by FunASR: what it has no key for.
 SECTION = "hf_speechllm"
+# What the readers below take from either file: mappings, types, and the least and the most of numbers.
+WIDTH, LAYERS, RATE = (1, 1_000_000), (0, 10_000), (0.0, 1.0)
+TYPES: dict[str, dict[str, Any]] = {
+    CONFIG_FILE: {
+        "audio_encoder_conf": {
+            "output_size": WIDTH, "attention_heads": WIDTH, "linear_units": WIDTH, "num_blocks": LAYERS,
+            "tp_blocks": LAYERS, "dropout_rate": RATE, "attention_dropout_rate": RATE, "kernel_size": WIDTH,
+            "sanm_shfit": LAYERS,
+        },
+        "audio_adaptor_conf": {
+            "downsample_rate": (1, 10_000), "use_low_frame_rate": bool, "ffn_dim": WIDTH, "n_layer": LAYERS,
+            "attention_heads": WIDTH, "attention_dropout_rate": RATE, "dropout_rate": RATE,
+        },
+        "frontend_conf": {
+            "n_mels": (1, 1000), "lfr_m": (1, 1000), "lfr_n": (1, 1000), "fs": (1000, 1_000_000),
+            "frame_length": (1, 1000), "frame_shift": (1, 1000), "window": str, "upsacle_samples": bool,
+        },
+        "llm_conf": {"init_param_path": str, "lora_conf": {"r": WIDTH, "lora_alpha": (0.0, 1e6)}},
+        "tokenizer_conf": {},
+        "dataset_conf": {"do_think": bool, "sys_prompt": bool},
+        SECTION: {
+            "max_position_embeddings": (1, 10_000_000), "layer_norm_eps": RATE, "audio_token_id": (0, 2**31),
+            "generation_config": {},
+        },
+    },
+    METAS_FILE: {"file_path_metas": {"init_param": str, "llm_conf": {"init_param_path": str}}},
+}  # fmt: skip
 LLM_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -55,10 +86,11 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     encoder, adaptor = conf.get("audio_encoder_conf") or {}, conf.get("audio_adaptor_conf") or {}
     frontend, ours = conf.get("frontend_conf") or {}, conf.get(SECTION) or {}
     blocks, tp_blocks = encoder.get("num_blocks", 6), encoder.get("tp_blocks", 0)
-    llm = AutoConfig.from_pretrained(llm_folder(folder, files))
+    with reading(llm_folder(folder, files) / "config.json"):
+        llm = AutoConfig.from_pretrained(llm_folder(folder, files), trust_remote_code=False)
     llm.name_or_path = ""  # the folder is of no use to who loads the result
-    return SpeechLLMConfig(
-        audio_encoder_config={
+    values = {
+        "audio_encoder_config": {
             "model_type": "fun_asr_nano_encoder",
             "num_mel_bins": frontend.get("n_mels", 80),
             "num_stacked_frames": frontend.get("lfr_m", 1),
@@ -72,7 +104,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
             "fsmn_kernel_size": encoder.get("kernel_size", 11),
             "max_position_embeddings": ours.get("max_position_embeddings", MAX_POSITIONS),
         },
-        audio_adaptor_config={
+        "audio_adaptor_config": {
             "downsample_rate": adaptor.get("downsample_rate", 2),
             "use_low_frame_rate": adaptor.get("use_low_frame_rate", False),
             "projector_hidden_size": adaptor.get("ffn_dim", 2048),
@@ -82,27 +114,49 @@ def read_config(folder: Path) -> SpeechLLMConfig:
             "hidden_dropout": adaptor.get("dropout_rate", 0.0),
             "layer_norm_eps": ours.get("layer_norm_eps", LAYER_NORM_EPS),
         },
-        llm_config=llm,
-        audio_token_id=ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
-        funasr_files=files,
-    )
+        "llm_config": llm,
+        "audio_token_id": ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
+        "funasr_files": files,
+    }
+    return build_config(values, folder / CONFIG_FILE)
 
 
 def _read_files(folder: Path) -> dict[str, Any]:
     """`config.yaml` and `configuration.json`, parsed."""
     files: dict[str, Any] = {}
-    for name, parse, errors in ((CONFIG_FILE, yaml.safe_load, yaml.YAMLError), (METAS_FILE, json.loads, ValueError)):
-        if not (folder / name).is_file():
-            if name == METAS_FILE:  # FunASR too does without it
-                continue
+    for name, parse in ((CONFIG_FILE, read_yaml), (METAS_FILE, read_json)):
+        if (folder / name).is_file():
+            files[name] = parse(inside(folder, name, folder))
+            _check_types(files[name], TYPES[name], folder / name)
+        elif name == CONFIG_FILE:  # FunASR too does without the other one
             raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
-        try:
-            files[name] = parse((folder / name).read_text(encoding="utf-8"))
-        except errors as error:
-            raise CheckpointError(f"{folder / name} can't be parsed: {error}") from error
-        if not isinstance(files[name], dict):
-            raise CheckpointError(f"{folder / name} must hold a mapping")
     return files
+
+
+def _check_types(values: dict[str, Any], types: dict[str, Any], source: Any, path: str = "") -> None:
+    """Refuses fields of `config.yaml` and `configuration.json` that are not what the readers below take them for.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    for key, expected in types.items():
+        value = values.get(key)
+        if value is None:  # the readers take the default
+            values.pop(key, None)
+        elif isinstance(expected, dict):
+            if not isinstance(value, dict):
+                raise CheckpointError(f"{source}: {path}{key} must hold a mapping")
+            _check_types(value, expected, source, f"{path}{key}.")
+        elif isinstance(expected, tuple):
+            least, most = expected
+            is_number = isinstance(value, type(most)) or (isinstance(most, float) and isinstance(value, int))
+            if not is_number or isinstance(value, bool) or not least <= value <= most:
+                kind = "number" if isinstance(most, float) else "whole number"
+                raise CheckpointError(
+                    f"{source}: {path}{key} is {one_line(value, 100)}; it must be a {kind} from {least} to {most:,}"
+                )
+        elif not isinstance(value, expected):
+            raise CheckpointError(f"{source}: {path}{key} is {one_line(value, 100)}, not a {expected.__name__}")
 
 
 def _refuse_unknown(conf: dict, folder: Path) -> None:
@@ -138,13 +192,22 @@ def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
         (metas.get("llm_conf") or {}).get("init_param_path"),
         (files[CONFIG_FILE].get("llm_conf") or {}).get("init_param_path"),
     ]
-    candidates = [folder / path for path in named if path] + [folder / Path(path).name for path in named if path]
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
-            return candidate
+    # A path of the machine where the model was trained stands for the folder of that name beside the weights.
+    names = [name for path in named if path for name in (path, re.split(r"[/\\]", path.rstrip("/\\"))[-1])]
+    candidates = []
+    for name in dict.fromkeys(names):
+        try:
+            candidates.append(inside(folder, name, f"{folder}: llm_conf.init_param_path"))
+        except CheckpointError:
+            if (folder / name).is_symlink():
+                raise
+            continue
+        if (candidates[-1] / "config.json").is_file():
+            check_folder(candidates[-1])
+            return candidates[-1]
     raise CheckpointError(
-        f"{folder}: the LLM's folder with config.json and tokenizer is missing; looked for "
-        f"{', '.join(map(str, dict.fromkeys(candidates))) or 'llm_conf.init_param_path in config.yaml'}"
+        f"{folder}: the LLM's folder with config.json and tokenizer is missing; copy it there; looked for "
+        f"{', '.join(map(str, candidates)) or 'llm_conf.init_param_path in config.yaml'}"
     )
 
 
@@ -158,11 +221,13 @@ def read(folder: Path) -> Checkpoint:
     config = read_config(folder)
     files = config.funasr_files or {}
     metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
-    file = folder / metas.get("init_param", WEIGHTS_FILE)
+    file = inside(folder, metas.get("init_param", WEIGHTS_FILE), f"{folder / METAS_FILE}: file_path_metas.init_param")
     state = load_state_dict(file)
     side = {name: state.pop(name) for name in list(state) if name.startswith(CTC_PREFIX)}
     for path in sorted(folder.glob("*.tiktoken")):  # the CTC branch's vocabulary
-        side[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        content = inside(folder, path.name, path).read_bytes()
+        side[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    check_side(side, file)
     merge_lora(state, files[CONFIG_FILE].get("llm_conf") or {}, file)
     tensors = to_ours(state, config)
     if HEAD not in tensors and not config.llm_config.tie_word_embeddings:
@@ -170,7 +235,8 @@ def read(folder: Path) -> Checkpoint:
     settle_tying(config, tensors)
     config.dtype = widest(tensor.dtype for tensor in tensors.values())
     saved = (files[CONFIG_FILE].get(SECTION) or {}).get("generation_config")
-    generation = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
+    with reading(folder / CONFIG_FILE, f"has an unusable {SECTION}.generation_config"):
+        generation = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
     checkpoint = Checkpoint(config, tensors, generation, side)
     check_tensors(checkpoint, str(file), lambda name: to_funasr_name(name, config))
     return checkpoint
@@ -245,6 +311,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
     refuse(checkpoint.config, force)
     config = checkpoint.config
     state = to_funasr(checkpoint.tensors, config)
+    check_side(checkpoint.side, "the CTC branch")
     for name, tensor in checkpoint.side.items():
         if name.startswith(FILE_PREFIX):
             (folder / name.removeprefix(FILE_PREFIX)).write_bytes(tensor.numpy().tobytes())
@@ -255,6 +322,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
     except RuntimeError as error:  # how torch tells a full disk
         raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
     files = copy.deepcopy(config.funasr_files or {})
+    _check_types(files, TYPES, "config.json", "funasr_files.")
     conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(conf, sort_keys=False, allow_unicode=True), encoding="utf-8")
     metas = _funasr_metas(files.get(METAS_FILE, {}))

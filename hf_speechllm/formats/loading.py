@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,27 @@ from .checkpoint import (
     MAX_SHARD_SIZE,
     Checkpoint,
     CheckpointError,
+    StoredTensor,
+    build_config,
+    check_amount,
     check_tensors,
     new_folder,
     part_dtypes,
-    read_dtypes,
     read_generation_config,
+    read_headers,
     read_safetensors,
     read_side,
     widest,
     write_safetensors,
     write_side,
 )
+from .untrusted import base_model, check_folder, inside, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
 LAYOUTS = (OWN, NATIVE, FUNASR)
 READERS = {NATIVE: native, FUNASR: funasr, PARTIAL: partial}
 SIDE_FILE = "ctc.safetensors"
+PROCESSOR_FAULT = "holds no processor that can be used"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # What to download of a repository: (config and tokenizer, weights).
 FILES = {
@@ -58,8 +62,9 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         CheckpointError: if it is a model of another kind, or none at all.
         OSError: if there is no such folder or repository.
     """
-    if os.path.isfile(name):
-        return OWN  # a config.json named by itself
+    if os.path.isfile(name):  # a config.json named by itself
+        read_json(Path(name))
+        return OWN
     model_type = _read_json(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
         return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
@@ -71,7 +76,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         return FUNASR
     if model_type is not None:
         raise CheckpointError(
-            f"{name} is a {model_type} model, not a speech LLM; compose one with recipes/compose_model.py"
+            f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
     raise CheckpointError(
         f"{name} holds no model: there is neither config.json (ours, transformers') nor adapter_config.json (peft's) "
@@ -87,14 +92,12 @@ def _read_json(name: str | os.PathLike[str], file: str, hub: dict) -> dict:
     path = _find(name, file, hub)
     if path is None:
         return {}
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} can't be parsed: {error}") from error
+    inside(Path(path).parent, Path(path).name, path)
+    return read_json(Path(path))
 
 
 def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool = True) -> Path:
-    """The checkpoint as a local folder, downloaded if it is on the Hub."""
+    """The checkpoint as a local folder, downloaded if it is on the Hub; see `untrusted.check_folder`."""
     hub = {key: value for key, value in hub.items() if value is not None}
     subfolder = hub.pop("subfolder", "")
     if not os.path.exists(name):
@@ -103,7 +106,10 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         name = snapshot_download(str(name), allow_patterns=patterns, **hub)
-    return Path(name) / subfolder
+    folder = Path(name) / subfolder
+    if folder.is_dir():
+        check_folder(folder)
+    return folder
 
 
 def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None:
@@ -111,11 +117,15 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     hub = _hub_options(options)
     layout = find_layout(name, **hub)
     if layout in (OWN, PARTIAL):
+        file = Path(name if os.path.isfile(name) else str(_find(name, "config.json", hub)))
+        build_config(read_json(file), file)  # transformers' own errors name neither file nor field
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
-        return SpeechLLMConfig.from_pretrained(adapters.base_model(folder), **_base_options(hub)).to_dict()
-    return READERS[layout].read_config(folder).to_dict()
+        with base_model(folder / adapters.CONFIG_FILE) as base:
+            return SpeechLLMConfig.from_pretrained(base, **_base_options(hub)).to_dict()
+    with reading(folder):
+        return READERS[layout].read_config(folder).to_dict()
 
 
 def load_model(
@@ -136,16 +146,22 @@ def load_model(
     dtype = next((item for item in asked if item is not None and item != "auto"), None)
     want_info = options.pop("output_loading_info", False)
     if layout == ADAPTER:
-        base, options = adapters.base_model(folder), _base_options(options)
-        model, info = model_class.from_pretrained(base, *model_args, dtype=dtype, output_loading_info=True, **options)
+        options = _base_options(options)
+        with base_model(folder / adapters.CONFIG_FILE) as base:
+            model, info = model_class.from_pretrained(
+                base, *model_args, dtype=dtype, output_loading_info=True, **options
+            )
         model = adapters.merge(model, folder, keep_dtypes=dtype is None)
+        model.name_or_path = stored_base(name)  # the base model of adapters that are trained on it in turn
         return (model, info) if want_info else model
 
     if layout == OWN:
         source, side = name, read_side(_find(name, SIDE_FILE, hub))
-        stored = part_dtypes(read_dtypes(folder))
+        headers = _check_own(folder, options)
+        stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
     else:
-        checkpoint = READERS[layout].read(folder)
+        with reading(folder):
+            checkpoint = READERS[layout].read(folder)
         source, side = None, checkpoint.side
         stored = part_dtypes({key: tensor.dtype for key, tensor in checkpoint.tensors.items()})
         options.setdefault("generation_config", checkpoint.generation_config)
@@ -158,24 +174,57 @@ def load_model(
     load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
     model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
+        missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
         raise CheckpointError(
-            f"{name}: the tensors don't fit the config; missing: {', '.join(sorted(info['missing_keys'])) or 'none'}; "
-            f"unexpected: {', '.join(sorted(info['unexpected_keys'])) or 'none'}"
+            f"{name}: the tensors don't fit the config; missing: {missing or 'none'}; "
+            f"unexpected: {unexpected or 'none'}"
         )
     if strict and info["mismatched_keys"]:
         shapes = [
             f"{key} is {tuple(found)}, not {tuple(asked)}" for key, found, asked in sorted(info["mismatched_keys"])
         ]
-        raise CheckpointError(f"{name}: the tensors don't fit the config; of a wrong shape: {', '.join(shapes)}")
+        raise CheckpointError(
+            f"{name}: the tensors don't fit the config; of a wrong shape: {one_line(', '.join(shapes))}"
+        )
     if dtype is None and len(set(stored.values())) > 1:
         for part, part_dtype in stored.items():
             for parameter in getattr(model, part).parameters():  # not the buffers: position tables stay float32
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(part_dtype)
     if source is None:
-        model.name_or_path = model.config.name_or_path = str(name)  # where an adapter looks for its base model
+        model.config.name_or_path = str(name)
+    model.name_or_path = stored_base(name)  # where an adapter looks for its base model
     model.side_tensors = side
     return (model, info) if want_info else model
+
+
+def _check_own(folder: Path, options: dict) -> dict[str, StoredTensor]:
+    """Checks a folder in our own layout, which transformers reads: nothing else is read, no more than it holds.
+
+    Returns:
+        Dtypes and shapes of its tensors; none if they are not in safetensors.
+    """
+    if (folder / adapters.CONFIG_FILE).exists():  # transformers would load the model that the adapter names
+        raise CheckpointError(
+            f"{folder} holds both config.json and {adapters.CONFIG_FILE}; a folder is either a model or an adapter"
+        )
+    options.setdefault("use_safetensors", True)
+    headers = read_headers(folder) if folder.is_dir() else {}
+    if headers and not options.get("ignore_mismatched_sizes") and not options.get("variant"):
+        config = options.get("config") or read_config(folder)
+        check_amount(config, {key: item.shape for key, item in headers.items()}, str(folder))
+        if "generation_config" not in options:
+            read_generation_config(folder, config)
+    return headers
+
+
+def read_config(folder: Path) -> SpeechLLMConfig:
+    """The config of a folder in our own layout.
+
+    Raises:
+        CheckpointError: if it is missing, or no config of a speech LLM.
+    """
+    return build_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _override(config: SpeechLLMConfig, options: dict) -> SpeechLLMConfig:
@@ -203,22 +252,31 @@ def load_processor(
         CheckpointError: if a file is missing or damaged, or the tokenizer lacks a token of the dialogue format.
     """
     hub = _hub_options(options)
+    options.setdefault("trust_remote_code", False)  # `None` would ask whoever sits at the terminal
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class")
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
     if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed apart from its model
         folder = _fetch(name, NATIVE, hub, weights=False)
-        return native.read_processor(
-            folder, AutoTokenizer.from_pretrained(folder), SpeechLLMConfig.from_pretrained(folder)
-        )
-    if layout == OWN:
-        return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
+        with reading(folder, PROCESSOR_FAULT):
+            config = SpeechLLMConfig.from_pretrained(folder)
+            return native.read_processor(folder, _read_tokenizer(folder, options), config)
     folder = _fetch(name, layout, hub, weights=False)
+    if layout == OWN:
+        with reading(folder, PROCESSOR_FAULT):
+            return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
     if layout == ADAPTER:
-        return processor_class.from_pretrained(adapters.base_model(folder), **_base_options(options))
-    config = READERS[layout].read_config(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder if layout == NATIVE else funasr.llm_folder(folder))
-    return READERS[layout].read_processor(folder, tokenizer, config)
+        with base_model(folder / adapters.CONFIG_FILE) as base:
+            return processor_class.from_pretrained(base, **_base_options(options))
+    with reading(folder, PROCESSOR_FAULT):
+        config = READERS[layout].read_config(folder)
+        tokenizer = _read_tokenizer(folder if layout == NATIVE else funasr.llm_folder(folder), options)
+        return READERS[layout].read_processor(folder, tokenizer, config)
+
+
+def _read_tokenizer(folder: Path, options: dict) -> Any:
+    check_folder(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
 
 
 def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
@@ -232,8 +290,9 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         return Checkpoint.of(SpeechLLMForConditionalGeneration.from_pretrained(name, **hub))
     folder = _fetch(name, layout, hub)
     if layout != OWN:
-        return READERS[layout].read(folder)
-    config = SpeechLLMConfig.from_pretrained(folder)
+        with reading(folder):
+            return READERS[layout].read(folder)
+    config = read_config(folder)
     tensors = read_safetensors(folder)
     side = read_side(folder / SIDE_FILE)
     checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), side)

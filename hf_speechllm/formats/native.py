@@ -17,6 +17,7 @@ from .checkpoint import (
     MAX_SHARD_SIZE,
     Checkpoint,
     CheckpointError,
+    build_config,
     check_tensors,
     read_generation_config,
     read_safetensors,
@@ -26,6 +27,7 @@ from .checkpoint import (
     write_safetensors,
     write_side,
 )
+from .untrusted import read_json, reading
 
 MODEL_TYPE, PROCESSOR_CLASS = "fun_asr_nano", FunAsrNanoProcessor.__name__
 # Our own key in the native config: how the model was trained. Where it is missing, the model is a release, or trained
@@ -131,21 +133,23 @@ def read_config(folder: Path) -> SpeechLLMConfig:
 
     Without our marker, `use_low_frame_rate` is true and the adaptor's LayerNorm epsilon that of the original.
     """
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    native = FunAsrNanoConfig.from_dict(raw)
+    raw = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        native = FunAsrNanoConfig.from_dict(raw)
     adaptor = {name: getattr(native.adaptor_config, name) for name in ADAPTOR_FIELDS}
     adaptor["use_low_frame_rate"] = raw.get(MARKER, True)
     if MARKER not in raw:
         adaptor["layer_norm_eps"] = ORIGINAL_LAYER_NORM_EPS
     native.text_config.tie_word_embeddings = native.tie_word_embeddings
-    return SpeechLLMConfig(
-        audio_encoder_config=native.audio_config,
-        audio_adaptor_config=adaptor,
-        llm_config=native.text_config,
-        audio_token_id=native.audio_token_id,
-        initializer_range=native.initializer_range,
-        funasr_files=raw.get("funasr_files"),
-    )
+    values = {
+        "audio_encoder_config": native.audio_config,
+        "audio_adaptor_config": adaptor,
+        "llm_config": native.text_config,
+        "audio_token_id": native.audio_token_id,
+        "initializer_range": native.initializer_range,
+        "funasr_files": raw.get("funasr_files"),
+    }
+    return build_config(values, folder / "config.json")
 
 
 def read(folder: Path) -> Checkpoint:
@@ -165,10 +169,10 @@ def read(folder: Path) -> Checkpoint:
 
 def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
     """Our processor of a native checkpoint."""
-    raw = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder / "processor_config.json")
     features = raw.get("feature_extractor", {})
     if not features and (folder / "preprocessor_config.json").is_file():
-        features = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        features = read_json(folder / "preprocessor_config.json")
     options = {name: features[name] for name in (*FEATURE_FIELDS, "waveform_scale", "dither") if name in features}
     options["window_type"] = features.get("window", "hamming")
     return SpeechLLMProcessor(

@@ -10,9 +10,16 @@ from pathlib import Path
 import torch
 
 from ..files import atomic_write
-from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS
-from .checkpoint import Checkpoint, CheckpointError, read_generation_config, read_safetensors
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    build_config,
+    check_tensors,
+    read_generation_config,
+    read_safetensors,
+)
+from .untrusted import base_model, one_line, read_json, stored_base
 
 REFERENCE_FILE = "base_model.json"
 
@@ -25,7 +32,7 @@ def write_reference(folder: Path, name: str, digest: str) -> None:
         digest: `hash_tensors` of the parts that it is to give.
     """
     with atomic_write(folder / REFERENCE_FILE) as file:
-        json.dump({"base_model_name_or_path": name, "sha256": digest}, file, indent=1)
+        json.dump({"base_model_name_or_path": stored_base(name), "sha256": digest}, file, indent=1)
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -45,14 +52,15 @@ def read(folder: Path) -> Checkpoint:
     """
     from .loading import read_checkpoint  # which builds on this module
 
-    reference = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
-    name = reference["base_model_name_or_path"]
-    base, trained = read_checkpoint(name), read_safetensors(folder)
+    with base_model(folder / REFERENCE_FILE) as name:
+        base, trained = read_checkpoint(name), read_safetensors(folder)
     parts = {key.split(".", 1)[0] for key in trained} & set(PARTS)
     frozen = {key: tensor for key, tensor in base.tensors.items() if key.split(".", 1)[0] not in parts}
     check_base(folder, frozen)
-    config = SpeechLLMConfig.from_pretrained(folder)
-    return Checkpoint(config, {**frozen, **trained}, read_generation_config(folder, config), base.side)
+    config = build_config(read_json(folder / "config.json"), folder / "config.json")
+    checkpoint = Checkpoint(config, {**frozen, **trained}, read_generation_config(folder, config), base.side)
+    check_tensors(checkpoint, str(folder))
+    return checkpoint
 
 
 def check_base(folder: Path, frozen: Mapping[str, torch.Tensor]) -> None:
@@ -61,9 +69,9 @@ def check_base(folder: Path, frozen: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: if they are not.
     """
-    reference = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8"))
-    if hash_tensors(frozen) != reference["sha256"]:
+    reference = read_json(folder / REFERENCE_FILE)
+    if hash_tensors(frozen) != reference.get("sha256"):
         raise CheckpointError(
-            f"{folder} holds the trained parts of {reference['base_model_name_or_path']}, whose other parts have "
-            f"changed since; restore that model, or name its place in {REFERENCE_FILE}"
+            f"{folder} holds the trained parts of {one_line(reference.get('base_model_name_or_path'))}, whose other "
+            f"parts have changed since; restore that model, or name its place in {REFERENCE_FILE}"
         )

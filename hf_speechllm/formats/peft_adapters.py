@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import re
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import regex
 import torch
 from transformers import PreTrainedModel
 
 from ..model.modeling import PARTS
-from .checkpoint import CheckpointError, widest
+from .checkpoint import CheckpointError, one_line, read_tensors, widest
+from .untrusted import inside, read_json, reading
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
-def base_model(folder: Path) -> str:
-    """The model that the adapter was trained on: `base_model_name_or_path`.
-
-    Raises:
-        CheckpointError: if the adapter names none.
-    """
-    name = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise CheckpointError(f"{folder / CONFIG_FILE} names no base model; write its folder or Hub id there")
-    return name
+# Options that import a module by name, read other files, or multiply layers.
+REFUSED = ("megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "layer_replication")
+INITIAL = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")  # of `init_lora_weights`, without data
+MAX_RANK = 1024  # unless the tensors have a higher one
+MATCHING_SECONDS = 2.0  # for all patterns of an adapter; a hostile one may take for ever
 
 
 def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrainedModel:
@@ -40,26 +38,28 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
     Raises:
         CheckpointError: if tensors of the adapter are missing or unexpected, or don't fit the base model.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing; download or copy the adapter again")
-    config = PeftConfig.from_pretrained(str(folder))
-    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors = read_tensors(inside(folder, WEIGHTS_FILE, folder))
+    with reading(folder / CONFIG_FILE):
+        config = _read_config(folder, tensors, [name for name, _ in model.named_modules()])
     if keep_dtypes:
         for part in set(config.modules_to_save or ()) & set(PARTS):
             dtype = widest(tensor.dtype for name, tensor in tensors.items() if f".{part}." in name)
             for parameter in getattr(model, part).parameters():
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype))
     config.inference_mode = True
-    wrapped = get_peft_model(model, config)
+    with reading(folder / CONFIG_FILE):
+        wrapped = get_peft_model(model, config)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} doesn't fit {config.base_model_name_or_path}; "
-            f"missing: {', '.join(sorted(missing)) or 'none'}; unexpected: {', '.join(sorted(unexpected)) or 'none'}"
+            f"missing: {one_line(', '.join(sorted(missing))) or 'none'}; "
+            f"unexpected: {one_line(', '.join(sorted(unexpected))) or 'none'}"
         )
     misshapen = [name for name in expected if tensors[name].shape != expected[name].shape]
     if misshapen:
@@ -68,6 +68,63 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
             f"of a wrong shape: {', '.join(misshapen)}"
         )
     set_peft_model_state_dict(wrapped, tensors)
-    merged = wrapped.merge_and_unload(safe_merge=True)
+    with reading(folder, "can't be merged"):
+        merged = wrapped.merge_and_unload(safe_merge=True)
     merged.requires_grad_(True).eval()
     return merged
+
+
+def _read_config(folder: Path, tensors: dict[str, torch.Tensor], names: list[str]) -> Any:
+    """The `LoraConfig` of an adapter, with its regular expressions replaced by the modules that they match.
+
+    Args:
+        names: of the base model's modules.
+
+    Raises:
+        CheckpointError: if it is of another kind than LoRA, or has options that are not for a stranger to choose.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    file = folder / CONFIG_FILE
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        kind = one_line(settings.get("peft_type"), 100)
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; only LORA can be merged")
+    for key in REFUSED:
+        if settings.get(key):
+            raise CheckpointError(f"{file}: {key} is not supported; remove it")
+    initial = settings.get("init_lora_weights", True)
+    if not isinstance(initial, bool) and not (isinstance(initial, str) and INITIAL.fullmatch(initial)):
+        raise CheckpointError(f"{file}: init_lora_weights is {one_line(initial, 100)!r}; set it to true")
+    for key in ("modules_to_save", "layers_pattern"):
+        items = settings.get(key) or []
+        for item in [items] if isinstance(items, str) else items:
+            if not isinstance(item, str) or not re.fullmatch(r"[\w.]+", item):
+                raise CheckpointError(f"{file}: {key}: {one_line(item, 100)!r} is not the name of a module")
+    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    ranks = [settings.get("r", LoraConfig.r), *patterns["rank_pattern"].values()]
+    most = max([MAX_RANK, *(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name and tensor.dim())])
+    if not all(isinstance(rank, int) and 1 <= rank <= most for rank in ranks):
+        raise CheckpointError(f"{file}: r and rank_pattern must be whole numbers from 1 to {most}")
+    end = time.monotonic() + MATCHING_SECONDS
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(key), str) and settings[key] != "all-linear":
+            settings[key] = list(_matching(settings[key], names, end, f"{file}: {key}"))
+    for key, pattern in patterns.items():
+        values: dict[str, int] = {}
+        for expression, value in pattern.items():
+            for name in _matching(rf"(.*\.)?({expression})", names, end, f"{file}: {key}"):
+                values.setdefault(re.escape(name), value)
+        settings[key] = values
+    return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**settings))
+
+
+def _matching(pattern: str, names: Iterable[str], end: float, source: str) -> Iterable[str]:
+    for name in names:
+        try:
+            if regex.fullmatch(pattern, name, timeout=max(0.0, end - time.monotonic())):
+                yield name
+        except TimeoutError as error:
+            raise CheckpointError(f"{source} takes too long to match the names of the modules; list them") from error
+        except regex.error as error:
+            raise CheckpointError(f"{source} is no regular expression ({one_line(error)})") from error

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 
-from .. import __version__
-from ..data.dataset import row_seconds
-from ..data.streaming import RowStream
-from ..training.validation import set_names
+from ..evaluation.validation_metrics import metric_prefix, set_names
 from .upload import TAGS, hub_id, usage
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-    from ..training.arguments import SpeechLLMTrainingArguments
-
-LIBRARIES = ("transformers", "torch", "accelerate", "peft", "datasets")
 
 
 @dataclass
@@ -42,59 +31,30 @@ class DataSummary:
     seconds: float | None
 
 
-def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
-    """Rows and seconds of the training files and the validation sets.
-
-    Args:
-        train_dataset: rows of `data.dataset`, or a stream.
-        eval_dataset: the same, or a dict of them by name, or `None`.
-    """
-    if isinstance(train_dataset, RowStream):
-        sets = [DataSummary(Path(file).name, "training", None, None) for file in train_dataset.files]
-    else:
-        known = "file" in train_dataset.column_names
-        files = train_dataset["file"] if known else ["training"] * len(train_dataset)
-        seconds = defaultdict(list)
-        for file, duration in zip(files, row_seconds(train_dataset), strict=True):
-            seconds[file].append(float(duration))
-        sets = [DataSummary(Path(file).name, "training", len(rows), sum(rows)) for file, rows in seconds.items()]
-    validation = eval_dataset or {}
-    for name, dataset in (validation if isinstance(validation, dict) else {"validation": validation}).items():
-        sets.append(DataSummary(name, "validation", len(dataset), float(row_seconds(dataset).sum())))
-    return sets
-
-
 def model_card(
     name: str,
-    args: SpeechLLMTrainingArguments,
     source: str,
     parameters: Mapping[str, tuple[int, int]],
     data: Sequence[DataSummary],
+    settings: Sequence[tuple[str, object]],
+    lora: str | None = None,
     log_history: Sequence[Mapping[str, float]] = (),
     scores: Mapping[str, float] | None = None,
-    selection: str | None = None,
-    epochs: float | None = None,
-    steps: int | None = None,
     language: list[str] | None = None,
     licence: str | None = None,
-    lora: LoraConfig | None = None,
-    augmentations: Sequence[object] = (),
 ) -> str:
     """Writes the card of a trained model; it names files, but no folder of the machine, and no secret.
 
     Args:
         name: Hub id of the model, or the name of its folder.
-        args: of the training.
-        source: folder or Hub id of the model that training began with.
+        source: Hub id or folder of the base model.
         parameters: of each part, trained and in all; see `freezing.count_parameters`.
         data: the sets.
+        settings: of training, names and values.
+        lora: settings of the adapters, as text; `None` without LoRA.
         log_history: of `TrainerState`; the validation at step 0, if there is one, gives the scores before training.
-        scores: metrics of the model as it is; default those of the last validation in the log.
-        selection: which weights these are, in words; `None` if they are simply the last.
-        epochs, steps: that were trained.
+        scores: metrics of the final weights; default those of the last validation in the log.
         language, licence: ISO codes and SPDX id, where known.
-        lora: the adapters of the LLM, if there are any.
-        augmentations: of the training rows, see `data.augmentation`.
 
     Returns:
         Markdown with a YAML front matter.
@@ -108,19 +68,36 @@ def model_card(
         tags=[*TAGS, *(["lora"] if lora else [])],
         pipeline_tag=TAGS[0],
     )
-    origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model `{Path(source).resolve().name}`"
-    origin = origin if source else "a model that was composed"
+    local = _code(Path(source).resolve().name)
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model {local}"
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {name.split('/')[-1]}",
         f"A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech, fine-tuned from {origin} with "
         "`hf_speechllm`.",
-        _trained(parameters, base, lora),
+        _trained(parameters, lora, base),
         _data(data),
-        _settings(args, parameters, epochs, steps, selection, augmentations),
+        "## Settings\n" + _table(("setting", "value"), [(name, _escape(value)) for name, value in settings]),
         _scores(log_history, scores),
         usage(name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _one_line(text: object) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def _escape(text: object) -> str:
+    """Text as Markdown shows it, without markup, also in a table."""
+    line = html.escape(_one_line(text), quote=False)
+    return "".join(f"\\{char}" if char in "\\`*[]|~" else char for char in line)
+
+
+def _code(name: object) -> str:
+    """A name of a file or set, which may hold anything, as code."""
+    line = _one_line(name).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -128,17 +105,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _trained(parameters: Mapping[str, tuple[int, int]], base: str | None, lora: LoraConfig | None) -> str:
-    rows = [
-        (part, f"{trained / 1e6:,.2f}", f"{total / 1e6:,.2f}")
-        for part, (trained, total) in parameters.items()
-    ]  # fmt: skip
+def _trained(parameters: Mapping[str, tuple[int, int]], lora: str | None, base: str | None) -> str:
+    rows = [(part, f"{trained / 1e6:,.2f}", f"{total / 1e6:,.2f}") for part, (trained, total) in parameters.items()]
     text = "## What was trained\n" + _table(("part", "trained (million parameters)", "of"), rows)
     if lora:
-        text += (
-            f"\n\nThe LLM was trained with low-rank adapters (LoRA, rank {lora.r}, alpha {lora.lora_alpha}, "
-            f"dropout {lora.lora_dropout:g}) on `{lora.target_modules}`. "
-        )
+        text += f"\n\nThe LLM was trained with low-rank adapters (LoRA, {lora}). "
         text += (
             "The repository holds the adapters; they are merged into the base model when it is loaded."
             if base
@@ -151,46 +122,13 @@ def _data(data: Sequence[DataSummary]) -> str:
     rows = [
         (
             item.use,
-            f"`{item.name}`",
+            _code(item.name),
             "streamed" if item.rows is None else f"{item.rows:,}",
             "not counted" if item.seconds is None else f"{item.seconds / 3600:.2f}",
         )
         for item in data
     ]
     return "## Data\n" + _table(("use", "set", "rows", "hours"), rows) if rows else ""
-
-
-def _settings(
-    args: SpeechLLMTrainingArguments,
-    parameters: Mapping[str, tuple[int, int]],
-    epochs: float | None,
-    steps: int | None,
-    selection: str | None,
-    augmentations: Sequence[object],
-) -> str:
-    rows: list[tuple[str, object]] = []
-    for part, (trained, _) in parameters.items():
-        rate = getattr(args, f"{part}_learning_rate")
-        if trained:
-            rows.append((f"learning rate, {part}", f"{args.learning_rate if rate is None else rate:g}"))
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    devices, accumulation = args.world_size, args.gradient_accumulation_steps
-    rows += [
-        (
-            "schedule",
-            f"{schedule}, warm-up {args.warmup_steps:g}" + (" of the steps" if 0 < args.warmup_steps < 1 else ""),
-        ),
-        ("batch", f"{args.per_device_train_batch_seconds:g} s x {devices} device(s) x {accumulation} accumulated"),
-        ("epochs", "" if epochs is None else f"{epochs:.2f}"),
-        ("steps", "" if steps is None else f"{steps:,}"),
-        ("weights", selection or ""),
-        ("weight decay", f"{args.weight_decay:g}"),
-        ("precision", "float32 weights" + (", bfloat16 compute" if args.bf16 else "")),
-        ("augmentation", ", ".join(map(str, augmentations)) or "none"),
-        ("seed", args.seed),
-        ("versions", ", ".join([f"hf_speechllm {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])),
-    ]
-    return "## Settings\n" + _table(("setting", "value"), [row for row in rows if row[1] != ""])
 
 
 def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, float] | None) -> str:
@@ -204,8 +142,8 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
         header += ["CER before training", "CER after training"]
     rows = []
     for name in set_names(scores):
-        prefix = f"eval_{name}" if name else "eval"
-        row = [f"`{name or 'validation'}`", f"{scores[f'{prefix}_loss']:.4f}"]
+        prefix = metric_prefix("eval", name)
+        row = [_code(name or "validation"), f"{scores[f'{prefix}_loss']:.4f}"]
         row.append(f"{scores[f'{prefix}_token_accuracy']:.2%}")
         if decoded:
             key = f"{prefix}_cer"

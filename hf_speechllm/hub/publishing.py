@@ -7,22 +7,18 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo
 
 from ..formats import peft_adapters as adapters
 from ..formats.loading import read_checkpoint
+from ..formats.untrusted import base_model
 from ..model.processing import SpeechLLMProcessor
-from ..training.callbacks import CURVE_FILE
-from ..training.freezing import count_parameters
-from .card import model_card, summarize_data
 from .upload import CARD_FILE, TAGS, hub_id, layout_note, plain_card, read_card, upload, write_code, write_model
 
-if TYPE_CHECKING:
-    from ..training.trainer import SpeechLLMTrainer
-
 logger = logging.getLogger(__name__)
+
+CURVE_FILE = "training_curve.png"  # in an output folder
 
 
 def publish(
@@ -51,7 +47,7 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         stage, card = Path(temporary), read_card(folder)
         processor = SpeechLLMProcessor.from_pretrained(folder)
-        if (folder / adapters.CONFIG_FILE).is_file() and hub_id(adapters.base_model(folder)) is not None:
+        if _base_is_on_hub(folder):
             in_native = False
             for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
                 shutil.copy(folder / name, stage)
@@ -70,28 +66,9 @@ def publish(
         return upload(stage, repo_id, private, token, revision=revision, commit_message=commit_message)
 
 
-def write_card(trainer: SpeechLLMTrainer, language: list[str] | None = None, licence: str | None = None) -> None:
-    """Writes the model card of a run into its output folder; if that can't be done, there is a warning."""
-    args, state = trainer.args, trainer.state
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    card = model_card(
-        trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
-        args,
-        model.name_or_path,
-        count_parameters(model),
-        summarize_data(trainer.train_dataset, trainer.eval_dataset),
-        state.log_history,
-        scores=trainer.current_scores,
-        selection=trainer.selection,
-        epochs=state.epoch,
-        steps=state.global_step,
-        language=language,
-        licence=licence,
-        lora=next(iter(getattr(model, "peft_config", {}).values()), None),
-        augmentations=getattr(trainer.data_collator, "augmentations", ()),
-    )
-    path = Path(args.output_dir) / CARD_FILE
-    try:
-        path.write_text(card, encoding="utf-8")
-    except OSError as error:
-        logger.warning("%s can't be written: %s", path, error)
+def _base_is_on_hub(folder: Path) -> bool:
+    """Whether a folder holds adapters of a base model that everybody can load."""
+    if not (folder / adapters.CONFIG_FILE).is_file():
+        return False
+    with base_model(folder / adapters.CONFIG_FILE) as name:
+        return hub_id(name) is not None

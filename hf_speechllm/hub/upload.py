@@ -13,13 +13,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCardData
 
-from .. import __version__
 from ..audio.fbank import FbankFeatureExtractor
 from ..formats import native
 from ..formats.checkpoint import MAX_SHARD_SIZE, Checkpoint, CheckpointError
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
+from ..version import __version__
 
 CARD_FILE = "README.md"
 CODE_FOLDER = "code"
@@ -82,10 +82,12 @@ def write_code(folder: Path) -> None:
     """Writes this package into `code/` of a folder, so that a reader can install what loads the model."""
     shutil.copytree(PACKAGE, folder / CODE_FOLDER / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     requirements = [item for item in metadata.requires(PACKAGE.name) or () if "extra ==" not in item]
+    python = metadata.metadata(PACKAGE.name)["Requires-Python"]
     listed = "".join(f"    {item!r},\n" for item in requirements)
     (folder / CODE_FOLDER / "pyproject.toml").write_text(
         f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
-        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\ndependencies = [\n{listed}]\n\n'
+        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\nrequires-python = "{python}"\n'
+        f"dependencies = [\n{listed}]\n\n"
         f'[tool.setuptools.packages.find]\ninclude = ["{PACKAGE.name}*"]\n\n'
         f'[tool.setuptools.package-data]\n{PACKAGE.name} = ["**/*"]\n',
         encoding="utf-8",
@@ -108,13 +110,13 @@ processor = SpeechLLMProcessor.from_pretrained("{name}")
 Transcriber(model, processor).transcribe(["recording.wav"])
 ```
 
-With lists, from a checkout of the project:
+With lists, on the command line:
 
 ```bash
-python recipes/decode.py --model_name_or_path {name} --scp_file wav.scp --output_file hyp.txt
+hf-speechllm decode --model_name_or_path {name} --scp_file wav.scp --output_file hyp.txt
 ```
 
-For stock transformers (`fun_asr_nano`) or FunASR, convert it: `python recipes/convert_checkpoint.py --input {name}
+For stock transformers (`fun_asr_nano`) or FunASR, convert it: `hf-speechllm convert --input {name}
 --output converted --format native` (or `funasr`). Where the model would behave differently there, this is refused, and
 the reason given."""
 
@@ -212,7 +214,8 @@ def push_model(
     with tempfile.TemporaryDirectory() as temporary:
         folder, checkpoint = Path(temporary), Checkpoint.of(model)
         in_native = write_model(checkpoint, None, folder, max_shard_size=max_shard_size)
-        card = read_card(Path(model.name_or_path)) or plain_card(repo_id, checkpoint, model.name_or_path)
+        source = model.config.name_or_path
+        card = read_card(Path(source)) or plain_card(repo_id, checkpoint, source)
         (folder / CARD_FILE).write_text(f"{card.rstrip()}\n\n{layout_note(repo_id, in_native)}\n", encoding="utf-8")
         return upload(folder, repo_id, private, token, **commit)
 

@@ -6,9 +6,11 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 import os
+import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,84 +20,102 @@ from .pieces import Transcript
 from .requests import Request
 from .segments import Segment
 
-WEIGHTS = (".safetensors", ".bin", ".pt")
+logger = logging.getLogger(__name__)
 
 
 class Journal:
     """Results of a run beside its output file, `OUTPUT.partial-RANK.jsonl`, a line for each as soon as there is one.
 
-    The first line of each file has the run's settings. A result belongs to a request as a whole: ID, prompt, and the
-    path, size and time of the recording. Failures are not kept, so that they are tried again.
+    The first line of each file has the run's settings. Every line has a checksum: one that is damaged is reported, and
+    its request decoded again. A result belongs to a request as a whole: ID, prompt, and the path, size and time of the
+    recording. Failures are not kept, so that they are tried again.
 
     Args:
         output_file: of the run.
-        settings: what the results depend on, besides the requests; of JSON's types.
+        settings: what the results depend on, besides the requests; of JSON's types. More can be added with `require`.
         rank: of this process; each writes a file of its own, and reads those of all.
     """
 
     def __init__(self, output_file: str | os.PathLike[str], settings: dict[str, Any], rank: int = 0):
         self.prefix = f"{os.fspath(output_file)}.partial-"
         self.path = f"{self.prefix}{rank}.jsonl"
-        self.settings = json.loads(json.dumps(settings))
-        self._file: IO[str] | None = None
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.rank = rank
+        self._found: dict[str, dict[str, Any]] = {}  # settings by file
+        self._file: BinaryIO | None = None
 
     def files(self) -> list[str]:
         """The files of all ranks that are there."""
-        return sorted(glob.glob(glob.escape(self.prefix) + "*.jsonl"))
+        return sorted(glob.glob(glob.escape(self.prefix) + "[0-9]*.jsonl"))
 
     def read(self) -> dict[str, Transcript]:
         """The results so far, by their request's `request_key`; their `index` is not set.
 
+        Damaged lines are named in a warning of rank 0; the results of a file without settings are not used.
+
         Raises:
             ValueError: if they were made with other settings.
+            OSError: if a file can't be read.
         """
         results = {}
+        self._found = {}
         for path in self.files():
-            for number, line in enumerate(Path(path).read_bytes().splitlines(keepends=True)):
-                if not line.endswith(b"\n"):  # a process was killed while it wrote
-                    continue
-                row = json.loads(line)
-                if number == 0:
-                    self._check(path, row["settings"])
+            lines = Path(path).read_bytes().split(b"\n")[:-1]  # a last line without its end is what a kill cut off
+            for number, line in enumerate(lines, start=1):
+                row = _parse(line)
+                if row is None or (number == 1) != ("settings" in row):
+                    lost = "its result is" if number > 1 else f"without settings, {len(lines) - 1} results are"
+                    if self.rank == 0:
+                        logger.warning("%s:%d: damaged: %s not used, but decoded again", path, number, lost)
+                    if number == 1:
+                        break
+                elif number == 1:
+                    self._found[path] = row["settings"]
                 else:
-                    row["segments"] = tuple(Segment(*values) for values in row["segments"])
-                    key = row.pop("key")
-                    results[key] = Transcript(-1, **row)
+                    results[row["key"]] = _transcript(row)
+        self.require({})
         return results
 
-    def _check(self, path: str, settings: dict[str, Any]) -> None:
-        differing = [name for name in self.settings | settings if settings.get(name) != self.settings.get(name)]
-        if differing:
-            changes = ", ".join(
-                f"{name} ({settings.get(name)!r}, now {self.settings.get(name)!r})" for name in differing
-            )
-            raise ValueError(
-                f"{path}: an unfinished run with other settings: {changes}. Give the same to go on with it, or "
-                "--overwrite to start anew"
-            )
+    def require(self, settings: dict[str, Any]) -> None:
+        """Adds settings, which were not known when the journal was made, and compares all of them with what was read.
+
+        Raises:
+            ValueError: if results were made with others; the message names them.
+        """
+        self.settings |= json.loads(json.dumps(settings))
+        for path, found in self._found.items():
+            differing = [name for name, value in self.settings.items() if found.get(name) != value]
+            if differing:
+                changes = ", ".join(f"{name} ({found.get(name)!r}, now {self.settings[name]!r})" for name in differing)
+                raise ValueError(
+                    f"{path}: an unfinished run with other settings: {changes}. Give the same to resume it, or "
+                    "--overwrite to start again"
+                )
 
     def add(self, key: str, transcript: Transcript) -> None:
-        """Keeps a result, so that it outlives this process."""
-        if self._file is None:
-            raise RuntimeError("the journal is not open")
-        row = {
-            "key": key,
-            "text": transcript.text,
-            "seconds": transcript.seconds,
-            "segments": [dataclasses.astuple(segment) for segment in transcript.segments],
-        }
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Keeps a result, so that it outlives this process.
+
+        Raises:
+            OSError: if the file can't be written, for example since the disk is full.
+        """
+        segments = [dataclasses.astuple(segment) for segment in transcript.segments]
+        self._write({"key": key, "text": transcript.text, "seconds": transcript.seconds, "segments": segments})
 
     def open(self) -> None:
-        """Begins this process's file, or goes on with it."""
-        complete = Path(self.path).read_bytes().rpartition(b"\n")[0] if os.path.exists(self.path) else b""
-        if complete:
-            os.truncate(self.path, len(complete) + 1)
-        # Buffered by line: what is written outlives the process, though not the machine.
-        mode = "a" if complete else "w"
-        self._file = open(self.path, mode, buffering=1, encoding="utf-8", newline="\n")  # noqa: SIM115
-        if not complete:
-            self._file.write(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n")
+        """Begins this process's file, or goes on with it.
+
+        Raises:
+            OSError: if the file can't be written.
+        """
+        content = Path(self.path).read_bytes() if os.path.exists(self.path) else b""
+        complete, end, _ = content.rpartition(b"\n")
+        usable = "settings" in (_parse(complete.partition(b"\n")[0]) or ())
+        if usable:
+            os.truncate(self.path, len(complete) + len(end))
+        # Without a buffer: what is written outlives the process, though not the machine.
+        self._file = open(self.path, "ab" if usable else "wb", buffering=0)  # noqa: SIM115
+        if not usable:
+            self._write({"settings": self.settings})
 
     def remove(self) -> None:
         """Removes the files of all ranks."""
@@ -104,6 +124,35 @@ class Journal:
             self._file = None
         for path in self.files():
             Path(path).unlink(missing_ok=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError("the journal is not open")
+        content = json.dumps({**row, "checksum": _checksum(row)}, ensure_ascii=False).encode() + b"\n"
+        try:
+            while content:  # a disk that is nearly full takes a part
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise OSError(f"{self.path} can't be written: {error.strerror}") from error
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, ensure_ascii=False).encode())
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; `None` if it is damaged."""
+    try:
+        row = json.loads(line)
+        checksum = row.pop("checksum")
+        return row if checksum == _checksum(row) else None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _transcript(row: dict[str, Any]) -> Transcript:
+    segments = tuple(Segment(*values) for values in row["segments"])
+    return Transcript(-1, row["text"], row["seconds"], segments=segments)
 
 
 def request_key(request: Request) -> str:
@@ -117,16 +166,9 @@ def request_key(request: Request) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def model_stamp(model_name_or_path: str) -> list[Any]:
-    """What tells one state of a model from another: its name, and the size and time of local weights."""
-    folder = Path(model_name_or_path)
-    if not folder.is_dir():
-        return [model_name_or_path]
-    weights = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-    return [str(folder.resolve()), *([path.name, source_stamp(str(path))] for path in weights)]
-
-
 def _json(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return hashlib.sha256(value.tobytes()).hexdigest()
+        return [str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
     return os.fspath(value)

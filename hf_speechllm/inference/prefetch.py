@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..audio.inputs import to_source
 from ..audio.waveform import header_seconds, is_url, probe_audio
 
 TRUSTED_HEADERS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")  # libsndfile's names of formats that announce their length
@@ -23,11 +24,13 @@ def measure_seconds(source: Any, sampling_rate: int) -> float:
 
     Args:
         source: as of `audio.load_audio`.
-        sampling_rate: of waveforms, in Hz.
+        sampling_rate: of waveforms without a rate, in Hz.
 
     Raises:
         AudioError: if the recording can't be read.
     """
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        source = to_source(source, sampling_rate)
     if isinstance(source, np.ndarray):
         return len(source) / sampling_rate
     if isinstance(source, (str, os.PathLike)) and not is_url(source):

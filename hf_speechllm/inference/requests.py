@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import read_jsonl, recording_id
 from ..data.kaldi import read_scp
 from ..model import chat
+from .sources import find_recordings
+
+_LINE_BREAKERS = re.compile(r"[\t\r\n]")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,21 @@ def requests_of_scp(path: str | os.PathLike[str], prompt: str, bad_rows: BadRows
     return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
 
 
+def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) -> list[Request]:
+    """Requests for files, URLs, folders and archives; see `sources.find_recordings`.
+
+    Args:
+        prompt: what `chat.transcription_prompt` gives.
+        bad_rows: gets what can't be read of archives.
+
+    Raises:
+        OSError: if a file or folder is missing or can't be read.
+        ValueError: if a source is of another kind, or a folder has no recordings.
+    """
+    found = find_recordings(sources, bad_rows)
+    return [Request(item.id, chat.transcription_messages(item.recording, prompt)) for item in found]
+
+
 def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows: BadRows) -> list[Request]:
     """Requests for the rows of a JSONL: for the answer of their last turn, which they need not have.
 
@@ -61,6 +81,10 @@ def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows
             bad_rows.add(row.file, row.line, row.reason)
             continue
         id_ = recording_id(row.recordings[-1])
+        if _LINE_BREAKERS.search(id_):
+            reason = f"bad ID: the file name {id_!r} has a tab or a line end, which separate fields of the output"
+            bad_rows.add(row.file, row.line, reason)
+            continue
         if prompt is not None:
             requests.append(Request(id_, chat.transcription_messages(row.recordings[-1], prompt)))
         else:

@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from ..audio.downloads import redact
+from ..audio.inputs import as_list, to_source
 from ..audio.vad import VoiceDetector
 from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
-from ..fast.attention import spare_the_host
-from ..fast.cuda_graphs import DecodingSteps, takes_steps
+from ..fast.attention import disable_host_syncs, without_cudnn_attention
+from ..fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
 from ..model import chat
 from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
+from .finite import LogitsWatch
+from .measuring import RequestMeter
 from .pieces import Piece, Transcript
-from .prefetch import in_background, measure_seconds
+from .prefetch import in_background
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
@@ -34,6 +36,10 @@ TOKEN_INPUTS = ("input_ids", "attention_mask")  # of each row; the others are of
 PREFETCHED_BATCHES = 2  # prepared ahead of the model
 PREFETCHED_SECONDS = 3600.0  # or as many batches as have so much audio; 230 MB, and twice that as features
 WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow in this dtype; check "
+    "the checkpoint, or try --dtype float32"
+)
 LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
 
 
@@ -80,11 +86,11 @@ class Transcriber:
         cuda_graphs: bool = True,
     ):
         self.model = model.eval()
-        self.steps: DecodingSteps | None = None
+        self.steps: CudaGraphDecoder | None = None
         if model.device.type == "cuda":
-            spare_the_host(model)
-            if cuda_graphs and num_beams == 1 and takes_steps(model.llm.get_decoder()):
-                self.steps = DecodingSteps(model.llm.get_decoder())
+            disable_host_syncs(model)
+            if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
+                self.steps = CudaGraphDecoder(model.llm.get_decoder())
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
@@ -92,40 +98,54 @@ class Transcriber:
         self.num_workers = num_workers
         self.repetition_guard = repetition_guard
         self.vad = vad
-        self.max_seconds = model.config.max_feature_frames * processor.frame_seconds
+        self.meter = RequestMeter(model.config, processor, vad.max_seconds if vad else None, num_workers)
         if vad is not None and processor.sampling_rate != SAMPLE_RATE:
             raise ValueError(f"voice detection needs {SAMPLE_RATE} Hz, the processor has {processor.sampling_rate} Hz")
-        if vad is not None and vad.max_seconds > self.max_seconds:
+        if vad is not None and vad.max_seconds > self.meter.max_seconds:
             raise ValueError(
-                f"segments of {vad.max_seconds:g} s; the encoder takes at most {self.max_seconds:.1f} s: lower "
+                f"segments of {vad.max_seconds:g} s; the encoder takes at most {self.meter.max_seconds:.1f} s: lower "
                 "--vad_max_seconds"
             )
-        self._prompt_tokens: dict[str, int] = {}
 
-    def transcribe(self, recordings: Sequence[Any], **prompt_options) -> list[str]:
-        """Transcripts of recordings, in their order.
+    def transcribe(self, recordings: Any, sampling_rate: int | None = None, **prompt_options) -> Any:
+        """Transcripts of recordings, in their order; of a single one, which is not in a list, its transcript alone.
 
         Args:
-            recordings: paths, URLs or waveforms.
+            recordings: one or an iterable of: path, URL, bytes of a file, open file, waveform, `(waveform, rate)`, row
+                of `datasets`; see `audio.inputs.to_source`.
+            sampling_rate: of waveforms that come without a rate, in Hz; default the processor's.
             **prompt_options: `language`, `itn`, `hotwords`, `prompt`, `context` of `chat.transcription_prompt`.
+
+        Returns:
+            A text, or a list of texts.
 
         Raises:
             AudioError: if one of them can't be used.
         """
-        return [transcript.text for transcript in self.transcripts(recordings, **prompt_options)]
+        texts = [item.text for item in self.transcripts(recordings, sampling_rate, **prompt_options)]
+        return texts[0] if as_list(recordings)[1] else texts
 
-    def transcripts(self, recordings: Sequence[Any], **prompt_options) -> list[Transcript]:
+    def transcripts(self, recordings: Any, sampling_rate: int | None = None, **prompt_options) -> list[Transcript]:
         """As `transcribe`, with all that is known of each: the times and texts of its segments, and whether it looped.
+
+        Returns:
+            A list, of a single recording, too.
 
         Raises:
             AudioError: if one of them can't be used.
         """
         prompt = chat.transcription_prompt(**prompt_options)
-        requests = [Request(str(i), chat.transcription_messages(item, prompt)) for i, item in enumerate(recordings)]
+        requests = []
+        for index, item in enumerate(as_list(recordings)[0]):
+            try:
+                source = to_source(item, self.processor.sampling_rate, sampling_rate)
+            except AudioError as error:
+                raise AudioError(f"recording {index}: {error}") from error
+            requests.append(Request(f"recording {index}", chat.transcription_messages(source, prompt)))
         results = sorted(self(requests), key=lambda transcript: transcript.index)
         for transcript in results:
             if transcript.error is not None:
-                raise AudioError(transcript.error)
+                raise AudioError(f"{requests[transcript.index].id}: {transcript.error}")
         return results
 
     def __call__(
@@ -161,6 +181,12 @@ class Transcriber:
                 failed, decodable, counts, inputs = result
                 yield from failed
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
+                    if piece.index not in found:  # another segment of the recording has failed
+                        continue
+                    if segment is None:
+                        del found[piece.index]
+                        yield Transcript(piece.index, error=NOT_FINITE)
+                        continue
                     found[piece.index].append((piece.start, segment))
                     if len(found[piece.index]) == piece.pieces:
                         segments = tuple(item for _, item in sorted(found.pop(piece.index), key=lambda part: part[0]))
@@ -172,48 +198,7 @@ class Transcriber:
 
         Where a recording's header says how long it is, nothing else is read; damage behind it is found on loading.
         """
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self._measure, requests, chunksize=1))
-
-    def _measure(self, request: Request) -> float | str:
-        try:
-            dialogue = request.dialogue
-            durations = [measure_seconds(source, self.processor.sampling_rate) for source in dialogue.recordings]
-        except (AudioError, chat.ChatError) as error:
-            return str(error)
-        if not durations:
-            return "no recording"
-        source = dialogue.recordings[int(np.argmax(durations))]
-        name = redact(source) if isinstance(source, str) else "the waveform"
-        if min(durations) == 0:
-            return f"{name}: no samples"
-        if max(durations) > self.max_seconds and not self._is_segmented(dialogue):
-            return (
-                f"{name}: {max(durations):.1f} s; the encoder takes at most {self.max_seconds:.1f} s: --vad cuts long "
-                "recordings into segments"
-            )
-        return self._context_error(dialogue, durations) or sum(durations)
-
-    def _is_segmented(self, dialogue: chat.Dialogue) -> bool:
-        """Dialogues with several recordings are decoded as they are."""
-        return self.vad is not None and len(dialogue.recordings) == 1
-
-    def _context_error(self, dialogue: chat.Dialogue, durations: Sequence[float]) -> str | None:
-        """Why a request does not fit into the LLM's context, which is what long lists of hotwords lead to."""
-        limit = getattr(self.model.config.llm_config, "max_position_embeddings", None)
-        if limit is None:
-            return None
-        if self._is_segmented(dialogue):
-            durations = [min(*durations, self.vad.max_seconds)]
-        texts = [piece for turn in dialogue.turns for piece in turn.pieces if isinstance(piece, str)]
-        text = "".join([dialogue.system or "", *texts])
-        if text not in self._prompt_tokens:
-            self._prompt_tokens[text] = len(self.processor.tokenizer.encode(text, add_special_tokens=False))
-        frames = [int(duration / self.processor.frame_seconds) for duration in durations]
-        tokens = self._prompt_tokens[text] + sum(map(self.processor.num_audio_tokens, frames))
-        if tokens < limit:
-            return None
-        return f"{tokens} tokens of prompt and audio; the LLM takes at most {limit}: give fewer hotwords or less audio"
+        return self.meter(requests)
 
     def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Batches of pieces, the longest first: if memory does not suffice, that is known at once."""
@@ -248,7 +233,7 @@ class Transcriber:
             waveforms = [load_audio(source, SAMPLE_RATE) for source in dialogue.recordings]
         except AudioError as error:
             return Transcript(index, error=str(error))
-        if not self._is_segmented(dialogue):
+        if not self.meter.is_segmented(dialogue):
             return [Piece(index, 0.0, sum(map(len, waveforms)) / SAMPLE_RATE)]
         spans = self.vad.segments(waveforms[0])
         return [
@@ -267,7 +252,9 @@ class Transcriber:
                 return [piece.waveform]
             try:
                 recordings = requests[piece.index].dialogue.recordings
-                return [load_audio(source, self.processor.sampling_rate) for source in recordings]
+                # As for `measure`: a recording may have been replaced by a longer one, or not be what its header says.
+                limit = self.meter.max_seconds + self.processor.frame_seconds
+                return [load_audio(source, self.processor.sampling_rate, limit) for source in recordings]
             except AudioError as error:
                 return error
 
@@ -285,14 +272,19 @@ class Transcriber:
             inputs = self.processor.batch(dialogues, waveforms, return_labels=False, device=self.model.device)
         return failed, decodable, counts, inputs
 
-    def _decode(self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]) -> Iterator[Segment]:
-        """The segment that each piece is, with its text; `counts` are the recordings of each."""
+    def _decode(
+        self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]
+    ) -> Iterator[Segment | None]:
+        """The segment that each piece is, with its text, or `None` as of `generate`; `counts`: recordings of each."""
         texts = self._generate(inputs, counts) if pieces else []
         for piece, text in zip(pieces, texts, strict=True):
+            if text is None:
+                yield None
+                continue
             text, looped = cut_loop(text) if self.repetition_guard else (text, False)
             yield Segment(piece.start, piece.end, text, looped)
 
-    def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[str]:
+    def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[str | None]:
         """As `generate`; a batch that does not fit into memory is decoded in halves."""
         try:
             return self.generate(inputs)
@@ -303,30 +295,34 @@ class Transcriber:
         torch.cuda.empty_cache()
         middle = len(counts) // 2
         recordings = sum(counts[:middle])
-        texts: list[str] = []
+        texts: list[str | None] = []
         for rows, places in (slice(middle), slice(recordings)), (slice(middle, None), slice(recordings, None)):
             part = {name: value[rows if name in TOKEN_INPUTS else places] for name, value in inputs.items()}
             texts += self._generate(BatchFeature(part), counts[rows])
         return texts
 
     @torch.inference_mode()
-    def generate(self, inputs) -> list[str]:
-        """Texts for a batch of the processor; loops are stopped if they are guarded against, but not yet cut."""
+    def generate(self, inputs) -> list[str | None]:
+        """Texts for a batch of the processor; loops are stopped if they are guarded against, but not yet cut.
+
+        Returns:
+            The text of each row; `None` if its logits were not finite in a step on which the text depends.
+        """
         inputs = inputs.to(self.model.device)
-        prompt_tokens = inputs["input_ids"].shape[1]
+        rows, prompt_tokens = inputs["input_ids"].shape
         options = {}
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         if self.steps is not None:
             options[CACHE] = self.steps.new_cache()
-        with self.steps or nullcontext():
+        with self.steps or nullcontext(), without_cudnn_attention(), LogitsWatch(self.model) as watch:
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
             )
         tokens = output[:, prompt_tokens:]
-        return [
-            chat.clean_answer(text) for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ]
+        finite = watch.finite(rows, tokens if self.num_beams == 1 else None)
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [chat.clean_answer(text) if ok else None for text, ok in zip(texts, finite, strict=True)]
 
 
 def _seconds(batch: list[Piece] | Transcript) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.bad_rows import NUM_NAMED
 from ..files import atomic_write
 from .pieces import Transcript
 from .segments import Segment
+
+LONGEST_NAME = 250  # bytes of a file name without its ending; file systems take 255
 
 
 def srt(segments: Sequence[Segment]) -> str:
@@ -45,27 +49,60 @@ def write_results(
         results: ID and transcript of each recording.
         segments: whether to write `DIR/hyp.segments.jsonl`, a line for each segment:
             `{"id", "start", "end", "text", "looped"}`, times in seconds.
-        subtitles: whether to write `DIR/hyp.subtitles/ID.srt` and `.vtt`; a slash in an ID becomes `%2F`.
+        subtitles: whether to write `DIR/hyp.subtitles/ID.srt` and `.vtt`; in file names, `/`, `\\` and
+            `%` of an ID become `%2F` and so on, and what is longer than a file name may be ends in a digest instead.
     """
     output = Path(output_file)
+    # Any other suffix stays, so that those of hyp.v1 and hyp.v2 differ.
+    stem = os.fspath(output.with_suffix("") if output.suffix == ".txt" else output)
     if segments:
-        with atomic_write(output.with_suffix(".segments.jsonl")) as file:
+        with atomic_write(f"{stem}.segments.jsonl") as file:
             for id_, transcript in results:
                 for segment in transcript.segments:
                     row = {"id": id_, "start": round(segment.start, 3), "end": round(segment.end, 3)}
                     row |= {"text": segment.text, "looped": segment.looped}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if subtitles:
-        folder = output.with_suffix(".subtitles")
+        folder = Path(f"{stem}.subtitles")
         folder.mkdir(exist_ok=True)
         for id_, transcript in results:
-            name = re.sub(r"[/\\\0]", lambda match: f"%{ord(match[0]):02X}", id_)
+            name = _file_name(id_)
             for ending, content in (("srt", srt(transcript.segments)), ("vtt", vtt(transcript.segments))):
                 with atomic_write(folder / f"{name}.{ending}") as file:
                     file.write(content)
     # Last, since its being there says that all is.
     with atomic_write(output) as file:
         file.writelines(f"{id_}\t{_line(transcript.text)}\n" for id_, transcript in results)
+
+
+def write_failures(output_file: str | os.PathLike[str], failures: Sequence[str]) -> str:
+    """A message that names the first failures; if there are more, all of them are written to `OUTPUT.failures`.
+
+    Args:
+        output_file: of the run; an older `OUTPUT.failures` is removed.
+        failures: `ID: REASON` of each.
+
+    Raises:
+        OSError: if the file can't be written.
+    """
+    path = Path(f"{os.fspath(output_file)}.failures")
+    path.unlink(missing_ok=True)
+    named = list(failures[:NUM_NAMED])
+    if len(failures) > NUM_NAMED:
+        with atomic_write(path) as file:
+            file.writelines(f"{_line(failure)}\n" for failure in failures)
+        named.append(f"and {len(failures) - NUM_NAMED} more; all of them are in {path}")
+    return "\n".join(named)
+
+
+def _file_name(id_: str) -> str:
+    """An ID as a file name, without its ending; different IDs have different names."""
+    name = re.sub(r"[/\\\0%]", lambda match: f"%{ord(match[0]):02X}", id_)
+    content = name.encode()
+    if len(content) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return f"{content[: LONGEST_NAME - len(digest) - 1].decode(errors='ignore')}-{digest}"
 
 
 def _clock(seconds: float, point: str) -> str:

@@ -56,7 +56,8 @@ class AudioAdaptor(PreTrainedModel):
         Returns:
             Audio tokens, shape = (batch, tokens, LLM width), and their lengths, shape = (batch,): `ceil(frames / k)`.
         """
-        hidden_states = hidden_states.to(self.linear1.weight.dtype)  # a checkpoint may store each part in its own
+        # A checkpoint may store each part in its own dtype. `dtype` leaves out the integers of quantised weights.
+        hidden_states = hidden_states.to(self.dtype)
         k = self.config.downsample_rate
         lengths = (mask.sum(-1) + k - 1) // k
         if positions is not None and k == 1:

@@ -8,7 +8,7 @@ of Fun-ASR: `load_data_template` and `get_prompt` of its `model.py`, `FunASR`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -328,25 +328,50 @@ def tokenize(
             f"the dialogue has {len(dialogue.recordings)} recordings, but {len(counts)} lengths were given"
         )
     result = TokenizedDialogue()
-    text = "" if dialogue.system is None else f"{TURN_START}system\n{dialogue.system}{TURN_END}\n"
-    for number, turn in enumerate(dialogue.turns, start=1):
-        # No newline after the `<|im_end|>` of an answer: the original's layout, which the released weights have seen.
-        text += f"{TURN_START}user\n"
-        for piece in turn.pieces:
-            if isinstance(piece, Recording):
-                result.add(_prompt_ids(tokenizer, len(tokenizer), text))
-                result.add([audio_token_id] * counts.pop(0))
-                text = ""
-            else:
-                text += piece
-        text += f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
+    text = ""
+    for piece in _layout(dialogue, think_block):
+        if isinstance(piece, str):
+            text += piece
+            continue
         result.add(_prompt_ids(tokenizer, len(tokenizer), text))
         text = ""
+        if isinstance(piece, Recording):
+            result.add([audio_token_id] * counts.pop(0))
+        else:
+            result.add(_ids(tokenizer, piece.text + TURN_END), supervised=True)
+    result.add(_prompt_ids(tokenizer, len(tokenizer), text))
+    return result
+
+
+def render(dialogue: Dialogue, audio_token: str, think_block: bool = False) -> str:
+    """The text of a dialogue, with one `audio_token` for each recording; raises as `tokenize` does."""
+    text = ""
+    for piece in _layout(dialogue, think_block):
+        if isinstance(piece, Recording):
+            text += audio_token
+        else:
+            text += piece if isinstance(piece, str) else piece.text + TURN_END
+    return text
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+
+
+def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording | _Answer]:
+    """The pieces of a dialogue in order: text of the layout and of the prompts, recordings, answers."""
+    if dialogue.system is not None:
+        yield f"{TURN_START}system\n{dialogue.system}{TURN_END}\n"
+    for number, turn in enumerate(dialogue.turns, start=1):
+        # No newline after the `<|im_end|>` of an answer: the original's layout, which the released weights have seen.
+        yield f"{TURN_START}user\n"
+        yield from turn.pieces
+        yield f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
         if turn.answer is not None:
-            result.add(_ids(tokenizer, turn.answer + TURN_END), supervised=True)
+            yield _Answer(turn.answer)
         elif number < len(dialogue.turns):
             raise ChatError(f"turn {number} has no assistant message")
-    return result
 
 
 @lru_cache(maxsize=64)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from . import pretrained
+from .kv_cache import CACHE_NAMES
 
 LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM sees the first 1/8 of the adaptor's frames
 
@@ -21,7 +27,45 @@ DEFAULT_LLM = {
     "tie_word_embeddings": True,
 }
 
+# Settings that say how many modules are built, or how large a tensor is, in any model of transformers. A config may
+# come from anybody, and its class may build a list of so many entries before a tensor is looked at.
+COUNTS = re.compile(r"(num|n)_\w*(layer|block|head|expert|label|bin|frame|group)s?\w*|(\w+_)?(layers|blocks|heads)")
+SIZES = re.compile(r"\w+_(size|dim|rate|positions?|position_embeddings)|d_model|n_(embd|positions|ctx)")
+MAX_COUNT, MAX_SIZE = 100_000, 2**31
+POSITIVE = {
+    "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "num_key_value_heads", "max_position_embeddings", "d_model", "encoder_layers", "encoder_attention_heads",
+    "encoder_ffn_dim", "max_source_positions", "num_mel_bins", "num_stacked_frames", "fsmn_kernel_size",
+    "projector_hidden_size", "downsample_rate",
+}  # fmt: skip
+NOT_NEGATIVE = {"audio_token_id", "num_timestamp_prediction_layers", "num_labels"}
 
+
+def check_sizes(config: Mapping[str, Any], path: str = "") -> None:
+    """Refuses sizes and counts that no model has, in a config and those nested in it.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for key, value in config.items():
+        name = f"{path}{key}"
+        if isinstance(value, Mapping):
+            check_sizes(value, f"{name}.")
+        elif key in POSITIVE or key in NOT_NEGATIVE:
+            least = 1 if key in POSITIVE else 0
+            most = MAX_COUNT if COUNTS.fullmatch(str(key)) else MAX_SIZE
+            if isinstance(value, bool) or not isinstance(value, (int, list, type(None))):
+                raise ValueError(f"{name} is {str(value)[:50]!r}; it must be a whole number")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, int) and not least <= item <= most:
+                    raise ValueError(f"{name} is {str(item)[:50]}; it must be from {least} to {most:,}")
+        elif isinstance(value, int) and abs(value) > MAX_COUNT and COUNTS.fullmatch(str(key)):
+            raise ValueError(f"{name} is {str(value)[:50]}; it must be at most {MAX_COUNT:,}")
+        elif isinstance(value, int) and abs(value) > MAX_SIZE and SIZES.fullmatch(str(key)):
+            raise ValueError(f"{name} is {str(value)[:50]}; it must be at most {MAX_SIZE:,}")
+
+
+@strict
 class AudioAdaptorConfig(PreTrainedConfig):
     """What stands between the audio encoder and the LLM.
 
@@ -54,10 +98,10 @@ class AudioAdaptorConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int | None = None
     hidden_act: str = "relu"
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -67,6 +111,7 @@ class AudioAdaptorConfig(PreTrainedConfig):
             raise ValueError(f"downsample_rate is {self.downsample_rate}; it must be at least 1")
 
 
+@strict
 class SpeechLLMConfig(PreTrainedConfig):
     """Configuration of `SpeechLLMForConditionalGeneration`; its defaults are the sizes of Fun-ASR-Nano.
 
@@ -83,6 +128,9 @@ class SpeechLLMConfig(PreTrainedConfig):
     """
 
     model_type = "speech_llm"
+    attribute_map: ClassVar = {"text_config": "llm_config", "audio_config": "audio_encoder_config"}
+    # What the Trainer of transformers does not gather as predictions.
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "num_label_tokens", "token_accuracy"]
     sub_configs: ClassVar = {
         "audio_encoder_config": AutoConfig,
         "audio_adaptor_config": AudioAdaptorConfig,
@@ -93,11 +141,18 @@ class SpeechLLMConfig(PreTrainedConfig):
     audio_adaptor_config: dict | PreTrainedConfig | None = None
     llm_config: dict | PreTrainedConfig | None = None
     audio_token_id: int = 151646
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     funasr_files: dict | None = None
 
     def __post_init__(self, **kwargs):
+        for alias in kwargs.keys() & self.attribute_map.keys():
+            setattr(self, alias, kwargs.pop(alias))
+        check_sizes({**kwargs, "audio_token_id": self.audio_token_id})
+        if not isinstance(self.audio_adaptor_config, (dict, AudioAdaptorConfig, type(None))):
+            raise ValueError("audio_adaptor_config must be a mapping")
+        if not isinstance(self.funasr_files, (dict, type(None))):
+            raise ValueError("funasr_files must be a mapping")
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
         self.llm_config = _build(self.llm_config, DEFAULT_LLM)
         if not isinstance(self.audio_adaptor_config, AudioAdaptorConfig):
@@ -117,12 +172,17 @@ class SpeechLLMConfig(PreTrainedConfig):
 
         Besides our own layout, that of transformers' `fun_asr_nano`, FunASR's and peft's adapters are understood.
         """
-        from ..formats.loading import HUB_OPTIONS, load_config_dict  # `checkpoints` builds on this module
-
-        config = load_config_dict(pretrained_model_name_or_path, kwargs)
+        config = pretrained.formats().load_config_dict(pretrained_model_name_or_path, kwargs)
         if config is None:
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        used = (*HUB_OPTIONS, "proxies", "trust_remote_code", "_from_pipeline", "_from_auto", "gguf_file")
+        used = (
+            *pretrained.formats().HUB_OPTIONS,
+            "proxies",
+            "trust_remote_code",
+            "_from_pipeline",
+            "_from_auto",
+            "gguf_file",
+        )
         return config, {key: value for key, value in kwargs.items() if key not in used}
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
@@ -159,8 +219,9 @@ def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedC
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(default) if config is None else {"model_type": default["model_type"], **config}
+    check_sizes(config)
     model_type = config.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type is {model_type!r}, which transformers doesn't know")
     return CONFIG_MAPPING[model_type](**config)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
@@ -21,7 +23,9 @@ def find_cache(arguments: dict[str, Any]) -> Any:
     Raises:
         ValueError: if there is one under each name.
     """
-    caches = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
-    if len(caches) > 1:
+    found = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
+    if len(found) > 1:
         raise ValueError(f"both {' and '.join(CACHE_NAMES)} are given, two names of one argument; give {CACHE} alone")
-    return caches[0] if caches else None
+    if "past_key_values" in found and CACHE == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated, as in transformers; use `cache`", FutureWarning, stacklevel=3)
+    return next(iter(found.values()), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +16,19 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
-from ..fast.attention import causal_masks, check_packing
+from ..files import apply_umask
+from . import pretrained
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+from .gradient_checkpointing import allow_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
-from .packing import PackedRows
+from .packing import PackedRows, causal_masks, require_padding_free
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -105,9 +110,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, **kwargs)
-        from ..formats.loading import load_model  # `checkpoints` builds on this module
-
-        return load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        return pretrained.formats().load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         """Saves model, config and generation config in our own layout; the options are those of transformers."""
@@ -120,9 +123,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            from ..formats.loading import SIDE_FILE, write_side  # `checkpoints` builds on this module
-
-            write_side(self.side_tensors, Path(save_directory) / SIDE_FILE)
+            loading = pretrained.formats()
+            loading.write_side(self.side_tensors, Path(save_directory) / loading.SIDE_FILE)
+            apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
         """Uploads the model with a card; unlike with transformers, a new repository is private by default.
@@ -139,9 +142,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             The commit, as `HfApi.upload_folder` gives it.
         """
-        from ..hub.upload import push_model  # `checkpoints` builds on this module
-
-        return push_model(self, repo_id, private, token, **kwargs)
+        return pretrained.hub().push_model(self, repo_id, private, token, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embeddings."""
@@ -159,6 +160,14 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Replaces the LLM's head."""
         self.llm.set_output_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        """The LLM without its head."""
+        return self.llm.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replaces the LLM without its head."""
+        self.llm.set_decoder(decoder)
+
     def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
         """Sets training mode, except in parts of which nothing is trained: those stay in eval mode, without
         dropout."""
@@ -168,7 +177,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
                 if mode:
-                    _allow_checkpointing(part)
+                    allow_checkpointing(part)
         return self
 
     def encode_audio(
@@ -188,6 +197,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
             encoder frames).
         """
+        input_features = require_gradient(input_features, self.audio_encoder)
         if self.config.audio_encoder_config.model_type == "whisper":
             return self._run_whisper(input_features, input_features_mask)
         packing = {} if frame_positions is None else {"frame_positions": frame_positions}
@@ -215,8 +225,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.audio_encoder_config.model_type == "whisper":
             positions = None  # of features, of which the encoder makes fewer frames
         if positions is not None:
-            check_packing(self.audio_adaptor.config)
-        tokens, lengths = self.audio_adaptor(states, mask, positions)
+            require_padding_free(self.audio_adaptor.config)
+        tokens, lengths = self.audio_adaptor(require_gradient(states, self.audio_adaptor), mask, positions)
         if self.config.use_low_frame_rate:
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
             tokens = tokens[:, : -(-tokens.shape[1] // LOW_FRAME_RATE)]
@@ -237,6 +247,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = mask[:, :: self.config.encoder_downsample_rate]
         return states[:, : mask.shape[1]], mask
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -251,7 +262,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_logits: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        label_positions: torch.Tensor | None = None,
         encoder_states: torch.Tensor | None = None,
         audio_tokens: torch.Tensor | None = None,
         frame_positions: torch.Tensor | None = None,
@@ -272,21 +282,29 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return_logits: whether to return all logits although there are labels.
             logits_to_keep: without labels, how many last positions (0: all) get logits.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
-            label_positions: of `loss.label_positions`, computed on the host: spares a GPU's queue from running empty.
-                Only for rows that are padded on the right.
             encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
                 then theirs.
             audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
             frame_positions: `packing.filled_positions` of `input_features_mask`: encoder and adaptor compute without
-                padding. For a model that `attention.allow_packing` has set up; the same goes for the next.
+                padding. For a model that `attention.enable_padding_free` has set up; the same goes for the next.
             token_positions: those of `attention_mask`, if labels and their positions are given: the LLM computes
                 without padding.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and what else transformers' LLMs take,
+                `shift_labels` among them; and `label_positions`, of `loss.label_positions`, computed on the host so
+                that a GPU's queue does not run empty, for rows that are padded on the right. (By its name, the
+                Trainer of transformers would take a parameter of the function for labels.)
 
         Raises:
             ValueError: if placeholders and audio tokens differ in number, the model is not set up for packed rows, or
                 the cache is given twice.
         """
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
+        label_positions, shift_labels = kwargs.pop("label_positions", None), kwargs.pop("shift_labels", None)
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None and getattr(self.config, name):
+                kwargs[name] = True
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", None)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio_tokens is not None:
@@ -299,39 +317,46 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         causal = labels is not None and label_positions is not None
         rows = None
         if causal and token_positions is not None and attention_mask is not None:
-            check_packing(self.llm.config)
+            require_padding_free(self.llm.config)
             rows = PackedRows(attention_mask, token_positions)
-            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.places
+            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.position_ids
             kwargs.update(rows.attention)
         outputs = self.llm.get_decoder()(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=require_gradient(inputs_embeds, self.llm),
             attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
             position_ids=position_ids,
             use_cache=use_cache if labels is None else False,
+            return_dict=True,
             **{CACHE: cache},
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        states, all_states = outputs.last_hidden_state, outputs.hidden_states
         if rows is not None:
-            hidden_states = rows.unpack(hidden_states)
-        result = SpeechLLMOutput(hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+            states = rows.unpack(states)
+            all_states = all_states and tuple(rows.unpack(layer) for layer in all_states)
+        result: dict[str, Any] = {"hidden_states": all_states, "attentions": outputs.attentions}
         head = self.get_output_embeddings()
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = head(hidden_states[:, kept])
-            setattr(result, CACHE, getattr(outputs, CACHE))
-            return result
-        result.loss, result.num_label_tokens, result.token_accuracy = supervised_loss(
-            hidden_states, labels, head, num_items_in_batch, label_positions
-        )
-        if return_logits:
-            result.logits = head(hidden_states)
-        return result
+            result |= {"logits": head(states[:, kept]), CACHE: getattr(outputs, CACHE)}
+        elif shift_labels is not None or self.loss_function is not ForCausalLMLoss:  # set by the user
+            result["logits"] = head(states)
+            result["loss"] = self.loss_function(
+                logits=result["logits"], labels=labels, vocab_size=self.config.get_text_config().vocab_size,
+                num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
+            )  # fmt: skip
+        else:
+            result["loss"], result["num_label_tokens"], result["token_accuracy"] = supervised_loss(
+                states, labels, head, num_items_in_batch, label_positions
+            )
+            result["logits"] = head(states) if return_logits else None
+        return SpeechLLMOutput(**result)
 
     def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
         placeholders = input_ids == self.config.audio_token_id
         # Compared on the host only: on a GPU the comparison would stall every step.
-        if input_ids.device.type == "cpu" and int(placeholders.sum()) != int(lengths.sum()):
+        checked = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and int(placeholders.sum()) != int(lengths.sum()):
             raise ValueError(
                 f"input_ids hold {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
                 f"but the recordings give {int(lengths.sum())} audio tokens; build both with the same processor"
@@ -345,23 +370,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio = tokens.flatten(0, 1)[index.clamp(0, tokens.shape[0] * tokens.shape[1] - 1)]
         audio = audio.view(*placeholders.shape, -1).to(inputs_embeds.dtype)
         return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
-
-
-def _allow_checkpointing(part: PreTrainedModel) -> None:
-    """Lets gradient checkpointing work in a frozen part, through which gradients flow to a trained one before it.
-
-    transformers' layers recompute only in training mode. A layer's own flag is set where that changes nothing else: if
-    the part has no dropout; the modules inside stay in eval mode.
-    """
-    layers = [
-        module
-        for module in part.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
-    # The Trainer sets training mode in every step, so the config is looked at only where there is something to set.
-    if layers and not any("drop" in name and value for name, value in part.config.to_dict().items()):
-        for layer in layers:
-            layer.training = True
 
 
 def _refuse_scaled_logits(llm_config) -> None:
@@ -381,3 +389,5 @@ def _refuse_scaled_logits(llm_config) -> None:
 
 AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
+# Only for the models in this table, the Trainer of transformers shifts labels before it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SpeechLLMConfig.model_type] = SpeechLLMForConditionalGeneration.__name__

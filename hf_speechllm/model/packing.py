@@ -1,4 +1,8 @@
-"""Rows of a batch one after the other in a single row, without padding."""
+"""Padding-free rows: the rows of a batch one after the other in a single row.
+
+The model computes padding-free where a batch names its positions without padding and the parts have an attention that
+keeps the rows apart, which `fast.attention.enable_padding_free` gives them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,41 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PretrainedConfig
+
+# Names of attention implementations, registered by `fast.attention`: of padded rows, and of padding-free ones.
+PADDED, PADDING_FREE = "sdpa_padded", "sdpa_padding_free"
+KEEPS_ROWS_APART = (PADDED, PADDING_FREE, "flash_attention_2")
+CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PADDING_FREE)  # attention that is causal without a mask; eager is not
+MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
+
+
+def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
+    """Returns what an LLM of this config takes for a causal mask alone.
+
+    `None` makes transformers look for rows packed into one, which is a host-device sync; a dict, where an LLM takes
+    one, does not.
+    """
+    full = config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}
+    return {"full_attention": None} if full and config._attn_implementation in CAUSAL_BY_ITSELF else None
+
+
+def require_padding_free(config: PretrainedConfig) -> None:
+    """Checks that a part of this config attends within each of several rows that are packed into one.
+
+    Raises:
+        ValueError: if the part does not.
+    """
+    if config._attn_implementation not in KEEPS_ROWS_APART:
+        raise ValueError(
+            "frame_positions and token_positions need a model that fast.attention.enable_padding_free has set up"
+        )
 
 
 def filled_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Flat indices of what is not padding, shape = (filled,), computed where the mask is: on a GPU the host waits.
+    """Returns the flat indices of what is not padding, shape = (filled,), computed where the mask is.
+
+    On a GPU this is a host-device sync.
 
     Args:
         mask: shape = (rows, positions), 0 for padding.
@@ -20,7 +54,7 @@ def filled_positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 class PackedRows:
-    """Takes the padding out of a batch, and puts it back.
+    """Removes the padding of a batch, and puts it back.
 
     Args:
         mask: shape = (rows, positions), 0 for padding, which is on the right.
@@ -32,55 +66,27 @@ class PackedRows:
         self.positions = positions
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
-        """States of shape = (rows, positions, width) as shape = (1, filled, width)."""
+        """Turns states of shape = (rows, positions, width) into shape = (1, filled, width)."""
         return states.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
-        """States of shape = (1, filled, width) as shape = (rows, positions, width), with zeros for padding."""
+        """Turns states of shape = (1, filled, width) into shape = (rows, positions, width), with zeros for padding."""
         empty = states.new_zeros(self.mask.numel(), states.shape[-1])
         return empty.index_copy(0, self.positions, states[0]).view(*self.mask.shape, -1)
 
     @property
-    def places(self) -> torch.Tensor:
-        """At which place in its row each position is, from 0, shape = (1, filled)."""
+    def position_ids(self) -> torch.Tensor:
+        """Index of each position in its row, from 0, shape = (1, filled)."""
         return (self.positions % self.mask.shape[1]).unsqueeze(0)
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
-        """In which row each position is, from 1, as 32-bit integers, shape = (1, filled)."""
+    def segment_ids(self) -> torch.Tensor:
+        """Row of each position, from 1, as 32-bit integers, shape = (1, filled)."""
         return (self.positions // self.mask.shape[1] + 1).int().unsqueeze(0)
 
     @cached_property
     def attention(self) -> dict[str, Any]:
-        """What transformers' attention is told of the rows' ends."""
+        """Arguments of transformers' attention that name the ends of the rows."""
         ends = functional.pad(self.mask.sum(-1).cumsum(0), (1, 0)).int()
         longest = self.mask.shape[1]
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
-def encode_packed(
-    encoder: Any,
-    input_features: torch.Tensor,
-    input_features_mask: torch.Tensor,
-    frame_positions: torch.Tensor | None = None,
-    **kwargs,
-) -> BaseModelOutput:
-    """What transformers' SAN-M encoder computes, without padding if it is told where there is none.
-
-    Args:
-        encoder: with the memory blocks and the attention of `attention.allow_packing`.
-        input_features: shape = (recordings, frames, feature size).
-        input_features_mask: shape = (recordings, frames).
-        frame_positions: its `filled_positions`.
-
-    Returns:
-        With `last_hidden_state`, shape = (recordings, frames, width); packed, padding is zero.
-    """
-    if frame_positions is None:
-        return type(encoder).forward(encoder, input_features, input_features_mask, **kwargs)
-    rows = PackedRows(input_features_mask, frame_positions)
-    features = input_features.to(encoder.layers[0].input_layernorm.weight.dtype)
-    states = rows.pack(features * encoder.scaling + encoder.position_embeddings(features))
-    for layer in encoder.layers:
-        states = layer(states, None, rows.numbers, **rows.attention)
-    return BaseModelOutput(last_hidden_state=rows.unpack(states))

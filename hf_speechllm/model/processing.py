@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, is_typeddict
 
 import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.audio_utils import AudioInput
+from transformers.processing_utils import ProcessingKwargs
+from transformers.tokenization_utils_base import TextInput
 
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
+from ..audio.inputs import as_list
 from ..audio.waveform import load_audio
-from . import chat
+from . import chat, pretrained
 from .configuration import SpeechLLMConfig
+
+# Options of a call, by the dict in which they may be given (`text_kwargs`, ...); others stand alone.
+OPTIONS = {
+    group: frozenset(options.__annotations__ if is_typeddict(options) else ())
+    for group, options in {"common_kwargs": None, **ProcessingKwargs.__annotations__}.items()
+}
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -60,18 +70,14 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             CheckpointError: if a file is missing or damaged.
         """
-        from ..formats.loading import load_processor  # `checkpoints` builds on this module
-
-        return load_processor(cls, pretrained_model_name_or_path, **kwargs)
+        return pretrained.formats().load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
         """Uploads the processor, for transformers' `fun_asr_nano` where that class can hold it, else as ours.
 
         Args, result: as `SpeechLLMForConditionalGeneration.push_to_hub`.
         """
-        from ..hub.upload import push_processor  # `checkpoints` builds on this module
-
-        return push_processor(self, repo_id, private, token, **kwargs)
+        return pretrained.hub().push_processor(self, repo_id, private, token, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
@@ -90,14 +96,85 @@ class SpeechLLMProcessor(ProcessorMixin):
             dialogue = dataclasses.replace(dialogue, system=None)
         return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id, self.think_block)
 
+    def __call__(
+        self, audio: AudioInput | None = None, text: TextInput | list[TextInput] | None = None, **kwargs
+    ) -> BatchFeature:
+        """The model's inputs for recordings, or for texts with recordings.
+
+        Args:
+            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
+            text: one or several, with one `audio_token` at the place of each recording, as of
+                `apply_chat_template(tokenize=False)`; default requests for transcripts, see
+                `apply_transcription_request`.
+            **kwargs: options of `transformers.ProcessingKwargs`: of the tokenizer, and `sampling_rate` of the
+                waveforms in Hz. By default, texts get no special tokens and are padded on the left, for `generate`.
+
+        Returns:
+            `input_ids`, `attention_mask`, shape = (texts, tokens), and, if there are recordings, `input_features`,
+            shape = (recordings, frames, feature size), `input_features_mask`.
+
+        Raises:
+            TypeError: if there is no option of a name.
+            ValueError: if texts and recordings don't fit, or the rate is not the processor's.
+            AudioError: if a recording can't be loaded.
+        """
+        nested = {name: value for name, value in kwargs.items() if name in OPTIONS and isinstance(value, dict)}
+        known = {*OPTIONS, *(name for names in OPTIONS.values() for name in names)}
+        unknown = kwargs.keys() - known
+        for group, options in nested.items():
+            unknown |= options.keys() - (known if group == "common_kwargs" else OPTIONS[group])
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no options {', '.join(sorted(unknown))}; see ProcessingKwargs")
+        if text is None and audio is not None:
+            text = [self._transcription_text] * len(_list_of(audio))
+        defaults = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
+        if "padding" in self.tokenizer.init_kwargs:
+            del defaults["padding"]
+        for name, value in defaults.items():
+            if not any(name in options for options in (kwargs, *nested.values())):
+                kwargs[name] = value
+        return super().__call__(text=text, audio=audio, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Loads the recordings of a call, and puts texts into a list; arguments and result as transformers'."""
+        if audio is not None:
+            audio = [load_audio(source, self.sampling_rate) for source in _list_of(audio)]
+        return images, [text] if isinstance(text, str) else text and list(text), videos, audio
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        """As many `audio_token` as the recording at this index gets."""
+        return self.audio_token * self.num_audio_tokens(int(audio_inputs["input_features_mask"][audio_idx].sum()))
+
+    def _process_audio(self, audio, sampling_rate: int | None = None, **kwargs) -> tuple[dict, list[str]]:
+        if sampling_rate not in (None, self.sampling_rate):
+            raise ValueError(f"got audio at {sampling_rate} Hz, need {self.sampling_rate} Hz: resample it first")
+        if isinstance(self.feature_extractor, FbankFeatureExtractor):
+            inputs = self.feature_extractor(audio, **kwargs)
+        else:  # Whisper's pads to 30 s, which the model does itself
+            inputs = pad_features(self.extract_features(audio))
+        return inputs, [self.replace_audio_token(inputs, index) for index in range(len(audio))]
+
+    @property
+    def _transcription_text(self) -> str:
+        messages = chat.transcription_messages(b"", chat.transcription_prompt())
+        return self._render(chat.parse_messages(messages))
+
+    def _render(self, dialogue: chat.Dialogue) -> str:
+        if not self.system_prompt:
+            dialogue = dataclasses.replace(dialogue, system=None)
+        return chat.render(dialogue, self.audio_token, self.think_block)
+
     def apply_chat_template(
         self,
         conversation: Sequence[dict] | Sequence[Sequence[dict]],
         hotwords: Sequence[str] = (),
         return_labels: bool = True,
         padding_side: str | None = None,
-        **kwargs,
-    ) -> BatchFeature:
+        tokenize: bool = True,
+        add_generation_prompt: bool | None = None,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+    ) -> BatchFeature | torch.Tensor | str | list[str]:
         """The model's inputs for dialogues: for training where every turn is answered, for decoding where the last is
         not.
 
@@ -106,22 +183,40 @@ class SpeechLLMProcessor(ProcessorMixin):
             hotwords: named before the first prompt of each dialogue.
             return_labels: whether to add `labels`; without effect where the last answer is missing.
             padding_side: default `right` with labels and `left` without, which is what `generate` needs.
+            tokenize: if false, gives the text of a dialogue, or a list of texts, and loads no recordings.
+            add_generation_prompt: whether the dialogues end where an answer begins; default where the last answer is
+                missing, and nothing else is possible.
+            return_dict: if false, gives `input_ids` alone.
+            return_tensors: `"pt"`.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, if there are recordings,
             `input_features`, shape = (recordings, frames, feature size), `input_features_mask`.
 
         Raises:
-            chat.ChatError: if a dialogue is not well formed.
+            chat.ChatError: if a dialogue is not well formed, or `add_generation_prompt` does not fit.
             AudioError: if a recording can't be loaded.
         """
-        conversations: Sequence = [conversation] if isinstance(conversation[0], dict) else conversation
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
+        single = isinstance(conversation[0], dict)
+        conversations: Sequence = [conversation] if single else conversation
         dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
-        return_labels = return_labels and all(dialogue.turns[-1].answer is not None for dialogue in dialogues)
+        answered = [dialogue.turns[-1].answer is not None for dialogue in dialogues]
+        if add_generation_prompt is not None and add_generation_prompt in answered:
+            end = "an answer" if add_generation_prompt else "a question"
+            raise chat.ChatError(
+                f"add_generation_prompt is {add_generation_prompt}, but dialogue "
+                f"{answered.index(add_generation_prompt)} ends with {end}; leave the option out"
+            )
+        if not tokenize:
+            texts = [self._render(dialogue) for dialogue in dialogues]
+            return texts[0] if single else texts
         waveforms = [
             load_audio(source, self.sampling_rate) for dialogue in dialogues for source in dialogue.recordings
         ]
-        return self.batch(dialogues, waveforms, return_labels, padding_side)
+        inputs = self.batch(dialogues, waveforms, return_labels and all(answered), padding_side)
+        return inputs if return_dict else inputs["input_ids"]
 
     def apply_transcription_request(
         self,
@@ -141,7 +236,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         Returns:
             As `apply_chat_template`, padded on the left.
         """
-        recordings = list(audio) if isinstance(audio, (list, tuple)) else [audio]
+        recordings = _list_of(audio)
         text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt, context)
         return self.apply_chat_template([chat.transcription_messages(item, text) for item in recordings])
 
@@ -213,6 +308,10 @@ class SpeechLLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the tensors that the model takes."""
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+
+def _list_of(audio: Any) -> list:
+    return as_list(audio)[0]
 
 
 def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

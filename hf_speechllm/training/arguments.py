@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
@@ -19,9 +20,15 @@ class SpeechLLMTrainingArguments(
 ):
     """`TrainingArguments`, with batches by audio seconds, validation by decoding, and what the trainer needs besides.
 
+    Attributes:
+        run_options: options of the run about model, data and adapters, by name, where the command line knows them:
+            checkpoints record them, so that a resumed run with others is noticed.
+
     Raises:
         ValueError: where options contradict each other; the message names them.
     """
+
+    run_options: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self.per_device_train_batch_seconds = batch_seconds(self.per_device_train_batch_seconds)

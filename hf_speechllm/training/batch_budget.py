@@ -1,4 +1,4 @@
-"""The batch budget: the largest that a GPU's memory takes, and what is done with a batch that it does not take."""
+"""The batch budget that `--per_device_train_batch_seconds auto` measures: the largest that a GPU's memory takes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
 from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
-from ..fast.attention import attention_of
 from ..files import atomic_write
-
-if TYPE_CHECKING:
-    from ..model.processing import SpeechLLMProcessor
-    from .arguments import SpeechLLMTrainingArguments
-    from .trainer import SpeechLLMTrainer
+from .arguments import SpeechLLMTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -28,39 +25,65 @@ USED_SHARE = 0.88  # of the memory; the rest is for fragmentation and for what t
 FIRST_PROBE = 60.0  # seconds of audio
 LARGEST = 4800.0  # seconds of audio; the GPU is busy long before
 STEPS_PER_EPOCH = 20  # at least, where the data allow it
-OPTIMIZER_BYTES = 8  # a trained parameter: AdamW's two moments in float32
+OPTIMIZER_BYTES = 8  # per trained parameter: AdamW's two moments in float32
 MEMORY_FILE = "batch_seconds.json"
 
 
-def find_batch_seconds(trainer: SpeechLLMTrainer) -> float:
-    """The largest budget, in padded seconds of audio, whose batches fit into the memory of every rank's GPU.
+def find_batch_seconds(
+    args: SpeechLLMTrainingArguments,
+    model: nn.Module,
+    rows: Any,
+    collator: SpeechLLMCollator,
+    backward: Callable[[dict], None],
+    sharded: bool = False,
+) -> float:
+    """Measures the largest budget, in padded seconds of audio, whose batches fit into the memory of every rank's GPU.
 
-    Batches of the shortest, the usual and the longest rows run forward and backward at growing budgets; memory grows
-    linearly with them. The result is remembered beside the caches, for the same model, options, rows and kind of GPU.
+    Batches of the shortest, the median and the longest rows run forward and backward at growing budgets; memory grows
+    linearly with them. The result is stored in the output folder and the cache folder, for the same model, options,
+    rows and kind of GPU.
+
+    Args:
+        args: of the run.
+        model: to be trained.
+        rows: training rows, a `datasets.Dataset`.
+        collator: of training.
+        backward: runs the forward and backward pass of a batch of the collator.
+        sharded: whether DeepSpeed or FSDP will shard the model.
+
+    Returns:
+        Seconds.
 
     Raises:
-        ValueError: without a GPU, with an engine that shards, or if the longest row does not fit.
+        ValueError: without a GPU, if the model is sharded, or if the longest row does not fit.
     """
-    args, device = trainer.args, trainer.args.device
+    device = args.device
     if device.type != "cuda":
         raise ValueError("--per_device_train_batch_seconds auto measures a GPU's memory; on a CPU give a number")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if sharded:
         raise ValueError(
             "--per_device_train_batch_seconds auto can't see what DeepSpeed or FSDP will shard: give a number"
         )
-    seconds = row_seconds(trainer.train_dataset)
+    seconds = row_seconds(rows)
     total = torch.cuda.get_device_properties(device).total_memory
-    key = _key(trainer, seconds, total)
-    # The run's own memory first: a resumed run must cut the same batches.
-    caches = [Path(file["filename"]).parent for file in trainer.train_dataset.cache_files[:1]]
-    folders = [Path(args.output_dir), *caches]
-    budget = next((known[key] for folder in folders if key in (known := _remembered(folder))), None)
+    key = _key(args, model, rows, collator, seconds, total)
+    # The output folder first: a resumed run must cut the same batches.
+    folders = [Path(args.output_dir), *(Path(file["filename"]).parent for file in rows.cache_files[:1])]
+    budget = next((known[key] for folder in folders if key in (known := _read_known(folder))), None)
     if budget is None:
-        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         later = trained * (OPTIMIZER_BYTES + (4 if args.world_size > 1 else 0))  # moments; DDP's buckets
         epoch = float(seconds.sum()) / (STEPS_PER_EPOCH * args.world_size * args.gradient_accumulation_steps)
+
+        def probe(batch_seconds: float) -> float:
+            batches = BudgetBatchSampler(seconds, batch_seconds, shuffle=False, row_cost=ROW_COST).batches(0)
+            chosen = sorted({0, len(batches) // 2, len(batches) - 1})
+            examples = Rows(rows)
+            inputs = (collator(examples.__getitems__(batches[index].tolist())) for index in chosen)
+            return _peak_memory(model, inputs, backward, device)
+
         budget = largest_budget(
-            lambda batch_seconds: _probe(trainer, seconds, batch_seconds),
+            probe,
             room=USED_SHARE * total - later,
             longest=float(seconds.max()),
             most=min(LARGEST, max(epoch, float(seconds.max()))),
@@ -73,24 +96,28 @@ def find_batch_seconds(trainer: SpeechLLMTrainer) -> float:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / MEMORY_FILE) as file:
-                json.dump({**_remembered(folder), key: budget}, file)
-    logger.info("batches of up to %.0f padded seconds of audio fit", budget)
+                json.dump({**_read_known(folder), key: budget}, file)
+    logger.info("batches of up to %.0f padded seconds of audio fit into memory", budget)
     return budget
 
 
-def _remembered(folder: Path) -> dict[str, float]:
+def _read_known(folder: Path) -> dict[str, float]:
     file = folder / MEMORY_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def largest_budget(probe: Callable[[float], float], room: float, longest: float, most: float) -> float:
-    """The largest budget whose memory fits: each probe is chosen by the line through the two before it.
+    """Searches the largest budget that fits: each probe is chosen by the line through the two before it.
 
     Args:
-        probe: bytes at the peak for a budget in seconds; raises `torch.OutOfMemoryError` if there are too few.
-        room: bytes that there are.
-        longest: seconds of the longest row, below which no budget can be.
-        most: seconds above which none is wanted.
+        probe: returns the peak memory of a budget (seconds), in bytes; raises `torch.OutOfMemoryError` if it does not
+            fit.
+        room: available memory, in bytes.
+        longest: duration of the longest row, in seconds, below which no budget can be.
+        most: largest wanted budget, in seconds.
+
+    Returns:
+        Seconds.
 
     Raises:
         ValueError: if the longest row alone does not fit.
@@ -110,8 +137,8 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
         used = fits(small)
     if used is None:
         raise ValueError(
-            f"the longest row ({longest:.1f} s) does not fit into the GPU's memory: give --gradient_checkpointing "
-            "true, train fewer parts, or remove it"
+            f"the longest row ({longest:.1f} s) does not fit into the GPU's memory: set --gradient_checkpointing "
+            "true, train fewer parts, or remove the row"
         )
     budget = min(most, 2 * small)
     while budget > small:
@@ -131,102 +158,36 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
     return small
 
 
-def _probe(trainer: SpeechLLMTrainer, seconds: np.ndarray, budget: float) -> float:
-    """Bytes at the peak of a forward and backward pass of batches of this budget."""
-    batches = BudgetBatchSampler(seconds, budget, shuffle=False, row_cost=ROW_COST).batches(0)
-    rows = Rows(trainer.train_dataset)
+def _peak_memory(model: nn.Module, batches: Any, backward: Callable[[dict], None], device: torch.device) -> float:
+    """Peak memory of forward and backward passes, in bytes; gradients and random numbers are as before."""
     peak = 0
-    state = torch.cuda.get_rng_state(trainer.args.device)
+    state = torch.cuda.get_rng_state(device)
     try:
-        for position in {0, len(batches) // 2, len(batches) - 1}:
+        for batch in batches:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(trainer.args.device)
-            inputs = trainer._prepare_inputs(trainer.data_collator(rows.__getitems__(batches[position].tolist())))
-            trainer.model.train()
-            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                trainer.model(**inputs).loss.backward()
-            peak = max(peak, torch.cuda.max_memory_allocated(trainer.args.device))
+            torch.cuda.reset_peak_memory_stats(device)
+            backward(batch)
+            peak = max(peak, torch.cuda.max_memory_allocated(device))
     finally:
-        trainer.model.zero_grad(set_to_none=True)
-        torch.cuda.set_rng_state(state, trainer.args.device)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.set_rng_state(state, device)
         torch.cuda.empty_cache()
     return peak
 
 
-def _key(trainer: SpeechLLMTrainer, seconds: np.ndarray, memory: int) -> str:
-    args: SpeechLLMTrainingArguments = trainer.args
-    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+def _key(
+    args: SpeechLLMTrainingArguments,
+    model: Any,
+    rows: Any,
+    collator: SpeechLLMCollator,
+    seconds: np.ndarray,
+    memory: int,
+) -> str:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     facts = [
-        trainer.model.config.to_json_string(), trained, args.bf16, args.gradient_checkpointing, args.world_size > 1,
-        attention_of(trainer.model), torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
-        round(float(seconds.sum()), 1), round(float(seconds.max()), 2), trainer.train_dataset.column_names,
-        trainer.data_collator.padding_free,
+        model.config.to_json_string(), trained, args.bf16, args.gradient_checkpointing, args.world_size > 1,
+        args.run_options.get("attn_implementation"),
+        torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
+        round(float(seconds.sum()), 1), round(float(seconds.max()), 2), rows.column_names, collator.padding_free,
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
-
-
-def run_in_halves(trainer: SpeechLLMTrainer, step: Callable[[dict], torch.Tensor], batch: dict) -> torch.Tensor:
-    """Runs a training step; where memory does not suffice, as the sum of its halves, and so on down to single rows.
-
-    Not where gradients would be lost or ranks would fall out of step: with several processes, or with gradients of
-    earlier batches accumulated. Then the error is raised with advice.
-
-    Args:
-        trainer: whose gradients are cleared before another try.
-        step: adds a batch's gradients and gives its share of the loss.
-        batch: of `SpeechLLMCollator`.
-
-    Raises:
-        torch.OutOfMemoryError: if it can't be helped.
-    """
-    args, processor, parts = trainer.args, trainer.processing_class, [batch]
-    while True:
-        losses: list[torch.Tensor] = []
-        for part in parts:
-            rows = len(part["input_ids"])
-            try:
-                losses.append(step(part))
-            except torch.OutOfMemoryError as error:
-                if rows == 1 or args.world_size > 1 or args.gradient_accumulation_steps > 1:
-                    frames = part["input_features_mask"].shape[1]
-                    raise torch.OutOfMemoryError(
-                        f"a batch of {rows} rows of up to {frames} frames does not fit into memory: lower "
-                        "--per_device_train_batch_seconds (or give auto), or set --gradient_checkpointing true"
-                    ) from error
-                break  # out of the handler: the error holds on to the tensors of the failed step
-        else:
-            return torch.stack(losses).sum()
-        logger.warning("%d rows do not fit into memory and are halved; lower --per_device_train_batch_seconds", rows)
-        trainer.model.zero_grad(set_to_none=True)  # begins again: some of the failed step's gradients may be there
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        at = len(losses)
-        parts[at : at + 1] = split_batch(parts[at], processor)
-
-
-def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[dict]:
-    """Halves of a batch of `SpeechLLMCollator`, whose losses and gradients add up to those of the whole.
-
-    Args:
-        batch: of at least two rows.
-        processor: knows how many audio tokens a recording has.
-    """
-    half, width = len(batch["input_ids"]) // 2, batch["input_ids"].shape[1]
-    placeholders = int((batch["input_ids"][:half] == processor.audio_token_id).sum())
-    rate = processor.encoder_downsample_rate if "encoder_states" in batch else 1
-    counts = [processor.num_audio_tokens(rate * int(frames)) for frames in batch["input_features_mask"].sum(-1)]
-    recordings = int(np.searchsorted(np.cumsum([0, *counts]), placeholders))
-    cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states"), recordings)
-    cuts["audio_tokens"] = placeholders
-    ends = dict.fromkeys(("label_positions", "token_positions"), half * width)
-    ends["frame_positions"] = recordings * batch["input_features_mask"].shape[1]
-    halves: list[dict[str, Any]] = [{}, {}]
-    for key, value in batch.items():
-        if key in ends:
-            before = value < ends[key]
-            parts = value[before], value[~before] - ends[key]
-        else:
-            parts = value[: cuts.get(key, half)], value[cuts.get(key, half) :]
-        for part, tensor in zip(halves, parts, strict=True):
-            part[key] = tensor
-    return halves

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .validation import TABLE_FILE, write_table
+from ..hub.publishing import CURVE_FILE
+from .validation_files import TABLE_FILE, write_table
 
-CURVE_FILE = "training_curve.png"
 _TITLES = {
     "loss": "Loss per supervised token",
     "token_accuracy": "Token accuracy (teacher forcing)",

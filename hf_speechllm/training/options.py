@@ -72,6 +72,10 @@ class BatchOptions:
         False,
         "Compile the layers of encoder, adaptor and LLM (torch.compile): faster steps after some minutes of warm-up.",
     )
+    fast: str = option(
+        "auto",
+        "auto, or off: only the plain paths of torch, transformers and the engines; the same numbers, slower.",
+    )
     plain_attention: bool = option(
         False, "Attention as torch and transformers choose it, cuDNN's among it, which plans anew for every shape."
     )
@@ -159,6 +163,7 @@ class FinetuningOptions:
 
     def __post_init__(self):
         check_options(self)
+        self.training.run_options = {**vars(self.model), **vars(self.data), **vars(self.parts)}
 
     @property
     def validation_files(self) -> dict[str, str]:

@@ -1,16 +1,14 @@
-"""Signals that ask a run to make room: it saves, and ends so that it can be resumed."""
+"""Signals that ask a run to end (Ctrl-C, SIGTERM, SIGUSR1): it saves a checkpoint and says how to resume."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import logging
-import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed
@@ -18,19 +16,16 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
-
-
-class Preempted(RuntimeError):
-    """The run was asked to end, and has saved a checkpoint."""
+# Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Preemption(TrainerCallback):
-    """Saves and ends training after a step once any rank has got a signal.
+    """Saves a checkpoint and ends training after a step once any rank has received a signal.
 
-    The ranks agree by a sum that each step starts and the next one reads, so that no step waits for it: they all end
-    after the same step, at the latest the second one after the signal.
+    The ranks agree through a sum that each step starts and the next step reads, so that no step waits for the sum: all
+    ranks end after the same step, at the latest the second one after the signal.
 
     Attributes:
         stopped: whether training was ended.
@@ -40,28 +35,42 @@ class Preemption(TrainerCallback):
         self.received: int | None = None
         self.stopped = False
         self._pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
+        self._previous: dict[int, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals for as long as the block runs; in the main thread, as others can't."""
+        """Handles the signals while the block runs, and restores the previous handlers after it.
+
+        Only the main thread can set handlers. A signal that the parent process ignores, as a shell does with SIGINT
+        for a background job, stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._previous = {
+            number: handler
+            for number in SIGNALS
+            if (handler := signal.getsignal(number)) is not signal.SIG_IGN or number != signal.SIGINT
+        }
+        for number in self._previous:
+            signal.signal(number, self._receive)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT:
+            logger.warning("interrupted: a checkpoint is saved after this step; Ctrl-C again ends the run at once")
+            signal.signal(number, self._previous[number])
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ends training, unless this is its last step anyway. An evaluation that is due is left out."""
         if not self._agreed(args) or state.global_step >= state.max_steps:
             return
-        logger.warning("asked to end by a signal: saving checkpoint %d", state.global_step)
+        logger.warning("a signal asks this run to end: saving checkpoint %d", state.global_step)
         self.stopped = True
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False
@@ -77,36 +86,3 @@ class Preemption(TrainerCallback):
         flag = torch.tensor(int(self.received is not None), device=args.device)
         self._pending = (flag, torch.distributed.all_reduce(flag, async_op=True))
         return agreed
-
-
-def ignore_in_worker(worker: int) -> None:
-    """Leaves signals to the main process, which still needs its loader processes; for `worker_init_fn`.
-
-    `end_workers_at_exit` has to be called in the main process.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@functools.cache
-def end_workers_at_exit() -> None:
-    """Has the loader processes that are left killed when this one ends.
-
-    Else multiprocessing would ask them to end by SIGTERM, which they ignore, and wait for them without end. Some are
-    left where something still holds the iterator of a loader: an exception's frames, or a loader with persistent
-    processes.
-    """
-    atexit.register(kill_workers)  # runs before what multiprocessing has registered, which was earlier
-
-
-def kill_workers() -> None:
-    """Kills the loader processes that are left, and waits for their end."""
-    # torch's handler would raise an error for a killed worker that is not waited for yet; other threads can't set it.
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-            process.join()
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)

@@ -9,17 +9,19 @@ from pathlib import Path
 import datasets
 import transformers
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
+from ..evaluation.validation_metrics import set_names
+from ..hub.publishing import CURVE_FILE
+from ..locks import hold_output
 from .arguments import SpeechLLMTrainingArguments
-from .callbacks import CURVE_FILE
+from .checkpointing.course import RunFinished, check_unfinished, write_finished
 from .checkpointing.manifest import checkpoint_folders, find_damage, last_complete
-from .checkpointing.output_lock import hold_output
 from .checkpointing.selection import check_resumable
 from .checkpointing.writer import clean_up
-from .validation import TABLE_FILE, set_names
+from .validation_files import TABLE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +49,32 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     Raises:
         ValueError: if there is none, or it is damaged or lacks what the options need, or there are some and it was not
             asked to go on from them, or another run has the output folder.
+        RunFinished: if nothing is left to train.
     """
-    found: list[str | None] = [None, None]
+    found: list[str | None] = [None, None, None]
     if args.process_index == 0:
         try:
             hold_output(args.output_dir)
             found[0] = _find_checkpoint(args)
         except (OSError, ValueError) as error:
             found[1] = str(error)
+        except RunFinished as finished:
+            found[2] = str(finished)
     if args.world_size > 1:
         broadcast_object_list(found)
-    checkpoint, problem = found
+    checkpoint, problem, end = found
     if problem is not None:
         raise ValueError(problem)
+    if end is not None:
+        raise RunFinished(end)
     return checkpoint
 
 
 def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     asked = str(args.resume_from_checkpoint or "false")
     clean_up(args.output_dir)
+    if args.run_options.get("use_lora") or args.save_only_trained:
+        _check_base(str(args.run_options.get("model_name_or_path", "")), args.output_dir)
     if asked.lower() == "false":
         if checkpoint_folders(args.output_dir):
             raise ValueError(
@@ -73,8 +82,11 @@ def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
                 "--resume_from_checkpoint true, or choose another --output_dir"
             )
         return None
-    if asked.lower() in ("true", "last", "auto"):
+    goes_back = asked.lower() not in ("true", "last", "auto")
+    if not goes_back:
         last = last_complete(args.output_dir)
+        if last is None:
+            check_unfinished(args, None, goes_back)
         if last is None and asked.lower() != "auto":
             raise ValueError(f"--resume_from_checkpoint: {args.output_dir} has no checkpoint")
     else:
@@ -86,9 +98,20 @@ def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     if last is None:
         logger.info("%s has no checkpoint yet: training begins", args.output_dir)
         return None
+    check_unfinished(args, last, goes_back)
     check_resumable(args, last)
     logger.info("training goes on from %s", last)
     return str(last)
+
+
+def _check_base(base: str, output_dir: str) -> None:
+    """Refuses an output folder in which the base model of what is saved would be overwritten or deleted."""
+    path = os.path.relpath(os.path.realpath(base), os.path.realpath(output_dir))
+    if os.path.isdir(base) and (path == os.curdir or path.startswith(f"{PREFIX_CHECKPOINT_DIR}-")):
+        raise ValueError(
+            f"--model_name_or_path {base} lies in --output_dir, but what is saved there needs it as its base model; "
+            "choose another --output_dir"
+        )
 
 
 def describe_data(train_rows, validation_rows: dict) -> None:
@@ -109,14 +132,18 @@ def save_final(trainer, result: TrainOutput) -> None:
     been done."""
     trainer.save_model(_internal_call=True)  # by itself it would push before there are scores for the card
     trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    metrics = result.metrics
+    if trainer.state.global_step == trainer.initial_step:  # only the end was missing: these would be zeros
+        metrics = {key: value for key, value in metrics.items() if not key.startswith(("train_", "total_flos"))}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         metrics = trainer.current_scores or trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
+        write_finished(trainer.args, trainer.state.global_step, trainer.state.epoch)
         logger.info("model: %s", trainer.args.output_dir)
         logger.info("training curve: %s", os.path.join(trainer.args.output_dir, CURVE_FILE))
         if trainer.args.eval_cer:

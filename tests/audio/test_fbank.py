@@ -15,6 +15,8 @@ from hf_speechllm.audio.fbank import cacheable_features, encoder_input, num_enco
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.model.chat import transcription_messages
 
+pytestmark = pytest.mark.core
+
 
 def noise(samples, seed=0):
     return (np.random.default_rng(seed).standard_normal(samples) * 0.1).astype(np.float32)

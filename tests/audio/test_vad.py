@@ -9,6 +9,8 @@ import torch
 from hf_speechllm.audio.vad import VoiceDetector, merge, pad, quietest_point, split
 from hf_speechllm.audio.waveform import load_audio
 
+pytestmark = pytest.mark.core
+
 SECOND = 16000
 
 

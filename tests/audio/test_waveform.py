@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm.audio import downloads
+from hf_speechllm.audio import decoders, downloads, wav_header
 from hf_speechllm.audio import waveform as audio
 from hf_speechllm.audio.truncation import missing_bytes
 from hf_speechllm.audio.waveform import AudioError, check_root, load_audio, probe_audio, read_audio, resolve_source
+
+pytestmark = pytest.mark.core
 
 SECONDS = 1.5
 
@@ -117,7 +119,7 @@ def test_file_name_may_hold_anything(recording, name):
 def test_long_recording_is_decoded_in_blocks_without_a_seam(recording, monkeypatch, ending):
     path = recording(ending)
     whole = read_audio(path)[0]
-    monkeypatch.setattr(audio, "BLOCK_LENGTH", 1000)
+    monkeypatch.setattr(decoders, "BLOCK_LENGTH", 1000)
     assert np.array_equal(read_audio(path)[0], whole)
     assert probe_audio(path) == (len(whole), 16000)
 
@@ -129,7 +131,7 @@ def test_plain_wav_is_probed_without_decoding(recording, monkeypatch):
         probe_audio(recording("flac"))
 
 
-@pytest.mark.parametrize("subtype", audio.PLAIN_PCM)
+@pytest.mark.parametrize("subtype", wav_header.PLAIN_PCM)
 @pytest.mark.parametrize("channels", [1, 2, 6])
 @pytest.mark.parametrize("version", [None, b"Lavf58.29.100\0", b"Lavf61.7.100\0\0"])
 def test_simple_wav_header_says_what_libsndfile_says(recording, monkeypatch, subtype, channels, version):
@@ -146,12 +148,12 @@ def test_simple_wav_header_says_what_libsndfile_says(recording, monkeypatch, sub
 @pytest.mark.parametrize("position", [*range(0, 44), -1])
 def test_wav_header_in_doubt_is_left_to_libsndfile(recording, position):
     data = bytearray(recording("wav").read_bytes())
-    assert audio._parse_simple_wav(bytes(data[:78]), len(data)) == (SECONDS * 16000, 16000)
+    assert wav_header._parse_simple_wav(bytes(data[:78]), len(data)) == (SECONDS * 16000, 16000)
     if position < 0:
         del data[-1]
     else:
         data[position] ^= 1
-    assert audio._parse_simple_wav(bytes(data[:78]), len(data)) is None
+    assert wav_header._parse_simple_wav(bytes(data[:78]), len(data)) is None
 
 
 @pytest.mark.parametrize("channels", [2, 8, 9, 16])

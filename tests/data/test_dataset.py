@@ -76,9 +76,9 @@ def computed(monkeypatch):
     """Recordings whose features were computed, by name; cleared with `.clear()`."""
     names = []
 
-    def load(source, rate):
+    def load(source, rate, max_seconds):
         names.append(os.path.basename(source))
-        return load_audio(source, rate)
+        return load_audio(source, rate, max_seconds)
 
     monkeypatch.setattr(dataset_module, "load_audio", load)
     return names

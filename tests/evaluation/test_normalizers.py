@@ -131,8 +131,8 @@ TOKENS = {
     "zero\u200bwidth soft\u00adhyphen": "zerowidth softhyphen",
     "千万不要买百货": "千 万 不 要 买 百 货",
     "三十二块": "3 2 块",
-    "2024-03-15": "2 0 2 4 0 3 1 5",
-    "24/7在线": "2 4 7 在 线",
+    "2024-03-15": "2 0 2 4 年 3 月 1 5 日",
+    "24/7在线": "2 4 / 7 在 线",
     "COVID-19疫情": "covid 1 9 疫 情",
     "fifty percent": "5 0 %",
     "five point six": "5 . 6",
@@ -312,7 +312,7 @@ def test_normalising_twice_changes_nothing_in_english(text):
 def test_any_text_gives_tokens_separated_by_single_spaces(text):
     result = normalize_text(text)
     assert result == " ".join(result.split())
-    signs = re.compile(r"(?<=\d) (?:%|\.(?= \d))")
+    signs = re.compile(r"(?<=\d) (?:%|[-.:/^+×*÷=](?= \d))")
     assert not any(unicodedata.category(character)[0] in "PZC" for character in signs.sub("", result).replace(" ", ""))
 
 

@@ -19,7 +19,7 @@ from hf_speechllm.evaluation import normalize_text, report
 from hf_speechllm.evaluation.hotword_scores import count_hotwords, summarize
 from hf_speechllm.evaluation.report import duration_chart, html_report, worst_utterances, write_compute_wer
 from hf_speechllm.evaluation.report_audio import MAX_SOUND_SECONDS, embed_sound, measure_durations
-from hf_speechllm.evaluation.scoring import score_set, score_utterances
+from hf_speechllm.evaluation.scoring import rules_for, score_set, score_utterances
 from hf_speechllm.evaluation.statistics import compare_systems
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -36,7 +36,7 @@ def random_texts(seed, number=60):
 def test_text_file_is_what_the_compute_wer_command_writes(tmp_path):
     references, hypotheses = random_texts(0), random_texts(1)
     for name, texts in (("ref", references), ("hyp", hypotheses)):
-        rows = [f"{id_}\t{normalize_text(text)}\n" for id_, text in texts.items()]
+        rows = [f"{id_}\t{normalize_text(text, rules_for(references[id_]))}\n" for id_, text in texts.items()]
         (tmp_path / name).write_text("".join(rows), encoding="utf-8")
     files = [tmp_path / name for name in ("ref", "hyp", "theirs.txt")]
     command = Path(sys.executable).with_name("compute-wer")

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from hf_speechllm.fast.attention import PADDED, causal_masks, spare_the_host
+from hf_speechllm.fast.attention import (
+    PADDED,
+    causal_masks,
+    disable_host_syncs,
+    without_cudnn_attention,
+)
 from hf_speechllm.model.loss import label_positions
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +42,7 @@ def test_audio_tokens_are_the_same(batch):
     model, inputs = batch
     features = inputs["input_features"], inputs["input_features_mask"]
     expected, lengths = model.get_audio_features(*features)
-    spare_the_host(model)
+    disable_host_syncs(model)
     assert model.audio_encoder.config._attn_implementation == model.audio_adaptor.config._attn_implementation == PADDED
     tokens, _ = model.get_audio_features(*features)
     for row, reference, length in zip(tokens, expected, lengths, strict=True):
@@ -45,13 +52,13 @@ def test_audio_tokens_are_the_same(batch):
 def test_other_implementations_are_left_alone(batch):
     model, _ = batch
     model.audio_encoder.set_attn_implementation("eager")
-    spare_the_host(model)
+    disable_host_syncs(model)
     assert model.audio_encoder.config._attn_implementation == "eager"
 
 
 def test_saved_config_does_not_name_the_implementation(batch, tmp_path):
     model, _ = batch
-    spare_the_host(model)
+    disable_host_syncs(model)
     model.save_pretrained(tmp_path)
     assert PADDED not in (tmp_path / "config.json").read_text()
 
@@ -71,3 +78,18 @@ def test_llm_with_a_sliding_window_gets_its_own_masks(batch):
     assert causal_masks(config) == {"full_attention": None}
     config.layer_types = ["sliding_attention", "full_attention"]
     assert causal_masks(config) is None
+
+
+def test_a_model_is_set_up_without_a_change_to_the_process(batch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    disable_host_syncs(batch[0])
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_attention_is_as_before_after_the_block(before):
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    with pytest.raises(ZeroDivisionError), without_cudnn_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        raise ZeroDivisionError
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

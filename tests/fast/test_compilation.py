@@ -7,11 +7,11 @@ from transformers import DynamicCache
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.sampler import Rows
-from hf_speechllm.fast.attention import allow_packing
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.fast.compilation import LayerGroup, compile_layers
 from hf_speechllm.model.kv_cache import CACHE
 from hf_speechllm.training import validation
-from hf_speechllm.training.checkpointing import writer as saving
+from hf_speechllm.training.checkpointing import verification
 from hf_speechllm.training.lora import add_lora
 
 
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
 
 def test_packed_rows_give_the_same(model, batches, tiny_model, tiny_rows):
     expected = losses_and_gradients(model, batches[:1])
-    allow_packing(model)
+    enable_padding_free(model)
     compile_layers(model, backend="eager")
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model), padding_free=True)
     torch._dynamo.utils.counters.clear()
@@ -167,14 +167,14 @@ def graphs_around(monkeypatch):
 
 
 def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, graphs_around):
-    graphs = graphs_around(saving, "check_readback")
+    graphs = graphs_around(verification.CheckpointVerifier, "verify")
     options = {"per_device_train_batch_seconds": 12, "save_strategy": "steps", "save_steps": 1}
     make_trainer(compile_layers=True, max_steps=2, **options).train()
     assert len(graphs) == 1 and 0 < graphs[0][0] == graphs[0][1]
 
 
 def test_decoding_a_validation_set_compiles_nothing(make_trainer, tiny_rows, graphs_around):
-    graphs = graphs_around(validation, "decode_set")
+    graphs = graphs_around(validation.Validator, "decode")
     options = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 4}
     rows = tiny_rows.select(range(4))
     make_trainer(compile_layers=True, padding_free=True, eval_dataset=rows, **options).evaluate()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_speechllm.fast import cuda_graphs as steps
-from hf_speechllm.fast.cuda_graphs import DecodingSteps, takes_steps
+from hf_speechllm.fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
 from hf_speechllm.inference.requests import Request
 from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
@@ -33,7 +33,7 @@ def test_steps_in_place_give_the_texts_of_the_cache_that_grows(parts, requests, 
     monkeypatch.setattr(steps, "ALIGNMENT", 4)
     expected = texts(Transcriber(*parts, max_new_tokens=40), requests)
     transcriber = Transcriber(*parts, max_new_tokens=40)
-    transcriber.steps = DecodingSteps(parts[0].llm.get_decoder(), graphs=False)
+    transcriber.steps = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
     assert texts(transcriber, requests) == expected
     assert len(set(expected)) > 2 and max(map(len, expected)) > 20
 
@@ -47,11 +47,55 @@ def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests
     assert captured.steps.graphs and captured.steps.graph is not None
 
 
+def damaged(parts):
+    """A model whose logits become NaN in its fourth step, in every second row."""
+    model = copy.deepcopy(parts[0])
+    decoder, forward, steps_done = model.llm.get_decoder(), model.llm.get_decoder().layers[0].forward, []
+
+    def damage(hidden_states, *args, **kwargs):
+        steps_done.append(1)
+        result = forward(hidden_states, *args, **kwargs)
+        if hidden_states.shape[1] > 1:
+            steps_done.clear()
+        if len(steps_done) != 3:
+            return result
+        result = result.clone()
+        result[::2] = float("nan")
+        return result
+
+    decoder.layers[0].forward = damage
+    return model
+
+
+def test_logits_that_become_nan_in_a_step_in_place_are_found(parts, waveforms):
+    model = damaged(parts)
+    transcriber = Transcriber(model, parts[1], max_new_tokens=20, batch_seconds=1000)
+    transcriber.steps = CudaGraphDecoder(model.llm.get_decoder(), graphs=False)
+    sound = Transcriber(*parts, max_new_tokens=20, batch_seconds=1000).transcribe(waveforms)
+    prompt = transcription_prompt()
+    requests = [Request(str(i), transcription_messages(item, prompt)) for i, item in enumerate(waveforms)]
+    results = sorted(transcriber(requests), key=lambda item: item.index)
+    failed = [item.index for item in results if item.error]
+    assert 2 <= len(failed) < len(waveforms) and all("not finite" in results[index].error for index in failed)
+    assert all(item.error or item.text == text for item, text in zip(results, sound, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_that_are_nan_in_a_captured_step_are_found(parts, requests):
+    model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
+    transcriber = Transcriber(model, processor, max_new_tokens=100)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert all(item.error is None for item in transcriber(requests))
+    model.llm.get_decoder().norm.weight.data[0] = float("nan")
+    assert all("not finite" in item.error for item in transcriber(requests))
+    assert transcriber.steps.graph is not None and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_recordings_of_one_length_need_no_mask(parts):
     waveforms = [np.random.default_rng(i).standard_normal(16000).astype(np.float32) * 0.1 for i in range(3)]
     transcriber = Transcriber(*parts, max_new_tokens=20)
     expected = transcriber.transcribe(waveforms)
-    transcriber.steps = DecodingSteps(parts[0].llm.get_decoder(), graphs=False)
+    transcriber.steps = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
     assert transcriber.transcribe(waveforms) == expected
 
 
@@ -63,7 +107,7 @@ def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
         expected = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
-        with DecodingSteps(decoder, graphs=False) as standing_in:
+        with CudaGraphDecoder(decoder, graphs=False) as standing_in:
             cache = standing_in.new_cache()
             for start, end in [(0, 6), (6, 7), (7, 8), (8, 9)]:
                 result = decoder(
@@ -79,7 +123,7 @@ def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
 
 def test_the_llm_is_itself_again_afterwards(parts, requests):
     decoder = parts[0].llm.get_decoder()
-    with pytest.raises(ZeroDivisionError), DecodingSteps(decoder, graphs=False):
+    with pytest.raises(ZeroDivisionError), CudaGraphDecoder(decoder, graphs=False):
         raise ZeroDivisionError
     assert "forward" not in vars(decoder)
     assert texts(Transcriber(*parts, max_new_tokens=4), requests)
@@ -87,7 +131,7 @@ def test_the_llm_is_itself_again_afterwards(parts, requests):
 
 def test_llms_that_need_more_than_a_mask_are_decoded_as_they_are(parts):
     decoder = parts[0].llm.get_decoder()
-    assert takes_steps(decoder)
+    assert supports_cuda_graphs(decoder)
     config = decoder.config.to_dict()
     for change in (
         {"_attn_implementation": "eager"},
@@ -98,4 +142,4 @@ def test_llms_that_need_more_than_a_mask_are_decoded_as_they_are(parts):
     ):
         other = torch.nn.Module()
         other.config = type("Config", (), {**config, "_attn_implementation": "sdpa", **change})
-        assert not takes_steps(other), change
+        assert not supports_cuda_graphs(other), change

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from packaging.specifiers import SpecifierSet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_speechllm.fast.fsdp import clip_shards, keep_outputs, step_on_shards
+from hf_speechllm.fast import versions
+from hf_speechllm.fast.fsdp import AdamWOnShards, clip_shards, keep_outputs, sharded_optimizer
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def test_steps_are_those_of_plain_tensors(sharded, monkeypatch, max_norm):
     inputs = torch.randn(5, 4)
     models = []
     for model in sharded:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-        step_on_shards(optimizer)
+        optimizer = sharded_optimizer(torch.optim.AdamW)(model.parameters(), lr=1e-2, fused=True)
+        assert type(optimizer) is AdamWOnShards
         for _ in range(3):
             optimizer.zero_grad()
             model(inputs).square().sum().backward()
@@ -61,6 +63,17 @@ def test_other_gradients_and_optimizers_are_left_to_torch(sharded):
     model, plain = sharded
     plain(torch.ones(1, 4)).sum().backward()
     assert clip_shards(plain.parameters(), 1.0) is None and clip_shards([], 1.0) is None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step_on_shards(optimizer)
-    assert "_init_group" not in vars(optimizer)
+    assert sharded_optimizer(torch.optim.SGD) is torch.optim.SGD
+
+
+def test_untested_releases_leave_everything_to_torch(sharded, monkeypatch, caplog):
+    monkeypatch.setattr(versions, "tested_ranges", lambda: {"torch": SpecifierSet("<1")})
+    versions.is_tested.cache_clear()
+    model, _ = sharded
+    model(torch.ones(1, 4)).sum().backward()
+    try:
+        assert clip_shards(model.parameters(), 1.0) is None
+        assert sharded_optimizer(torch.optim.AdamW) is torch.optim.AdamW
+        assert caplog.text.count("FSDP2 on shards is off") == 1
+    finally:
+        versions.is_tested.cache_clear()

@@ -10,12 +10,14 @@ from torch import nn
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.fast.attention import PACKED, allow_packing
-from hf_speechllm.fast.cuda_graphs import takes_steps
-from hf_speechllm.fast.fsmn import MemoryBlock, kernel_works, remember_in_torch, use_memory_blocks
+from hf_speechllm.fast.attention import PADDING_FREE, enable_padding_free
+from hf_speechllm.fast.cuda_graphs import supports_cuda_graphs
+from hf_speechllm.fast.fsmn import FSMN, fsmn_conv_torch, kernel_works, use_fsmn
 from hf_speechllm.model.packing import PackedRows, filled_positions
 from hf_speechllm.training.checkpointing import verification as readback
 from hf_speechllm.training.lora import add_lora
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows
     padded = SpeechLLMCollator(processor)(rows)
     assert padded["attention_mask"].min() == 0 and padded["input_features_mask"].min() == 0
     expected = loss_and_gradients(model, padded)
-    allow_packing(model)
+    enable_padding_free(model)
     seen = []
     model.llm.get_decoder().layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.shape))
     packed = SpeechLLMCollator(processor, padding_free=True)(rows)
@@ -76,8 +78,8 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
     batch = SpeechLLMCollator(processor)([tiny_rows[index] for index in (3, 11)])
     prompt = {name: value for name, value in batch.items() if name not in ("labels", "label_positions")}
     expected = model(**batch).loss, model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    allow_packing(model)
-    assert takes_steps(model.llm)
+    enable_padding_free(model)
+    assert supports_cuda_graphs(model.llm)
     torch.testing.assert_close(model(**batch).loss, expected[0])
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected[1])
 
@@ -87,14 +89,14 @@ def test_a_model_that_is_not_set_up_refuses_packed_rows(parts, tiny_rows):
     batch = SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]])
     for name in ("token_positions", "frame_positions"):
         part = {key: value for key, value in batch.items() if key == name or not key.endswith("_positions")}
-        with pytest.raises(ValueError, match="attention.allow_packing"):
+        with pytest.raises(ValueError, match="attention.enable_padding_free"):
             model(**part, label_positions=batch["label_positions"])
 
 
 def test_saved_config_does_not_name_the_attention(parts, tmp_path):
-    allow_packing(parts[0])
+    enable_padding_free(parts[0])
     parts[0].save_pretrained(tmp_path)
-    assert PACKED not in (tmp_path / "config.json").read_text()
+    assert PADDING_FREE not in (tmp_path / "config.json").read_text()
 
 
 def test_llms_whose_rows_would_see_each_other_are_refused(compose_tiny, tiny_config):
@@ -102,18 +104,18 @@ def test_llms_whose_rows_would_see_each_other_are_refused(compose_tiny, tiny_con
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config["llm_config"] = {"model_type": "llama", **size}
     with pytest.raises(ValueError, match="this one is llama with sdpa"):
-        allow_packing(compose_tiny(config)[0])
+        enable_padding_free(compose_tiny(config)[0])
     model, _ = compose_tiny()
     model.llm.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="qwen3 with eager"):
-        allow_packing(model)
+        enable_padding_free(model)
 
 
 def test_gpus_without_the_kernel_are_refused(parts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     with pytest.raises(ValueError, match="compute capability 8.0"):
-        allow_packing(parts[0])
+        enable_padding_free(parts[0])
 
 
 def test_rows_are_packed_and_unpacked():
@@ -122,7 +124,7 @@ def test_rows_are_packed_and_unpacked():
     states = torch.arange(18.0).view(3, 3, 2)
     assert rows.pack(states)[0, :, 0].tolist() == [0, 2, 6, 12, 14, 16]
     assert torch.equal(rows.unpack(rows.pack(states)), states * mask.unsqueeze(-1))
-    assert rows.places.tolist() == [[0, 1, 0, 0, 1, 2]] and rows.numbers.tolist() == [[1, 1, 2, 3, 3, 3]]
+    assert rows.position_ids.tolist() == [[0, 1, 0, 0, 1, 2]] and rows.segment_ids.tolist() == [[1, 1, 2, 3, 3, 3]]
     assert rows.attention["cu_seq_lens_q"].tolist() == [0, 2, 3, 6] and rows.attention["max_length_k"] == 3
 
 
@@ -131,7 +133,7 @@ def test_memory_blocks_do_not_reach_into_the_next_recording(size):
     lengths, left = [30, 1, 7], (size - 1) // 2
     values, weight = torch.randn(1, sum(lengths), 6), torch.randn(6, size)
     numbers = torch.cat([torch.full((1, n), number + 1) for number, n in enumerate(lengths)], 1).int()
-    result = remember_in_torch(values, weight, numbers, left)
+    result = fsmn_conv_torch(values, weight, numbers, left)
     for part, expected in zip(values.split(lengths, 1), result.split(lengths, 1), strict=True):
         padded = nn.functional.pad(part.transpose(1, 2), (left, size - 1 - left))
         alone = part + nn.functional.conv1d(padded, weight.unsqueeze(1), groups=6).transpose(1, 2)
@@ -145,8 +147,8 @@ def test_the_kernel_computes_the_same():
 import os
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from hf_speechllm.memory_block import remember_in_torch
-from hf_speechllm.memory_kernel import remember
+from hf_speechllm.fast.fsmn import fsmn_conv_torch
+from hf_speechllm.fast.fsmn_kernel import fsmn_conv
 
 torch.manual_seed(0)
 padded = torch.arange(70) < torch.tensor([[70], [33]])
@@ -155,12 +157,12 @@ for channels, size, mask in ((130, 11, padded), (7, 4, packed)):
     values = torch.randn(*mask.shape, channels, requires_grad=True)
     weight, gradient = torch.randn(channels, size, requires_grad=True), torch.randn(*mask.shape, channels)
     arguments = values, weight, mask, (size - 1) // 2
-    found, expected = remember(*arguments), remember_in_torch(*arguments)
+    found, expected = fsmn_conv(*arguments), fsmn_conv_torch(*arguments)
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(result, [values, weight], gradient) for result in (found, expected))
     for ours, theirs in zip(ours, theirs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    torch.library.opcheck(remember, arguments)
+    torch.library.opcheck(fsmn_conv, arguments)
 print("done")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -179,10 +181,10 @@ def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kernel_works.cache_clear()
     with caplog.at_level("WARNING"):
-        use_memory_blocks(parts[0])
+        use_fsmn(parts[0])
     kernel_works.cache_clear()
-    assert "computed by torch, which is slower: Triton fails" in caplog.text
-    blocks = [module for module in parts[0].modules() if isinstance(module, MemoryBlock)]
+    assert "torch computes the FSMN blocks of the encoder, which is slower: Triton fails" in caplog.text
+    blocks = [module for module in parts[0].modules() if isinstance(module, FSMN)]
     assert blocks and not any(block.kernel for block in blocks)
 
 
@@ -209,8 +211,8 @@ def test_a_run_without_padding_is_read_back_and_validated(use_lora, make_trainer
         with caplog.at_level("INFO"):
             trainer = make_trainer(**options, padding_free=padding_free)
             trainer.train()
-        assert "was read back" in caplog.text
-        blocks = [any(isinstance(module, MemoryBlock) for module in model.modules()) for model in compared]
+        assert "is verified" in caplog.text
+        blocks = [any(isinstance(module, FSMN) for module in model.modules()) for model in compared]
         assert blocks == [padding_free, padding_free]
         compared.clear()
         caplog.clear()

@@ -1,9 +1,12 @@
 """Every layout loads by itself, every pair converts without changing a bit, and damage is told."""
 
 import json
+import os
 import pickle
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,8 @@ from hf_speechllm.formats.loading import (
 )
 from hf_speechllm.model import chat
 from hf_speechllm.training.lora import add_lora
+
+pytestmark = pytest.mark.core
 
 load = SpeechLLMForConditionalGeneration.from_pretrained
 MODEL_FILES = {"speech_llm": "model.safetensors", "native": "model.safetensors", "funasr": "model.pt"}
@@ -593,3 +598,64 @@ def test_an_incomplete_adapter(adapter):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         load(folder)
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def test_adapter_finds_its_base_model_from_any_folder(
+    make_model, make_checkpoint, logits, tmp_path, monkeypatch, caplog
+):
+    model, processor = make_model()
+    make_checkpoint("speech_llm", "base", model, processor)
+    monkeypatch.chdir(tmp_path)
+    add_lora(load("base"), r=2).save_pretrained("run/adapter")
+    folder = tmp_path / "run" / "adapter"
+    assert config_of(folder)["base_model_name_or_path"] == str(tmp_path / "base")
+    expected = logits(load(folder), processor)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(load(folder), processor), expected, rtol=0, atol=0)
+    # Written by hand: relative to the adapter. Of older adapters: relative to the working directory, with a warning.
+    for name, place, told in (("../../base", "elsewhere", False), ("base", ".", True)):
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**config_of(folder), "base_model_name_or_path": name}), encoding="utf-8"
+        )
+        monkeypatch.chdir(tmp_path / place)
+        caplog.clear()
+        torch.testing.assert_close(logits(load(folder), processor), expected, rtol=0, atol=0)
+        assert ("taken from the working directory" in caplog.text) == told
+
+
+@pytest.mark.parametrize("name", ["{}/gone", "../gone", "gone", "."])
+def test_missing_base_model_is_told_with_the_adapter_that_needs_it(adapter, name, tmp_path):
+    folder, _, _ = adapter
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config_of(folder), "base_model_name_or_path": name.format(tmp_path)}), encoding="utf-8"
+    )
+    for read in (load, SpeechLLMConfig.from_pretrained):
+        with pytest.raises(CheckpointError, match=str(folder)):
+            read(folder)
+
+
+def test_adapters_of_adapters_hold_both_updates(adapter, logits, tmp_path):
+    folder, trained, processor = adapter
+    second = add_lora(load(folder, dtype=torch.float32), r=2)
+    second.save_pretrained(tmp_path / "second")
+    assert config_of(tmp_path / "second")["base_model_name_or_path"] == str(folder)
+    expected = logits(trained, processor)
+    torch.testing.assert_close(logits(load(tmp_path / "second"), processor), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_written_models_have_the_permissions_of_new_files(make_model, make_checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model, processor = make_model()
+        model.save_pretrained(tmp_path / "saved")
+        folder = Path(make_checkpoint("native", "converted", model, processor))
+    finally:
+        os.umask(before)
+    for path in (*(tmp_path / "saved").iterdir(), *folder.glob("*.safetensors")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path

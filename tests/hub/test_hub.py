@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -145,7 +147,11 @@ def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
         item.push_to_hub("user/tiny")
     files = files_of(hub, "user/tiny")
     assert json.loads(files["config.json"].content)["model_type"] == "speech_llm"
-    assert "hf_speechllm" in files["code/pyproject.toml"].content.decode()
+    project = tomllib.loads(files["code/pyproject.toml"].content.decode())["project"]
+    declared = metadata.metadata("hf_speechllm")
+    assert project["name"] == "hf_speechllm" and project["requires-python"] == declared["Requires-Python"]
+    assert project["dependencies"] == [item for item in declared.get_all("Requires-Dist") if "extra ==" not in item]
+    assert any(re.match(r"transformers.*<", item) for item in project["dependencies"])
     assert "pip install ./speech_llm/code" in files["README.md"].content.decode()
     assert_nothing_private(files, tmp_path)
     inputs = processor.apply_transcription_request([tone(0.7)[:, 0], tone(1.1)[:, 0]])
@@ -308,7 +314,7 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
     assert "| steps | 2 |" in body and "| seed | 42 |" in body and "transformers 5" in body
     loss = json.loads((run / "eval_results.json").read_text())["eval_dev_loss"]
     assert f"| {loss:.4f} |" in body
-    assert 'from_pretrained("user/tuned")' in body and "convert_checkpoint.py" in body
+    assert 'from_pretrained("user/tuned")' in body and "hf-speechllm convert" in body
 
     trained = SpeechLLMForConditionalGeneration.from_pretrained(run)
     returned = SpeechLLMForConditionalGeneration.from_pretrained("user/tuned")

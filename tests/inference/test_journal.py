@@ -1,13 +1,14 @@
 """What is decoded is kept over a kill, and used again for the same requests with the same settings only."""
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hf_speechllm.inference.distributed import shares
-from hf_speechllm.inference.journal import Journal, model_stamp, request_key
+from hf_speechllm.inference.journal import Journal, request_key
 from hf_speechllm.inference.pieces import Transcript
 from hf_speechllm.inference.requests import Request
 from hf_speechllm.inference.segments import Segment
@@ -54,6 +55,86 @@ def test_other_settings_are_refused_by_name(tmp_path):
         Journal(tmp_path / "hyp.txt", {"num_beams": 4, "vad": False}).read()
 
 
+def test_settings_that_are_known_late_are_compared_all_the_same(tmp_path):
+    journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
+    journal.require({"weights": "a"})
+    journal.open()
+    journal.add("first", RESULT)
+    later = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
+    assert later.read().keys() == {"first"}
+    later.require({"weights": "a"})
+    with pytest.raises(ValueError, match=r"partial-0\.jsonl: .*weights \('a', now 'b'\)\. "):
+        later.require({"weights": "b"})
+
+
+def write_three(folder):
+    journal = Journal(folder / "hyp.txt", {"num_beams": 1})
+    journal.open()
+    for key in ("first", "second", "third"):
+        journal.add(key, RESULT)
+    return Path(journal.path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: b"\0" * len(line),
+        lambda line: b"",
+        lambda line: line[: len(line) // 2],
+        lambda line: line.replace("几点了".encode(), "九点了".encode()),  # JSON all the same
+        lambda line: line.replace(b"1.5", b"1.4"),
+        lambda line: line.replace("几".encode(), b"\xff"),
+        lambda line: b"[]",
+        lambda line: b'"text"',
+        lambda line: b"{}",
+        lambda line: b"[" * 100_000,
+        lambda line: line + line,
+        lambda line: b'{"settings": {}}',
+    ],
+)
+def test_a_damaged_line_is_named_and_its_result_left_out(tmp_path, caplog, damage):
+    path = write_three(tmp_path)
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = damage(lines[2])
+    path.write_bytes(b"\n".join(lines))
+    journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
+    assert journal.read().keys() == {"first", "third"}
+    assert f"{path}:3: damaged" in caplog.text
+    journal.open()
+    journal.add("second", RESULT)
+    assert Journal(tmp_path / "hyp.txt", {"num_beams": 1}).read().keys() == {"first", "second", "third"}
+
+
+def test_results_whose_settings_are_damaged_are_not_used(tmp_path, caplog):
+    path = write_three(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"num_beams": 1', b'"num_beams": 2', 1))
+    journal = Journal(tmp_path / "hyp.txt", {"num_beams": 2})
+    assert journal.read() == {}
+    assert f"{path}:1: damaged" in caplog.text and "3 results" in caplog.text
+    journal.open()
+    journal.add("fourth", RESULT)
+    assert Journal(tmp_path / "hyp.txt", {"num_beams": 2}).read().keys() == {"fourth"}
+
+
+def test_a_full_disk_is_reported_and_costs_no_earlier_result(tmp_path):
+    path = write_three(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
+    journal.open()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"hyp\.txt\.partial-0\.jsonl can't be written: "):
+            journal.add("fourth", RESULT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes()[-1:] != b"\n"  # half a line
+    again = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
+    assert again.read().keys() == {"first", "second", "third"}
+    again.open()
+    again.add("fourth", RESULT)
+    assert again.read().keys() == {"first", "second", "third", "fourth"}
+
+
 def test_a_request_is_known_by_its_recording_and_prompt(make_wav):
     path = make_wav()
     key = request_key(request(path))
@@ -65,16 +146,6 @@ def test_a_request_is_known_by_its_recording_and_prompt(make_wav):
     assert len({key, *map(request_key, others)}) == 7
     os.utime(path, (1, 1))
     assert request_key(request(path)) != key
-
-
-def test_a_model_is_known_by_its_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"12")
-    stamp = model_stamp(str(tmp_path))
-    (tmp_path / "trainer_state.json").write_text("{}")
-    assert model_stamp(str(tmp_path)) == stamp
-    (tmp_path / "model.safetensors").write_bytes(b"123")
-    assert model_stamp(str(tmp_path)) != stamp
-    assert model_stamp("someone/model") == ["someone/model"]
 
 
 def test_shares_hold_alike_seconds_and_every_row_once():

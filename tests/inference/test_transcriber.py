@@ -1,18 +1,25 @@
 """Recordings to texts: the same in a batch as alone, prepared while the model works, a reason for every failure."""
 
+import copy
+import os
 import threading
+import types
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from hf_speechllm.audio.vad import VoiceDetector
 from hf_speechllm.audio.waveform import AudioError, load_audio
+from hf_speechllm.inference.finite import LogitsWatch
 from hf_speechllm.inference.hotword_option import read_hotwords
 from hf_speechllm.inference.prefetch import in_background, measure_seconds
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
+
+pytestmark = pytest.mark.core
 
 
 class Spans:
@@ -145,10 +152,11 @@ def test_without_speech_there_is_no_text(parts, waveforms):
 def test_recordings_beyond_the_encoder_are_refused_unless_they_are_segmented(parts, waveforms):
     model, processor = parts
     transcriber = Transcriber(model, processor, max_new_tokens=2)
-    transcriber.max_seconds = 3.0
+    transcriber.meter.max_seconds = 3.0
     with pytest.raises(AudioError, match=r"3\.1 s; the encoder takes at most 3\.0 s: --vad "):
         transcriber.transcribe(waveforms)
-    transcriber.vad = Spans([(0.0, 1.0)])
+    transcriber = Transcriber(model, processor, max_new_tokens=2, vad=Spans([(0.0, 1.0)]))
+    transcriber.meter.max_seconds = 3.0
     assert len(transcriber.transcribe(waveforms)) == len(waveforms)
     with pytest.raises(ValueError, match="lower --vad_max_seconds"):
         Transcriber(model, processor, vad=Spans([], max_seconds=1e6))
@@ -210,3 +218,93 @@ def test_lengths_come_from_headers_and_damage_is_found_on_loading(parts, make_wa
     assert errors[0] is None
     assert "cut.flac: truncated" in errors[1]
     assert "the file is empty" in errors[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"vad": Spans([(0.0, 0.1), (0.1, 0.2)])}])
+def test_logits_that_are_not_finite_are_an_error_and_no_empty_text(parts, waveforms, options):
+    model = copy.deepcopy(parts[0])
+    transcriber = Transcriber(model, parts[1], max_new_tokens=8, **options)
+    expected = transcriber.transcribe(waveforms)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with torch.no_grad():
+            model.llm.get_output_embeddings().weight[7] = value
+        results = list(transcriber([request(item) for item in waveforms]))
+        assert sorted(item.index for item in results) == list(range(len(waveforms)))
+        assert all("logits are not finite" in item.error and not item.text for item in results)
+        with pytest.raises(AudioError, match="recording 0: the model's logits are not finite"):
+            transcriber.transcribe(waveforms)
+    assert len(expected) == len(waveforms)
+
+
+def request(item):
+    return Request("a", transcription_messages(item, transcription_prompt()))
+
+
+def test_one_recording_whose_logits_are_not_finite_costs_no_other_its_text(parts, waveforms, monkeypatch):
+    expected = Transcriber(*parts, max_new_tokens=8).transcribe(waveforms)
+    longest = max(len(waveform) for waveform in waveforms)
+    encode = parts[0].encode_audio
+
+    def damage(features, mask, *args):
+        states, mask = encode(features, mask, *args)
+        return states.masked_fill((mask.sum(1) == mask.sum(1).max())[:, None, None], float("nan")), mask
+
+    monkeypatch.setattr(parts[0], "encode_audio", damage)
+    results = sorted(
+        Transcriber(*parts, max_new_tokens=8)([request(item) for item in waveforms]), key=lambda item: item.index
+    )
+    for waveform, result, text in zip(waveforms, results, expected, strict=True):
+        assert (result.error is not None) == (len(waveform) == longest)
+        assert result.text == ("" if result.error else text)
+
+
+def test_steps_behind_the_end_of_a_row_do_not_count():
+    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=[2, 3], pad_token_id=0))
+    watch = LogitsWatch(model)
+    watch._sums = [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0]), torch.full((3,), np.inf)]
+    tokens = torch.tensor([[5, 3, 0], [5, 2, 0], [5, 6, 7]])
+    assert watch.finite(3, tokens) == [True, False, False]
+    assert watch.finite(3) == [False, False, False]
+
+
+def test_a_transcriber_and_its_calls_leave_the_process_as_it_was(parts, waveforms, monkeypatch):
+    seen, generate = [], parts[0].generate
+
+    def look(**options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return generate(**options)
+
+    monkeypatch.setattr(parts[0], "generate", look)
+    before = process_state()
+    transcriber = Transcriber(*parts, max_new_tokens=2, vad=VoiceDetector())
+    assert process_state() == before
+    transcriber.vad = Spans([(0.0, 0.1)])
+    transcriber.transcribe(waveforms[0])
+    assert process_state() == before and seen == [False]
+
+
+def process_state():
+    cuda = torch.backends.cuda
+    return (
+        cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+        torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+        torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), dict(os.environ),
+    )  # fmt: skip
+
+
+def test_every_way_to_hand_over_a_recording_gives_its_text(parts, waveforms, tmp_path):
+    transcriber = Transcriber(*parts, max_new_tokens=12)
+    wave = waveforms[1]
+    path = tmp_path / "a.wav"
+    soundfile.write(path, wave, 16000, subtype="FLOAT")
+    expected = transcriber.transcribe([wave])
+    ways = [
+        str(path), path, path.read_bytes(), wave, torch.from_numpy(wave), (wave, 16000), wave.astype(np.float64),
+        {"audio": {"array": wave, "sampling_rate": 16000}, "text": "one"}, {"path": str(path), "bytes": None},
+    ]  # fmt: skip
+    assert [transcriber.transcribe(way) for way in ways] == expected * len(ways)
+    assert transcriber.transcribe(ways) == expected * len(ways)
+    assert transcriber.transcribe(wave[::2].copy(), sampling_rate=8000) == transcriber.transcribe((wave[::2], 8000))
+    with pytest.raises(AudioError, match="recording 1: the waveform: samples up to .*32768"):
+        transcriber.transcribe([wave, wave * 32768])
+    assert transcriber.transcribe([]) == []

@@ -19,6 +19,8 @@ from hf_speechllm.model.chat import (
     tokenize,
 )
 
+pytestmark = pytest.mark.core
+
 TOKENIZER = train_tokenizer(["hello world", "几点了？", "语音转写：", "one two three"], vocab_size=320)
 AUDIO_ID = TOKENIZER.convert_tokens_to_ids(AUDIO_TOKEN)
 END_ID = TOKENIZER.convert_tokens_to_ids(TURN_END)

@@ -6,6 +6,8 @@ from transformers import DynamicCache
 
 from hf_speechllm.model.kv_cache import CACHE, CACHE_NAMES, find_cache
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
 def test_a_forward_pass_takes_a_cache_under_either_name(compose_tiny, tiny_config, name):

@@ -9,6 +9,8 @@ from hf_speechllm.model import loss as module
 from hf_speechllm.model.chat import IGNORE_INDEX
 from hf_speechllm.model.loss import supervised_loss
 
+pytestmark = pytest.mark.core
+
 VOCABULARY, WIDTH = 101, 32
 
 

@@ -1,19 +1,28 @@
 """decode.py: killed and started again, by two processes, with voice detection, with a guard against loops."""
 
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
+from safetensors.torch import load_file, save_file
 
 from hf_speechllm.audio.waveform import load_audio
+from hf_speechllm.inference import decoding
+from hf_speechllm.inference.journal import Journal
+from hf_speechllm.inference.measuring import RequestMeter
 from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.model import chat
 
@@ -25,14 +34,28 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 def decode(run_recipe, tiny_corpus, tiny_model, tmp_path):
     """Runs decode.py in this process; gives its exit code or message, and what it wrote."""
 
-    def run(*options, output="hyp.txt", scp=tiny_corpus.scp):
+    def run(*options, output="hyp.txt", scp=tiny_corpus.scp, model=tiny_model):
         output = tmp_path / output
-        end = run_recipe(
-            "decode.py", "--model_name_or_path", tiny_model, "--scp_file", scp, "--output_file", output, *options
-        )
+        list_options = ["--scp_file", scp] if scp else []
+        end = run_recipe("decode.py", "--model_name_or_path", model, *list_options, "--output_file", output, *options)
         return end, output.read_text(encoding="utf-8") if output.exists() else None
 
     return run
+
+
+def start_decoding(model, scp, output, *options):
+    """Starts decode.py in a process of its own, and waits until it has some texts."""
+    command = [
+        sys.executable, REPOSITORY / "recipes/decode.py", "--model_name_or_path", model, "--scp_file", scp,
+        "--output_file", output, *options,
+    ]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    journal = Path(f"{output}.partial-0.jsonl")
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
 
 
 def test_a_list_that_was_killed_half_way_gives_the_same_file_as_in_one_go(
@@ -40,15 +63,7 @@ def test_a_list_that_was_killed_half_way_gives_the_same_file_as_in_one_go(
 ):
     options = ["--max_new_tokens", "60", "--batch_seconds", "1"]
     killed, journal = tmp_path / "killed.txt", tmp_path / "killed.txt.partial-0.jsonl"
-    command = [
-        sys.executable, REPOSITORY / "recipes/decode.py", "--model_name_or_path", tiny_model,
-        "--scp_file", tiny_corpus.scp, "--output_file", killed, *options,
-    ]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start_decoding(tiny_model, tiny_corpus.scp, killed, *options)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = journal.read_bytes().count(b"\n") - 1
@@ -208,13 +223,211 @@ def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
 
 
 def test_context_and_hotwords_reach_the_prompt(decode, monkeypatch):
-    measure, prompts = Transcriber.measure, []
+    measure, prompts = RequestMeter.__call__, []
 
-    def listen(transcriber, requests):
+    def listen(meter, requests):
         prompts.append(requests[0].messages[-1]["content"])
-        return measure(transcriber, requests)
+        return measure(meter, requests)
 
-    monkeypatch.setattr(Transcriber, "measure", listen)
+    monkeypatch.setattr(RequestMeter, "__call__", listen)
     options = ["--hotwords", "one,二", "--context", "课堂", "--language", "en", "--max_new_tokens", "1"]
     assert decode(*options)[0] is None
     assert chat.transcription_prompt("en", hotwords=["one", "二"], context="课堂") in prompts[0]
+
+
+def test_a_second_run_is_refused_and_the_first_ends_with_all_texts(decode, tiny_corpus, tiny_model, tmp_path):
+    options = ["--max_new_tokens", "60", "--batch_seconds", "1"]
+    first = start_decoding(tiny_model, tiny_corpus.scp, tmp_path / "hyp.txt", *options)
+    for more in ([], ["--overwrite"], ["--num_beams", "2"]):
+        message, text = decode(*options, *more)
+        assert f"hyp.txt is in use by another run, process {first.pid} on " in message and text is None
+    assert first.wait(120) == 0
+    assert len((tmp_path / "hyp.txt").read_text().splitlines()) == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["hyp.txt"]
+
+
+def test_a_run_that_waited_for_another_does_not_replace_its_output(decode, tmp_path, monkeypatch):
+    """The other one ends between a look at the output file and the lock."""
+    hold_file = decoding.hold_file
+
+    def wait(*args):
+        (tmp_path / "hyp.txt").write_text("a\tb\n")
+        return hold_file(*args)
+
+    monkeypatch.setattr(decoding, "hold_file", wait)
+    message, text = decode("--max_new_tokens", "1")
+    assert "hyp.txt exists; remove it, or replace it with --overwrite" in message and text == "a\tb\n"
+
+
+def test_texts_outlive_a_journal_that_somebody_removes(decode, tmp_path, monkeypatch):
+    add = Journal.add
+
+    def add_and_remove(journal, key, transcript):
+        add(journal, key, transcript)
+        Path(journal.path).unlink(missing_ok=True)
+
+    monkeypatch.setattr(Journal, "add", add_and_remove)
+    end, text = decode("--max_new_tokens", "2")
+    assert end is None and len(text.splitlines()) == 24
+
+
+def test_requests_of_which_nothing_came_are_failures(decode, monkeypatch):
+    call = Transcriber.__call__
+
+    def lose_two(transcriber, *args):
+        for transcript in call(transcriber, *args):
+            if transcript.index not in (3, 5):
+                yield transcript
+
+    monkeypatch.setattr(Transcriber, "__call__", lose_two)
+    message, text = decode("--max_new_tokens", "2")
+    assert "2 failed" in message and len(text.splitlines()) == 22
+    assert "utt03: neither a text nor a failure came of it" in message and "utt05: neither" in message
+    monkeypatch.undo()
+
+
+def test_a_damaged_journal_is_named_and_what_it_lost_decoded_again(decode, tiny_corpus, tiny_model, tmp_path, caplog):
+    options = ["--max_new_tokens", "60", "--batch_seconds", "1"]
+    process = start_decoding(tiny_model, tiny_corpus.scp, tmp_path / "hyp.txt", *options)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    journal = tmp_path / "hyp.txt.partial-0.jsonl"
+    lines = journal.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b'"text": "', b'"text": "other ')
+    journal.write_bytes(b"\n".join(lines))
+    end, text = decode(*options)
+    assert f"{journal}:3: damaged" in caplog.text
+    assert (end, text) == decode(*options, output="whole.txt")
+
+
+def test_an_unfinished_run_is_not_resumed_with_other_weights(decode, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    scp = tmp_path / "wav.scp"
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16000)
+    scp.write_text("a a.wav\ngone gone.wav\n")
+    options = {"scp": scp, "model": model}
+    assert "1 failed" in decode("--max_new_tokens", "2", **options)[0]
+    weights = model / "model.safetensors"
+    status, tensors = weights.stat(), load_file(weights)
+    tensors["llm.model.norm.weight"] += 0.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights.stat().st_size == status.st_size
+    message, text = decode("--max_new_tokens", "2", **options)
+    assert "an unfinished run with other settings: weights (" in message and len(text.splitlines()) == 1
+    assert "1 failed" in decode("--max_new_tokens", "2", "--overwrite", **options)[0]
+
+
+def test_recordings_folders_and_archives_are_decoded_without_a_list(decode, parts, tiny_corpus, tmp_path):
+    a, b = tmp_path / "in/a.wav", tmp_path / "in/deep/b.flac"
+    b.parent.mkdir(parents=True)
+    shutil.copy(tiny_corpus.folder / "utt13.wav", a)
+    soundfile.write(b, *soundfile.read(a))
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        tar.add(a, "c.wav")
+    rows = {"audio": [{"bytes": a.read_bytes(), "path": "d.wav"}, {"bytes": b"", "path": "bad.wav"}]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
+    for part in parts:
+        part.save_pretrained(tmp_path / "model")
+    options = {"scp": None, "model": tmp_path / "model"}
+    sources = [tmp_path / "in", tmp_path / "c.tar", tmp_path / "d.parquet"]
+    message, text = decode(*sources, "--max_new_tokens", "40", **options)
+    assert "1 failed" in message and "bad: " in message
+    lines = [line.split("\t") for line in text.splitlines()]
+    assert [line[0] for line in lines] == ["a", "deep/b", "c", "d"]
+    assert len({line[1] for line in lines}) == 1 and lines[0][1]
+    end, two = decode(a, b, "--max_new_tokens", "40", output="two.txt", **options)
+    assert end is None and two == f"a\t{lines[0][1]}\nb\t{lines[1][1]}\n"
+
+
+def test_only_one_kind_of_input_is_taken(decode, make_wav, tiny_corpus, tmp_path, capsys):
+    wav = make_wav()
+    for options in ([wav], ["--jsonl_file", tiny_corpus.jsonl]):
+        assert decode(*options)[0] == 2
+    assert decode(scp=None)[0] == 2
+    assert capsys.readouterr().err.count("give one of") == 3
+    assert "gone.wav: no such file" in decode(tmp_path / "gone.wav", scp=None)[0]
+
+
+def test_a_list_is_checked_before_the_model_is_loaded(decode, tiny_model, tmp_path, make_wav, monkeypatch, caplog):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"damaged")
+    scp = tmp_path / "wav.scp"
+    scp.write_text("one gone.wav\ntwo\nthree gone.wav\n")
+    message, text = decode(scp=scp, model=model)
+    assert "3 failed" in message and "one: " in message and f"{scp}:2: one field only" in message and text is None
+    make_wav("whole.wav")
+    scp.write_text("one gone.wav\ntwo whole.wav\n")
+    message, _ = decode(scp=scp, model=model)
+    assert "1 of 2 can't be decoded" in caplog.text and "model.safetensors is damaged" in message
+
+
+def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path, make_wav):
+    scp, failures = tmp_path / "wav.scp", tmp_path / "hyp.txt.failures"
+    scp.write_text("".join(f"id{number:02d} gone{number}.wav\n" for number in range(25)))
+    message, _ = decode(scp=scp)
+    lines = message.splitlines()
+    assert "25 failed" in lines[0] and sum("no such file" in line for line in lines) == 20
+    assert f"and 5 more; all of them are in {failures}" in message
+    named = failures.read_text().splitlines()
+    assert [line.split(":")[0] for line in named] == [f"id{number:02d}" for number in range(25)]
+    for number in range(25):
+        make_wav(f"gone{number}.wav", seconds=0.1)
+    assert decode("--max_new_tokens", "1", scp=scp)[0] is None
+    assert not failures.exists()
+
+
+def test_ids_of_any_length_and_characters_become_different_files(decode, make_wav, tmp_path):
+    make_wav()
+    ids = ["x" * 300 + "1", "x" * 300 + "2", "语" * 200, "a/b", "a%2Fb", ".."]
+    scp = tmp_path / "wav.scp"
+    scp.write_text("".join(f"{id_} a.wav\n" for id_ in ids), encoding="utf-8")
+    end, text = decode("--vad", "--max_new_tokens", "1", scp=scp)
+    assert end is None and [line.split("\t")[0] for line in text.splitlines()] == ids
+    assert len(list((tmp_path / "hyp.subtitles").iterdir())) == 2 * len(ids)
+
+
+def test_pipes_and_devices_in_a_list_end_nothing(decode, make_wav, tmp_path):
+    make_wav()
+    os.mkfifo(tmp_path / "pipe.wav")
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "endless.wav").symlink_to("/dev/zero")
+    (tmp_path / "folder.wav").mkdir()
+    names = ["pipe.wav", "pipe.tar::a.wav@0+9", "endless.wav", "folder.wav", "a.wav"]
+    scp = tmp_path / "wav.scp"
+    scp.write_text("".join(f"id{number} {name}\n" for number, name in enumerate(names)))
+    message, text = decode("--max_new_tokens", "1", scp=scp)
+    assert "4 failed" in message and message.count("not a regular file") == 4
+    assert text.startswith("id4\t") and len(text.splitlines()) == 1
+
+
+def test_a_full_disk_ends_a_run_with_a_line_and_costs_no_text(decode, tmp_path, monkeypatch, caplog):
+    add, added = Journal.add, []
+
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(journal, key, transcript):
+        added.append(key)
+        if len(added) > 5:
+            journal._file = Full()
+        add(journal, key, transcript)
+
+    monkeypatch.setattr(Journal, "add", fill)
+    message, text = decode("--max_new_tokens", "2", "--batch_seconds", "1")
+    assert "hyp.txt.partial-0.jsonl can't be written: No space left on device" in message and text is None
+    assert "start again" in message and len(message.splitlines()) == 1
+    monkeypatch.setattr(Journal, "add", add)
+    caplog.set_level(logging.INFO)
+    end, text = decode("--max_new_tokens", "2", "--batch_seconds", "1")
+    assert end is None and len(text.splitlines()) == 24 and "5 of 24 are decoded already" in caplog.text
+
+
+def test_a_model_whose_logits_are_not_finite_ends_with_an_error(decode, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["llm.model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    message, text = decode("--max_new_tokens", "2", model=model)
+    assert "24 failed" in message and "logits are not finite" in message and text is None

@@ -1,17 +1,19 @@
 import errno
 import json
 import os
-import runpy
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
+from hf_speechllm.cli.scp2jsonl import load_tokenizer
 from hf_speechllm.data.jsonl import read_jsonl
 from hf_speechllm.data.kaldi import measure_recording
 
@@ -226,24 +228,30 @@ def test_full_disk_leaves_the_old_file(corpus, tmp_path, run_recipe, monkeypatch
 
 @pytest.fixture
 def waiting(corpus, serve):
-    """Starts the recipe with a URL that never answers before some files, and gives it as it waits for that.
+    """Starts the recipe with a URL whose answer never ends before some files, and gives it as it waits for that.
 
     And an event that comes when nothing waits any more.
     """
     asked, gone = threading.Event(), threading.Event()
 
-    class NeverAnswers(BaseHTTPRequestHandler):
+    class NeverEnds(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.set()
-            self.rfile.read(1)
+            with suppress(OSError):
+                while True:  # a byte now and then, so that no timeout of the client ends it
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
             gone.set()
 
     def start(num_files, num_workers):
-        scp = f"u {serve(handler=NeverAnswers)}/u.wav\n" + "".join(f"u{i} ../audio/a.wav\n" for i in range(num_files))
+        scp = f"u {serve(handler=NeverEnds)}/u.wav\n" + "".join(f"u{i} ../audio/a.wav\n" for i in range(num_files))
         text = "u one\n" + "".join(f"u{i} one\n" for i in range(num_files))
-        environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1])}
+        environment = {**os.environ, "PYTHONPATH": str(RECIPE.parents[1]), "SPEECHLLM_URL_TIMEOUT_SECONDS": "3600"}
         command = [sys.executable, RECIPE, *corpus(["a"], scp, text), "--num_workers", str(num_workers)]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )  # fmt: skip
         assert asked.wait(60)
         time.sleep(0.5)  # the main thread may still be on its way to wait for the answer
         return process, gone
@@ -255,9 +263,8 @@ def waiting(corpus, serve):
 def test_interruption_stops_at_once_and_writes_nothing(waiting, tmp_path, num_files, num_workers):
     process, gone = waiting(num_files, num_workers)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    start = time.monotonic()
-    errors = process.communicate(timeout=60)[1]
-    assert gone.wait(10) and time.monotonic() - start < 10
+    errors = process.communicate(timeout=120)[1]
+    assert gone.wait(60)
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audio", "lists"]
@@ -266,8 +273,8 @@ def test_interruption_stops_at_once_and_writes_nothing(waiting, tmp_path, num_fi
 def test_processes_end_when_the_first_is_killed(waiting):
     process, gone = waiting(300, 2)
     process.kill()
-    assert gone.wait(10)
-    process.communicate(timeout=60)  # the others have closed standard error, too
+    assert gone.wait(60)
+    process.communicate(timeout=120)  # the others have closed standard error, too
 
 
 def test_long_lists_give_the_rows_of_short_ones(bad_corpus, tmp_path, run_recipe, make_wav, capsys):
@@ -286,11 +293,22 @@ def test_long_lists_give_the_rows_of_short_ones(bad_corpus, tmp_path, run_recipe
     assert len(written(tmp_path)) == 303 and len(results[0][1].splitlines()) == 12
 
 
-def test_help_is_quick():
-    start = time.monotonic()
-    result = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, check=True)
+def test_help_imports_the_standard_library_alone():
+    command = [sys.executable, "-X", "importtime", RECIPE, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "hf-speechllm scp2jsonl --scp_file" in result.stdout
-    assert time.monotonic() - start < 2
+    imported = {name.split(".")[0] for name in re.findall(r"^import time:.*\|\s+(\S+)$", result.stderr, re.MULTILINE)}
+    assert {"argparse", "logging"} <= imported
+    assert not imported & {
+        "hf_speechllm",
+        "numpy",
+        "torch",
+        "torchaudio",
+        "transformers",
+        "datasets",
+        "soundfile",
+        "av",
+    }
 
 
 def test_tokens_are_those_of_the_model_in_its_own_or_funasr_layout(corpus, tmp_path, shared, run_recipe, capsys):
@@ -312,7 +330,7 @@ def test_without_a_model_a_notice_says_that_text_length_is_left_out(corpus, tmp_
 
 def test_reference_lengths_are_reproduced(shared):
     folder = shared / "golden" / "funasr_tiny"
-    tokenizer = runpy.run_path(str(RECIPE))["load_tokenizer"](str(folder / "model"))
+    tokenizer = load_tokenizer(str(folder / "model"))
     rows = list(read_jsonl(folder / "data.jsonl"))
     assert len(rows) == 7
     for row in rows:

@@ -7,9 +7,10 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.fast.attention import allow_packing
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
-from hf_speechllm.training.batch_budget import largest_budget, run_in_halves, split_batch
+from hf_speechllm.training.batch_budget import largest_budget
+from hf_speechllm.training.out_of_memory import run_in_halves, split_batch
 
 
 @pytest.mark.parametrize(("fixed", "per_second", "room"), [(10, 0.5, 400), (0, 1, 61), (300, 0.01, 400), (5, 3, 190)])
@@ -66,7 +67,7 @@ def test_halves_of_a_batch_add_up_to_the_whole(level, padding_free, parts, tiny_
     if level != "fbank":
         rows = add_encoded(rows, model, processor, level, str(tmp_path))
     if padding_free:
-        allow_packing(model)
+        enable_padding_free(model)
     batch = SpeechLLMCollator(processor, padding_free=padding_free)([rows[index] for index in (3, 11, 20, 8, 5)])
     count = len(batch["label_positions"])
     whole = model(**batch, num_items_in_batch=count)
@@ -107,12 +108,13 @@ def test_training_goes_on_where_memory_does_not_suffice(limit, make_trainer, mon
         assert (loss, norm) == pytest.approx((expected_loss, expected_norm), rel=1e-4)
 
 
-def test_an_error_that_cannot_be_helped_says_what_to_do(make_trainer, tiny_rows):
-    trainer = make_trainer(gradient_accumulation_steps=2)
-    batch = trainer.data_collator([tiny_rows[0], tiny_rows[1]])
+@pytest.mark.parametrize("indices, may_split", [([0, 1], False), ([0], True)])
+def test_an_error_that_cannot_be_helped_says_what_to_do(parts, tiny_rows, indices, may_split):
+    processor = parts[1]
+    batch = SpeechLLMCollator(processor)([tiny_rows[index] for index in indices])
 
     def step(part):
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError, match="lower --per_device_train_batch_seconds"):
-        run_in_halves(trainer, step, batch)
+        run_in_halves(step, batch, processor, lambda: None, may_split)

@@ -9,19 +9,24 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
+from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model.modeling import PARTS
+from hf_speechllm.training.checkpointing.weights import load_weights
 from hf_speechllm.training.checkpointing.writer import CheckpointWriter
 from hf_speechllm.training.flops import FlopCounter
 from hf_speechllm.training.freezing import count_parameters, freeze_parts, part_of
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.trainer import SpeechLLMTrainer
+from hf_speechllm.training.validation import Validator
+
+pytestmark = pytest.mark.core
 
 FREEZES = [
     (),
@@ -236,7 +241,7 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_no_weight_is_said_to_be_missing_when_a_run_goes_on(make_trainer, monkeypatch):
+def test_missing_weights_are_an_error_and_tied_ones_are_not_missing(make_trainer, monkeypatch, tmp_path):
     warnings = []
     monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args, **kwargs: warnings.append(text))
     options = {"save_strategy": "steps", "save_steps": 1}
@@ -244,8 +249,12 @@ def test_no_weight_is_said_to_be_missing_when_a_run_goes_on(make_trainer, monkey
     trainer = make_trainer(max_steps=2, **options)
     trainer.train(resume_from_checkpoint=True)
     assert not any("missing keys" in text for text in warnings)
-    trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
-    assert any("missing keys" in text for text in warnings)  # where they are
+    file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+    weights = load_file(file)
+    del weights["audio_adaptor.linear1.weight"]
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match="missing audio_adaptor.linear1.weight"):
+        load_weights(trainer.model, tmp_path / "run" / "checkpoint-1")
 
 
 def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arguments, tmp_path):
@@ -257,7 +266,8 @@ def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arg
     with pytest.raises(ValueError, match="is not a checkpoint folder"):
         find_checkpoint(make_arguments(resume_from_checkpoint=str(tmp_path)))
     first = str(tmp_path / "run" / "checkpoint-1")
-    assert find_checkpoint(make_arguments(resume_from_checkpoint=first)) == first
+    frozen = {"freeze_audio_encoder": True, "freeze_llm": True}
+    assert find_checkpoint(make_arguments(**frozen, resume_from_checkpoint=first)) == first
 
 
 def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows):
@@ -290,9 +300,7 @@ def test_speed_is_that_of_training_alone(make_trainer, tiny_rows, monkeypatch):
     clock, hours = time.perf_counter, []
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
     monkeypatch.setattr(CheckpointWriter, "save", lambda writer: hours.append("saving"))
-    monkeypatch.setattr(
-        "hf_speechllm.training.trainer.score_sets", lambda *args: hours.append("validation") or {"eval_loss": 1.0}
-    )
+    monkeypatch.setattr(Validator, "score", lambda *args: hours.append("validation") or {"eval_loss": 1.0})
     options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(max_steps=3, eval_dataset=tiny_rows.select([0]), **options)
     trainer.train()
@@ -370,7 +378,7 @@ def test_gradient_checkpointing_recomputes_a_frozen_llm_behind_a_trained_adaptor
 def test_validation_loss_does_not_depend_on_the_batches(make_trainer, tiny_rows, budget):
     trainer = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=budget)
     metrics = trainer.evaluate()
-    collator = trainer.eval_collator
+    collator = trainer.validator.collator
     sums = np.zeros(3)
     for row in tiny_rows:
         with torch.no_grad():
@@ -413,7 +421,7 @@ def test_validation_has_no_augmentation_and_no_dropout(make_trainer, tiny_rows):
     trainer = make_trainer(eval_dataset=tiny_rows, spec_augment=True, use_lora=True, lora_dropout=0.5)
     trainer.model.train()
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
-    assert trainer.data_collator.augmentations and not trainer.eval_collator.augmentations
+    assert trainer.data_collator.augmentations and not trainer.validator.collator.augmentations
 
 
 def test_training_curve_is_drawn(make_trainer, tiny_rows):

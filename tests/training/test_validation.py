@@ -13,14 +13,17 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
+from hf_speechllm.data.prompt_collator import PromptCollator
 from hf_speechllm.data.sampler import Rows
 from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
+from hf_speechllm.evaluation.validation_metrics import COUNTS
 from hf_speechllm.inference.transcriber import Transcriber
-from hf_speechllm.training import callbacks, validation
+from hf_speechllm.training import callbacks
 from hf_speechllm.training.callbacks import draw_curve
 from hf_speechllm.training.checkpointing.selection import RetentionError
 from hf_speechllm.training.run import find_checkpoint, save_final
-from hf_speechllm.training.validation import COUNTS, PromptCollator, spread_rows
+from hf_speechllm.training.trainer import SpeechLLMTrainer
+from hf_speechllm.training.validation import Validator, spread_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DECODING = {"eval_cer": True, "validation_file": ["dev.jsonl"], "eval_max_new_tokens": 6}
@@ -63,14 +66,22 @@ def scripted(monkeypatch):
     """Replaces decoding by CERs in percent that are set for each step: `{rows of the set: {step: CER}}`."""
 
     def script(by_size, averaged=None):
-        def decode_set(trainer, dataset):
+        trainers, score = [], SpeechLLMTrainer.score
+
+        def noted(trainer, *args, **options):
+            trainers.append(trainer)
+            return score(trainer, *args, **options)
+
+        def decode(validator, engine, rows):
+            trainer = trainers[-1]
             if averaged is not None and not trainer.is_in_train:
-                percent = averaged[len(dataset)]
+                percent = averaged[len(rows)]
             else:
-                percent = by_size[len(dataset)][trainer.state.global_step]
+                percent = by_size[len(rows)][trainer.state.global_step]
             return ErrorCounts(substitutions=percent, reference_tokens=100), []
 
-        monkeypatch.setattr(validation, "decode_set", decode_set)
+        monkeypatch.setattr(SpeechLLMTrainer, "score", noted)
+        monkeypatch.setattr(Validator, "decode", decode)
 
     return script
 
@@ -386,7 +397,9 @@ def test_run_without_the_base_models_score_can_not_be_resumed_with_a_guard(
     scripted({3: {0: 50, 1: 4}})
     make_trainer(eval_dataset={"near": sets["near"]}, max_steps=1, **DECODING, **EVERY_STEP, **QUICK).train()
     with pytest.raises(ValueError, match="began without --retention_file"):
-        find_checkpoint(make_arguments(resume_from_checkpoint="true", **DECODING, **EVERY_STEP, **RETENTION))
+        find_checkpoint(
+            make_arguments(resume_from_checkpoint="true", max_steps=2, **DECODING, **EVERY_STEP, **QUICK, **RETENTION)
+        )
 
 
 def test_best_checkpoints_and_the_latest_are_kept(make_trainer, sets, scripted):

@@ -28,7 +28,7 @@ _CITATION = ""
 
 
 class MixedErrorRate(evaluate.Metric):
-    """CER, WER or both, by script; the numbers of recipes/score.py."""
+    """CER, WER or both, by script; the numbers of `hf-speechllm score`."""
 
     def _info(self):
         text = datasets.Value("string")

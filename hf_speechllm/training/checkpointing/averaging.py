@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ...files import apply_umask
 from ...formats import peft_adapters as adapters
 from ...formats.checkpoint import INDEX_FILE, MAX_LISTED, WEIGHTS_FILE, CheckpointError, new_folder
 from ...formats.loading import SIDE_FILE
@@ -22,7 +23,8 @@ from ...formats.loading import SIDE_FILE
 # What is not the model's or the processor's: weights, states and results of a run.
 LEFT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "trainer_state.json", "*_results.json",
-    "README.md", "*.png", "*.tsv",
+    "README.md", "*.png", "*.tsv", "manifest.json", "position.json", "stream_rank*.json", "dependencies.json",
+    "course.json", "finished.json",
 )  # fmt: skip
 CONFIG_NOTES = ("transformers_version", "_name_or_path", "peft_version")  # may differ between checkpoints
 
@@ -52,7 +54,7 @@ class _Weights:
             if not (folder / name).is_file():
                 raise CheckpointError(
                     f"{folder / name} is missing; only folders with safetensors can be averaged: convert others "
-                    "with recipes/convert_checkpoint.py"
+                    "with `hf-speechllm convert`"
                 )
             try:
                 self.files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
@@ -114,6 +116,7 @@ def average_checkpoints(inputs: Sequence[str | Path], output: str | Path, exact_
             for name, file in first.files.items():
                 means = {key: _mean(checkpoints, key, exact_lora) for key in file.keys()}  # noqa: SIM118
                 save_file(means, temporary / name, metadata=file.metadata())
+            apply_umask(temporary)
             if set(first.files) not in ({WEIGHTS_FILE}, {adapters.WEIGHTS_FILE}):  # shards
                 shutil.copy(first.folder / INDEX_FILE, temporary)
             if exact_lora:
@@ -125,7 +128,7 @@ def _check(checkpoints: list[_Weights], exact_lora: bool) -> None:
     for other in others:
         names = f"{first.folder} and {other.folder}"
         if first.is_adapter != other.is_adapter:
-            raise CheckpointError(f"{names}: one is a LoRA adapter, one a full model; merge it: recipes/merge_lora.py")
+            raise CheckpointError(f"{names}: one is a LoRA adapter, one a full model; merge it: hf-speechllm merge")
         here, there = first.config(), other.config()
         if differing := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
             raise CheckpointError(f"{names} differ in their configs: {', '.join(differing)}")

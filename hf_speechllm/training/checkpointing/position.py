@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 
 from ...data.sampler import BudgetBatchSampler, Stretch
 from ...files import atomic_write
@@ -59,6 +64,20 @@ class Position:
     def num_left(self) -> int:
         """Batches of a rank that are left of the epoch."""
         return self._length - self.dealt
+
+    def last_batches(self, number: int) -> Callable[[], Iterator[list[int]]]:
+        """Returns a function that gives the row indices of this rank's last batches, also when training has continued.
+
+        Args:
+            number: of batches.
+        """
+        sampler, epoch, end = copy.copy(self.sampler), self.epoch, self.dealt - self.skipped
+
+        def row_indices() -> Iterator[list[int]]:
+            sampler.set_epoch(epoch)
+            return islice(iter(sampler), end - number, end)
+
+        return row_indices
 
     def save(self, folder: Path) -> None:
         """Writes the position into a checkpoint."""
@@ -140,3 +159,23 @@ class Position:
     def _data(self) -> int:
         seconds = zlib.crc32(np.ascontiguousarray(self.sampler.seconds).tobytes(), self.sampler.seed & 0xFFFFFFFF)
         return zlib.crc32(np.ascontiguousarray(self.sampler.weights).tobytes(), seconds)
+
+
+class ShiftedSchedule(TrainerCallback):
+    """Moves the learning rate's schedule of a resumed run to its place after a change of the number of ranks.
+
+    Args:
+        position: gives the place of training; `None` for a stream.
+    """
+
+    def __init__(self, position: Callable[[], Position | None]):
+        self.position = position
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        """Moves the schedule."""
+        position = self.position()
+        if position is None or not isinstance(lr_scheduler, LambdaLR):
+            return
+        if ahead := position.schedule_offset - position.saved_offset:
+            lr_scheduler.last_epoch += ahead - 1
+            lr_scheduler.step()

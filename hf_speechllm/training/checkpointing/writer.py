@@ -6,24 +6,28 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...files import apply_umask
 from ...formats import partial
+from ..arguments import SpeechLLMTrainingArguments
 from ..freezing import part_of, trained_parts
 from ..lora import uses_lora
+from .course import finish_setting_aside
 from .manifest import write_manifest
+from .retention import RetentionGuard
 from .selection import delete_checkpoints
-from .verification import check_readback
-
-if TYPE_CHECKING:
-    from ..trainer import SpeechLLMTrainer
+from .weights import frozen_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,50 +44,84 @@ def clean_up(output_dir: str | Path) -> None:
         replaced = path.with_name(path.name[1:].removesuffix(".old"))
         if not replaced.exists():
             path.rename(replaced)
+    finish_setting_aside(output_dir)
     for kind in ("tmp", "old"):
         for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)
 
 
+class CheckpointedRun(Protocol):
+    """What the writer needs of a run; the trainer has it."""
+
+    args: SpeechLLMTrainingArguments
+    state: TrainerState
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    retention_guard: RetentionGuard | None
+
+    def write_rank_state(self, folder: Path) -> None:
+        """Writes what is small and of this rank: random numbers, the place in a stream."""
+
+    def write_run_state(self, folder: Path) -> None:
+        """Writes what is small and of the run: logs, the place in the rows, what the run depends on."""
+
+    def write_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """Writes weights on the first rank."""
+
+    def write_shards(self, folder: Path) -> None:
+        """Writes weights and optimizer of a sharded model on all ranks together."""
+
+    def verify_checkpoint(self, folder: Path) -> None:
+        """Raises an error on all ranks if a checkpoint does not hold the model in memory."""
+
+
 class CheckpointWriter:
-    """Writes the checkpoints of a trainer.
+    """Writes the checkpoints of a run.
+
+    Args:
+        run: whose checkpoints these are.
+        sharded: whether DeepSpeed or FSDP shards the weights.
 
     Raises:
-        ValueError: if `--async_save` or `--save_only_trained` are asked for with DeepSpeed or FSDP, whose processes
-            write their shards together.
+        ValueError: if `--async_save` or `--save_only_trained` are used with DeepSpeed or FSDP, whose processes write
+            their shards together.
     """
 
-    def __init__(self, trainer: SpeechLLMTrainer):
-        self.trainer = trainer
-        args = trainer.args
-        self.sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    def __init__(self, run: CheckpointedRun, sharded: bool):
+        self.run = run
+        self.sharded = sharded
+        args = run.args
         for option in ("async_save", "save_only_trained"):
-            if self.sharded and getattr(args, option):
-                raise ValueError(f"--{option} can't be had with DeepSpeed or FSDP")
-        self.partial = args.save_only_trained and not uses_lora(trainer.model)  # LoRA runs save what is trained anyway
+            if sharded and getattr(args, option):
+                raise ValueError(f"--{option} is not supported with DeepSpeed or FSDP")
+        # LoRA runs save only what is trained anyway.
+        self.partial = args.save_only_trained and not uses_lora(run.model)
         self._frozen_hash: str | None = None
-        self._checked = not args.check_first_checkpoint
+        self._verified = not args.check_first_checkpoint
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
     def save(self) -> None:
-        """Saves a checkpoint of the step that was just done.
+        """Saves a checkpoint of the current step.
 
         Raises:
             SaveError: if it can't be written, on all ranks alike.
             ReadbackError: if the run's first checkpoint does not give the logits of the model in memory.
         """
         self.finish()
-        trainer, args = self.trainer, self.trainer.args
-        final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        run, args = self.run, self.run.args
+        final = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{run.state.global_step}"
         staging = final.with_name(f".{final.name}.tmp")
         if args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        trainer.accelerator.wait_for_everyone()
+        run.accelerator.wait_for_everyone()
         self._note_best(final)
-        if self.sharded:  # the ranks wait for each other in there, so one can't go on without the others
-            self._write_together(staging)
+        if self.sharded:  # the ranks wait for each other in there, so one can't continue without the others
+            run.write_shards(staging)
+            self._write_small(staging)
             problem = None
         else:
             problem = self._attempt(staging, final)
@@ -97,28 +135,28 @@ class CheckpointWriter:
         Raises:
             SaveError: if it could not be written, on all ranks alike.
         """
-        if not self.trainer.args.async_save:
+        if not self.run.args.async_save:
             return
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
         problem, self._problem = self._problem, None
-        self._agree(problem, Path(self.trainer.args.output_dir))
+        self._agree(problem, Path(self.run.args.output_dir))
         if thread is not None:
-            delete_checkpoints(self.trainer)
+            self._delete_others()
 
     def _attempt(self, staging: Path, final: Path) -> str | None:
-        """Writes what this rank has to write; gives what went wrong."""
-        trainer, args = self.trainer, self.trainer.args
+        """Writes what this rank has to write; returns what went wrong."""
+        run, args = self.run, self.run.args
         try:
             self._write_small(staging)
             if not args.should_save:
                 return None
             weights, optimizer = self._weights(), None
             if not args.save_only_model:
-                torch.save(trainer.lr_scheduler.state_dict(), staging / "scheduler.pt")
-                optimizer = trainer.optimizer.state_dict()
-            if args.async_save and self._checked:
+                torch.save(run.lr_scheduler.state_dict(), staging / "scheduler.pt")
+                optimizer = run.optimizer.state_dict()
+            if args.async_save and self._verified:
                 copies: dict[tuple, torch.Tensor] = {}
                 arguments = staging, final, copy_to_cpu(weights, copies), copy_to_cpu(optimizer, copies)
                 self._thread = threading.Thread(target=self._write_in_background, args=arguments)
@@ -131,33 +169,13 @@ class CheckpointWriter:
         return None
 
     def _write_small(self, staging: Path) -> None:
-        trainer = self.trainer
-        if not trainer.args.save_only_model:
-            trainer._save_scaler(str(staging))
-            trainer._save_rng_state(str(staging))
-        if not trainer.args.should_save:
-            return
-        state = trainer.state
-        for item in (*trainer.callback_handler.callbacks, trainer.control):
-            if isinstance(item, ExportableState):
-                name = type(item).__name__
-                if isinstance(state.stateful_callbacks[name], list):
-                    state.stateful_callbacks[name].append(item.state())
-                else:
-                    state.stateful_callbacks[name] = item.state()
-        state.save_to_json(str(staging / "trainer_state.json"))
-        if trainer.position is not None:
-            trainer.position.save(staging)
-
-    def _write_together(self, staging: Path) -> None:
-        trainer = self.trainer
-        trainer.save_model(str(staging), _internal_call=True)
-        if not trainer.args.save_only_model:
-            trainer._save_optimizer_and_scheduler(str(staging))
-        self._write_small(staging)
+        if not self.run.args.save_only_model:
+            self.run.write_rank_state(staging)
+        if self.run.args.should_save:
+            self.run.write_run_state(staging)
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        model = self.trainer.model
+        model = self.run.model
         weights = model.state_dict()
         if not self.partial:
             return weights
@@ -167,9 +185,10 @@ class CheckpointWriter:
         return {name: tensor for name, tensor in weights.items() if part_of(name) in parts}
 
     def _write_large(self, staging: Path, weights: dict[str, torch.Tensor], optimizer: dict | None) -> None:
-        self.trainer._save(str(staging), state_dict=weights)
+        self.run.write_weights(staging, weights)
+        apply_umask(staging)
         if self.partial:
-            partial.write_reference(staging, self.trainer.model.name_or_path, str(self._frozen_hash))
+            partial.write_reference(staging, self.run.model.name_or_path, str(self._frozen_hash))
         if optimizer is not None:
             torch.save(optimizer, staging / "optimizer.pt")
 
@@ -183,21 +202,24 @@ class CheckpointWriter:
 
     def _publish(self, staging: Path, final: Path) -> None:
         problem = None
-        if self.trainer.args.should_save:
+        if self.run.args.should_save:
             try:
                 complete(staging, final)
             except OSError as error:
                 shutil.rmtree(staging, ignore_errors=True)
                 problem = f"{type(error).__name__}: {error}"
         self._agree(problem, final)
-        if not self._checked:
-            self._checked = True
-            check_readback(self.trainer, final)
-        if self.trainer.args.should_save:
-            delete_checkpoints(self.trainer)
+        if not self._verified:
+            self._verified = True
+            self.run.verify_checkpoint(final)
+        self._delete_others()
+
+    def _delete_others(self) -> None:
+        if self.run.args.should_save:
+            delete_checkpoints(self.run.args, self.run.state, self.run.retention_guard)
 
     def _note_best(self, final: Path) -> None:
-        state = self.trainer.state
+        state = self.run.state
         if state.best_global_step:
             best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
             if best == final or best.is_dir():
@@ -205,21 +227,24 @@ class CheckpointWriter:
 
     def _agree(self, problem: str | None, place: Path) -> None:
         """Ends all ranks if one has a problem."""
-        problems = gather_object([problem]) if self.trainer.args.world_size > 1 else [problem]
+        problems = gather_object([problem]) if self.run.args.world_size > 1 else [problem]
         for text in problems:
             if text is not None:
                 raise SaveError(
-                    f"a checkpoint can't be written ({place}): {text}\nEarlier checkpoints are as they were. Mend "
-                    "this (is the disk full?) and go on with --resume_from_checkpoint last"
+                    f"a checkpoint can't be written ({place}): {text}\nEarlier checkpoints are unchanged. Correct "
+                    "this (is the disk full?) and resume with --resume_from_checkpoint last"
                 )
 
 
-def frozen_tensors(model) -> dict[str, torch.Tensor]:
-    """The tensors of the parts that are not trained, under the names that a base model has for them."""
-    parts, tied = trained_parts(model), model.all_tied_weights_keys
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in parts and name not in tied
-    }
+def save_callback_states(state: TrainerState, items: Iterable[Any]) -> None:
+    """Puts the states of callbacks and of the control into the trainer's state, where transformers looks for them."""
+    for item in items:
+        if isinstance(item, ExportableState):
+            name = type(item).__name__
+            if isinstance(state.stateful_callbacks[name], list):
+                state.stateful_callbacks[name].append(item.state())
+            else:
+                state.stateful_callbacks[name] = item.state()
 
 
 def complete(staging: Path, final: Path) -> None:
@@ -231,6 +256,8 @@ def complete(staging: Path, final: Path) -> None:
         final.rename(old)
     staging.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    if os.name == "nt":  # where a folder can't be opened
+        return
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -14,6 +14,8 @@ from hf_speechllm.formats.loading import SIDE_FILE
 from hf_speechllm.training.checkpointing.averaging import average_checkpoints
 from hf_speechllm.training.lora import add_lora
 
+pytestmark = pytest.mark.core
+
 SCALE = 2.0  # alpha / r
 
 
@@ -186,7 +188,7 @@ def test_what_does_not_fit_is_refused(make_checkpoints, make_adapters, tiny_conf
     for inputs, message in (
         ([full], "at least two"),
         ([full, tmp_path / "none"], "no such folder"),
-        ([full, tmp_path], "model.safetensors is missing.*convert_checkpoint.py"),
+        ([full, tmp_path], "model.safetensors is missing.*hf-speechllm convert"),
         ([full, adapter], "one is a LoRA adapter, one a full model"),
         ([adapter, other_layers], "differ in their configs: target_modules"),
         ([full, narrow], "differ in their configs: audio_adaptor_config"),

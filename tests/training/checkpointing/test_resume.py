@@ -18,9 +18,12 @@ from hf_speechllm.data.sampler import BudgetBatchSampler, Stretch
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
-from hf_speechllm.training.preemption import EXIT_STATUS, Preempted
+from hf_speechllm.training.errors import Preempted
+from hf_speechllm.training.preemption import EXIT_STATUS, SIGNALS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.core
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 SECONDS = np.random.default_rng(0).uniform(0.5, 12, size=203)
 
 
@@ -166,7 +169,8 @@ def test_run_that_was_interrupted_after_its_last_step_does_no_further_one(make_t
     check_course(again, expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows, whatever the signal")
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signal_saves_and_the_resumed_run_is_the_same(make_trainer, options, number):
     options["save_steps"] = 100
     whole = make_trainer(**options)

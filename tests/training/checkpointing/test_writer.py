@@ -1,7 +1,6 @@
 """Checkpoints appear whole or not at all, are verified before they are used, and can be used."""
 
 import json
-import resource
 import shutil
 import threading
 from pathlib import Path
@@ -19,6 +18,8 @@ from hf_speechllm.training.checkpointing.manifest import find_damage, last_compl
 from hf_speechllm.training.checkpointing.verification import ReadbackError
 from hf_speechllm.training.checkpointing.writer import SaveError, clean_up
 from hf_speechllm.training.run import find_checkpoint
+
+pytestmark = pytest.mark.core
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 FROZEN = {"freeze_audio_encoder": True, "freeze_llm": True}
@@ -101,16 +102,16 @@ def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
 def test_resuming_takes_the_last_complete_checkpoint_or_with_auto_the_beginning(
     make_trainer, make_arguments, tmp_path
 ):
-    assert find_checkpoint(make_arguments(resume_from_checkpoint="auto")) is None
+    assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint="auto")) is None
     make_trainer(**SAVING, **FROZEN, max_steps=2).train()
     folder = tmp_path / "run"
     for asked in ("auto", "last", "true"):
-        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
     for asked in ("auto", "last"):
-        assert find_checkpoint(make_arguments(resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
     with pytest.raises(ValueError, match="is damaged: optimizer.pt has 0 bytes"):
-        find_checkpoint(make_arguments(resume_from_checkpoint=str(folder / "checkpoint-2")))
+        find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=str(folder / "checkpoint-2")))
 
 
 class DiskFull(TrainerCallback):
@@ -121,15 +122,18 @@ class DiskFull(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            import resource
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("limit", [3_000, 300_000], ids=["small", "large"])
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
 def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, tmp_path, limit, background):
+    resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     trainer = make_trainer([DiskFull(2, limit)], **SAVING, async_save=background, max_steps=4)
     try:
-        with pytest.raises(SaveError, match="Earlier checkpoints are as they were"):
+        with pytest.raises(SaveError, match="Earlier checkpoints are unchanged"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -171,7 +175,7 @@ def test_checkpoint_written_in_the_background_is_that_of_its_step(make_trainer, 
 
     def slowly(self, *args):
         writers.append(threading.current_thread())
-        if self.trainer.state.global_step == 2:
+        if self.run.state.global_step == 2:
             assert go_on.wait(30)
         write(self, *args)
 
@@ -223,7 +227,7 @@ def test_a_run_in_bfloat16_is_read_back_in_float32(use_lora, padding_free, make_
     with caplog.at_level("INFO"):
         trainer = make_trainer(**options)
         trainer.train()
-    assert trainer.accelerator.mixed_precision == "bf16" and "was read back" in caplog.text
+    assert trainer.accelerator.mixed_precision == "bf16" and "is verified" in caplog.text
 
 
 def test_reading_back_leaves_training_as_it_is(make_trainer, tmp_path):
@@ -253,7 +257,9 @@ def test_only_what_is_trained_is_stored_if_asked(make_trainer, make_arguments, t
 
     for step in (3, 4):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
-    assert find_checkpoint(make_arguments(resume_from_checkpoint="last")) == str(folder)
+    assert find_checkpoint(make_arguments(**options, save_only_trained=True, resume_from_checkpoint="last")) == str(
+        folder
+    )
     resumed = make_trainer(**options, save_only_trained=True)
     resumed.train(resume_from_checkpoint=str(folder))
     assert resumed.state.global_step == 4
@@ -270,5 +276,5 @@ def test_trained_parts_are_refused_with_another_base_model(make_trainer, tiny_mo
     save_file({**tensors, name: tensors[name] + 1e-3}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="whose other parts have changed"):
         SpeechLLMForConditionalGeneration.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="whose other parts have changed"):
+    with pytest.raises(CheckpointError, match="model.base .* does not fit another model"):
         make_trainer(**options).train(resume_from_checkpoint=str(folder))

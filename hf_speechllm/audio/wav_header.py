@@ -1,0 +1,75 @@
+"""Lengths of WAV files of integer PCM, by their headers: nothing in them can fail to decode."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+from pathlib import Path
+
+from ..files import open_regular
+from .decoders import MAX_RATE, MAX_SECONDS, MIN_RATE
+from .truncation import missing_bytes, second_recording
+
+PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
+# What most WAV files of integer PCM start with: no chunk before the data but the format and FFmpeg's version.
+_SIMPLE_WAV = re.compile(
+    rb"RIFF.{4}WAVEfmt \x10\0\0\0\x01\0.{14}"
+    rb"(?:LIST\x1a\0\0\0INFOISFT[\x0d\x0e]\0\0\0Lavf[0-9.]{8}[0-9.\0]\0)?data.{4}",
+    re.DOTALL,
+)
+_SIMPLE_WAV_LENGTH = 78  # bytes of the longest
+
+
+def probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
+    """As `audio.probe_audio`; `None` for whatever must be decoded, or can't be read, which decoding then says."""
+    import soundfile
+
+    try:
+        # Without a buffer: to fill one takes longer than all the rest.
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, buffering=0) as file:
+            head = file.read(_SIMPLE_WAV_LENGTH)
+            simple = _parse_simple_wav(head, file.seek(0, os.SEEK_END)) if head.startswith(b"RIFF") else None
+            if simple:
+                return simple
+            if not head.startswith((b"RIFF", b"RF64")) or missing_bytes(file) or second_recording(file):
+                return None
+            file.seek(0)
+            # By its name where it has one: libsndfile then reads by itself, not through Python.
+            with soundfile.SoundFile(file if isinstance(source, bytes) else source) as wav:
+                usable = wav.subtype in PLAIN_PCM and _is_within_limits(wav.frames, wav.samplerate)
+                return (wav.frames, wav.samplerate) if usable else None
+    except (OSError, ValueError, soundfile.LibsndfileError):
+        return None
+
+
+def _parse_simple_wav(head: bytes, size: int) -> tuple[int, int] | None:
+    """As `probe_plain_wav`, for a header that leaves no doubt; `None` for any other, which is libsndfile's to judge.
+
+    Opening with soundfile takes several times as long as reading the header, and lists have millions of short files.
+
+    Args:
+        head: the first bytes of the file, `_SIMPLE_WAV_LENGTH` if it has as many.
+        size: of the whole file.
+    """
+    match = _SIMPLE_WAV.match(head)
+    if match is None:
+        return None
+    riff_length, channels, rate, byte_rate, width, bits = struct.unpack_from("<4xI14xHIIHH", head)
+    length = int.from_bytes(head[match.end() - 4 : match.end()], "little")
+    consistent = (
+        0 < channels <= 1024  # libsndfile's limit
+        and bits in (8, 16, 24, 32)
+        and width == channels * bits // 8
+        and byte_rate == rate * width
+        and riff_length == size - 8
+        and length == size - match.end()
+        and length % width == 0
+        and _is_within_limits(length // width, rate)
+    )
+    return (length // width, rate) if consistent else None
+
+
+def _is_within_limits(samples: int, rate: int) -> bool:
+    return MIN_RATE <= rate <= MAX_RATE and 0 < samples <= MAX_SECONDS * rate

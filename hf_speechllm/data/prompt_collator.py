@@ -1,0 +1,55 @@
+"""Rows in, inputs of `generate` out: dialogues up to their last answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..model import chat
+from ..model.processing import pad_features
+from .collator import SpeechLLMCollator
+
+
+@dataclass
+class PromptCollator:
+    """Builds the inputs of `generate` from rows of `data.dataset`: their dialogues up to the last answer.
+
+    In a dialogue of several turns, the last answer is decoded, given the true answers before it.
+
+    Args:
+        collator: of validation; computes the features.
+    """
+
+    collator: SpeechLLMCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pads a batch.
+
+        Returns:
+            `inputs`: `input_ids`, `attention_mask`, shape = (rows, tokens), padded on the left, `input_features`,
+            shape = (recordings, frames, feature size), `input_features_mask`; `references`: the last answers;
+            `names`, `positions`; and `counted`, false for rows that only keep the ranks in step.
+        """
+        processor = self.collator.processor
+        prompts: list[list[int]] = []
+        features: list[torch.Tensor] = []
+        references: list[str | None] = []
+        for row in rows:
+            inputs = self.collator.row_inputs(row)
+            dialogue = chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ())
+            *before, last = dialogue.turns
+            question = chat.Dialogue(dialogue.system, (*before, chat.Turn(last.pieces, None)))
+            prompts.append(processor.tokenize(question, [len(item) for item in inputs]).input_ids)
+            references.append(last.answer)
+            features.extend(inputs)
+        return {
+            "inputs": {**processor.pad_tokens({"input_ids": prompts}, "left"), **pad_features(features)},
+            "references": references,
+            "names": [f"{Path(row['file']).name}:{row['line']}" for row in rows],
+            "positions": [row["seed"][1] for row in rows],  # keys of `BudgetBatchSampler`; indices in epoch 0
+            "counted": [row["supervised"] for row in rows],
+        }

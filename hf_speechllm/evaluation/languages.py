@@ -1,0 +1,98 @@
+"""Which rules a line gets: its language by script and frequent words, or the one that a list names."""
+
+import re
+
+HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+KANA = "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fd-\u30ff\u31f0-\u31ff"
+HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
+CJK = f"{HAN}{KANA}{HANGUL}\u30fc\u3105-\u312f"  # with the long-vowel mark and Bopomofo
+LETTER = rf"[^\W\d_{CJK}]"
+
+# Characters of Japanese that Chinese does not write: they tell a line without kana.
+_JAPANESE_ONLY = re.compile("[円込働駅気畑峠枠匂辻]")
+# Signs set apart from digits show that a line was English before it was normalised: "5 . 6", "5 : 3 0", "5 0 %".
+_NORMALIZED_WORDS = re.compile(r"[$€£¢]|(?<=\d) (?:[.:/] \d|%)")
+
+# Frequent words that tell English from its neighbours; without those that they share (in, an, was, on).
+_ENGLISH = (
+    "the and of to is are you that it for with he she they this have had be not at but from by what we my your his"
+    " her their our there which would can will been has if out all up who when"
+    " about after again any because before could did does every good got how into just know like make many more most"
+    " much never now only other over people really said says should some than them then these thing think those"
+    " through too very want way well were where while why yes yet its it's i'm don't"
+    " two three four five seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety"
+    " hundred thousand first third percent"
+)
+_OTHER = (
+    "der die das und ist nicht ich ein eine mit auf wir sie den dem zu"
+    " le la les des est et un une que qui dans pas pour il elle je vous nous"
+    " el los las con para del una muy está yo"
+    " che di non sono questo della anche"
+    " um uma com os não ele isso"
+    " het een van niet dat zijn voor"
+    " jeg ikke og til af på som med har er och det att är inte jag"
+    " nie się jest na że ve bir bu için çok ne değil"
+)
+_ENGLISH_WORDS, _OTHER_WORDS = frozenset(_ENGLISH.split()), frozenset(_OTHER.split())
+
+_LANGUAGE_NAMES = {
+    "zh": "zho chi cmn yue wuu nan hak chinese mandarin cantonese 中文 汉语 普通话 国语 粤语",
+    "ja": "jpn jp japanese 日文 日语 日本語",
+    "ko": "kor kr korean 韩文 韩语 한국어",
+    "en": "eng english 英文 英语",
+    "tr": "tur az aze turkish azerbaijani",
+}
+_BY_NAME = {name: code for code, names in _LANGUAGE_NAMES.items() for name in [code, *names.split()]} | {
+    "other": "other"
+}
+
+
+def is_english(text: str) -> bool:
+    """Tells whether lower-case text is English rather than another language written with spaces.
+
+    Frequent words of English vote for it, those of other languages against it, and so does every second word with
+    letters outside a to z: English borrows such words (a café, his fiancée). Without any evidence, text counts as
+    English.
+    """
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text)
+    english = sum(word in _ENGLISH_WORDS for word in words)
+    other = sum(word in _OTHER_WORDS for word in words)
+    return 2 * english >= 2 * other + sum(not word.isascii() for word in words if word not in _OTHER_WORDS)
+
+
+def script_language(text: str) -> str:
+    """Language of lower-case text by its script: "zh", "ja", "ko", or "" for languages written with spaces.
+
+    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese. Digits alone are Chinese,
+    unless signs set apart from them show that they were English before they were normalised.
+    """
+    if re.search(f"[{KANA}]", text) or _JAPANESE_ONLY.search(text):
+        return "ja"
+    hangul, han = len(re.findall(f"[{HANGUL}]", text)), len(re.findall(f"[{HAN}]", text))
+    if hangul > han:
+        return "ko"
+    words = re.search(LETTER, re.sub(r"°\s*[cf]\b", "", text)) or _NORMALIZED_WORDS.search(text)
+    return "zh" if han or not words else ""
+
+
+def detect_language(text: str) -> str:
+    """The language whose rules lower-case text gets: "zh", "ja", "ko", "en", or "other" for words of another one."""
+    return script_language(text) or ("en" if is_english(text) else "other")
+
+
+def is_turkish(text: str) -> bool:
+    """Tells whether text, as it was written, has Turkish or Azerbaijani letters and no sign of English."""
+    if not re.search("[ıİğĞ]", text) or re.search(r"\bI\b", text):
+        return False
+    return not is_english(text.replace("İ", "i").lower())
+
+
+def known_language(name: str) -> str:
+    """The rules that a language of a list names: a code (en, en-US, eng), or a name (English, 中文).
+
+    Returns:
+        "zh", "ja", "ko", "en", "tr" (Azerbaijani, too), "other" for other codes; "" for what is no language, where
+        the text decides.
+    """
+    first = re.split(r"[-_+/,; ]", name.strip().lower(), maxsplit=1)[0]
+    return _BY_NAME.get(first) or ("other" if re.fullmatch("[a-z]{2,3}", first) else "")

@@ -1,0 +1,99 @@
+"""What `decode.py` does between its command line and the first batch: requests, plan, transcriber."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..audio.vad import VoiceDetector
+from ..data.bad_rows import BadRows
+from ..model import chat
+from ..model.configuration import SpeechLLMConfig
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.processing import SpeechLLMProcessor
+from .decoding import Plan, plan_requests
+from .distributed import Processes
+from .hotword_option import read_hotwords
+from .journal import Journal
+from .measuring import RequestMeter
+from .requests import Request, requests_of_jsonl, requests_of_scp, requests_of_sources
+from .stamp import model_stamp
+from .transcriber import Transcriber
+
+logger = logging.getLogger(__name__)
+
+# What the texts depend on: an unfinished run is only resumed with the same.
+SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
+OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
+
+
+def option_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that the texts depend on, for the journal; besides them, they depend on the dtype and the model."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"vad": args.vad}
+    if args.vad:
+        settings |= {"vad_max_seconds": args.vad_max_seconds, "silero_vad": importlib.metadata.version("silero_vad")}
+    return settings
+
+
+def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Processes) -> list[Request]:
+    """The requests of the list; what can't be read goes to `bad_rows`.
+
+    Raises:
+        ValueError: if there are none, or an option is wrong.
+        OSError: if a list can't be read.
+    """
+    hotwords = read_hotwords(args.hotwords)
+    prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
+    if args.sources:
+        requests = requests_of_sources(args.sources, prompt, bad_rows)
+    elif args.scp_file:
+        requests = requests_of_scp(args.scp_file, prompt, bad_rows)
+    else:
+        is_own = args.language or args.no_itn or args.prompt or args.context or hotwords
+        requests = requests_of_jsonl(args.jsonl_file, prompt if is_own else None, bad_rows)
+    if not requests and not bad_rows:
+        raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings")
+    twice = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
+    if args.vad and twice:
+        raise ValueError(f"two recordings are called {twice[0]}; --vad writes files named by ID: rename one")
+    if twice and processes.rank == 0:
+        logger.warning("%d IDs are there more than once, as %s; score.py won't take that", len(twice), twice[0])
+    return requests
+
+
+def prepare(
+    args: argparse.Namespace, requests: list[Request], journal: Journal, processes: Processes
+) -> tuple[Plan, Transcriber | None]:
+    """What is to be decoded, and the transcriber; `None` where nothing can be decoded.
+
+    The requests are measured, and the unfinished run's options compared, before the model is loaded.
+
+    Raises:
+        ValueError: if the unfinished run was one with other settings, or the model or an option is wrong.
+        OSError: if the model can't be read.
+    """
+    name = args.model_name_or_path
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    device = args.device or (f"cuda:{processes.local_rank}" if on_gpu else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
+    processor = SpeechLLMProcessor.from_pretrained(name)
+    config = SpeechLLMConfig.from_pretrained(name)
+    journal.settings["dtype"] = dtype
+    meter = RequestMeter(config, processor, vad.max_seconds if vad else None, args.num_workers)
+    plan = plan_requests(requests, meter, journal, processes)
+    if not plan.needs_model:
+        return plan, None
+    model = SpeechLLMForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+    stamps = processes.gather(model_stamp(model, processor, args.num_workers))
+    if any(stamp != stamps[0] for stamp in stamps):
+        raise ValueError(f"{name} is not the same for all processes; start again once it does not change any more")
+    journal.require(stamps[0])
+    options = {option: getattr(args, option) for option in OPTIONS}
+    return plan, Transcriber(model.to(device), processor, vad=vad, **options)

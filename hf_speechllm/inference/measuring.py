@@ -1,0 +1,90 @@
+"""Requests checked before anything is decoded: how long their recordings are, and whether the model can take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..audio.waveform import AudioError, shown
+from ..model import chat
+from ..model.configuration import SpeechLLMConfig
+from ..model.processing import SpeechLLMProcessor
+from .prefetch import measure_seconds
+from .requests import Request
+
+
+@dataclass
+class RequestMeter:
+    """Measures requests, for which the model need not be loaded.
+
+    Args:
+        config: the model's.
+        processor: the model's.
+        segment_seconds: the longest segment, with voice detection; `None` decodes each recording at once.
+        num_workers: threads that open recordings.
+    """
+
+    config: SpeechLLMConfig
+    processor: SpeechLLMProcessor
+    segment_seconds: float | None = None
+    num_workers: int = 4
+    max_seconds: float = field(init=False)  # that the encoder takes
+    _prompt_tokens: dict[str, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self):
+        self.max_seconds = self.config.max_feature_frames * self.processor.frame_seconds
+
+    def __call__(self, requests: Sequence[Request]) -> list[float | str]:
+        """Audio seconds of each request, or why it can't be decoded.
+
+        Where a recording's header says how long it is, nothing else is read; damage behind it is found on loading.
+        """
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            return list(pool.map(self._measure, requests, chunksize=1))
+
+    def is_segmented(self, dialogue: chat.Dialogue) -> bool:
+        """Whether its recording is cut into segments. Dialogues with several recordings are decoded as they are."""
+        return self.segment_seconds is not None and len(dialogue.recordings) == 1
+
+    def _measure(self, request: Request) -> float | str:
+        try:
+            dialogue = request.dialogue
+            durations = [measure_seconds(source, self.processor.sampling_rate) for source in dialogue.recordings]
+        except (AudioError, chat.ChatError) as error:
+            return str(error)
+        if not durations:
+            return "no recording"
+        source = dialogue.recordings[int(np.argmax(durations))]
+        if min(durations) == 0:
+            return f"{_name(source)}: no samples"
+        if max(durations) > self.max_seconds and not self.is_segmented(dialogue):
+            return (
+                f"{_name(source)}: {max(durations):.1f} s; the encoder takes at most {self.max_seconds:.1f} s: --vad "
+                "cuts long recordings into segments"
+            )
+        return self._context_error(dialogue, durations) or sum(durations)
+
+    def _context_error(self, dialogue: chat.Dialogue, durations: Sequence[float]) -> str | None:
+        """Why a request does not fit into the LLM's context, which is what long lists of hotwords lead to."""
+        limit = getattr(self.config.llm_config, "max_position_embeddings", None)
+        if limit is None:
+            return None
+        if self.segment_seconds is not None and self.is_segmented(dialogue):
+            durations = [min(*durations, self.segment_seconds)]
+        texts = [piece for turn in dialogue.turns for piece in turn.pieces if isinstance(piece, str)]
+        text = "".join([dialogue.system or "", *texts])
+        if text not in self._prompt_tokens:
+            self._prompt_tokens[text] = len(self.processor.tokenizer.encode(text, add_special_tokens=False))
+        frames = [int(duration / self.processor.frame_seconds) for duration in durations]
+        tokens = self._prompt_tokens[text] + sum(map(self.processor.num_audio_tokens, frames))
+        if tokens < limit:
+            return None
+        return f"{tokens} tokens of prompt and audio; the LLM takes at most {limit}: give fewer hotwords or less audio"
+
+
+def _name(source: Any) -> str:
+    return shown(source) if isinstance(source, str) else "the waveform"

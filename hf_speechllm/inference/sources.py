@@ -1,0 +1,112 @@
+"""Recordings named one by one, folders of them, and Parquet and tar files that hold them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..audio.waveform import is_url
+from ..data.bad_rows import BadRow, BadRows
+from ..data.jsonl import recording_id
+from ..data.shards import is_archive, recordings_of_archive
+
+logger = logging.getLogger(__name__)
+
+# What is taken for a recording in a folder; a file that is named itself may end in anything.
+AUDIO_SUFFIXES = {
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".amr", ".aif", ".aiff", ".au", ".caf",
+    ".w64", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".ts",
+}  # fmt: skip
+_WHITE_SPACE = re.compile(r"\s+")
+
+
+class Source(NamedTuple):
+    """A recording: its ID, a longer name that tells it from others of the same ID, and its path, URL or place in an
+    archive (see `archives`)."""
+
+    id: str
+    name: str
+    recording: str
+
+
+def find_recordings(sources: Sequence[str], bad_rows: BadRows) -> list[Source]:
+    """The recordings that sources stand for, in their order, those of a folder in alphabetical order.
+
+    An ID is the stem of a file's name, in a folder its path below that without the suffix; of a row in a Parquet file
+    the column `id`, the stem of its recording's path, or `FILE-ROW`; of a member of a tar file its name without the
+    suffix. White space in it becomes `_`. Where several would have the same, each takes its whole path instead.
+
+    Args:
+        sources: files, URLs, folders (searched with all below them), `.parquet` and `.tar` files.
+        bad_rows: gets archives, or what follows in them, that can't be read.
+
+    Raises:
+        OSError: if a file or folder is missing or can't be read.
+        ValueError: if a source is of another kind, or a folder has no recordings.
+    """
+    found = [item for source in sources for item in _expand(source, bad_rows)]
+    counts = Counter(item.id for item in found)
+    return [item if counts[item.id] == 1 else item._replace(id=_as_id(item.name)) for item in found]
+
+
+def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
+    if is_url(source):
+        yield Source(_as_id(recording_id(source)), source, source)
+    elif os.path.isdir(source):
+        yield from _in_folder(source, bad_rows)
+    elif source.endswith((".jsonl", ".scp")):
+        option = "--jsonl_file" if source.endswith(".jsonl") else "--scp_file"
+        raise ValueError(f"{source} is a list; give it with {option}")
+    elif source.endswith((".zip", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".7z", ".rar")):
+        raise ValueError(f"{source} is compressed; unpack it, and give the folder, recording or .tar file")
+    elif not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: no such file")
+    elif is_archive(source):
+        yield from _in_archive(source, bad_rows)
+    else:
+        yield Source(_as_id(Path(source).stem), source, os.path.abspath(source))
+
+
+def _in_folder(folder: str, bad_rows: BadRows) -> Iterator[Source]:
+    def refuse(error: OSError):
+        raise error
+
+    number, others = 0, Counter[str]()
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if is_archive(name):
+                yield from _in_archive(path, bad_rows)
+            elif suffix in AUDIO_SUFFIXES:
+                below = Path(os.path.relpath(path, folder)).with_suffix("").as_posix()
+                yield Source(_as_id(below), path, os.path.abspath(path))
+            else:
+                others[suffix or name] += 1
+                continue
+            number += 1
+    if not number:
+        raise ValueError(f"{folder}: a folder without recordings (.wav, .flac, .mp3, ...), .tar or .parquet files")
+    if others:
+        logger.info("%s: %d files that are no recordings are left out (%s)", folder, others.total(), ", ".join(others))
+
+
+def _in_archive(path: str, bad_rows: BadRows) -> Iterator[Source]:
+    for item in recordings_of_archive(os.path.abspath(path), AUDIO_SUFFIXES):
+        if isinstance(item, BadRow):
+            bad_rows.add(item.file, item.line, item.reason)
+        else:
+            id_, recording = item
+            yield Source(_as_id(id_), f"{path}::{recording.rpartition('::')[2]}", recording)
+
+
+def _as_id(name: str) -> str:
+    return _WHITE_SPACE.sub("_", name)

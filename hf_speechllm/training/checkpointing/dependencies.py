@@ -1,0 +1,242 @@
+"""What a run depends on: written into every checkpoint, compared when a run is resumed.
+
+`dependencies.json` holds one JSON object:
+
+- `version`: of this layout.
+- `options`: all options of the run that can influence its result, without places, logging and the Hub.
+- `model`: `config` (of the model, without versions and places); `trained` (trained parameters of each part); `adapter`
+  (settings of LoRA, or null); `base` (SHA-256 of the weights that are not trained, where the checkpoint does not hold
+  them or cached features were computed by them, otherwise null).
+- `tokenizer`: SHA-256 of its vocabulary and rules and of its chat template; its special tokens.
+- `features`: settings of the feature extractor.
+- `data`: `rows`, `files` (rows of each), `order_seed`, and SHA-256 of `ids` (names of the recordings), `texts`
+  (dialogues and hotwords) and `weights`; of a stream `shards` (sizes of the files).
+- `recordings`: CRC-32 of the sizes and of the modification times of the recordings (of a stream: of its files), of at
+  most 10,000 blocks of consecutive rows.
+- `validation`: SHA-256 of the rows of each validation set; `hotword_file`: of that file.
+- `engine`: none, fsdp, or deepspeed with its stage; `processes`; `versions` of the libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data.streaming import RowStream
+from ...files import atomic_write
+from ...model import chat
+from ..arguments import SpeechLLMTrainingArguments
+from ..freezing import count_parameters
+
+RECORD_FILE = "dependencies.json"
+VERSION = 1
+MAX_BLOCKS = 10_000
+BATCH_ROWS = 10_000  # rows that are hashed at a time
+LIBRARIES = ("hf_speechllm", "torch", "transformers", "accelerate", "peft", "datasets")
+# Options that say where things are, what is logged and published: no part of the result.
+PLACES = re.compile(
+    r"output_dir|resume_from_checkpoint|ignore_data_skip|(push_to_)?hub_.*|push_to_hub|log(ging)?_.*|report_to|run_name"
+    r"|project|trackio_.*|disable_tqdm|local_rank|cache_dir|preprocessing_num_workers|url_.*|do_.*|debug|_n_gpu"
+    r"|skip_memory_metrics|ddp_timeout|include_.*"
+)
+CONFIG_NOTES = re.compile(  # the tokenizer has the tokens
+    r"transformers_version|_?name_or_path|(torch_)?dtype|architectures|funasr_files|(bos|eos|pad)_token_id|_.*"
+)
+_RECORDING = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
+
+
+def describe_run(
+    args: SpeechLLMTrainingArguments, model, processor, train_rows, weights, validation, engine: str
+) -> dict[str, Any]:
+    """Collects what a run depends on; see the module. All ranks call it, and the first one hashes.
+
+    Args:
+        model: as it is before training, with or without adapters.
+        train_rows: a `datasets.Dataset` or a `RowStream`.
+        weights: how often each row is seen in an epoch, shape = (rows,), or `None`.
+        validation: rows, or a dict of them by name, or `None`.
+        engine: `none`, `fsdp`, or `deepspeed` with its stage.
+    """
+    columns = getattr(train_rows, "column_names", None) or ()
+    kept = args.save_only_trained or {"encoder_states", "audio_tokens"} & {*columns}
+    base = _hash_untrained(model, args.process_index == 0) if kept or hasattr(model, "peft_config") else None
+    if args.process_index != 0:
+        return {}
+    sets = validation if isinstance(validation, dict) else {"validation": validation} if validation else {}
+    describe = _describe_stream if isinstance(train_rows, RowStream) else _describe_rows
+    data, recordings = describe(train_rows)
+    data["order_seed"] = args.data_seed if args.data_seed is not None else args.seed
+    data["weights"] = None if weights is None else _sha(np.ascontiguousarray(weights, dtype=np.float64).tobytes())
+    record = {
+        "version": VERSION,
+        "options": describe_options(args),
+        "model": {
+            "config": _without_notes(model.config.to_dict()),
+            "trained": {part: trained for part, (trained, _) in count_parameters(model).items()},
+            "adapter": _describe_adapter(model),
+            "base": base,
+        },
+        "tokenizer": _describe_tokenizer(processor.tokenizer),
+        "features": _without_notes(processor.feature_extractor.to_dict()),
+        "data": data,
+        "recordings": recordings,
+        "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
+        "hotword_file": _hash_file(args.run_options.get("hotword_file")),
+        "engine": engine,
+        "processes": args.world_size,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    return _as_json(record)
+
+
+def describe_options(args: SpeechLLMTrainingArguments) -> dict[str, Any]:
+    """The options that can influence a result, by name."""
+    every = {**args.run_options, **args.to_dict()}
+    options = {name: value for name, value in every.items() if not PLACES.fullmatch(name)}
+    if not options.get("use_lora"):
+        options = {name: value for name, value in options.items() if not name.startswith("lora_")}
+    return _as_json(options)
+
+
+def write_record(record: Mapping[str, Any], args: SpeechLLMTrainingArguments, folder: Path) -> None:
+    """Writes a record into a checkpoint, with the options as they are now: the batch budget may have been found."""
+    with atomic_write(folder / RECORD_FILE) as file:
+        json.dump({**record, "options": describe_options(args)}, file, indent=1, ensure_ascii=False)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint; `None` if it was written without one."""
+    path = folder / RECORD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _hash_file(path: str | None) -> str | None:
+    return _sha(Path(path).read_bytes()) if path is not None and Path(path).is_file() else None
+
+
+def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_notes(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not CONFIG_NOTES.fullmatch(str(key))
+    }
+
+
+# Data
+
+
+def _describe_rows(rows) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    known = {*rows.column_names}
+    files = Counter(map(os.path.basename, rows["file"])) if "file" in known else {}
+    ids = hashlib.sha256()
+    for batch in _batches(rows, ["recordings"]):
+        names = [[name.rsplit("/", 1)[-1] for name in names] for names in batch["recordings"]]
+        ids.update(json.dumps(names).encode())
+    stamps = rows["stamps"] if "stamps" in known else []
+    return {"rows": len(rows), "files": files, "ids": ids.hexdigest(), "texts": _hash_texts(rows)}, _blocks(stamps)
+
+
+def _describe_stream(stream: RowStream) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    files = {shard.file: os.stat(shard.file) for shard in stream.shards}
+    sizes = {os.path.basename(file): status.st_size for file, status in files.items()}
+    stamps = [[f"{status.st_size}-{status.st_mtime_ns}"] for status in files.values()]
+    return {"shards": sizes}, _blocks(stamps)
+
+
+def _hash_texts(rows) -> str:
+    digest = hashlib.sha256()
+    for batch in _batches(rows, ["messages", "hotwords"]):
+        if "messages" in batch:  # the folder of the recordings may be another one
+            batch["messages"] = [_RECORDING.sub("", text) for text in batch["messages"]]
+        digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()
+
+
+def _batches(rows, columns: list[str]) -> Iterator[dict[str, list]]:
+    known = [name for name in columns if name in rows.column_names]
+    if known:
+        yield from rows.with_format(None).select_columns(known).iter(BATCH_ROWS)
+
+
+def _blocks(stamps: list[list[str]]) -> dict[str, Any]:
+    """Checksums of stamps (`source_stamp`) by blocks of rows, so that a change can be found again."""
+    size = max(1, -(-len(stamps) // MAX_BLOCKS))
+    blocks: dict[str, list[int]] = {"sizes": [], "times": []}
+    for start in range(0, len(stamps), size):
+        parts = [stamp.partition("-") for row in stamps[start : start + size] for stamp in row]
+        blocks["sizes"].append(zlib.crc32(",".join(part[0] for part in parts).encode()))
+        blocks["times"].append(zlib.crc32(",".join(part[2] for part in parts).encode()))
+    return {"rows_of_block": size, **blocks}
+
+
+# Model and processor
+
+
+def _describe_adapter(model) -> dict[str, Any] | None:
+    settings: dict[str, Any] = {}
+    for config in getattr(model, "peft_config", {}).values():
+        values = config.to_dict()
+        settings |= {
+            key: sorted(map(str, value)) if isinstance(value, (list, set)) else value
+            for key, value in values.items()
+            if key not in ("base_model_name_or_path", "peft_version", "inference_mode", "revision", "auto_mapping")
+        }
+    return settings or None
+
+
+def _describe_tokenizer(tokenizer) -> dict[str, Any]:
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # of its last use
+    else:
+        rules = tokenizer.get_vocab()
+    template = tokenizer.chat_template
+    return {
+        "vocabulary": _sha(json.dumps(rules, sort_keys=True).encode()),
+        "chat_template": None if template is None else _sha(json.dumps(template, sort_keys=True).encode()),
+        "special_tokens": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+    }
+
+
+def _hash_untrained(model, first: bool) -> str | None:
+    """SHA-256 of the weights that are not trained, as float32, on the first rank; all ranks gather what is spread."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad or ".original_module." in name:
+            continue
+        with _gathered(parameter):
+            if first:
+                digest.update(name.encode())
+                digest.update(parameter.detach().float().cpu().contiguous().view(-1).numpy().data)
+    return digest.hexdigest() if first else None
+
+
+@contextlib.contextmanager
+def _gathered(parameter: torch.nn.Parameter) -> Iterator[None]:
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        yield

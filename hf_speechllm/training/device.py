@@ -1,0 +1,27 @@
+"""Copies of batches to the device of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Copies the tensors of a batch to a device.
+
+    Pinned tensors are copied without a host-device sync: a plain copy waits until the GPU has done all work queued
+    before it.
+
+    Args:
+        batch: tensors by name; other values are passed through.
+        device: to copy to.
+        dtype: of floating-point tensors; default as they are.
+    """
+    copies = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, non_blocking=value.is_pinned())
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        copies[name] = value
+    return copies

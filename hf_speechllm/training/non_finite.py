@@ -1,0 +1,209 @@
+"""Steps whose loss or gradient is not finite: skipped on all ranks, counted, described, and too many end the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..audio.waveform import AudioError
+from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
+from ..files import atomic_write
+from .errors import FaultError
+
+logger = logging.getLogger(__name__)
+
+BAD_STEPS_FOLDER = "bad_steps"  # in the output folder
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class _Step:
+    """A step whose gradient norm the host has not read yet."""
+
+    number: int
+    norm: torch.Tensor
+    losses: list[torch.Tensor]
+    batches: Callable[[], Iterable[Rows]]
+    copied: torch.cuda.Event | None = None
+
+
+@dataclass
+class NonFiniteStepGuard:
+    """Skips steps whose loss or gradient is not finite, on all ranks alike, since the ranks share the gradient norm.
+
+    A fused optimizer skips the step by a flag that stays on the device; the host reads the norm when the next step is
+    launched, and so never waits for the GPU. DeepSpeed also skips such steps by itself, and counts them.
+
+    Args:
+        output_dir: folder of the run; descriptions of skipped steps go into its `bad_steps`.
+        rank: of this process.
+        max_in_a_row: the run ends after more consecutive skipped steps.
+        collator: computes the features of the described rows.
+
+    Attributes:
+        count: skipped steps that are known so far.
+        losses: losses of the current step's batches.
+    """
+
+    output_dir: str | Path
+    rank: int
+    max_in_a_row: int
+    collator: SpeechLLMCollator
+    count: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
+    _in_a_row: int = 0
+    _unread: _Step | None = None
+    _optimizer: tuple[torch.optim.Optimizer, bool] | None = None  # and whether it can skip a step by itself
+    _skipped_by_deepspeed: int = 0  # before the current step
+
+    def add_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Notes the loss of a batch.
+
+        Returns:
+            The loss, or 0 if it is not finite: otherwise the mean in the log would be NaN.
+        """
+        self.losses.append(loss)
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def begin_batch(self, engine: Any) -> None:
+        """Notes what DeepSpeed has skipped so far; to be called before a batch.
+
+        Args:
+            engine: the model as it is trained.
+        """
+        self._skipped_by_deepspeed = getattr(engine, "skipped_steps", 0)
+
+    def check(
+        self,
+        step: int,
+        norm: torch.Tensor | float | None,
+        engine: Any,
+        optimizer: Any,
+        batches: Callable[[], Iterable[Rows]],
+    ) -> None:
+        """Makes the optimizer skip the step if the gradient norm is not finite.
+
+        Args:
+            step: number of the step.
+            norm: gradient norm over all ranks; `None` where DeepSpeed has skipped the first step.
+            engine: the model as it is trained.
+            optimizer: of the trainer, wrapped or not.
+            batches: gives the rows of the step's batches, for the description.
+
+        Raises:
+            FaultError: after more than `max_in_a_row` such steps in a row.
+        """
+        self.resolve()
+        norm = torch.as_tensor(0.0 if norm is None else norm).detach()
+        if isinstance(norm, DTensor):  # FSDP's
+            norm = norm.full_tensor()
+        current = _Step(step, norm, self.losses, batches)
+        self.losses = []
+        if hasattr(engine, "skipped_steps"):  # DeepSpeed, whose step is over
+            self._check_deepspeed(engine, current)
+            return
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if self._can_skip(optimizer):
+            optimizer.found_inf = (~torch.isfinite(norm)).float()
+            if norm.is_cuda:
+                current.norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
+                current.copied = torch.cuda.Event()
+                current.copied.record()
+            self._unread = current
+            return
+        if not torch.isfinite(norm):
+            engine.zero_grad(set_to_none=True)
+        self._close(current)
+
+    def resolve(self) -> None:
+        """Reads the norm of the last step, and counts the step if it was skipped.
+
+        Raises:
+            FaultError: as `check`.
+        """
+        if self._unread is None:
+            return
+        step, self._unread = self._unread, None
+        if step.copied is not None:
+            step.copied.synchronize()
+        self._close(step)
+
+    def _check_deepspeed(self, engine: Any, step: _Step) -> None:
+        if engine.skipped_steps > self._skipped_by_deepspeed:
+            step.norm = torch.tensor(torch.inf)  # some stages give that of the step before
+        elif not torch.isfinite(step.norm):
+            raise FaultError(
+                f"DeepSpeed has taken step {step.number} although its gradient is not finite: resume from the last "
+                "checkpoint with --resume_from_checkpoint last and a newer DeepSpeed (0.19.8 skips such steps)"
+            )
+        self._close(step)
+
+    def _can_skip(self, optimizer: torch.optim.Optimizer) -> bool:
+        if self._optimizer is None or self._optimizer[0] is not optimizer:  # not in each step: looks at all parameters
+            self._optimizer = optimizer, _heeds_found_inf(optimizer)
+        return self._optimizer[1]
+
+    def _close(self, step: _Step) -> None:
+        norm = float(step.norm)
+        if torch.isfinite(step.norm):
+            self._in_a_row = 0
+            return
+        self.count += 1
+        self._in_a_row += 1
+        path = self._describe_step(step, norm)
+        logger.warning(
+            "step %d is skipped: its gradient is not finite; its batches are described in %s", step.number, path
+        )
+        if self._in_a_row > self.max_in_a_row:
+            raise FaultError(
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite (--max_bad_steps "
+                f"{self.max_in_a_row}); their batches are described in {path.parent}. Resume from the last checkpoint "
+                "with --resume_from_checkpoint last and a lower learning rate, or correct the rows"
+            )
+
+    def _describe_step(self, step: _Step, norm: float) -> Path:
+        folder = Path(self.output_dir) / BAD_STEPS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step.number}-rank-{self.rank}.json"
+        batches = [
+            {"loss": repr(loss.item()), "rows": [self._describe_row(row) for row in rows]}
+            for loss, rows in zip(step.losses, step.batches(), strict=False)
+        ]
+        with atomic_write(path) as file:
+            json.dump({"step": step.number, "gradient_norm": repr(norm), "batches": batches}, file, indent=1)
+        return path
+
+    def _describe_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        description: dict[str, Any] = {"file": row["file"], "line": row["line"], "recordings": row["recordings"]}
+        try:
+            batch = self.collator([row])
+        except AudioError as error:
+            return {**description, "error": str(error)}
+        description["supervised_tokens"] = len(batch["label_positions"])
+        for name in ("input_features", *ENCODED_COLUMNS):
+            if name in batch:
+                values = batch[name].float()
+                finite = values[torch.isfinite(values)]
+                description[name] = {
+                    "shape": list(values.shape),
+                    "not_finite": values.numel() - finite.numel(),
+                    **{key: float(getattr(finite, key)()) for key in ("min", "max", "mean", "std") if len(finite)},
+                }
+        return description
+
+
+def _heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is a fused Adam of plain tensors or FSDP's, which skips a step by its attribute `found_inf`."""
+    groups = optimizer.param_groups
+    return (
+        isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        and all(group.get("fused") for group in groups)
+        and all(type(parameter.data) in (torch.Tensor, DTensor) for group in groups for parameter in group["params"])
+    )

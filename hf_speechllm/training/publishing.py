@@ -1,0 +1,70 @@
+"""The trainer's model card and upload."""
+
+from __future__ import annotations
+
+import logging
+
+from huggingface_hub import CommitInfo
+from transformers import Trainer
+
+from ..hub.publishing import publish
+from .arguments import SpeechLLMTrainingArguments
+from .run_card import write_card
+
+logger = logging.getLogger(__name__)
+
+
+class PublishingTrainer(Trainer):
+    """A `Trainer` that publishes a model with its card, and nothing that is private to the run."""
+
+    args: SpeechLLMTrainingArguments
+    current_scores: dict[str, float] | None
+    selection: str | None
+
+    def create_model_card(self, language=None, license=None, **kwargs) -> None:
+        """Writes our model card into the output folder; other options of the parent are ignored.
+
+        A card that can't be written is reported, and does not end the run.
+        """
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            write_card(
+                self.args, model, self.train_dataset, self.eval_dataset, self.state,
+                name=self.hub_model_id, scores=self.current_scores, selection=self.selection,
+                language=[language] if isinstance(language, str) else language, licence=license,
+            )  # fmt: skip
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Saves and publishes the model; unlike the parent's, without optimizer states and `training_args.bin`.
+
+        Args:
+            blocking: must be true.
+            private: default `args.hub_private_repo`.
+            **kwargs: for `create_model_card`.
+        """
+        if not blocking:
+            raise ValueError("push_to_hub returns only when everything is uploaded; leave `blocking` true")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**kwargs)
+        if not self.is_world_process_zero():
+            return None
+        folder = self.args.output_dir
+        logger.info(
+            "publishing %s as %s; if this breaks off: hf-speechllm push --input %s --hub_model_id %s",
+            folder, self.hub_model_id, folder, self.hub_model_id,
+        )  # fmt: skip
+        revision = revision or self.args.hub_revision
+        return publish(folder, self.hub_model_id, private, token, revision, commit_message or "End of training")

@@ -1,0 +1,59 @@
+"""Fast paths of a run: which are used, by its options and device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+
+from ..data.collator import SpeechLLMCollator
+from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
+from ..fast.compilation import compile_layers
+from ..fast.engines import set_up_engine
+from .arguments import SpeechLLMTrainingArguments
+
+
+def set_up_speed(
+    args: SpeechLLMTrainingArguments, model: Any, accelerator: Accelerator, collators: Sequence[SpeechLLMCollator]
+) -> None:
+    """Sets model, engine and collators up for speed, before the engine takes the model.
+
+    Args:
+        args: of the run; `--fast off` leaves all as it is.
+        model: to be trained.
+        accelerator: of the trainer.
+        collators: of training and validation; they learn whether batches are computed padding-free.
+
+    Raises:
+        ValueError: for `--compile_layers` with ZeRO-3, or `--padding_free` where it is not possible.
+    """
+    on_gpu = _on_gpu(args)
+    if on_gpu:
+        disable_host_syncs(model)
+    wanted = args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))
+    if wanted and args.fast == "auto":
+        try:
+            enable_padding_free(model)
+            for collator in collators:
+                collator.padding_free = True
+        except ValueError:
+            if args.padding_free:
+                raise
+    set_up_engine(accelerator, model, args.fast == "auto")
+    if args.compile_layers and args.fast == "auto":
+        deepspeed = accelerator.state.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage == 3:
+            raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
+        gathered = model._no_split_modules if accelerator.distributed_type == DistributedType.FSDP else ()
+        compile_layers(model, alone=gathered)
+
+
+def attention_setting(args: SpeechLLMTrainingArguments) -> AbstractContextManager:
+    """The process-wide setting of attention that training and validation run with."""
+    return without_cudnn_attention() if _on_gpu(args) else nullcontext()
+
+
+def _on_gpu(args: SpeechLLMTrainingArguments) -> bool:
+    return args.fast == "auto" and args.device.type == "cuda" and not args.plain_attention

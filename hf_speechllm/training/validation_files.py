@@ -1,0 +1,74 @@
+"""Files that validation writes: the table of all evaluations, and transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..evaluation.scoring import count_errors
+from ..evaluation.validation_metrics import COUNTS, metric_prefix, set_names
+from ..files import atomic_write
+
+TABLE_FILE, SAMPLES_FOLDER = "validation.tsv", "validation_samples"  # in the output folder
+SAMPLES_SHOWN = 10  # transcripts of each set that are written
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded row.
+
+    Args:
+        position: in its set.
+        name: where the row stands: `FILE:LINE`.
+        reference, hypothesis: what was said, and what the model wrote.
+    """
+
+    position: int
+    name: str
+    reference: str
+    hypothesis: str
+
+
+def write_table(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Writes all evaluations of a run as a table, tabs between columns, all or nothing.
+
+    Args:
+        log_history: of `TrainerState`.
+        path: of the file.
+    """
+    lines = ["\t".join(("step", "set", "loss", "token_accuracy", "cer_percent", *COUNTS))]
+    for entry in log_history:
+        for name in set_names(entry):
+            prefix = metric_prefix("eval", name)
+            cer = entry.get(f"{prefix}_cer")
+            cells = [entry["step"], name or "validation"]
+            cells += [f"{entry[f'{prefix}_{measure}']:.5f}" for measure in ("loss", "token_accuracy")]
+            cells += [
+                "" if cer is None else f"{100 * cer:.3f}",
+                *(entry.get(f"{prefix}_{count}", "") for count in COUNTS),
+            ]
+            lines.append("\t".join(map(str, cells)))
+    with atomic_write(path) as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def write_samples(samples: dict[str, list[Sample]], path: Path) -> None:
+    """Writes references and hypotheses below each other.
+
+    Args:
+        samples: by set.
+        path: of the text file.
+    """
+    blocks = []
+    for set_name, rows in samples.items():
+        blocks.append(f"# {set_name or 'validation'}")
+        for row in rows:
+            counts = count_errors(row.reference, row.hypothesis)
+            blocks.append(
+                f"{row.name}: {counts.errors} errors, {counts.reference_tokens} tokens\n"
+                f"ref: {row.reference}\nhyp: {row.hypothesis}"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write("\n\n".join(blocks) + "\n")
