@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,38 @@ class BuildWithConfigurations(build_py):
             shutil.copytree(folder, Path(self.build_lib, "hf_speechllm", folder), dirs_exist_ok=True)
 
 
+# CI runs both ends of each range: the oldest versions (tools/oldest.txt) with the core tests, the newest with all.
+# An upper bound stands where a release can break this package. CONTRIBUTING.md says how to move a bound.
+# What loads a model and decodes; a pushed model's code asks for these.
+DECODE = [
+    "torch>=2.11.0,<2.15",
+    "torchaudio>=2.11.0",
+    "transformers>=5.18.0,<5.25",
+    "filelock>=3.16.0",
+    "soundfile>=0.13.0",
+    "av>=14.0.1",
+    "pyyaml>=6.0.2",
+    "tqdm>=4.66.3",
+    "regex>=2025.10.22",
+]
+EVALUATE = [
+    "compute-wer>=0.2.4",
+    "rapidfuzz>=3.10.0",
+    "jinja2>=3.1.4",
+    "matplotlib>=3.9.2",
+    "whisper-normalizer>=0.1.13",
+    "zhconv>=1.4.3",
+    "evaluate>=0.4.6",
+]
+TRAIN = [
+    "accelerate>=1.12.0,<1.16",
+    "datasets>=4.4.0,<5.3",
+    "peft>=0.20.0,<0.22",
+    "tensorboard>=2.18.0",
+    *EVALUATE,  # validation by decoding
+]
+VAD = ["silero-vad[onnx-cpu]>=6.2.3"]
+EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
@@ -32,35 +65,17 @@ setup(
     entry_points={"console_scripts": ["hf-speechllm = hf_speechllm_command:main"]},
     cmdclass={"build_py": BuildWithConfigurations},
     package_data={"hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"]},
-    # CI runs both ends of each range: the oldest versions (tools/oldest.txt) with the core tests, the newest with all.
-    # An upper bound stands where a release can break this package. CONTRIBUTING.md says how to move a bound.
-    install_requires=[
-        "torch>=2.11.0,<2.15",
-        "torchaudio>=2.11.0",
-        "transformers>=5.18.0,<5.25",
-        "accelerate>=1.12.0,<1.16",
-        "datasets>=4.4.0,<5.3",
-        "peft>=0.20.0,<0.22",
-        "evaluate>=0.4.6",
-        "filelock>=3.16.0",
-        "soundfile>=0.13.0",
-        "av>=14.0.1",
-        "pyyaml>=6.0.2",
-        "tqdm>=4.66.3",
-        "matplotlib>=3.9.2",
-        "tensorboard>=2.18.0",
-        "silero-vad[onnx-cpu]>=6.2.3",
-        "compute-wer>=0.2.4",
-        "rapidfuzz>=3.10.0",
-        "regex>=2025.10.22",
-        "jinja2>=3.1.4",
-        "whisper-normalizer>=0.1.13",
-        "zhconv>=1.4.3",
-    ],
+    install_requires=[*DECODE, *(EVERYTHING if os.environ.get("HF_SPEECHLLM_EDITABLE") else [])],
+    # A wheel asks for what decoding needs; an editable install (tools/build_backend.py) for what all recipes need.
     extras_require={
+        "decode": DECODE,
+        "train": TRAIN,
+        "eval": EVALUATE,
+        "vad": VAD,
+        "all": EVERYTHING,
         "deepspeed": [DEEPSPEED],
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "test": TEST,
-        "dev": [*TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "test": [*EVERYTHING, *TEST],
+        "dev": [*EVERYTHING, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

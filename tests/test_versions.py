@@ -27,7 +27,8 @@ def declared(monkeypatch):
 @pytest.fixture
 def bounds(declared):
     """The bounds of each dependency, those of training with DeepSpeed included: `{name: {operator: version}}`."""
-    items = [*declared["install_requires"], *declared["extras_require"]["deepspeed"]]
+    extras = declared["extras_require"]
+    items = dict.fromkeys([*declared["install_requires"], *extras["all"], *extras["deepspeed"]])
     found = {}
     for item in items:
         name, specifiers = re.fullmatch(r"([\w-]+)(?:\[[\w,-]+\])?([^;]*)(?:;.*)?", item).groups()

@@ -1,27 +1,33 @@
 """Compose a new speech LLM, with random or pretrained parts, and save it with its processor.
 
 # Tiny, from scratch, with a tokenizer trained on the transcripts
-hf-speechllm compose recipes/configs/models/tiny.yaml \\
+hf-speechllm compose models/tiny \\
     --transcripts recipes/quickstart_data/train/text --output_dir exp/tiny/init
 
 # Whisper's encoder before a pretrained LLM
-hf-speechllm compose recipes/configs/models/linear_adaptor.yaml \\
+hf-speechllm compose models/linear_adaptor \\
     --audio_encoder openai/whisper-small --llm Qwen/Qwen3-0.6B --output_dir exp/whisper_qwen/init
 """
 
+import argparse
 import logging
+import sys
 from pathlib import Path
 
 import yaml
 
-from .parser import Parser
+from .configurations import TRAINING, find_configuration
+from .parser import Parser, prog
 
 logger = logging.getLogger("compose_model")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("config", help="YAML with the sizes of the parts")
+    parser.add_argument(
+        "config",
+        help="YAML with the sizes of the parts, or a name: models/tiny, ...",
+    )
     parser.add_argument("--output_dir", required=True, help="where the model goes; must not exist")
     parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
     parser.add_argument("--llm", help="pretrained LLM: folder or Hub id (default: random weights)")
@@ -34,14 +40,25 @@ def main() -> None:
         parser.error("give either --transcripts (new tokenizer) or --tokenizer or --llm (existing one)")
     if Path(args.output_dir).exists():
         parser.error(f"{args.output_dir} exists; remove it or choose another --output_dir")
+    for file in args.transcripts or ():
+        if not Path(file).is_file():
+            parser.error(f"--transcripts {file}: no such file")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        compose_model(args)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"{prog()}: error: {' '.join(str(error).split())}")
+
+
+def compose_model(args: argparse.Namespace) -> None:
+    """Composes the model and saves it."""
 
     from transformers import set_seed
 
     from ..formats.composition import compose, train_tokenizer
 
     set_seed(args.seed)
-    config = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    config = yaml.safe_load(find_configuration(args.config, TRAINING).read_text(encoding="utf-8"))
     tokenizer = args.tokenizer or args.llm
     if args.transcripts:
         lines = [line for file in args.transcripts for line in Path(file).read_text(encoding="utf-8").splitlines()]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .configurations import LAUNCHING, find_configuration
 from .parser import Parser
@@ -45,12 +46,13 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
         argv: the rest of the command line.
 
     Raises:
-        ValueError: if the configuration does not exist.
+        ValueError: if the configuration does not exist, or is for GPUs and there is none.
         SystemExit: if a process failed.
     """
+    import yaml
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.cuda import is_available
+    from torch.accelerator import is_available
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "config_file" in options:
@@ -58,6 +60,12 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
     elif not os.path.isfile(default_config_file):
         several = "multi_node" if int(options.get("num_machines", 1)) > 1 else "multi_gpu"
         options = {**options, "config_file": str(find_configuration(several if is_available() else "cpu", LAUNCHING))}
+    file = Path(options.get("config_file", default_config_file))
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if config.get("use_cpu"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate itself tells it to a single process only
+    elif config.get("distributed_type", "NO") != "NO" and not is_available():
+        raise ValueError(f"{file} is for GPUs, and none was found; give --config_file cpu")
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     try:
         launch_command(launch_command_parser().parse_args([*words, "--module", "hf_speechllm", verb, *argv]))

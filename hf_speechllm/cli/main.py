@@ -22,7 +22,13 @@ VERBS = {
     "push": "publishes a model on the Hub",
     "env": "prints versions for bug reports",
 }
-EXTRAS = {"finetune": "train", "average": "train", "score": "eval", "normalize": "eval", "decode": "vad"}
+# The extra that brings a package; those of every installation are not among them.
+EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "peft", "pyarrow", "tensorboard"), "train"),
+    **dict.fromkeys(("compute_wer", "evaluate", "jinja2", "matplotlib", "rapidfuzz", "whisper_normalizer"), "eval"),
+    "zhconv": "eval",
+    "silero_vad": "vad",
+}
 
 
 def main(verb: str | None = None) -> None:
@@ -42,7 +48,7 @@ def main(verb: str | None = None) -> None:
         package = str(error.name).partition(".")[0]
         if package == __package__.partition(".")[0]:
             raise
-        extra = f"[{EXTRAS[verb]}]" if verb in EXTRAS else ""
+        extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
         sys.exit(f"{prog()}: error: the package {package} is missing; pip install 'hf_speechllm{extra}'")
     except KeyboardInterrupt:
         print(f"{prog()}: interrupted", file=sys.stderr)

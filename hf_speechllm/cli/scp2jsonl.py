@@ -75,7 +75,7 @@ def make_rows(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.kaldi import join, read_list, read_scp
+    from ..data.kaldi import join, read_list, read_scp, require_transcripts
     from ..data.preparation import RowMaker, prepare
     from ..files import atomic_write
     from ..model import chat
@@ -88,6 +88,7 @@ def make_rows(args: argparse.Namespace) -> None:
     gc.freeze()  # what is loaded by now stays; to search it for garbage as the lists grow takes time
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     transcripts = read_list(args.transcript_file, bad_rows, "transcript")
+    require_transcripts(transcripts)
     utterances = join(read_scp(args.scp_file, bad_rows, args.audio_root), transcripts, bad_rows)
 
     folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None

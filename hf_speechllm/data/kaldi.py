@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..audio.waveform import AudioError, check_root, probe_audio, resolve_source, shown
+from ..audio.waveform import AudioError, check_root, is_url, probe_audio, resolve_source, shown
 from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms
@@ -84,6 +84,21 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
                 )
                 result.bad_ids.add(entry.id)
     return result
+
+
+def require_transcripts(transcripts: KaldiList) -> None:
+    """Refuses a list of recordings in the place of one of transcripts.
+
+    Raises:
+        ValueError: if the first values are all URLs or names of files.
+    """
+    folder = os.path.dirname(os.path.abspath(transcripts.file))
+    values = [entry.value for entry in transcripts.entries[:10]]
+    if values and all(is_url(value) or os.path.isfile(os.path.join(folder, value)) for value in values):
+        raise ValueError(
+            f"{transcripts.file}: {values[0]} is a recording, not a transcript: are --scp_file and --transcript_file "
+            "swapped?"
+        )
 
 
 def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | None = None) -> KaldiList:

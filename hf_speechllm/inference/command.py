@@ -82,6 +82,11 @@ def prepare(
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     device = args.device or (f"cuda:{processes.local_rank}" if on_gpu else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} can't be used on this machine: {reason}") from error
     vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
     processor = SpeechLLMProcessor.from_pretrained(name)
     config = SpeechLLMConfig.from_pretrained(name)

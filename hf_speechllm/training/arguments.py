@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..hub.options import PublishingOptions
 from .inherited_options import changed, check_given
 from .option_checks import check_training
 from .options import BatchOptions, FaultOptions, OptimizationOptions, ValidationOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,17 +41,35 @@ class SpeechLLMTrainingArguments(
         check_given(changed(self))
         self.check_publishing()
         check_training(self)
-        # `accelerate launch` with `use_cpu: true`; transformers itself looks at its own option alone.
-        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self._check_trackers()
+        self._settle_device()
         if self.bf16 is None:
-            import torch
-
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
         for option in ("gradient_checkpointing", "activation_checkpointing"):  # the same, of older and newer releases
             if getattr(self, option, None) and getattr(self, f"{option}_kwargs") is None:
                 setattr(self, f"{option}_kwargs", {"use_reentrant": False})
         self._settle_validation()
         super().__post_init__()
+
+    def _check_trackers(self) -> None:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        installed = get_available_reporting_integrations()
+        for name in names:
+            if name not in ("none", "all", *installed):
+                raise ValueError(
+                    f"--report_to {name}: no such package is installed; pip install {name}, or choose one of "
+                    f"{', '.join(['none', *installed])}"
+                )
+
+    def _settle_device(self) -> None:
+        """Takes `use_cpu` from accelerate, too; transformers itself looks at its own option alone."""
+        # The launcher does not pass it on to several processes.
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if parse_flag_from_env("ACCELERATE_USE_CPU"):
+            self.use_cpu = True
+        elif not (alone or self.use_cpu or torch.accelerator.is_available()):
+            logger.warning("no GPU was found: all processes train on the CPU")
+            self.use_cpu = True
 
     def _settle_validation(self) -> None:
         """What the options on validation mean for those of transformers."""

@@ -192,3 +192,31 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(yaml_file):
     assert result.returncode == 2
     assert "freeze_audio_encodr" in result.stderr and "Traceback" not in result.stderr
     assert result.stdout == "loaded: []\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--do_train", "false"], "--do_train has no effect here: finetune always trains"),
+        (["--per-device-train-batch-size=8"], "give --per_device_train_batch_seconds"),
+        (["--eval_strategy", "steps"], "--eval_strategy steps needs a set; add --validation_file"),
+    ],
+)
+def test_option_without_effect_is_refused_even_with_its_default(error_of, argv, expected):
+    assert expected in error_of(*REQUIRED, *argv)
+
+
+def test_yaml_is_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["lora", *REQUIRED]).parts.use_lora
+
+
+def test_help_has_own_options_first_in_groups_and_the_others_on_demand(capsys):
+    for argument, inherited in (("--help", False), ("--help_all", True)):
+        with pytest.raises(SystemExit):
+            parse_arguments([argument], description="Example:\n  one \\\n    two\n")
+        text = capsys.readouterr().out
+        assert "Example:\n  one \\\n    two\n" in text
+        assert text.index("Model:") < text.index("--train_file") < text.index("Publishing:")
+        assert "(default: float16)" in text and "--per_device_train_batch_size" not in text
+        assert ("--adam_beta1" in text) == inherited

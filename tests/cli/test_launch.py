@@ -1,0 +1,55 @@
+"""`finetune --num_processes N`: accelerate's options are taken out, and its configurations are found by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_speechllm.cli.configurations import LAUNCHING, TRAINING, find_configuration
+from hf_speechllm.cli.launch import split_launch_options
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_options_of_the_launcher_are_taken_out_wherever_they_stand():
+    argv = ["lora", "--num_processes", "8", "--learning_rate", "1e-4", "--main_process_ip=host", "--train_file", "a"]
+    options, rest = split_launch_options(argv)
+    assert options == {"num_processes": "8", "main_process_ip": "host"}
+    assert rest == ["lora", "--learning_rate", "1e-4", "--train_file", "a"]
+
+
+@pytest.mark.parametrize("name", ["lora", "lora.yaml", "recipes/configs/lora.yaml"])
+def test_configurations_are_found_by_name_and_path_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_configuration(name, TRAINING) == REPOSITORY / "recipes/configs/lora.yaml"
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("", encoding="utf-8")
+    assert find_configuration(name, TRAINING) == Path(name)  # one's own goes first
+
+
+def test_unknown_configuration_is_told_with_those_that_exist():
+    with pytest.raises(ValueError, match="multi_gpux: .*did you mean multi_gpu?"):
+        find_configuration("multi_gpux", LAUNCHING)
+    with pytest.raises(ValueError, match="known by name: adaptor_only, .*lora, models/fun_asr_nano"):
+        find_configuration("zzzz", TRAINING)
+
+
+def finetune(*arguments):
+    command = [sys.executable, "-m", "hf_speechllm", "finetune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_several_processes_train_and_errors_are_found_before_they_start(tiny_model, tiny_corpus, tmp_path):
+    options = [
+        "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir", tmp_path / "out",
+        "--max_steps", 2, "--logging_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache",
+        "--preprocessing_num_workers", 1, "--per_device_train_batch_seconds", 3,
+    ]  # fmt: skip
+    launcher = ["--config_file", "cpu", "--num_processes", 2, "--main_process_port", 0]
+    wrong = finetune(*launcher, *options, "--lerning_rate", 1)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1 and "did you mean --learning_rate?" in wrong.stderr
+    result = finetune(*launcher, *options)
+    assert result.returncode == 0, result.stderr
+    assert "x 2 device(s)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

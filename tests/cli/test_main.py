@@ -1,0 +1,83 @@
+"""The console command: light help, the closest word for a wrong one, one line for what is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_speechllm.cli.main import VERBS, main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HEAVY = ["torch", "transformers", "datasets", "numpy", "av", "soundfile", "accelerate", "peft"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `hf-speechllm ...` in this process; gives its exit code and what it wrote."""
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr()
+
+    return start
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_loads_nothing_heavy(verb):
+    words = [] if verb is None else [verb]
+    script = (
+        "import sys, hf_speechllm_command\n"
+        f"sys.argv = ['hf-speechllm', *{words!r}, '--help']\n"
+        "try:\n    hf_speechllm_command.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print('loaded:', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+    assert result.stdout.startswith(f"usage: hf-speechllm {verb or 'VERB'}")
+
+
+def test_module_is_the_same_command_and_its_help_is_light():
+    command = [sys.executable, "-X", "importtime", "-m", "hf_speechllm", "decode", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: hf-speechllm decode")
+    assert "| torch" not in result.stderr and "| transformers" not in result.stderr
+
+
+def test_unknown_verb_is_told_with_the_closest(run):
+    code, _ = run("decod")
+    assert code == "hf-speechllm: error: unknown verb decod; did you mean decode?; all verbs: --help"
+
+
+def test_unknown_option_is_told_with_the_closest(run):
+    code, output = run("score", "a", "b", "--output_dir", "c", "--utt2langs", "d")
+    assert code == 2
+    assert output.err == (
+        "hf-speechllm score: error: unknown option --utt2langs; did you mean --utt2lang?; all options: --help\n"
+    )
+
+
+def test_missing_package_is_told_with_the_extra_that_has_it(tmp_path):
+    for name in ("reference", "hypothesis"):
+        (tmp_path / name).write_text("a one\n", encoding="utf-8")
+    script = (
+        "import sys, hf_speechllm_command\n"
+        "sys.modules['rapidfuzz'] = None\n"
+        "sys.argv = ['hf-speechllm', 'score', 'reference', 'hypothesis', '--output_dir', 'out']\n"
+        "hf_speechllm_command.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 1 and result.stderr == (
+        "hf-speechllm score: error: the package rapidfuzz is missing; pip install 'hf_speechllm[eval]'\n"
+    )
+
+
+def test_env_prints_versions(run):
+    code, output = run("env")
+    assert not code
+    assert "hf_speechllm: 0." in output.out and "torch: " in output.out and "GPUs: " in output.out
