@@ -45,6 +45,8 @@ def main(verb: str | None = None) -> None:
     try:
         sys.exit(import_module(f".{verb}", __package__).main())
     except ModuleNotFoundError as error:
+        if error.name == f"{__package__}.{verb}":  # the code that a model was published with
+            sys.exit(f"{prog()}: error: this installation only decodes; install hf_speechllm itself")
         package = str(error.name).partition(".")[0]
         if package == __package__.partition(".")[0]:
             raise

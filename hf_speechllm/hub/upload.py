@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ from ..formats.checkpoint import MAX_SHARD_SIZE, Checkpoint, CheckpointError
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
-from ..version import __version__
+from .code import CODE_FOLDER, PACKAGE, write_code
 
 CARD_FILE = "README.md"
-CODE_FOLDER = "code"
-PACKAGE = Path(__file__).resolve().parents[1]
 TAGS = ["automatic-speech-recognition", "speech_llm"]
 # Of a FunASR config.yaml, what describes the model. The rest (data lists, output folder, trainer, trackers with their
 # tokens) is about somebody's run.
@@ -76,22 +72,6 @@ def _without_absolute(value: Any) -> Any:
 
 def _is_absolute(value: Any) -> bool:
     return isinstance(value, str) and ABSOLUTE_PATH.match(value) is not None
-
-
-def write_code(folder: Path) -> None:
-    """Writes this package into `code/` of a folder, so that a reader can install what loads the model."""
-    shutil.copytree(PACKAGE, folder / CODE_FOLDER / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    requirements = [item for item in metadata.requires(PACKAGE.name) or () if "extra ==" not in item]
-    python = metadata.metadata(PACKAGE.name)["Requires-Python"]
-    listed = "".join(f"    {item!r},\n" for item in requirements)
-    (folder / CODE_FOLDER / "pyproject.toml").write_text(
-        f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
-        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\nrequires-python = "{python}"\n'
-        f"dependencies = [\n{listed}]\n\n"
-        f'[tool.setuptools.packages.find]\ninclude = ["{PACKAGE.name}*"]\n\n'
-        f'[tool.setuptools.package-data]\n{PACKAGE.name} = ["**/*"]\n',
-        encoding="utf-8",
-    )
 
 
 def usage(name: str) -> str:

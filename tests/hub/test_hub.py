@@ -16,6 +16,7 @@ import transformers.utils.hub
 from huggingface_hub import constants, hf_api
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.hub.code import requirements
 from hf_speechllm.hub.publishing import publish
 from hf_speechllm.training.lora import add_lora
 
@@ -122,12 +123,15 @@ def test_what_behaves_the_same_in_transformers_is_pushed_in_its_layout(hub, tiny
 
 
 OURS = """
-import sys, torch
+import importlib, os, sys, torch
 from huggingface_hub import snapshot_download
 folder = snapshot_download("user/tiny", allow_patterns="code/*")
 sys.path.insert(0, folder + "/code")
 import hf_speechllm
 assert hf_speechllm.__file__.startswith(folder), hf_speechllm.__file__
+for root, _, names in os.walk(folder + "/code/hf_speechllm"):  # nothing that is left out is missed
+    for name in names:
+        importlib.import_module(os.path.relpath(os.path.join(root, name), folder + "/code")[:-3].replace("/", "."))
 model, processor = (
     cls.from_pretrained("user/tiny")
     for cls in (hf_speechllm.SpeechLLMForConditionalGeneration, hf_speechllm.SpeechLLMProcessor)
@@ -150,7 +154,9 @@ def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
     project = tomllib.loads(files["code/pyproject.toml"].content.decode())["project"]
     declared = metadata.metadata("hf_speechllm")
     assert project["name"] == "hf_speechllm" and project["requires-python"] == declared["Requires-Python"]
-    assert project["dependencies"] == [item for item in declared.get_all("Requires-Dist") if "extra ==" not in item]
+    assert project["dependencies"] == requirements()
+    assert {"code/hf_speechllm/cli/decode.py", "code/hf_speechllm_command.py"} <= files.keys()
+    assert not any("/training/" in name or "/evaluation/" in name for name in files)
     assert any(re.match(r"transformers.*<", item) for item in project["dependencies"])
     assert "pip install ./speech_llm/code" in files["README.md"].content.decode()
     assert_nothing_private(files, tmp_path)

@@ -1,0 +1,78 @@
+"""The code that a model of our own layout is published with: what loads it and decodes, not what trains it."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from ..version import __version__
+
+CODE_FOLDER = "code"
+PACKAGE = Path(__file__).resolve().parents[1]
+COMMAND = "hf_speechllm_command"
+ROOTS = ("", "__main__", "cli.main", "cli.decode", "inference.transcriber")
+
+
+def write_code(folder: Path) -> None:
+    """Writes what loads a model and decodes into `code/` of a folder, as a package that readers can install."""
+    code = folder / CODE_FOLDER
+    for source in needed_files():
+        target = code / PACKAGE.name / source.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    shutil.copy(PACKAGE.with_name(f"{COMMAND}.py"), code)
+    python = metadata.metadata(PACKAGE.name)["Requires-Python"]
+    listed = "".join(f"    {item!r},\n" for item in requirements())
+    (code / "pyproject.toml").write_text(
+        f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
+        f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\nrequires-python = "{python}"\n'
+        f"dependencies = [\n{listed}]\n\n"
+        f'[project.scripts]\nhf-speechllm = "{COMMAND}:main"\n\n'
+        f'[tool.setuptools]\npy-modules = ["{COMMAND}"]\n\n'
+        f'[tool.setuptools.packages.find]\ninclude = ["{PACKAGE.name}*"]\n',
+        encoding="utf-8",
+    )
+
+
+def requirements() -> list[str]:
+    """What decoding needs: the extra `decode`; an editable install itself asks for what training needs, too."""
+    declared = [item.partition(";") for item in metadata.requires(PACKAGE.name) or ()]
+    needed = [name.strip() for name, _, marker in declared if marker.split() == ["extra", "==", '"decode"']]
+    return needed or [name for name, _, marker in declared if "extra" not in marker]
+
+
+def needed_files() -> list[Path]:
+    """The modules of this package that decoding imports, at the top or in a function, with their packages."""
+    found: set[Path] = set()
+    waiting = [_file_of(tuple(filter(None, root.split(".")))) for root in ROOTS]
+    while waiting:
+        file = waiting.pop()
+        if file is None or file in found:
+            continue
+        found.add(file)
+        package = file.parent.relative_to(PACKAGE).parts
+        waiting += [_file_of(package[:depth]) for depth in range(len(package) + 1)]
+        for level, module, names in _imports(ast.parse(file.read_text(encoding="utf-8"))):
+            base = package[: len(package) - level + 1] + tuple(filter(None, module.split(".")))
+            waiting += [_file_of(base), *(_file_of((*base, name)) for name in names)]
+    return sorted(found)
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
+    """Relative imports: dots, module and names; without those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node.level, node.module or "", [item.name for item in node.names]
+        yield from _imports(node)
+
+
+def _file_of(parts: tuple[str, ...]) -> Path | None:
+    """The file of a module, or of a package; `None` for a name that is neither."""
+    path = PACKAGE.joinpath(*parts)
+    files = (path / "__init__.py", path.with_suffix(".py") if parts else path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
