@@ -22,11 +22,11 @@ import yaml
 from torch.nn import functional
 from workload import environment, make_model, make_rows
 
+from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.data.sampler import Rows
-from hf_speechllm.training.arguments import parse_arguments
 from hf_speechllm.training.freezing import freeze_parts
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.trainer import SpeechLLMTrainer
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 
 
 def read_options(mode: str, options, folder: str, others: list[str]):
-    """The Trainer's arguments for a mode."""
+    """The options of a run in a mode."""
     name, _, level = mode.partition(":")
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     config.pop("save_steps"), config.pop("save_total_limit")
@@ -50,20 +50,24 @@ def read_options(mode: str, options, folder: str, others: list[str]):
     return parse_arguments([str(file), *others])
 
 
-def prepare(model, args):
+def prepare(model, parts):
     """The model with what is trained set, and with adapters."""
     model.requires_grad_(True)
-    freeze_parts(model, args.freeze_audio_encoder, args.freeze_audio_adaptor, args.freeze_llm)
-    if args.use_lora:
-        model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
+    if parts.use_lora:
+        model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
     return model
 
 
-def measure(args, options, model, processor, rows) -> dict:
+def measure(run, options, model, processor, rows) -> dict:
     """Steps of the Trainer; the median of the log lines after the warm-up."""
-    model = prepare(model, args)
-    if args.cache_level != "fbank":
-        rows = add_encoded(rows, model, processor, args.cache_level, args)
+    args = run.training
+    model = prepare(model, run.parts)
+    if run.data.cache_level != "fbank":
+        rows = add_encoded(
+            rows, model, processor, run.data.cache_level, run.data.cache_dir, device=args.device, bf16=bool(args.bf16),
+            batch_seconds=args.per_device_train_batch_seconds or 240.0,
+        )  # fmt: skip
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer = SpeechLLMTrainer(
@@ -73,7 +77,7 @@ def measure(args, options, model, processor, rows) -> dict:
     trainer.train()
     memory = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
     engine = type(trainer.model_wrapped).__name__
-    if args.use_lora:
+    if run.parts.use_lora:
         trainer.model.unload()
     lines = [line for line in trainer.state.log_history if "audio_seconds_per_second" in line]
     lines = sorted(
@@ -87,9 +91,9 @@ def measure(args, options, model, processor, rows) -> dict:
     }  # fmt: skip
 
 
-def measure_naive(args, options, base, processor, rows) -> float:
+def measure_naive(run, options, base, processor, rows) -> float:
     """Audio seconds per second of a plain loop; nothing is cached but fbank."""
-    model = prepare(base, args)
+    model = prepare(base, run.parts)
     seconds = row_seconds(rows)
     size = max(1, int(options.naive / seconds.max()))
     collator = SpeechLLMCollator(processor)
@@ -120,7 +124,7 @@ def measure_naive(args, options, base, processor, rows) -> float:
     synchronize(options.device)
     speed = audio / (time.perf_counter() - started)
     optimizer.zero_grad()
-    if args.use_lora:
+    if run.parts.use_lora:
         model.unload()
     return speed
 
@@ -157,13 +161,13 @@ def main() -> None:
         arguments = {mode: read_options(mode, options, folder, others) for mode in options.modes}
         naive = {}
         if options.naive:  # first, since the Trainer changes how the model computes
-            naive = {mode: measure_naive(args, options, model, processor, rows) for mode, args in arguments.items()}
-        for mode, args in arguments.items():
+            naive = {mode: measure_naive(run, options, model, processor, rows) for mode, run in arguments.items()}
+        for mode, run in arguments.items():
             line = {"mode": mode, "size": options.size, "steps": options.steps, "options": others}
-            line |= measure(args, options, model, processor, rows)
+            line |= measure(run, options, model, processor, rows)
             if naive:
                 line |= {"naive": naive[mode], "ratio": line["audio_seconds_per_second"] / naive[mode]}
-            if args.should_log:
+            if run.training.should_log:
                 print(json.dumps({**line, **environment()}), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -32,18 +32,19 @@ EXTRAS = {
 
 
 def main(verb: str | None = None) -> None:
-    """Runs a verb with the rest of the command line, and ends the program with its status.
+    """Runs a verb with the rest of the command line.
 
     Args:
         verb: default the first word of the command line.
 
     Raises:
-        SystemExit: always.
+        SystemExit: if the verb fails, or only help was wanted.
     """
     if verb is None:
         verb = _verb(sys.argv[1:])
     try:
-        sys.exit(import_module(f".{verb}", __package__).main())
+        if (status := import_module(f".{verb}", __package__).main()) is not None:
+            sys.exit(status)
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}.{verb}":  # the code that a model was published with
             sys.exit(f"{prog()}: error: this installation only decodes; install hf_speechllm itself")

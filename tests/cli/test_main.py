@@ -19,9 +19,12 @@ def run(monkeypatch, capsys):
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
+        code = None
+        try:
             main()
-        return end.value.code, capsys.readouterr()
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr()
 
     return start
 
