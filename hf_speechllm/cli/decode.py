@@ -50,6 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="the longest segment")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="slower, on a GPU")
+    parser.add_argument(
+        "--fast",
+        choices=["auto", "off"],
+        default="auto",
+        help="off: only the plain paths of torch and transformers; the same texts, slower",
+    )
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
     args = parser.parse_args()

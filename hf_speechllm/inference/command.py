@@ -1,4 +1,4 @@
-"""What `decode.py` does between its command line and the first batch: requests, plan, transcriber."""
+"""What `decode` does between its command line and the first batch: requests, plan, transcriber."""
 
 from __future__ import annotations
 
@@ -101,4 +101,4 @@ def prepare(
         raise ValueError(f"{name} is not the same for all processes; start again once it does not change any more")
     journal.require(stamps[0])
     options = {option: getattr(args, option) for option in OPTIONS}
-    return plan, Transcriber(model.to(device), processor, vad=vad, **options)
+    return plan, Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)

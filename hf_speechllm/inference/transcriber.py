@@ -68,6 +68,8 @@ class Transcriber:
         repetition_guard: whether a hypothesis that ends in a loop is stopped and cut; see `repetition`.
         vad: makes segments of recordings; `None` decodes each at once.
         cuda_graphs: whether, on a GPU, greedy search replays a step of the LLM; see `steps`.
+        fast: whether fast paths are used: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
+            attention of cuDNN. If false, the model computes as torch and transformers do: the same numbers, slower.
 
     Raises:
         ValueError: with `vad`, if the processor's sampling rate is not that of the voice detection.
@@ -84,10 +86,12 @@ class Transcriber:
         repetition_guard: bool = False,
         vad: VoiceDetector | None = None,
         cuda_graphs: bool = True,
+        fast: bool = True,
     ):
         self.model = model.eval()
         self.steps: CudaGraphDecoder | None = None
-        if model.device.type == "cuda":
+        self.fast = fast
+        if fast and model.device.type == "cuda":
             disable_host_syncs(model)
             if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
                 self.steps = CudaGraphDecoder(model.llm.get_decoder())
@@ -315,7 +319,8 @@ class Transcriber:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
         if self.steps is not None:
             options[CACHE] = self.steps.new_cache()
-        with self.steps or nullcontext(), without_cudnn_attention(), LogitsWatch(self.model) as watch:
+        attention = without_cudnn_attention() if self.fast else nullcontext()
+        with self.steps or nullcontext(), attention, LogitsWatch(self.model) as watch:
             output = self.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
             )

@@ -283,6 +283,20 @@ def test_a_transcriber_and_its_calls_leave_the_process_as_it_was(parts, waveform
     assert process_state() == before and seen == [False]
 
 
+def test_without_fast_paths_cudnn_attention_stays_and_texts_are_the_same(parts, waveforms, monkeypatch):
+    seen, generate = [], parts[0].generate
+
+    def look(**options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return generate(**options)
+
+    monkeypatch.setattr(parts[0], "generate", look)
+    fast, plain = (
+        Transcriber(*parts, max_new_tokens=12, fast=fast).transcribe(waveforms[:2]) for fast in (True, False)
+    )
+    assert fast == plain and seen == [False, True]
+
+
 def process_state():
     cuda = torch.backends.cuda
     return (
