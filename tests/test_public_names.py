@@ -24,7 +24,7 @@ SIGNATURES = {
     "SpeechLLMTrainer": "args, eval_collator, train_weights, kwargs",
     "SpeechLLMTrainingArguments": "per_device_train_batch_seconds, eval_cer, padding_free, keep_best_checkpoints",
     "Transcriber": "model, processor, batch_seconds, max_new_tokens, num_beams, num_workers, repetition_guard, vad, "
-    "cuda_graphs",
+    "cuda_graphs, fast",
     "compose": "config, tokenizer, audio_encoder, llm",
     "load_audio": "source, sampling_rate, max_seconds",
     "normalize_text": "text, language",

@@ -113,6 +113,6 @@ def test_an_adapter_is_known_by_itself_and_by_its_base(tiny_model, folder, tmp_p
 
 def test_versions_of_the_packages_are_part_of_it(tiny_model, monkeypatch):
     before = stamp_of(tiny_model)
-    monkeypatch.setattr("hf_speechllm.__version__", "99.0")
+    monkeypatch.setattr("hf_speechllm.version.__version__", "99.0")
     assert changed(before, stamp_of(tiny_model)) == {"hf_speechllm"}
     assert "transformers" in before

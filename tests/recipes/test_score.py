@@ -74,10 +74,16 @@ def test_differing_ids_are_named_and_missing_hypotheses_are_deletions(score, tmp
     assert '<code dir="auto">b</code>' in page and '<code dir="auto">x</code>' in page
 
 
-@pytest.mark.parametrize("hypotheses", [{}, {"a": "", "b": ""}, {"x": "one"}])
+@pytest.mark.parametrize("hypotheses", [{"a": ""}, {"a": "", "b": ""}, {"a": "", "x": "one"}])
 def test_no_recognised_word_at_all_is_an_error_rate_of_one(score, hypotheses):
     result = score({"a": "one two", "b": "three"}, hypotheses)
     assert (result["rate"], result["deletions"], result["empty_hypotheses"]) == (1.0, 3, ["a", "b"])
+
+
+@pytest.mark.parametrize("hypotheses", [{}, {"x": "one"}])
+def test_lists_without_a_common_id_are_an_error(score, hypotheses):
+    error = score({"a": "one two", "b": "three"}, hypotheses)
+    assert isinstance(error, str) and "hyp" in error
 
 
 def test_words_in_silence_are_insertions(score, caplog):
