@@ -70,7 +70,7 @@ class SpeechLLMTrainer(PublishingTrainer):
 
     Attributes:
         position: place in the training rows; `None` for a stream, which has a state of its own.
-        dependencies: what the run depends on, see `describe_run`; empty on other ranks than the first.
+        dependencies: what the run depends on, see `describe_run`.
         course: the checkpoints that the run builds on.
         initial_step: steps that were done before this start.
         current_scores: metrics (`eval_...`) of the current weights; `None` if the weights have not been evaluated.

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from ...data.streaming import RowStream
 from ...files import atomic_write
@@ -60,7 +61,7 @@ _RECORDING = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(c
 def describe_run(
     args: SpeechLLMTrainingArguments, model, processor, train_rows, weights, validation, engine: str
 ) -> dict[str, Any]:
-    """Collects what a run depends on; see the module. All ranks call it, and the first one hashes.
+    """Collects what a run depends on; see the module. All ranks call it; the first one hashes and tells the others.
 
     Args:
         model: as it is before training, with or without adapters.
@@ -72,8 +73,17 @@ def describe_run(
     columns = getattr(train_rows, "column_names", None) or ()
     kept = args.save_only_trained or {"encoder_states", "audio_tokens"} & {*columns}
     base = _hash_untrained(model, args.process_index == 0) if kept or hasattr(model, "peft_config") else None
-    if args.process_index != 0:
-        return {}
+    record: list[Any] = [None]
+    if args.process_index == 0:
+        record = [{**_describe(args, model, processor, train_rows, weights, validation), "engine": engine}]
+        record[0]["model"]["base"] = base
+    if args.world_size > 1:
+        broadcast_object_list(record)
+    return record[0]
+
+
+def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, weights, validation) -> dict[str, Any]:
+    """As `describe_run`, without what several ranks find out together."""
     sets = validation if isinstance(validation, dict) else {"validation": validation} if validation else {}
     describe = _describe_stream if isinstance(train_rows, RowStream) else _describe_rows
     data, recordings = describe(train_rows)
@@ -86,7 +96,6 @@ def describe_run(
             "config": _without_notes(model.config.to_dict()),
             "trained": {part: trained for part, (trained, _) in count_parameters(model).items()},
             "adapter": _describe_adapter(model),
-            "base": base,
         },
         "tokenizer": _describe_tokenizer(processor.tokenizer),
         "features": _without_notes(processor.feature_extractor.to_dict()),
@@ -94,7 +103,6 @@ def describe_run(
         "recordings": recordings,
         "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
         "hotword_file": _hash_file(args.run_options.get("hotword_file")),
-        "engine": engine,
         "processes": args.world_size,
         "versions": {name: version(name) for name in LIBRARIES},
     }
