@@ -38,6 +38,7 @@ from accelerate.utils import broadcast_object_list
 from ...data.streaming import RowStream
 from ...files import atomic_write
 from ...model import chat
+from ...version import __version__
 from ..arguments import SpeechLLMTrainingArguments
 from ..freezing import count_parameters
 
@@ -45,7 +46,7 @@ RECORD_FILE = "dependencies.json"
 VERSION = 1
 MAX_BLOCKS = 10_000
 BATCH_ROWS = 10_000  # rows that are hashed at a time
-LIBRARIES = ("hf_speechllm", "torch", "transformers", "accelerate", "peft", "datasets")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
 # Options that say where things are, what is logged and published: no part of the result.
 PLACES = re.compile(
     r"output_dir|resume_from_checkpoint|ignore_data_skip|(push_to_)?hub_.*|push_to_hub|log(ging)?_.*|report_to|run_name"
@@ -104,7 +105,7 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
         "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
         "hotword_file": _hash_file(args.run_options.get("hotword_file")),
         "processes": args.world_size,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {"hf_speechllm": __version__, **{name: version(name) for name in LIBRARIES}},
     }
     return _as_json(record)
 
