@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 from collections.abc import Iterator
@@ -158,6 +159,6 @@ def _blocks_of_ffmpeg(stream: BinaryIO, name: str, cause: str) -> Iterator[Block
         if isinstance(error, AudioError):
             raise
         reason = error.strerror if isinstance(error, av.FFmpegError) else error
-        if isinstance(error, av.ArgumentError):
+        if isinstance(error, av.FFmpegError) and error.errno == errno.EINVAL:
             reason = "not a container of audio"
         raise AudioError(f"{name}: not audio, or damaged (libsndfile: {cause}; FFmpeg: {reason})") from error
