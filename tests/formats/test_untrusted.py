@@ -1,0 +1,192 @@
+"""Checkpoints of strangers: nothing in them writes or reads a file outside, chooses code, or takes memory or time."""
+
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats.checkpoint import CheckpointError
+from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
+from hf_speechllm.formats.untrusted import check_name, inside, read_json, read_yaml
+
+# Each names, or could name, a file outside the folder that is read or written; {out} is a folder beside it.
+HOSTILE = [
+    "../escaped", "../../escaped", "a/../../escaped", "{out}/escaped", "/escaped", "~/escaped", "..", ".", "", "a/..",
+    "..\\escaped", "C:\\escaped", "c:escaped", "\\\\host\\share", "//host/share", "a\0b", "a\nb", "a" * 5000,
+    "a/" * 2000,
+    "./../escaped", "a//b", "con:", "a|b", "*", "\u202eescaped",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, None, 3, ["a"]])
+def test_only_plain_relative_names_are_taken(name, tmp_path):
+    name = name.format(out=tmp_path) if isinstance(name, str) and "{" in name else name
+    with pytest.raises(CheckpointError, match="^the source: ") as caught:
+        check_name(name, "the source")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "Qwen3-0.6B/tokenizer.json", "./a", "文件.txt", "a b.txt", "..a", "folder/"]
+)
+def test_names_that_checkpoints_have_are_taken(name, tmp_path):
+    assert inside(tmp_path, name, "it") == tmp_path / name
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "model" / "a.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="link out of the checkpoint"):
+        inside(tmp_path / "model", "a.json", "it")
+
+
+def files_under(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_of_a_ctc_branch_are_not_written_elsewhere(make_checkpoint, tmp_path, name):
+    folder = make_checkpoint("speech_llm", "deep/in/model")
+    if "{" in name:
+        name = name.format(out=tmp_path)
+    save_file({f"file:{name}": torch.tensor(list(b"hostile"), dtype=torch.uint8)}, folder / "ctc.safetensors")
+    before = files_under(tmp_path)
+    with pytest.raises(CheckpointError):
+        checkpoint = read_checkpoint(folder)
+        write_checkpoint(
+            checkpoint, SpeechLLMProcessor.from_pretrained(folder), tmp_path / "out", "funasr", force=True
+        )
+    assert files_under(tmp_path) == before
+    assert not Path("/escaped").exists() and not Path.home().joinpath("escaped").exists()
+
+
+def paths_of(value, path=()):
+    """Places of all strings in nested settings."""
+    if isinstance(value, str):
+        yield path
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths_of(item, (*path, key))
+
+
+def replaced(content, path, value):
+    content = json.loads(json.dumps(content))
+    target = content
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return content
+
+
+OPENED: list[str] = []  # paths that this process opens, while it is not empty
+
+
+@pytest.fixture(scope="session")
+def opened():
+    """Paths that are opened from now on; an audit hook can't be removed, so there is one."""
+    sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" and OPENED else None)
+    return OPENED
+
+
+@pytest.mark.parametrize("layout", ["speech_llm", "native", "funasr"])
+def test_every_string_of_a_checkpoint_may_name_another_file(make_checkpoint, layout, tmp_path, opened):
+    """The model is loaded or refused in one line, and nothing outside of it is opened."""
+    folder = make_checkpoint(layout)
+    secret = tmp_path / "secret" / "secret.json"
+    secret.parent.mkdir()
+    secret.write_text(json.dumps({"secret": True}))
+    rng = random.Random(0)
+    cases = []
+    for file in (*folder.glob("*.json"), *folder.glob("*.yaml")):
+        if file.name == "tokenizer.json" or "index" in file.name:
+            continue
+        content = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else json.loads(file.read_text())
+        cases += [(file, content, path) for path in paths_of(content)]
+    assert len(cases) >= 10
+    for file, content, path in rng.sample(cases, min(len(cases), 40)):
+        original = file.read_text()
+        value = rng.choice([str(secret), "../secret/secret.json", str(secret.parent), "org/kernel", "x" * 100])
+        changed = replaced(content, path, value)
+        file.write_text(yaml.safe_dump(changed) if file.suffix == ".yaml" else json.dumps(changed))
+        opened.append("start")
+        try:
+            SpeechLLMForConditionalGeneration.from_pretrained(folder)
+            SpeechLLMProcessor.from_pretrained(folder)
+        except (CheckpointError, OSError, ValueError) as error:
+            assert "Traceback" not in str(error), (file, path)
+        finally:
+            file.write_text(original)
+            assert any(str(folder) in name for name in opened)  # the hook sees what is opened
+            assert not any("secret" in Path(name).name for name in opened), (file.name, path, value)
+            opened.clear()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (("audio_encoder_config", "num_hidden_layers"), 1_000_000_000),
+        (("llm_config", "vocab_size"), 10**12),
+        (("llm_config", "hidden_size"), -1),
+        (("llm_config", "num_attention_heads"), 0),
+        (("audio_token_id",), "a"),
+        (("audio_adaptor_config",), "a"),
+        (("llm_config",), 3),
+        (("llm_config", "_attn_implementation"), "org/kernel"),
+        (("_attn_implementation",), "org/kernel"),
+        (("auto_map",), {"AutoConfig": "evil.Config"}),
+    ],
+)
+def test_senseless_settings_end_in_one_line_and_soon(make_checkpoint, field, value):
+    folder = make_checkpoint("speech_llm")
+    file = folder / "config.json"
+    file.write_text(json.dumps(replaced(json.loads(file.read_text()), field, value)))
+    began = time.monotonic()
+    try:
+        SpeechLLMForConditionalGeneration.from_pretrained(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and "config.json" in str(error) or str(folder) in str(error)
+    else:
+        assert field == ("auto_map",)  # no code of the folder is run
+    assert time.monotonic() - began < 30
+
+
+def test_bombs_and_damaged_settings_are_refused(tmp_path):
+    yaml_file, json_file = tmp_path / "config.yaml", tmp_path / "config.json"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    for text in (
+        "\n".join(lines),
+        "a: &a [*a]",
+        "[" * 5000,
+        "a: 1\na: 2",
+        "!!python/object/apply:os.system ['true']",
+        "3",
+    ):
+        yaml_file.write_text(text)
+        with pytest.raises(CheckpointError):
+            read_yaml(yaml_file)
+    for text in ("[" * 100_000, '{"a": NaN}', '{"a": 1, "a": 2}', "[]", "{", '{"a": ' * 200 + "1" + "}" * 200):
+        json_file.write_text(text)
+        with pytest.raises(CheckpointError):
+            read_json(json_file)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/../../x.safetensors"])
+def test_an_index_names_no_shard_outside(make_checkpoint, tmp_path, name):
+    folder = make_checkpoint("speech_llm")
+    weights = load_file(folder / "model.safetensors")
+    shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (SpeechLLMForConditionalGeneration.from_pretrained, read_checkpoint):
+        with pytest.raises(CheckpointError, match="weight_map"):
+            load(folder)
