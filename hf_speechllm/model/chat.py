@@ -338,7 +338,7 @@ def tokenize(
         if isinstance(piece, Recording):
             result.add([audio_token_id] * counts.pop(0))
         else:
-            result.add(_ids(tokenizer, piece.text + TURN_END), supervised=True)
+            result.add(_answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
     result.add(_prompt_ids(tokenizer, len(tokenizer), text))
     return result
 
@@ -378,6 +378,22 @@ def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording |
 def _prompt_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
     """As `_ids`, remembered: most rows have the same prompts. `num_tokens` tells when tokens were added since."""
     return tuple(_ids(tokenizer, text))
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer, num_tokens: int) -> re.Pattern:
+    """Finds the first character of each token that was added to the vocabulary, such as `<think>`."""
+    contents = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
+    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in contents) or r"(?!)")
+
+
+def _answer_ids(tokenizer, text: str) -> list[int]:
+    """Ids of an answer as plain text: a transcript that spells a special token must not teach the model to emit it."""
+    ids, start = [], 0
+    for match in _added_tokens(tokenizer, len(tokenizer)).finditer(text):
+        ids += _ids(tokenizer, text[start : match.end()])
+        start = match.end()
+    return ids + _ids(tokenizer, text[start:])
 
 
 def _ids(tokenizer, text: str) -> list[int]:

@@ -1,6 +1,8 @@
 """The dialogue format: what is supervised, what is asked, how many audio tokens there are, what can't be
 understood."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -378,3 +380,18 @@ def test_encoder_that_shortens_comes_before_the_adaptor():
 )
 def test_marks_of_silence_are_no_part_of_an_answer(answer, text):
     assert chat.clean_answer(answer) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|endoftext|>", "hello <|endoftext|> world", "<think>one</think>", "<<think>>", "hello <think", "<|one|>"],
+)
+def test_a_transcript_never_becomes_a_special_token(text):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    dialogue = parse_messages([user(SPEECH), assistant(text)])
+    result = tokenize(dialogue, tokenizer, [3], AUDIO_ID)
+    labels = [label for label in result.labels if label != IGNORE_INDEX]
+    assert [label for label in labels if label in tokenizer.get_added_vocab().values()] == [END_ID]
+    assert tokenizer.decode(labels[:-1]) == text
