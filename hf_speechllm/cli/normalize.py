@@ -19,21 +19,28 @@ logger = logging.getLogger("whisper_mix_normalize")
 
 
 def normalized_lines(path: str) -> Iterator[str]:
-    """Reads lines `ID TEXT` (space or tab), gives `ID<tab>TOKENS`; raises ValueError where a line is not UTF-8."""
+    """Reads lines `ID TEXT` (a tab, or else spaces between), gives `ID<tab>TOKENS`.
+
+    Raises:
+        ValueError: where a line is not UTF-8.
+    """
     from ..evaluation.normalizers import normalize_text
+    from ..evaluation.transcripts import split_line
 
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                fields = line.decode("utf-8-sig" if number == 1 else "utf-8").split(maxsplit=1)
+                fields = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not UTF-8 ({error.reason}); convert the file with iconv"
                 ) from error
-            if not fields:
+            # Without a tab, the original splits at any white space of Unicode.
+            id_, text = split_line(fields) if "\t" in fields else (*fields.split(maxsplit=1), "", "")[:2]
+            if not id_:
                 logger.warning("%s:%d: blank line, left out", path, number)
                 continue
-            yield f"{fields[0]}\t{normalize_text(fields[1]) if len(fields) == 2 else ''}\n"
+            yield f"{id_}\t{normalize_text(text)}\n"
 
 
 def main() -> int:

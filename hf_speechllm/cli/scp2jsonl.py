@@ -89,7 +89,16 @@ def make_rows(args: argparse.Namespace) -> None:
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     transcripts = read_list(args.transcript_file, bad_rows, "transcript")
     require_transcripts(transcripts)
-    utterances = join(read_scp(args.scp_file, bad_rows, args.audio_root), transcripts, bad_rows)
+    recordings = read_scp(args.scp_file, bad_rows, args.audio_root)
+    segments = Path(args.scp_file).with_name("segments")
+    if segments.is_file() and not {entry.id for entry in recordings.entries} & {
+        entry.id for entry in transcripts.entries
+    }:
+        raise BadDataError(
+            f"{args.transcript_file} has the IDs of {segments}, which cuts the recordings of {args.scp_file}; this is "
+            "not supported: cut the recordings first (Kaldi: extract-segments), and give the new wav.scp"
+        )
+    utterances = join(recordings, transcripts, bad_rows)
 
     folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None
     maker = RowMaker(args.scp_file, args.transcript_file, prompt, tokenizer, folder)

@@ -42,7 +42,7 @@ def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             try:
-                text = line.decode("utf-8").strip(" \t\r\n")
+                text = line.decode("utf-8").strip("\r\n")  # not tabs: one may stand before an empty text
             except UnicodeDecodeError as error:
                 raise BadDataError(
                     f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); convert the file, for "
@@ -50,8 +50,18 @@ def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
                 ) from error
             if "\0" in text:
                 raise BadDataError(f"{path}:{number}: zero bytes, as in UTF-16; convert the file with iconv")
-            if text:
+            if text.strip(" \t"):
                 yield number, text
+
+
+def split_line(line: str) -> tuple[str, str]:
+    """Splits a line of a list into its ID and the rest: at the first tab, otherwise at the first spaces.
+
+    Lines that `decode` writes have a tab, and IDs that are file names may hold spaces, also those of Unicode.
+    """
+    line = line.strip("\r\n").lstrip(" \t")
+    id_, value = (re.split(r" *\t" if "\t" in line else r" +", line, maxsplit=1) + [""])[:2]
+    return id_, value.strip(" \t")
 
 
 def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[str, str]:
@@ -68,7 +78,7 @@ def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[s
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
     for number, line in _read_lines(path):
-        id_, value = (re.split(r"[ \t]+", line, maxsplit=1) + [""])[:2]
+        id_, value = split_line(line)
         if id_ in values:
             raise BadDataError(
                 f'{path}:{number}: duplicate ID: "{id_}" is in line {lines[id_]}, too; every ID must be there once'

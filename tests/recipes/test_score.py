@@ -227,3 +227,9 @@ def test_durations_must_be_seconds(score, write, value):
     durations = write("utt2dur", {"a": value})
     message = score(REFERENCES, HYPOTHESES, "--utt2dur", durations)
     assert str(durations) in message and '"a" has no' in message
+
+
+def test_ids_with_spaces_are_read_back_as_decoding_writes_them(score, write):
+    references = write("ref", {"meeting 1": "one two", "meeting 2": "five"}, "\t")
+    result = score(references, {"meeting 1": "one two", "meeting 2": ""})
+    assert (result["deletions"], result["reference_tokens"], result["empty_hypotheses"]) == (1, 3, ["meeting 2"])
