@@ -8,6 +8,8 @@ import multiprocessing
 import signal
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -58,18 +60,27 @@ def kill_workers_at_exit() -> None:
     atexit.register(kill_workers)  # runs before multiprocessing's own function, which was registered earlier
 
 
+@contextmanager
+def _without_child_signals() -> Iterator[None]:
+    """Keeps torch's SIGCHLD handler, which raises an error for a dead worker, from running in the block."""
+    # Only the main thread can set handlers; Windows has no such signal.
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def kill_workers() -> None:
     """Kills the workers that this run's data loaders have started, and waits for their end."""
-    # torch's SIGCHLD handler raises an error for a killed worker that is not waited for yet. Only the main thread can
-    # set handlers.
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main and hasattr(signal, "SIGCHLD") else None
-    for process in multiprocessing.active_children():
-        if isinstance(process, LoaderWorker):
-            process.kill()
-            process.join()
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
+    with _without_child_signals():
+        for process in multiprocessing.active_children():
+            if isinstance(process, LoaderWorker):
+                process.kill()
+                process.join()
 
 
 def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
@@ -82,13 +93,14 @@ def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
     Returns:
         The error to raise instead; `None` if no worker died or hung.
     """
-    text = f"{type(error).__name__}: {error}"
-    # A batch may be in transit whose memory the dead process would have handed over.
-    frames = traceback.extract_tb(error.__traceback__)
-    in_transit = any(Path(frame.filename).parts[-2:] == ("multiprocessing", "reductions.py") for frame in frames)
-    if "DataLoader worker" not in text and "DataLoader timed out" not in text and not in_transit:
-        return None
-    kill_workers()
+    with _without_child_signals():
+        text = f"{type(error).__name__}: {error}"
+        # A batch may be in transit whose memory the dead process would have handed over.
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        in_transit = any(Path(file).parts[-2:] == ("multiprocessing", "reductions.py") for file in files)
+        if "DataLoader worker" not in text and "DataLoader timed out" not in text and not in_transit:
+            return None
+        kill_workers()
     if "timed out" in text:
         return FaultError(
             f"no batch came from the loader's processes for {timeout_seconds:g} s: a file system or server may hang. "
