@@ -54,18 +54,28 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
     with reading(folder / CONFIG_FILE):
         wrapped = get_peft_model(model, config)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    # peft saves the embeddings whole beside matrices that belong to them.
+    known = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - known.keys()
     if missing or unexpected:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} doesn't fit {config.base_model_name_or_path}; "
             f"missing: {one_line(', '.join(sorted(missing))) or 'none'}; "
             f"unexpected: {one_line(', '.join(sorted(unexpected))) or 'none'}"
         )
-    misshapen = [name for name in expected if tensors[name].shape != expected[name].shape]
+    misshapen = [name for name in tensors if tensors[name].shape != known[name].shape]
     if misshapen:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} doesn't fit {config.base_model_name_or_path}; "
             f"of a wrong shape: {', '.join(misshapen)}"
+        )
+    if model.config.tie_word_embeddings and any(
+        "lora_embedding_A" in name or "lm_head.lora" in name for name in tensors
+    ):
+        # A merged matrix would also serve at the other end, where the adapter was not.
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} adapts the LLM's embeddings or its head, which share their weights, so that it "
+            "can't be merged; decode with peft.PeftModel, or train without them in --lora_target_modules"
         )
     set_peft_model_state_dict(wrapped, tensors)
     with reading(folder, "can't be merged"):

@@ -30,7 +30,7 @@ def add_lora(
         A `peft.PeftModel`.
 
     Raises:
-        ValueError: if the LLM has no layer of such a name.
+        ValueError: if the LLM has no layer of such a name, or it is one whose adapter can't be merged.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -38,6 +38,11 @@ def add_lora(
     unknown = [name for name in target_modules if name not in names]
     if unknown:
         raise ValueError(f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}")
+    if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(target_modules):
+        raise ValueError(
+            "--lora_target_modules: the LLM's embeddings and its head share their weights, so that adapters of one of "
+            "them can't be merged; leave out embed_tokens and lm_head"
+        )
     trained_whole = [
         name for name in PARTS if name != "llm" and any(p.requires_grad for p in getattr(model, name).parameters())
     ]

@@ -57,6 +57,8 @@ def check_training(args: SpeechLLMTrainingArguments) -> None:
     Raises:
         ValueError: the message names the options.
     """
+    if args.fast not in ("auto", "off"):
+        raise ValueError(f"--fast is {args.fast!r}; choose auto or off")
     if args.fp16:
         raise ValueError(
             "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import FunAsrNanoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -452,6 +453,7 @@ def test_exports_that_would_not_behave_the_same_are_refused(layout, adaptor, for
 
 STOCK = """
 import sys, torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, FunAsrNanoForConditionalGeneration
 inputs = torch.load(sys.argv[2])
 model = FunAsrNanoForConditionalGeneration.from_pretrained(sys.argv[1])
@@ -585,6 +587,33 @@ def test_parts_trained_whole_keep_their_dtype(adapter):
     assert torch.equal(merged.audio_adaptor.linear1.weight, trained.audio_adaptor.linear1.weight)
     assert {parameter.dtype for parameter in merged.llm.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in load(folder, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapter_of_the_embeddings(make_model, logits, tmp_path, tied):
+    model, processor = make_model()
+    model.config.tie_word_embeddings = model.config.llm_config.tie_word_embeddings = tied
+    if not tied:
+        model.llm.lm_head.weight = torch.nn.Parameter(model.llm.lm_head.weight.detach() * 0.5)
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    trained = get_peft_model(load(tmp_path / "base"), settings).eval()
+    trained.save_pretrained(tmp_path / "adapter")
+    if tied:
+        with pytest.raises(CheckpointError, match="share their weights"):
+            load(tmp_path / "adapter")
+    else:
+        merged = load(tmp_path / "adapter").eval()
+        torch.testing.assert_close(logits(merged, processor), logits(trained, processor), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["wq"], "no layers named wq"), (["embed_tokens"], "share their weights")]
+)
+def test_modules_that_get_no_adapters(make_model, names, message):
+    with pytest.raises(ValueError, match=message):
+        add_lora(make_model()[0], target_modules=names)
 
 
 def test_an_incomplete_adapter(adapter):

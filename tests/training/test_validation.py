@@ -454,6 +454,7 @@ def test_mean_that_has_forgotten_does_not_remain(make_trainer, sets, scripted):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"fast": "on"}, "choose auto or off"),
         ({"eval_cer": True}, "--validation_file is missing"),
         ({"eval_cer_samples": 3}, "add --eval_cer"),
         ({**DECODING, "eval_cer_samples": 0}, "must be at least 1"),
