@@ -9,6 +9,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .audio.fbank import FbankFeatureExtractor
     from .audio.waveform import load_audio
+    from .data.columns import prepare_dataset
     from .evaluation.normalizers import normalize_text
     from .formats.composition import compose, train_tokenizer
     from .inference.transcriber import Transcriber
@@ -30,6 +31,7 @@ __all__ = [
     "compose",
     "load_audio",
     "normalize_text",
+    "prepare_dataset",
     "train_tokenizer",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "compose": "formats.composition",
     "load_audio": "audio.waveform",
     "normalize_text": "evaluation.normalizers",
+    "prepare_dataset": "data.columns",
     "train_tokenizer": "formats.composition",
 }
 

@@ -28,6 +28,8 @@ SIGNATURES = {
     "compose": "config, tokenizer, audio_encoder, llm",
     "load_audio": "source, sampling_rate, max_seconds",
     "normalize_text": "text, language",
+    "prepare_dataset": "dataset, processor, audio_column, text_column, language_column, hotwords_column, max_seconds, "
+    "max_bad_fraction, feature_dtype, num_proc",
     "train_tokenizer": "texts, vocab_size",
 }
 

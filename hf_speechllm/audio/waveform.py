@@ -280,10 +280,12 @@ def read_bytes(source: str | Path | bytes) -> bytes:
             return file.read()
 
 
-def shown(source: str | Path | bytes) -> str:
+def shown(source: str | Path | bytes | np.ndarray) -> str:
     """What a message calls a source: a path, or a URL without its secrets."""
     if isinstance(source, bytes):
         return "<bytes>"
+    if isinstance(source, np.ndarray):
+        return "the waveform"
     return redact_url(str(source)) if is_url(source) else str(source)
 
 

@@ -157,7 +157,7 @@ class FeatureMapper:
         self.extractor = state["class"](**json.loads(state["extractor"]))
         self.dtype, self.max_seconds, self.version = state["dtype"], state["max_seconds"], state["version"]
 
-    def __call__(self, recordings: list[str]) -> dict[str, Any]:
+    def __call__(self, recordings: list[Any]) -> dict[str, Any]:
         """Features of every recording of a row as bytes, and their frames; or the `error`."""
         features, num_frames = [], []
         try:
@@ -202,7 +202,7 @@ def add_features(
         }
     )
     num_proc = None if num_proc is None or num_proc < 2 else min(num_proc, len(rows))
-    with _one_thread():
+    with one_thread():
         mapped = rows.map(
             FeatureMapper(processor.feature_extractor, dtype, max_seconds),
             input_columns=["recordings"],
@@ -215,7 +215,7 @@ def add_features(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Lets `map`'s processes compute with a thread each.
 
     More would fight over the cores, and hang if torch has computed in this process before: a fork takes no threads

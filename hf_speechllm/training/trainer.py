@@ -66,7 +66,8 @@ class SpeechLLMTrainer(PublishingTrainer):
         args: see `SpeechLLMTrainingArguments`.
         eval_collator: builds validation batches; default the training collator. Give one without augmentation.
         train_weights: how often each training row is seen in an epoch, shape = (rows,); default 1.
-        **kwargs: as for `Trainer`; `processing_class` must be the processor.
+        **kwargs: as for `Trainer`; `processing_class` must be the processor, and `data_collator` is by default one
+            without augmentation.
 
     Attributes:
         position: place in the training rows; `None` for a stream, which has a state of its own.
@@ -87,6 +88,8 @@ class SpeechLLMTrainer(PublishingTrainer):
     def __init__(self, *, args, eval_collator: SpeechLLMCollator | None = None, train_weights=None, **kwargs):
         if args.max_grad_norm == 0:
             args.max_grad_norm = math.inf  # nothing is clipped, but the norm is still measured
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = SpeechLLMCollator(kwargs["processing_class"])
         super().__init__(args=args, **kwargs)
         eval_collator = eval_collator or self.data_collator
         self.train_weights = train_weights

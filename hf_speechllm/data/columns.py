@@ -1,0 +1,153 @@
+"""Training rows from any `datasets.Dataset` with a column of recordings and one of transcripts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Audio, Dataset, Features, List, Value
+
+from ..audio.inputs import to_source
+from ..audio.waveform import MAX_SECONDS, AudioError
+from ..model import chat
+from ..model.processing import SpeechLLMProcessor
+from .bad_rows import BadDataError, BadRows
+from .dataset import ROW_FEATURES, FeatureMapper, drop_bad_rows, one_thread
+from .jsonl import hotwords_of
+
+PREPARED_FEATURES = Features(
+    {
+        **ROW_FEATURES,
+        "stamps": List(Value("string")),
+        "features": List(Value("large_binary")),
+        "num_frames": List(Value("int64")),
+    }
+)
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    processor: SpeechLLMProcessor,
+    audio_column: str = "audio",
+    text_column: str = "text",
+    language_column: str | None = None,
+    hotwords_column: str | None = None,
+    max_seconds: float = MAX_SECONDS,
+    max_bad_fraction: float = 0.0,
+    feature_dtype: str = "float16",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Turns a dataset of recordings and transcripts into rows for `SpeechLLMTrainer`, with their fbank features.
+
+    The features are cached by `map`, as those of JSONL files are.
+
+    Args:
+        dataset: one split.
+        processor: of the model that is trained.
+        audio_column: recordings: a column of type `Audio`, paths, bytes, or structs with `array` and `sampling_rate`.
+        text_column: transcripts.
+        language_column: ISO code or Chinese name of each row's language; without it, the prompt names no language.
+        hotwords_column: lists of words, or strings with commas between them.
+        max_seconds: the longest recording; a row with a longer one is bad. The model's limit is
+            `config.max_feature_frames * processor.frame_seconds`.
+        max_bad_fraction: share of rows that may be bad. These are left out, with a warning.
+        feature_dtype: `"float16"` or `"float32"`.
+        num_proc: processes.
+
+    Returns:
+        A dataset with the columns of `load_rows`, `features` and `num_frames` (10 ms frames).
+
+    Raises:
+        BadDataError: if more rows are bad than allowed, or none is left; the message says which row and why.
+        TypeError: if it is no `datasets.Dataset`.
+        ValueError: if a column is missing.
+    """
+    if not isinstance(dataset, Dataset):
+        hint = "; prepare each split" if isinstance(dataset, dict) else ""
+        raise TypeError(f"dataset is of the type {type(dataset).__name__}, a datasets.Dataset is needed{hint}")
+    columns = [audio_column, text_column, *(name for name in (language_column, hotwords_column) if name is not None)]
+    for name in columns:
+        if name not in dataset.column_names:
+            raise ValueError(f"the dataset has no column {name!r}; its columns are {', '.join(dataset.column_names)}")
+    mapper = RowMapper(
+        FeatureMapper(processor.feature_extractor, feature_dtype, max_seconds),
+        str(dataset.info.dataset_name or dataset.info.builder_name or "dataset"),
+        language_column is not None,
+        hotwords_column is not None,
+    )
+    rows = dataset.with_format(None).select_columns(columns)
+    if isinstance(rows.features[audio_column], Audio):
+        rows = rows.cast_column(audio_column, Audio(decode=False))
+    bad_rows = BadRows(max_bad_fraction)
+    with one_thread():
+        prepared = rows.map(
+            mapper,
+            with_indices=True,
+            input_columns=columns,
+            remove_columns=columns,
+            features=PREPARED_FEATURES,
+            num_proc=None if num_proc is None or num_proc < 2 else min(num_proc, len(rows)),
+            writer_batch_size=200,
+            desc="fbank",
+        )
+    prepared = drop_bad_rows(prepared, bad_rows)
+    bad_rows.check(len(dataset))
+    if len(prepared) == 0:
+        raise BadDataError("the dataset has no rows to train on")
+    return prepared
+
+
+@dataclass
+class RowMapper:
+    """Makes a training row of the columns of a dataset; what `map` hashes to know whether its cache is still right.
+
+    Args:
+        features: computes the features of a recording.
+        name: of the dataset, for messages and the model card.
+        has_language: whether a language follows the text.
+        has_hotwords: whether hotwords come last.
+    """
+
+    features: FeatureMapper
+    name: str
+    has_language: bool
+    has_hotwords: bool
+
+    def __call__(self, audio: Any, text: Any, *others: Any) -> dict[str, Any]:
+        """Returns the row's columns; those of a bad row are empty but for its place and the `error`."""
+        *others, index = others  # type: ignore[assignment]
+        language = others[0] if self.has_language else None
+        hotwords = others[-1] if self.has_hotwords else None
+        place = {"file": self.name, "line": index + 1}
+        try:
+            return {**self._row(audio, text, language, hotwords, f"row-{index + 1}"), **place, "error": None}
+        except (AudioError, BadDataError, chat.ChatError, ValueError) as error:
+            return {**dict.fromkeys(PREPARED_FEATURES), **place, "error": str(error)}
+
+    def _row(self, audio: Any, text: Any, language: Any, hotwords: Any, name: str) -> dict[str, Any]:
+        if not isinstance(text, str) or not text.strip():
+            raise BadDataError(f"bad transcript: {text!r}; a text is needed")
+        if audio is None:
+            raise BadDataError("no recording")
+        words = hotwords_of({"hotwords": hotwords})
+        messages = chat.transcription_messages(name, chat.transcription_prompt(language), text.strip())
+        chat.parse_messages(messages, words)
+        rate = self.features.extractor.sampling_rate
+        computed = self.features([to_source(np.asarray(audio) if isinstance(audio, list) else audio, rate)])
+        if computed["error"] is not None:
+            raise BadDataError(computed["error"])
+        path = audio if isinstance(audio, str) else audio.get("path") if isinstance(audio, dict) else None
+        return {
+            "messages": json.dumps(messages, ensure_ascii=False),
+            "recordings": [os.fspath(path) if path else name],
+            "hotwords": words,
+            "stamps": [hashlib.sha256(computed["features"][0]).hexdigest()],
+            "speech_length": computed["num_frames"][0],
+            "text_length": None,
+            "features": computed["features"],
+            "num_frames": computed["num_frames"],
+        }
