@@ -174,6 +174,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         add_generation_prompt: bool | None = None,
         return_dict: bool = True,
         return_tensors: str = "pt",
+        continue_final_message: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
     ) -> BatchFeature | torch.Tensor | str | list[str]:
         """The model's inputs for dialogues: for training where every turn is answered, for decoding where the last is
         not.
@@ -188,6 +190,7 @@ class SpeechLLMProcessor(ProcessorMixin):
                 missing, and nothing else is possible.
             return_dict: if false, gives `input_ids` alone.
             return_tensors: `"pt"`.
+            continue_final_message, processor_kwargs: as transformers' pipelines pass them; must be false and empty.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, if there are recordings,
@@ -199,6 +202,10 @@ class SpeechLLMProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
+        if continue_final_message:
+            raise chat.ChatError("continue_final_message is not supported: a transcript can't begin with given words")
+        if processor_kwargs:
+            raise ValueError(f"processor_kwargs are not supported: {', '.join(processor_kwargs)}")
         single = isinstance(conversation[0], dict)
         conversations: Sequence = [conversation] if single else conversation
         dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
