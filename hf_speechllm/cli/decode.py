@@ -81,11 +81,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from ..data.bad_rows import BadRows
-    from ..inference.command import option_settings, prepare, read_requests
     from ..inference.decoding import claim_output, decode_requests
     from ..inference.distributed import Processes
     from ..inference.journal import Journal
     from ..inference.writers import write_failures, write_results
+    from .decoding import option_settings, prepare, read_requests
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:

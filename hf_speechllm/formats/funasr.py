@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -33,44 +31,16 @@ from .checkpoint import (
     settle_tying,
     widest,
 )
+from .funasr_files import CONFIG_FILE, METAS_FILE, SECTION, TYPES, check_types, llm_folder, read_files, refuse_unknown
 from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
-from .untrusted import check_folder, inside, one_line, read_json, read_yaml, reading
+from .untrusted import inside, reading
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METAS_FILE, WEIGHTS_FILE, LLM_FOLDER = "config.yaml", "configuration.json", "model.pt", "Qwen3-0.6B"
+WEIGHTS_FILE, LLM_FOLDER = "model.pt", "Qwen3-0.6B"
 # The original computes positions for any length. Ours are a table, long enough for 10 minutes at 60 ms a frame.
 MAX_POSITIONS = 10001
 LAYER_NORM_EPS = 1e-12  # of `models/transformer/layer_norm.py`
-# Our own section of config.yaml, ignored by FunASR: what it has no key for.
-SECTION = "hf_speechllm"
-# What the readers below take from either file: mappings, types, and the least and the most of numbers.
-WIDTH, LAYERS, RATE = (1, 1_000_000), (0, 10_000), (0.0, 1.0)
-TYPES: dict[str, dict[str, Any]] = {
-    CONFIG_FILE: {
-        "audio_encoder_conf": {
-            "output_size": WIDTH, "attention_heads": WIDTH, "linear_units": WIDTH, "num_blocks": LAYERS,
-            "tp_blocks": LAYERS, "dropout_rate": RATE, "attention_dropout_rate": RATE, "kernel_size": WIDTH,
-            "sanm_shfit": LAYERS,
-        },
-        "audio_adaptor_conf": {
-            "downsample_rate": (1, 10_000), "use_low_frame_rate": bool, "ffn_dim": WIDTH, "n_layer": LAYERS,
-            "attention_heads": WIDTH, "attention_dropout_rate": RATE, "dropout_rate": RATE,
-        },
-        "frontend_conf": {
-            "n_mels": (1, 1000), "lfr_m": (1, 1000), "lfr_n": (1, 1000), "fs": (1000, 1_000_000),
-            "frame_length": (1, 1000), "frame_shift": (1, 1000), "window": str, "upsacle_samples": bool,
-        },
-        "llm_conf": {"init_param_path": str, "lora_conf": {"r": WIDTH, "lora_alpha": (0.0, 1e6)}},
-        "tokenizer_conf": {},
-        "dataset_conf": {"do_think": bool, "sys_prompt": bool},
-        SECTION: {
-            "max_position_embeddings": (1, 10_000_000), "layer_norm_eps": RATE, "audio_token_id": (0, 2**31),
-            "generation_config": {},
-        },
-    },
-    METAS_FILE: {"file_path_metas": {"init_param": str, "llm_conf": {"init_param_path": str}}},
-}  # fmt: skip
 LLM_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -80,9 +50,9 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     Raises:
         CheckpointError: if a file is missing or unreadable, or names a part or an option that we don't have.
     """
-    files = _read_files(folder)
+    files = read_files(folder)
     conf = files[CONFIG_FILE]
-    _refuse_unknown(conf, folder)
+    refuse_unknown(conf, folder)
     encoder, adaptor = conf.get("audio_encoder_conf") or {}, conf.get("audio_adaptor_conf") or {}
     frontend, ours = conf.get("frontend_conf") or {}, conf.get(SECTION) or {}
     blocks, tp_blocks = encoder.get("num_blocks", 6), encoder.get("tp_blocks", 0)
@@ -119,96 +89,6 @@ def read_config(folder: Path) -> SpeechLLMConfig:
         "funasr_files": files,
     }
     return build_config(values, folder / CONFIG_FILE)
-
-
-def _read_files(folder: Path) -> dict[str, Any]:
-    """`config.yaml` and `configuration.json`, parsed."""
-    files: dict[str, Any] = {}
-    for name, parse in ((CONFIG_FILE, read_yaml), (METAS_FILE, read_json)):
-        if (folder / name).is_file():
-            files[name] = parse(inside(folder, name, folder))
-            _check_types(files[name], TYPES[name], folder / name)
-        elif name == CONFIG_FILE:  # FunASR too does without the other one
-            raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
-    return files
-
-
-def _check_types(values: dict[str, Any], types: dict[str, Any], source: Any, path: str = "") -> None:
-    """Refuses fields of `config.yaml` and `configuration.json` that are not what the readers below take them for.
-
-    Raises:
-        CheckpointError: naming the field.
-    """
-    for key, expected in types.items():
-        value = values.get(key)
-        if value is None:  # the readers take the default
-            values.pop(key, None)
-        elif isinstance(expected, dict):
-            if not isinstance(value, dict):
-                raise CheckpointError(f"{source}: {path}{key} must hold a mapping")
-            _check_types(value, expected, source, f"{path}{key}.")
-        elif isinstance(expected, tuple):
-            least, most = expected
-            is_number = isinstance(value, type(most)) or (isinstance(most, float) and isinstance(value, int))
-            if not is_number or isinstance(value, bool) or not least <= value <= most:
-                kind = "number" if isinstance(most, float) else "whole number"
-                raise CheckpointError(
-                    f"{source}: {path}{key} is {one_line(value, 100)}; it must be a {kind} from {least} to {most:,}"
-                )
-        elif not isinstance(value, expected):
-            raise CheckpointError(f"{source}: {path}{key} is {one_line(value, 100)}, not a {expected.__name__}")
-
-
-def _refuse_unknown(conf: dict, folder: Path) -> None:
-    for key, known in {
-        "model": "FunASRNano",
-        "audio_encoder": "SenseVoiceEncoderSmall",
-        "audio_adaptor": "Transformer",
-        "frontend": "WavFrontend",
-    }.items():
-        if conf.get(key) != known:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {key} is {conf.get(key)!r}; only {known} can be read")
-    encoder, frontend = conf.get("audio_encoder_conf") or {}, conf.get("frontend_conf") or {}
-    for wrong, reason in (
-        (encoder.get("sanm_shfit", 0) != 0, "audio_encoder_conf.sanm_shfit must be 0"),
-        (encoder.get("tp_blocks", 0) < 1, "audio_encoder_conf.tp_blocks must be at least 1"),
-        (frontend.get("cmvn_file") is not None, "frontend_conf.cmvn_file must be null: features are not normalised"),
-    ):
-        if wrong:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {reason}")
-    if (rate := (conf.get("audio_adaptor_conf") or {}).get("downsample_rate", 2)) != 1:
-        logger.warning("%s: FunASR's audio tokens don't heed downsample_rate %s, ours do", folder / CONFIG_FILE, rate)
-
-
-def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
-    """Where the LLM's config and tokenizer lie: what `configuration.json` says, or `config.yaml`.
-
-    Raises:
-        CheckpointError: if there is no such folder.
-    """
-    files = _read_files(folder) if files is None else files
-    metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
-    named = [
-        (metas.get("llm_conf") or {}).get("init_param_path"),
-        (files[CONFIG_FILE].get("llm_conf") or {}).get("init_param_path"),
-    ]
-    # A path of the machine where the model was trained stands for the folder of that name beside the weights.
-    names = [name for path in named if path for name in (path, re.split(r"[/\\]", path.rstrip("/\\"))[-1])]
-    candidates = []
-    for name in dict.fromkeys(names):
-        try:
-            candidates.append(inside(folder, name, f"{folder}: llm_conf.init_param_path"))
-        except CheckpointError:
-            if (folder / name).is_symlink():
-                raise
-            continue
-        if (candidates[-1] / "config.json").is_file():
-            check_folder(candidates[-1])
-            return candidates[-1]
-    raise CheckpointError(
-        f"{folder}: the LLM's folder with config.json and tokenizer is missing; copy it there; looked for "
-        f"{', '.join(map(str, candidates)) or 'llm_conf.init_param_path in config.yaml'}"
-    )
 
 
 def read(folder: Path) -> Checkpoint:
@@ -248,7 +128,7 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     Raises:
         CheckpointError: if the tokenizer lacks the audio token.
     """
-    conf = _read_files(folder)[CONFIG_FILE]
+    conf = read_files(folder)[CONFIG_FILE]
     frontend, dialogue = conf.get("frontend_conf") or {}, conf.get("dataset_conf") or {}
     features = FbankFeatureExtractor(
         feature_size=frontend.get("n_mels", 80),
@@ -322,7 +202,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
     except RuntimeError as error:  # how torch tells a full disk
         raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
     files = copy.deepcopy(config.funasr_files or {})
-    _check_types(files, TYPES, "config.json", "funasr_files.")
+    check_types(files, TYPES, "config.json", "funasr_files.")
     conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(conf, sort_keys=False, allow_unicode=True), encoding="utf-8")
     metas = _funasr_metas(files.get(METAS_FILE, {}))

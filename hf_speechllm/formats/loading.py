@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
-from . import funasr, native, partial
+from . import funasr, funasr_files, native, partial
 from . import peft_adapters as adapters
 from .checkpoint import (
     MAX_SHARD_SIZE,
@@ -72,7 +72,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         return NATIVE
     if _find(name, adapters.CONFIG_FILE, hub) is not None:
         return ADAPTER
-    if _find(name, funasr.CONFIG_FILE, hub) is not None:
+    if _find(name, funasr_files.CONFIG_FILE, hub) is not None:
         return FUNASR
     if model_type is not None:
         raise CheckpointError(
@@ -270,7 +270,7 @@ def load_processor(
             return processor_class.from_pretrained(base, **_base_options(options))
     with reading(folder, PROCESSOR_FAULT):
         config = READERS[layout].read_config(folder)
-        tokenizer = _read_tokenizer(folder if layout == NATIVE else funasr.llm_folder(folder), options)
+        tokenizer = _read_tokenizer(folder if layout == NATIVE else funasr_files.llm_folder(folder), options)
         return READERS[layout].read_processor(folder, tokenizer, config)
 
 

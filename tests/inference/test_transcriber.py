@@ -12,8 +12,8 @@ import torch
 
 from hf_speechllm.audio.vad import VoiceDetector
 from hf_speechllm.audio.waveform import AudioError, load_audio
+from hf_speechllm.cli.hotwords import read_hotwords
 from hf_speechllm.inference.finite import LogitsWatch
-from hf_speechllm.inference.hotword_option import read_hotwords
 from hf_speechllm.inference.prefetch import in_background, measure_seconds
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber

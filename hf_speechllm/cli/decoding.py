@@ -13,18 +13,18 @@ import torch
 
 from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
+from ..inference.decoding import Plan, plan_requests
+from ..inference.distributed import Processes
+from ..inference.journal import Journal
+from ..inference.measuring import RequestMeter
+from ..inference.requests import Request, requests_of_jsonl, requests_of_scp, requests_of_sources
+from ..inference.stamp import model_stamp
+from ..inference.transcriber import Transcriber
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
-from .decoding import Plan, plan_requests
-from .distributed import Processes
-from .hotword_option import read_hotwords
-from .journal import Journal
-from .measuring import RequestMeter
-from .requests import Request, requests_of_jsonl, requests_of_scp, requests_of_sources
-from .stamp import model_stamp
-from .transcriber import Transcriber
+from .hotwords import read_hotwords
 
 logger = logging.getLogger(__name__)
 
