@@ -23,7 +23,7 @@ OWNER_SECONDS = 1.0  # between taking a lock and naming its owner, or between bo
 _held: dict[str, FileLock] = {}
 
 
-def hold_output(output_dir: str | Path) -> None:
+def acquire_output_lock(output_dir: str | Path) -> None:
     """Takes an output folder for this process, up to its end; the system gives it back however the process ends.
 
     Raises:

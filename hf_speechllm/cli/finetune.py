@@ -57,7 +57,7 @@ def main() -> None:
     from ..training.cache_stage import choose_level
     from ..training.checkpointing.course import RunFinished
     from ..training.checkpointing.selection import RetentionError
-    from ..training.checkpointing.verification import ReadbackError
+    from ..training.checkpointing.verification import VerificationError
     from ..training.checkpointing.writer import SaveError
     from ..training.errors import FaultError, Preempted
     from ..training.freezing import count_parameters, freeze_parts
@@ -136,7 +136,7 @@ def main() -> None:
         logger.warning("%s", end)
         trainer.accelerator.end_training()
         sys.exit(EXIT_STATUS)
-    except (RetentionError, SaveError, ReadbackError) as error:  # of all ranks alike
+    except (RetentionError, SaveError, VerificationError) as error:  # of all ranks alike
         trainer.accelerator.end_training()
         sys.exit(f"{prog()}: {error}")
     except (BadDataError, FaultError, CheckpointError) as error:

@@ -22,7 +22,7 @@ from ..audio.fbank import (
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.loss import label_positions
-from ..model.packing import filled_positions
+from ..model.packing import Positions, filled_positions
 from ..model.processing import SpeechLLMProcessor, pad_features
 from .hotword_lists import HotwordSampler, answers_of
 
@@ -57,14 +57,14 @@ class SpeechLLMCollator:
         if self.dither and not isinstance(self.processor.feature_extractor, FbankFeatureExtractor):
             raise ValueError("dither belongs to the fbank front-end; this model has another one")
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Pads a batch.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `label_positions`;
-            `input_features`, shape = (recordings, frames, feature size), `input_features_mask`, or, of rows from
-            `data.encoder_cache`, `encoder_states` or `audio_tokens` instead of the features; if `padding_free`,
-            `token_positions` and, unless there are audio tokens, `frame_positions`.
+            `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `positions`, see
+            `model.packing.Positions`; `input_features_mask`, and `input_features`, shape = (recordings, frames,
+            feature size). Rows from `data.encoder_cache` give `encoder_states` or `audio_tokens` instead of
+            `input_features`.
         """
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         audio: list[torch.Tensor] = []
@@ -88,19 +88,19 @@ class SpeechLLMCollator:
             audio.extend(inputs)
             num_frames.extend(lengths)
         batch = self.processor.pad_tokens(columns, "right")
-        batch["label_positions"] = label_positions(batch["labels"])
+        positions: Positions = {"labels": label_positions(batch["labels"])}
         if self.padding_free:
-            batch["token_positions"] = filled_positions(batch["attention_mask"])
+            positions["tokens"] = filled_positions(batch["attention_mask"])
         if level == "audio_tokens":
             frames = torch.tensor(num_frames)  # the mask only tells how much audio there is
             batch["input_features_mask"] = torch.arange(int(frames.max())) < frames.unsqueeze(-1)
-            return {**batch, "audio_tokens": torch.cat(audio)}
+            return {**batch, "positions": positions, "audio_tokens": torch.cat(audio)}
         padded = pad_features(audio)
         if level == "encoder_states":
             padded["encoder_states"] = padded.pop("input_features")
         if self.padding_free:
-            padded["frame_positions"] = filled_positions(padded["input_features_mask"])
-        return {**batch, **padded}
+            positions["frames"] = filled_positions(padded["input_features_mask"])
+        return {**batch, "positions": positions, **padded}
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:
         """Encoder inputs of a row's recordings, each of shape = (frames, feature size)."""

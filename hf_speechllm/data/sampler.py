@@ -15,7 +15,7 @@ ROW_COST = 1.5
 
 
 @dataclass(frozen=True)
-class Stretch:
+class CompletedRun:
     """Batches at the beginning of an epoch, or after such, that were dealt out under one setting.
 
     Args:
@@ -88,7 +88,7 @@ class BudgetBatchSampler:
             self.weights = np.asarray(weights, dtype=np.float64)
         self.epoch = 0
         self._resumed_epoch = -1
-        self._past: list[Stretch] = []
+        self._past: list[CompletedRun] = []
         self._skipped = 0
         buckets = np.floor(np.log(np.maximum(self.seconds, SHORTEST)) / np.log(BUCKET_RATIO))
         self._buckets = (buckets - buckets.min()).astype(np.int16)  # numpy sorts these in linear time
@@ -110,16 +110,16 @@ class BudgetBatchSampler:
         """Chooses the epoch whose order is dealt next."""
         self.epoch = epoch
 
-    def resume(self, epoch: int, stretches: Sequence[Stretch]) -> None:
+    def resume(self, epoch: int, completed: Sequence[CompletedRun]) -> None:
         """Leaves out what an interrupted epoch has dealt already.
 
         After the same number of ranks and the same budget, the batches that follow are those of an uninterrupted
         epoch; else the rows that are left are put into new batches, and every row is still seen once.
 
         Args:
-            stretches: what was dealt, in order, each under other settings than the one before.
+            completed: the completed part of the epoch, in order; each item has other settings than the item before.
         """
-        past, last = list(stretches[:-1]), stretches[-1]
+        past, last = list(completed[:-1]), completed[-1]
         same = (last.batch_seconds, last.num_replicas) == (self.batch_seconds, self.num_replicas)
         self._resumed_epoch = epoch
         self._past, self._skipped = (past, last.batches) if same else ([*past, last], 0)
@@ -136,7 +136,7 @@ class BudgetBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         offset = self.epoch * len(self.seconds)
-        batches, fillers = self._deal(self.epoch)
+        batches, fillers = self._assign(self.epoch)
         skipped = self._skipped if self.epoch == self._resumed_epoch else 0
         for batch in batches[self.rank :: self.num_replicas][skipped:]:
             yield [int(index) + offset for index in batch]
@@ -145,11 +145,11 @@ class BudgetBatchSampler:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The row indices of every batch of an epoch, in the global order."""
-        return self._deal(epoch)[0]
+        return self._assign(epoch)[0]
 
-    def _deal(self, epoch: int) -> tuple[list[np.ndarray], int]:
+    def _assign(self, epoch: int) -> tuple[list[np.ndarray], int]:
         if epoch == self._resumed_epoch and self._past:
-            return self._deal_rest(epoch, self._past)
+            return self._assign_remaining(epoch, self._past)
         rng = np.random.default_rng((self.seed, epoch))
         rows = self._draw(rng)
         batches = self._cut(rows)
@@ -165,7 +165,7 @@ class BudgetBatchSampler:
             batches, missing = [*batches, *extra[:, None]], missing - len(extra)
         return batches, missing
 
-    def _deal_rest(self, epoch: int, past: list[Stretch]) -> tuple[list[np.ndarray], int]:
+    def _assign_remaining(self, epoch: int, past: list[CompletedRun]) -> tuple[list[np.ndarray], int]:
         """Batches of the rows that other settings have left."""
         last = past[-1]
         before = BudgetBatchSampler(

@@ -85,8 +85,8 @@ def fsmn_conv(values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Ten
     return _run(values, weight, segment_ids, left, sign=1)
 
 
-@torch.library.custom_op("hf_speechllm::remember_backward", mutates_args=())
-def remember_backward(
+@torch.library.custom_op("hf_speechllm::fsmn_conv_backward", mutates_args=())
+def fsmn_conv_backward(
     gradient: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Tensor, left: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `remember` for values and weight."""
@@ -107,7 +107,7 @@ def _(values, weight, segment_ids, left):
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
-@remember_backward.register_fake
+@fsmn_conv_backward.register_fake
 def _(gradient, values, weight, segment_ids, left):
     values = torch.empty_like(values, memory_format=torch.contiguous_format)
     return values, torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -120,7 +120,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient):
     values, weight, segment_ids = ctx.saved_tensors
-    return *remember_backward(gradient, values, weight, segment_ids, ctx.left), None, None
+    return *fsmn_conv_backward(gradient, values, weight, segment_ids, ctx.left), None, None
 
 
 fsmn_conv.register_autograd(_backward, setup_context=_save)

@@ -28,7 +28,7 @@ from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .gradient_checkpointing import allow_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
-from .packing import PackedRows, causal_masks, require_padding_free
+from .packing import PackedRows, Positions, causal_masks, require_padding_free
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
@@ -191,7 +191,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_features: shape = (recordings, feature frames, feature size).
             input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
-            frame_positions: as in `forward`.
+            frame_positions: `frames` of `packing.Positions`.
 
         Returns:
             Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
@@ -264,8 +264,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         encoder_states: torch.Tensor | None = None,
         audio_tokens: torch.Tensor | None = None,
-        frame_positions: torch.Tensor | None = None,
-        token_positions: torch.Tensor | None = None,
+        positions: Positions | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
@@ -285,21 +284,17 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
                 then theirs.
             audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
-            frame_positions: `packing.filled_positions` of `input_features_mask`: encoder and adaptor compute without
-                padding. For a model that `attention.enable_padding_free` has set up; the same goes for the next.
-            token_positions: those of `attention_mask`, if labels and their positions are given: the LLM computes
-                without padding.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict` and what else transformers' LLMs take,
-                `shift_labels` among them; and `label_positions`, of `loss.label_positions`, computed on the host so
-                that a GPU's queue does not run empty, for rows that are padded on the right. (By its name, the
-                Trainer of transformers would take a parameter of the function for labels.)
+            positions: for speed only; `SpeechLLMCollator` computes them.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `shift_labels` and other arguments of
+                transformers' LLMs.
 
         Raises:
             ValueError: if placeholders and audio tokens differ in number, the model is not set up for packed rows, or
                 the cache is given twice.
         """
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
-        label_positions, shift_labels = kwargs.pop("label_positions", None), kwargs.pop("shift_labels", None)
+        positions = positions or {}
+        shift_labels = kwargs.pop("shift_labels", None)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
@@ -311,14 +306,16 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 lengths = torch.full((1,), len(audio_tokens), device=input_ids.device)
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio_tokens.unsqueeze(0), lengths)
             elif input_features is not None or encoder_states is not None:
-                audio = self._audio_tokens(input_features, input_features_mask, encoder_states, frame_positions)
+                audio = self._audio_tokens(
+                    input_features, input_features_mask, encoder_states, positions.get("frames")
+                )
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
         # With label positions, padding is on the right, so that the causal mask alone hides it.
-        causal = labels is not None and label_positions is not None
+        causal = labels is not None and "labels" in positions
         rows = None
-        if causal and token_positions is not None and attention_mask is not None:
+        if causal and "tokens" in positions and attention_mask is not None:
             require_padding_free(self.llm.config)
-            rows = PackedRows(attention_mask, token_positions)
+            rows = PackedRows(attention_mask, positions["tokens"])
             inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.position_ids
             kwargs.update(rows.attention)
         outputs = self.llm.get_decoder()(
@@ -347,7 +344,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )  # fmt: skip
         else:
             result["loss"], result["num_label_tokens"], result["token_accuracy"] = supervised_loss(
-                states, labels, head, num_items_in_batch, label_positions
+                states, labels, head, num_items_in_batch, positions.get("labels")
             )
             result["logits"] = head(states) if return_logits else None
         return SpeechLLMOutput(**result)

@@ -1,13 +1,13 @@
-"""Padding-free rows: the rows of a batch one after the other in a single row.
+"""Padding-free rows: the rows of a batch are concatenated into a single row.
 
-The model computes padding-free where a batch names its positions without padding and the parts have an attention that
-keeps the rows apart, which `fast.attention.enable_padding_free` gives them.
+The model computes padding-free if a batch has the positions without padding and the parts have an attention that keeps
+the rows apart. `fast.attention.enable_padding_free` sets this attention.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.nn import functional
@@ -18,6 +18,20 @@ PADDED, PADDING_FREE = "sdpa_padded", "sdpa_padding_free"
 KEEPS_ROWS_APART = (PADDED, PADDING_FREE, "flash_attention_2")
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PADDING_FREE)  # attention that is causal without a mask; eager is not
 MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
+
+
+class Positions(TypedDict, total=False):
+    """Flat indices into a batch, computed on the host so that a GPU does not wait for the host.
+
+    Attributes:
+        labels: positions that need logits, see `loss.label_positions`; rows must be padded on the right.
+        tokens: positions of `attention_mask` without padding. The LLM then computes padding-free; needs `labels`.
+        frames: positions of `input_features_mask` without padding. Encoder and adaptor then compute padding-free.
+    """
+
+    labels: torch.Tensor
+    tokens: torch.Tensor
+    frames: torch.Tensor
 
 
 def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
@@ -38,7 +52,7 @@ def require_padding_free(config: PretrainedConfig) -> None:
     """
     if config._attn_implementation not in KEEPS_ROWS_APART:
         raise ValueError(
-            "frame_positions and token_positions need a model that fast.attention.enable_padding_free has set up"
+            "positions of tokens and frames need a model that fast.attention.enable_padding_free has set up"
         )
 
 

@@ -14,13 +14,15 @@ def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype | 
     before it.
 
     Args:
-        batch: tensors by name; other values are passed through.
+        batch: tensors by name, or dicts of them; other values are passed through.
         device: to copy to.
         dtype: of floating-point tensors; default as they are.
     """
     copies = {}
     for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, dict):
+            value = to_device(value, device, dtype)
+        elif isinstance(value, torch.Tensor):
             value = value.to(device, non_blocking=value.is_pinned())
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         copies[name] = value

@@ -186,7 +186,7 @@ class NonFiniteStepGuard:
             batch = self.collator([row])
         except AudioError as error:
             return {**description, "error": str(error)}
-        description["supervised_tokens"] = len(batch["label_positions"])
+        description["supervised_tokens"] = len(batch["positions"]["labels"])
         for name in ("input_features", *ENCODED_COLUMNS):
             if name in batch:
                 values = batch[name].float()

@@ -76,15 +76,12 @@ def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[di
     recordings = int(np.searchsorted(np.cumsum([0, *counts]), placeholders))
     cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states"), recordings)
     cuts["audio_tokens"] = placeholders
-    ends = dict.fromkeys(("label_positions", "token_positions"), half * width)
-    ends["frame_positions"] = recordings * batch["input_features_mask"].shape[1]
-    halves: list[dict[str, Any]] = [{}, {}]
-    for key, value in batch.items():
-        if key in ends:
-            before = value < ends[key]
-            parts = value[before], value[~before] - ends[key]
-        else:
-            parts = value[: cuts.get(key, half)], value[cuts.get(key, half) :]
-        for part, tensor in zip(halves, parts, strict=True):
-            part[key] = tensor
-    return halves
+    tensors = {key: value for key, value in batch.items() if key != "positions"}
+    first = {key: value[: cuts.get(key, half)] for key, value in tensors.items()}
+    second = {key: value[cuts.get(key, half) :] for key, value in tensors.items()}
+    first["positions"], second["positions"] = {}, {}
+    for key, value in batch["positions"].items():
+        end = recordings * batch["input_features_mask"].shape[1] if key == "frames" else half * width
+        before = value < end
+        first["positions"][key], second["positions"][key] = value[before], value[~before] - end
+    return [first, second]

@@ -47,12 +47,12 @@ class Progress:
         for batch in batches:
             mask = batch["input_features_mask"]
             self._audio_seconds += int(mask.sum()) * self.frame_seconds
-            frames = mask.sum() if "token_positions" in batch else mask.numel()
+            frames = mask.sum() if "tokens" in batch["positions"] else mask.numel()
             self._padded_seconds += int(frames) * self.frame_seconds
             tokens = batch["attention_mask"].sum(-1)
             self._read_tokens += int(tokens.sum())
             self.rows += len(tokens)
-            operations += self.flops.step(mask.sum(-1), tokens, len(batch["label_positions"]))
+            operations += self.flops.step(mask.sum(-1), tokens, len(batch["positions"]["labels"]))
         self._operations += operations
         return operations
 

@@ -15,12 +15,12 @@ from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
 from ..evaluation.validation_metrics import set_names
 from ..hub.publishing import CURVE_FILE
-from ..locks import hold_output
+from ..locks import acquire_output_lock
 from .arguments import SpeechLLMTrainingArguments
 from .checkpointing.course import RunFinished, check_unfinished, write_finished
 from .checkpointing.manifest import checkpoint_folders, find_damage, last_complete
 from .checkpointing.selection import check_resumable
-from .checkpointing.writer import clean_up
+from .checkpointing.writer import remove_partial_checkpoints
 from .validation_files import TABLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     found: list[str | None] = [None, None, None]
     if args.process_index == 0:
         try:
-            hold_output(args.output_dir)
+            acquire_output_lock(args.output_dir)
             found[0] = _find_checkpoint(args)
         except (OSError, ValueError) as error:
             found[1] = str(error)
@@ -72,7 +72,7 @@ def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
 
 def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
     asked = str(args.resume_from_checkpoint or "false")
-    clean_up(args.output_dir)
+    remove_partial_checkpoints(args.output_dir)
     if args.run_options.get("use_lora") or args.save_only_trained:
         _check_base(str(args.run_options.get("model_name_or_path", "")), args.output_dir)
     if asked.lower() == "false":

@@ -24,7 +24,7 @@ from ..data.streaming import RowStream
 from ..fast.fsdp import clip_shards, sharded_optimizer
 from ..files import apply_umask
 from ..formats.checkpoint import CheckpointError
-from ..locks import hold_output
+from ..locks import acquire_output_lock
 from ..model.chat import IGNORE_INDEX
 from ..model.modeling import PARTS
 from .arguments import SpeechLLMTrainingArguments
@@ -39,7 +39,7 @@ from .checkpointing.retention import RetentionGuard
 from .checkpointing.selection import checkpoints, scores_at, select_final_weights
 from .checkpointing.verification import CheckpointVerifier
 from .checkpointing.weights import load_weights
-from .checkpointing.writer import CheckpointWriter, clean_up, save_callback_states
+from .checkpointing.writer import CheckpointWriter, remove_partial_checkpoints, save_callback_states
 from .dataloaders import BudgetDataLoader, stream_loader, train_loader
 from .device import to_device
 from .errors import Preempted
@@ -244,7 +244,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             may_split=self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1,
         )
         if self.position is not None:
-            self.position.dealt += 1
+            self.position.consumed += 1
         return self.guard.add_loss(loss)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -324,15 +324,15 @@ class SpeechLLMTrainer(PublishingTrainer):
         Raises:
             RetentionError: if the retention guard has ended training before there was a good checkpoint.
             Preempted: if a signal has ended training; a checkpoint is saved.
-            SaveError: if a checkpoint can't be written; `ReadbackError` if the first one can't be used.
+            SaveError: if a checkpoint can't be written; `VerificationError` if the first one can't be used.
             FaultError: if too many steps are not finite, or a process of the loader dies or hangs.
             BadDataError: if too many recordings can no longer be read.
             CheckpointError: if something has changed that the checkpoint does not fit, see `check_dependencies`.
             ValueError: if another run uses the output folder.
         """
         if self.args.should_save:
-            hold_output(self.args.output_dir)
-            clean_up(self.args.output_dir)
+            acquire_output_lock(self.args.output_dir)
+            remove_partial_checkpoints(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete(self.args.output_dir) or "") or None
         self._resumed_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -404,7 +404,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             return tuple(values)
         step = TrainerState.load_from_json(str(Path(self._resumed_from) / "trainer_state.json")).global_step
         if self.position is not None:
-            values[0], values[-1] = self.position.plan(step)
+            values[0], values[-1] = self.position.remaining_steps(step)
         elif step >= self.args.max_steps:
             values[0] = 0  # a stream would continue without end
         return tuple(values)
@@ -422,7 +422,7 @@ class SpeechLLMTrainer(PublishingTrainer):
 
     def _run_epoch(self, **kwargs) -> None:
         if self.position is not None:
-            self.position.begin(kwargs["epoch"])
+            self.position.start_epoch(kwargs["epoch"])
             left = self.position.num_left
             kwargs["steps_in_epoch"] = left
             kwargs["num_update_steps_per_epoch"] = -(-left // self.args.gradient_accumulation_steps)
@@ -488,7 +488,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             self._save_optimizer_and_scheduler(str(folder))
 
     def verify_checkpoint(self, folder: Path) -> None:
-        """Raises a `ReadbackError` if a checkpoint does not hold the model in memory."""
+        """Raises a `VerificationError` if a checkpoint does not hold the model in memory."""
         if self.last_inputs is not None:
             self.verifier.verify(folder, self.model_wrapped, self.last_inputs)
 

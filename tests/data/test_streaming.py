@@ -182,7 +182,7 @@ def test_batches_equal_those_of_the_processor(stream, processor, tiny_corpus):
     }
     for (batch, _), (named, _) in zip(take(stream(collator=SpeechLLMCollator), 3), names, strict=True):
         expected = processor.apply_chat_template([rows[row["answer"] + str(row["frames"])] for row in named])
-        assert torch.equal(batch.pop("label_positions"), label_positions(expected["labels"]))
+        assert torch.equal(batch.pop("positions")["labels"], label_positions(expected["labels"]))
         assert batch.keys() == expected.keys()
         for key in batch:
             assert torch.equal(batch[key], expected[key]), key

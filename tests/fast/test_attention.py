@@ -69,7 +69,7 @@ def test_causal_mask_alone_hides_padding_on_the_right(batch, implementation):
     model.llm.set_attn_implementation(implementation)
     assert inputs["attention_mask"].min() == 0
     masked = model(**inputs).loss
-    causal = model(**inputs, label_positions=label_positions(inputs["labels"])).loss
+    causal = model(**inputs, positions={"labels": label_positions(inputs["labels"])}).loss
     torch.testing.assert_close(causal, masked, rtol=1e-6, atol=0)
 
 

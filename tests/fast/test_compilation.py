@@ -113,7 +113,7 @@ def test_gradient_checkpointing_recomputes_a_group(model, batches):
 
 def test_names_weights_and_decoding_stay_as_they_are(model, batches):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    prompt = {name: value[:2] for name, value in batches[0].items() if name not in ("labels", "label_positions")}
+    prompt = {name: value[:2] for name, value in batches[0].items() if name not in ("labels", "positions")}
     expected = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     compile_layers(model, backend="eager")
     compile_layers(model, backend="eager")  # a second trainer of the same model

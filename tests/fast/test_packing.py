@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows
     seen = []
     model.llm.get_decoder().layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.shape))
     packed = SpeechLLMCollator(processor, padding_free=True)(rows)
-    assert ("frame_positions" in packed) is (kind != "adaptor")
+    assert ("frames" in packed["positions"]) is (kind != "adaptor")
     found = loss_and_gradients(model, packed)
     assert {tuple(shape[:2]) for shape in seen} == {(1, int(padded["attention_mask"].sum()))}
     torch.testing.assert_close(found[:2], expected[:2])
@@ -76,7 +76,7 @@ def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows
 def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
     model, processor = parts
     batch = SpeechLLMCollator(processor)([tiny_rows[index] for index in (3, 11)])
-    prompt = {name: value for name, value in batch.items() if name not in ("labels", "label_positions")}
+    prompt = {name: value for name, value in batch.items() if name not in ("labels", "positions")}
     expected = model(**batch).loss, model.generate(**prompt, max_new_tokens=4, do_sample=False)
     enable_padding_free(model)
     assert supports_cuda_graphs(model.llm)
@@ -87,10 +87,10 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
 def test_a_model_that_is_not_set_up_refuses_packed_rows(parts, tiny_rows):
     model, processor = parts
     batch = SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]])
-    for name in ("token_positions", "frame_positions"):
-        part = {key: value for key, value in batch.items() if key == name or not key.endswith("_positions")}
+    for name in ("tokens", "frames"):
+        positions = {key: batch["positions"][key] for key in ("labels", name)}
         with pytest.raises(ValueError, match="attention.enable_padding_free"):
-            model(**part, label_positions=batch["label_positions"])
+            model(**{**batch, "positions": positions})
 
 
 def test_saved_config_does_not_name_the_attention(parts, tmp_path):

@@ -351,7 +351,7 @@ def test_logits_in_chunks_give_the_same_loss_and_gradients(compose_tiny, dialogu
     for size in (10_000, 3):
         monkeypatch.setattr("hf_speechllm.model.loss.POSITIONS_PER_CHUNK", size)
         model.zero_grad()
-        output = model(**batch, label_positions=label_positions(batch["labels"]))
+        output = model(**batch, positions={"labels": label_positions(batch["labels"])})
         assert output.num_label_tokens == (batch["labels"] != IGNORE_INDEX).sum() > 2 * 3
         output.loss.backward()
         gradients = [parameter.grad.clone() for parameter in model.parameters()]

@@ -69,7 +69,7 @@ def test_halves_of_a_batch_add_up_to_the_whole(level, padding_free, parts, tiny_
     if padding_free:
         enable_padding_free(model)
     batch = SpeechLLMCollator(processor, padding_free=padding_free)([rows[index] for index in (3, 11, 20, 8, 5)])
-    count = len(batch["label_positions"])
+    count = len(batch["positions"]["labels"])
     whole = model(**batch, num_items_in_batch=count)
     halves = split_batch(batch, processor)
     assert [len(half["input_ids"]) for half in halves] == [2, 3]

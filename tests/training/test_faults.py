@@ -22,7 +22,7 @@ from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.data import collator as collator_module
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
-from hf_speechllm.locks import hold_output
+from hf_speechllm.locks import acquire_output_lock
 from hf_speechllm.training.checkpointing.manifest import last_complete
 from hf_speechllm.training.errors import FaultError
 from hf_speechllm.training.loader_workers import loader_fault
@@ -312,8 +312,8 @@ def test_loader_processes_end_with_their_epoch_and_those_that_are_left_with_the_
 
 HOLD = """
 import sys, time
-from hf_speechllm.locks import hold_output
-hold_output(sys.argv[1])
+from hf_speechllm.locks import acquire_output_lock
+acquire_output_lock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
 """
@@ -327,7 +327,7 @@ def test_second_run_in_an_output_folder_is_refused_until_the_first_is_gone(make_
         with pytest.raises(ValueError, match=f"in use by another run, process {first.pid} on .*--output_dir"):
             find_checkpoint(make_arguments())
         first.kill()
-    hold_output(folder)  # however it ended
+    acquire_output_lock(folder)  # however it ended
     assert json.loads((folder / ".run.json").read_text())["pid"] == os.getpid()
 
 

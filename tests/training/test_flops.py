@@ -30,4 +30,4 @@ def test_operations_of_a_step(frozen, lora, compose_tiny, tiny_rows):
     # torch counts the gradients of a depthwise convolution as if all channels were joined.
     backward = counts.pop("aten.convolution_backward", 0)
     expected = sum(counts.values()) + (2 * counts["aten.convolution"] if backward else 0)
-    assert counter.step(frames, tokens, len(batch["label_positions"])) == pytest.approx(expected, rel=0.06)
+    assert counter.step(frames, tokens, len(batch["positions"]["labels"])) == pytest.approx(expected, rel=0.06)

@@ -290,7 +290,7 @@ def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows)
         assert 0 <= line["data_wait_share"] <= 1
         assert {"learning_rate", "grad_norm", "epoch"} <= line.keys()
         rows += len(indices)
-        operations += counter.step(mask.sum(-1), batch["attention_mask"].sum(-1), len(batch["label_positions"]))
+        operations += counter.step(mask.sum(-1), batch["attention_mask"].sum(-1), len(batch["positions"]["labels"]))
     end = trainer.state.log_history[-1]
     assert end["train_samples_per_second"] * end["train_runtime"] == pytest.approx(rows, rel=0.01)
     assert end["total_flos"] == pytest.approx(operations)

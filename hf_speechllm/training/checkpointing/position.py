@@ -14,7 +14,7 @@ import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from ...data.sampler import BudgetBatchSampler, Stretch
+from ...data.sampler import BudgetBatchSampler, CompletedRun
 from ...files import atomic_write
 from ...formats.checkpoint import CheckpointError
 from ..arguments import SpeechLLMTrainingArguments
@@ -43,27 +43,27 @@ class Position:
         self.schedule_offset = self.saved_offset = 0
         self.saved_ranks = args.world_size
         self.skipped = 0  # batches of a rank under these settings, before the run was resumed
-        self.dealt = 0  # and in all
-        self._past: list[Stretch] = []
+        self.consumed = 0  # and in all
+        self._past: list[CompletedRun] = []
         self._before = 0.0  # share of the epoch that other settings have dealt
         self._length = len(sampler)
 
     @property
     def epochs(self) -> float:
         """Epochs that are done."""
-        return self.epoch + self._before + (1 - self._before) * (self.dealt / self._length)
+        return self.epoch + self._before + (1 - self._before) * (self.consumed / self._length)
 
-    def begin(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
         """Goes on to an epoch."""
         if epoch != self.epoch:
             self.epoch, self._past, self._before = epoch, [], 0.0
-            self.dealt = self.skipped = 0
+            self.consumed = self.skipped = 0
             self._length = len(self.sampler)
 
     @property
     def num_left(self) -> int:
         """Batches of a rank that are left of the epoch."""
-        return self._length - self.dealt
+        return self._length - self.consumed
 
     def last_batches(self, number: int) -> Callable[[], Iterator[list[int]]]:
         """Returns a function that gives the row indices of this rank's last batches, also when training has continued.
@@ -71,7 +71,7 @@ class Position:
         Args:
             number: of batches.
         """
-        sampler, epoch, end = copy.copy(self.sampler), self.epoch, self.dealt - self.skipped
+        sampler, epoch, end = copy.copy(self.sampler), self.epoch, self.consumed - self.skipped
 
         def row_indices() -> Iterator[list[int]]:
             sampler.set_epoch(epoch)
@@ -81,7 +81,7 @@ class Position:
 
     def save(self, folder: Path) -> None:
         """Writes the position into a checkpoint."""
-        current = Stretch(self.sampler.batch_seconds, self.sampler.num_replicas, self.dealt)
+        current = CompletedRun(self.sampler.batch_seconds, self.sampler.num_replicas, self.consumed)
         state = {
             "epoch": self.epoch,
             "stretches": [
@@ -109,10 +109,10 @@ class Position:
             state = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing: the run was a streaming one; go on as it was begun") from error
-        dealt, length = (state["stretches"][-1][2] if state["stretches"] else 0), state["length"]
+        consumed, length = (state["stretches"][-1][2] if state["stretches"] else 0), state["length"]
         self.saved_offset, self.saved_ranks = state["schedule_offset"], state["ranks"]
         if self.args.ignore_data_skip:
-            self.begin(state["epoch"] + (dealt == length))
+            self.start_epoch(state["epoch"] + (consumed == length))
             return
         if state["data"] != self._data():
             raise CheckpointError(
@@ -120,24 +120,24 @@ class Position:
                 "nobody knows which rows it has seen: restore them, or begin the epoch anew with "
                 "--ignore_data_skip true"
             )
-        stretches = [Stretch(*item) for item in state["stretches"]]
+        completed = [CompletedRun(*item) for item in state["stretches"]]
         self.epoch, self._before = state["epoch"], state["before"]
-        if dealt == length:
-            self.begin(self.epoch + 1)
+        if consumed == length:
+            self.start_epoch(self.epoch + 1)
             return
-        if not stretches:
+        if not completed:
             return
-        self.sampler.resume(self.epoch, stretches)
-        last = stretches[-1]
+        self.sampler.resume(self.epoch, completed)
+        last = completed[-1]
         if (last.batch_seconds, last.num_replicas) == (self.sampler.batch_seconds, self.sampler.num_replicas):
-            self._past, self.dealt = stretches[:-1], dealt
+            self._past, self.consumed = completed[:-1], consumed
         else:
-            self._past = stretches
-            self._before += (1 - self._before) * dealt / length
-        self.skipped = self.dealt
-        self._length = self.dealt + self.sampler.num_left(self.epoch)
+            self._past = completed
+            self._before += (1 - self._before) * consumed / length
+        self.skipped = self.consumed
+        self._length = self.consumed + self.sampler.num_left(self.epoch)
 
-    def plan(self, global_step: int) -> tuple[int, int]:
+    def remaining_steps(self, global_step: int) -> tuple[int, int]:
         """What is left, for a run that has done some steps.
 
         Returns:

@@ -28,7 +28,7 @@ LORA_TOLERANCE = 1e-3  # an adapter is merged when it is loaded, which rounds
 HALF_TOLERANCE = 5e-2  # where an engine computes in bfloat16 or float16
 
 
-class ReadbackError(RuntimeError):
+class VerificationError(RuntimeError):
     """A checkpoint does not hold the model that was to be saved."""
 
 
@@ -58,7 +58,7 @@ class CheckpointVerifier:
             batch: of training, on the device.
 
         Raises:
-            ReadbackError: if the logits differ, on all ranks alike.
+            VerificationError: if the logits differ, on all ranks alike.
         """
         first, problem = self.args.process_index == 0, None
         expected = self._logits_in_memory(engine, batch) if self.sharded else None
@@ -75,7 +75,7 @@ class CheckpointVerifier:
         if self.args.world_size > 1:
             problem = broadcast_object_list([problem])[0]
         if problem is not None:
-            raise ReadbackError(
+            raise VerificationError(
                 f"{folder}, read back, is not the model in memory: {problem}. The run ends, since what it saves can't "
                 "be used (--check_first_checkpoint false continues all the same)"
             )
@@ -143,5 +143,5 @@ class CheckpointVerifier:
 def _logits(model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits at the last position of every row, shape = (rows, vocabulary)."""
     # Padded: the model that is loaded is not set up for packed rows.
-    inputs = {key: value for key, value in batch.items() if key != "labels" and not key.endswith("_positions")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions")}
     return model(**inputs, logits_to_keep=1).logits[:, 0].float()

@@ -38,7 +38,7 @@ class SaveError(RuntimeError):
     """A checkpoint can't be written; earlier ones are as they were."""
 
 
-def clean_up(output_dir: str | Path) -> None:
+def remove_partial_checkpoints(output_dir: str | Path) -> None:
     """Removes what a run that was killed has left half-written, and finishes what it was about to rename."""
     for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.old"):
         replaced = path.with_name(path.name[1:].removesuffix(".old"))
@@ -108,7 +108,7 @@ class CheckpointWriter:
 
         Raises:
             SaveError: if it can't be written, on all ranks alike.
-            ReadbackError: if the run's first checkpoint does not give the logits of the model in memory.
+            VerificationError: if the run's first checkpoint does not give the logits of the model in memory.
         """
         self.finish()
         run, args = self.run, self.run.args

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_speechllm.data.sampler import BudgetBatchSampler, Stretch
+from hf_speechllm.data.sampler import BudgetBatchSampler, CompletedRun
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
@@ -63,23 +63,23 @@ def test_every_row_is_seen_once_an_epoch_after_changes_of_ranks_and_budget(cours
     seen, stretches = Counter(), []
     for budget, ranks, batches in course:
         seen.update(flat(dealt(stretches, (budget, ranks)), batches))
-        stretches.append(Stretch(budget, ranks, batches))
+        stretches.append(CompletedRun(budget, ranks, batches))
     assert seen == Counter(range(len(SECONDS)))
 
 
-@pytest.mark.parametrize("past", [[], [Stretch(40, 1, 6)]], ids=["first", "after-a-change"])
+@pytest.mark.parametrize("past", [[], [CompletedRun(40, 1, 6)]], ids=["first", "after-a-change"])
 def test_same_ranks_go_on_with_the_same_batches(past):
     whole = dealt(past, (40, 2))
-    rest = dealt([*past, Stretch(40, 2, 5)], (40, 2))
+    rest = dealt([*past, CompletedRun(40, 2, 5)], (40, 2))
     assert rest == [rank[5:] for rank in whole]
-    other = dealt([*past, Stretch(40, 2, 5)], (40, 2), epoch=3)
+    other = dealt([*past, CompletedRun(40, 2, 5)], (40, 2), epoch=3)
     assert other == rest
 
 
 def test_epochs_after_the_resumed_one_are_as_ever():
     sampler = BudgetBatchSampler(SECONDS, 40, seed=5)
     expected = [batch.tolist() for batch in sampler.batches(4)]
-    sampler.resume(3, [Stretch(25, 2, 4)])
+    sampler.resume(3, [CompletedRun(25, 2, 4)])
     assert [batch.tolist() for batch in sampler.batches(4)] == expected
     assert sampler.num_left(4) == len(sampler) == len(expected)
 
@@ -87,7 +87,7 @@ def test_epochs_after_the_resumed_one_are_as_ever():
 def test_rows_with_weights_are_seen_as_often_as_before():
     weights = np.where(np.arange(len(SECONDS)) % 3 == 0, 2.0, 1.0)
     seen = Counter(flat(dealt([], (40, 2), weights=weights), 5))
-    seen.update(flat(dealt([Stretch(40, 2, 5)], (40, 3), weights=weights)))
+    seen.update(flat(dealt([CompletedRun(40, 2, 5)], (40, 3), weights=weights)))
     assert seen == {row: int(weight) for row, weight in enumerate(weights)}
 
 

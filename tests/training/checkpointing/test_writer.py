@@ -15,8 +15,8 @@ from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import read_checkpoint
 from hf_speechllm.training.checkpointing import writer as saving
 from hf_speechllm.training.checkpointing.manifest import find_damage, last_complete
-from hf_speechllm.training.checkpointing.verification import ReadbackError
-from hf_speechllm.training.checkpointing.writer import SaveError, clean_up
+from hf_speechllm.training.checkpointing.verification import VerificationError
+from hf_speechllm.training.checkpointing.writer import SaveError, remove_partial_checkpoints
 from hf_speechllm.training.run import find_checkpoint
 
 pytestmark = pytest.mark.core
@@ -94,7 +94,7 @@ def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
     (run_folder / ".checkpoint-12.tmp").mkdir()
     (run_folder / "checkpoint-10").rename(run_folder / ".checkpoint-10.old")  # killed between two renames
     shutil.copytree(run_folder / "checkpoint-2", run_folder / ".checkpoint-2.old")
-    clean_up(run_folder)
+    remove_partial_checkpoints(run_folder)
     assert sorted(path.name for path in run_folder.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert find_damage(run_folder / "checkpoint-10") is None
 
@@ -215,7 +215,7 @@ def test_first_checkpoint_that_is_not_the_model_ends_the_run(make_trainer, monke
         save_file({**tensors, name: tensors[name] * 2}, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(saving.CheckpointWriter, "_write_large", wrongly)
-    with pytest.raises(ReadbackError, match="logits differ by up to"):
+    with pytest.raises(VerificationError, match="logits differ by up to"):
         make_trainer(**options).train()
     make_trainer(**options, check_first_checkpoint=False).train()
 
