@@ -22,7 +22,7 @@ from ..audio.fbank import (
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.loss import label_positions
-from ..model.packing import Positions, filled_positions
+from ..model.packing import Positions, non_padding_positions
 from ..model.processing import SpeechLLMProcessor, pad_features
 from .hotword_lists import HotwordSampler, answers_of
 
@@ -90,7 +90,7 @@ class SpeechLLMCollator:
         batch = self.processor.pad_tokens(columns, "right")
         positions: Positions = {"labels": label_positions(batch["labels"])}
         if self.padding_free:
-            positions["tokens"] = filled_positions(batch["attention_mask"])
+            positions["tokens"] = non_padding_positions(batch["attention_mask"])
         if level == "audio_tokens":
             frames = torch.tensor(num_frames)  # the mask only tells how much audio there is
             batch["input_features_mask"] = torch.arange(int(frames.max())) < frames.unsqueeze(-1)
@@ -99,7 +99,7 @@ class SpeechLLMCollator:
         if level == "encoder_states":
             padded["encoder_states"] = padded.pop("input_features")
         if self.padding_free:
-            positions["frames"] = filled_positions(padded["input_features_mask"])
+            positions["frames"] = non_padding_positions(padded["input_features_mask"])
         return {**batch, "positions": positions, **padded}
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
 
-from ..model.packing import MASKS_BY_LAYER, PADDED, PADDING_FREE, PackedRows, causal_masks
+from ..model.packing import MASKS_BY_LAYER, PADDED, PADDING_FREE, PaddingFreeBatch, causal_masks
 from .fsmn import use_fsmn
 from .versions import is_tested
 
@@ -161,19 +161,19 @@ def encode_padding_free(
         encoder: with the FSMN blocks and the attention of `enable_padding_free`.
         input_features: shape = (recordings, frames, feature size).
         input_features_mask: shape = (recordings, frames).
-        frame_positions: its `filled_positions`.
+        frame_positions: its `non_padding_positions`.
 
     Returns:
         With `last_hidden_state`, shape = (recordings, frames, width); without padding in between, padding is zero.
     """
     if frame_positions is None:
         return type(encoder).forward(encoder, input_features, input_features_mask, **kwargs)
-    rows = PackedRows(input_features_mask, frame_positions)
+    packing = PaddingFreeBatch(input_features_mask, frame_positions)
     features = input_features.to(encoder.layers[0].input_layernorm.weight.dtype)
-    states = rows.pack(features * encoder.scaling + encoder.position_embeddings(features))
+    states = packing.unpad(features * encoder.scaling + encoder.position_embeddings(features))
     for layer in encoder.layers:
-        states = layer(states, None, rows.segment_ids, **rows.attention)
-    return BaseModelOutput(last_hidden_state=rows.unpack(states))
+        states = layer(states, None, packing.segment_ids, **packing.attention)
+    return BaseModelOutput(last_hidden_state=packing.pad(states))
 
 
 def _attend_to_padded_rows(model: nn.Module) -> None:

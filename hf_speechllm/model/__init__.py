@@ -1,1 +1,1 @@
-"""The model: configuration, composition, adaptors, loss, dialogue format and processor."""
+"""The model: configuration, modeling, adaptors, loss, dialogue format and processor."""

@@ -1,4 +1,4 @@
-"""The adaptors: encoder frames in, embeddings of the LLM's width out."""
+"""Audio adaptors: map encoder frames to embeddings of the LLM's width."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoderLayer
 
 from .configuration import AudioAdaptorConfig
-from .packing import PackedRows
+from .packing import PaddingFreeBatch
 
 
 class AudioAdaptor(PreTrainedModel):
-    """Stacks `downsample_rate` frames, projects them to the LLM's width, and, for the type `transformer`, lets them
-    attend.
+    """Stacks `downsample_rate` frames and projects them to the LLM's width; type `transformer` adds attention blocks.
 
-    The original is `EncoderProjector...Transformer` of FunASR's `models/llm_asr/adaptor.py`. It is a
-    `PreTrainedModel` of
-    its own so that transformers resolves its attention implementation; as a plain module it would silently attend to
-    padding.
+    The original is `EncoderProjector...Transformer` in FunASR's `models/llm_asr/adaptor.py`. The adaptor is a
+    `PreTrainedModel` so that transformers resolves its attention implementation. A plain module would silently attend
+    to padding.
     """
 
     config_class = AudioAdaptorConfig
@@ -51,23 +49,23 @@ class AudioAdaptor(PreTrainedModel):
         Args:
             hidden_states: shape = (batch, encoder frames, encoder width).
             mask: shape = (batch, encoder frames); 1 for frames of the recording, 0 for padding.
-            positions: `packing.filled_positions` of the mask, to compute without padding where frames aren't stacked.
+            positions: `packing.non_padding_positions(mask)`, to compute padding-free; ignored if frames are stacked.
 
         Returns:
             Audio tokens, shape = (batch, tokens, LLM width), and their lengths, shape = (batch,): `ceil(frames / k)`.
         """
-        # A checkpoint may store each part in its own dtype. `dtype` leaves out the integers of quantised weights.
+        # A checkpoint may store each part in a different dtype. `dtype` ignores the integers of quantised weights.
         hidden_states = hidden_states.to(self.dtype)
         k = self.config.downsample_rate
         lengths = (mask.sum(-1) + k - 1) // k
         if positions is not None and k == 1:
-            rows = PackedRows(mask, positions)
-            hidden_states = self.linear2(self.act(self.linear1(rows.pack(hidden_states))))
+            packing = PaddingFreeBatch(mask, positions)
+            hidden_states = self.linear2(self.act(self.linear1(packing.unpad(hidden_states))))
             for block in self.blocks:
-                hidden_states = block(hidden_states, None, **rows.attention)
-            return rows.unpack(hidden_states), lengths
+                hidden_states = block(hidden_states, None, **packing.attention)
+            return packing.pad(hidden_states), lengths
         if k > 1:
-            # Padding is zeroed so that the last stack of a short recording is the same alone and in a batch.
+            # Zeroes the padding: the last stack of a short recording must be the same alone and in a batch.
             hidden_states = hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
             hidden_states = functional.pad(hidden_states, (0, 0, 0, -hidden_states.shape[1] % k))
             hidden_states = hidden_states.reshape(hidden_states.shape[0], -1, hidden_states.shape[2] * k)

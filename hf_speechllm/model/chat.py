@@ -1,8 +1,8 @@
-"""The dialogue format: ChatML layout, prompts, hotwords, label mask, number of audio tokens. The only place that
-knows them.
+"""The dialogue format: ChatML layout, prompts, hotwords, label mask and number of audio tokens.
 
-Training and decoding build their prompts here, from the same functions, so they can't drift apart. The layout is that
-of Fun-ASR: `load_data_template` and `get_prompt` of its `model.py`, `FunASR`'s `fun_asr_datasets/datasets.py`.
+No other module defines the format. Training and decoding build prompts with the same functions, so their prompts
+agree. The layout follows Fun-ASR (`load_data_template` and `get_prompt` in `model.py`) and FunASR
+(`fun_asr_datasets/datasets.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ THINK_BLOCK = "<think>\n\n</think>\n\n"
 _SILENCE = re.compile("/sil(?![a-z])")  # how Fun-ASR may write a pause
 _SPEECH = re.compile(f"({re.escape(SPEECH_START)}.*?{re.escape(SPEECH_END)})", re.DOTALL)
 
-# ISO 639 code: the name that Fun-ASR's prompts use.
+# ISO 639 code -> language name in Fun-ASR's prompts.
 LANGUAGES = {
     "zh": "中文", "en": "英文", "ja": "日文", "yue": "粤语", "ko": "韩文", "vi": "越南语", "id": "印尼语",
     "th": "泰语", "ms": "马来语", "tl": "菲律宾语", "ar": "阿拉伯语", "hi": "印地语", "bg": "保加利亚语",
@@ -36,7 +36,7 @@ LANGUAGES = {
 
 
 class ChatError(ValueError):
-    """A dialogue that can't be understood; the message says what is wrong and how to mend it."""
+    """An invalid dialogue; the message says what is wrong and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Turn:
     """One question and its answer.
 
     Args:
-        pieces: the user's message in order: text (`str`) or a recording (`Recording`).
-        answer: the assistant's message; `None` where it is to be generated.
+        pieces: parts of the user's message, in order: text (`str`) or `Recording`.
+        answer: the assistant's message; `None` if the model must generate one.
     """
 
     pieces: tuple[str | Recording, ...]
@@ -72,19 +72,19 @@ class Dialogue:
 
     @property
     def recordings(self) -> list[Any]:
-        """Sources of all recordings, in the order of their places."""
+        """Sources of all recordings, in order of appearance."""
         return [piece.source for turn in self.turns for piece in turn.pieces if isinstance(piece, Recording)]
 
 
 @dataclass
 class TokenizedDialogue:
-    """Token ids, and labels that are -100 except for the answers and the `<|im_end|>` that closes each."""
+    """Token ids and labels. Only the answers and their closing `<|im_end|>` are supervised; other labels are -100."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], supervised: bool = False) -> None:
-        """Appends ids, with themselves or -100 as labels."""
+        """Appends ids; their labels are the ids if `supervised`, otherwise -100."""
         self.input_ids.extend(ids)
         self.labels.extend(ids if supervised else [IGNORE_INDEX] * len(ids))
 
@@ -92,13 +92,13 @@ class TokenizedDialogue:
 def num_audio_tokens(
     num_frames: int, downsample_rate: int, use_low_frame_rate: bool, encoder_downsample_rate: int = 1
 ) -> int:
-    """How many audio tokens the LLM gets for a recording.
+    """Returns the number of audio tokens of a recording.
 
     Args:
-        num_frames: feature frames given to the encoder.
+        num_frames: feature frames of the encoder's input.
         downsample_rate: encoder frames per adaptor frame.
-        use_low_frame_rate: whether only the first `ceil(n / 8)` adaptor frames are kept. The original writes this as
-            three strided convolutions' lengths, which is the same for every length.
+        use_low_frame_rate: whether only the first `ceil(n / 8)` adaptor frames are kept. The original computes this
+            number as the output length of three strided convolutions; the results agree for every length.
         encoder_downsample_rate: feature frames per encoder frame.
     """
     tokens = -(-num_frames // encoder_downsample_rate)
@@ -107,15 +107,18 @@ def num_audio_tokens(
 
 
 def language_name(language: str) -> str:
-    """The name of a language in the prompts: from an ISO 639 code, or the Chinese name itself, known here or not.
+    """Returns the name of a language in the prompts. A name that is not ASCII (any Chinese name) is kept unchanged.
+
+    Args:
+        language: ISO 639 code from `LANGUAGES`, or the Chinese name.
 
     Raises:
-        ValueError: if the language is neither a known code nor a name in Chinese.
+        ValueError: if the language is neither a known code nor a Chinese name.
     """
     name = LANGUAGES.get(language.lower(), language)
     if not name or name.isascii():
         raise ValueError(
-            f"unknown language {language!r}; give its name in Chinese, or one of: "
+            f"unknown language {language!r}; give the Chinese name, or one of: "
             f"{', '.join(f'{k} ({v})' for k, v in LANGUAGES.items())}"
         )
     return name
@@ -128,22 +131,22 @@ def transcription_prompt(
     prompt: str | None = None,
     context: str | None = None,
 ) -> str:
-    """The user's text before a recording: `get_prompt` of Fun-ASR's `model.py`.
+    """Builds the user's text before a recording, as `get_prompt` in Fun-ASR's `model.py`.
 
     Args:
-        language: ISO code or Chinese name of the language to write; `None` lets the model find out.
-        itn: whether numbers and the like are written as one writes them (inverse text normalisation).
+        language: ISO code or Chinese name of the transcript's language; `None`: the model detects the language.
+        itn: whether to apply inverse text normalisation (digits instead of number words).
         hotwords: words that may occur.
-        prompt: replaces the instruction; language and `itn` can't be given with it.
-        context: what the recording is about.
+        prompt: replaces the instruction; must not be combined with `language` or `itn=False`.
+        context: free text about the recording.
 
     Raises:
-        ValueError: if `prompt` comes with a language or without ITN, or the language is unknown.
+        ValueError: if `prompt` is combined with `language` or `itn=False`, or the language is unknown.
     """
     if prompt is not None:
         if language is not None or not itn:
             raise ValueError(
-                "a prompt of one's own says language and text normalisation itself; give one or the other"
+                "prompt replaces the instruction, so language and itn=False have no effect; give one or the other"
             )
         instruction = prompt
     else:
@@ -153,9 +156,9 @@ def transcription_prompt(
 
 
 def hotword_context(hotwords: Sequence[str], context: str | None = None) -> str:
-    """The header that names hotwords, as the original sends it when decoding; empty if there is nothing to say.
+    """Builds the header with context and hotwords, as the original does in decoding; empty without both.
 
-    Free text about the recording stands before the hotwords, where transformers' `fun_asr_nano` processor puts it.
+    The context precedes the hotwords, as in transformers' `fun_asr_nano` processor.
     """
     if not hotwords and not context:
         return ""
@@ -165,10 +168,13 @@ def hotword_context(hotwords: Sequence[str], context: str | None = None) -> str:
 
 
 def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
-    """A list of hotwords from a list, or from a string with commas (ASCII or Chinese) between them.
+    """Returns hotwords as a list.
+
+    Args:
+        hotwords: a list, or a string with commas (ASCII or Chinese) between hotwords.
 
     Raises:
-        ChatError: if one of them holds a token that dialogues are made of.
+        ChatError: if a hotword contains a special token of the dialogue format.
     """
     if hotwords is None:
         return []
@@ -181,17 +187,17 @@ def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
 
 
 def clean_answer(text: str) -> str:
-    """What a generated answer says: without marks of silence and runs of white space, as the original gives it."""
+    """Removes silence marks (`/sil`) from a generated answer and collapses whitespace, as the original does."""
     return " ".join(_SILENCE.sub(" ", text).split())
 
 
 def transcription_messages(recording: Any, prompt: str, text: str | None = None) -> list[dict]:
-    """The dialogue of a transcription: default system prompt, the prompt with the recording, and the text if known.
+    """Builds the messages of a transcription: default system prompt, prompt with recording, and optional transcript.
 
     Args:
-        recording: path or URL (written as `<|startofspeech|>!PATH<|endofspeech|>`), or anything that loads as audio.
-        prompt: what `transcription_prompt` gives.
-        text: the transcript; `None` for decoding.
+        recording: path or URL (written as `<|startofspeech|>!PATH<|endofspeech|>`), or another source of `load_audio`.
+        prompt: result of `transcription_prompt`.
+        text: transcript; `None` for decoding.
     """
     if isinstance(recording, str):
         content: Any = f"{prompt}{SPEECH_START}!{recording}{SPEECH_END}"
@@ -205,13 +211,13 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
     """Checks a list of messages and splits it into turns.
 
     Args:
-        messages: dicts with `role` (`system`, `user`, `assistant`) and `content`: a string with
-            `<|startofspeech|>!PATH<|endofspeech|>` where a recording goes, or a list of
-            `{"type": "text", "text": ...}` and `{"type": "audio", "audio": ...}`.
-        hotwords: put before the first prompt, as in decoding.
+        messages: dicts with `role` (`system`, `user`, `assistant`) and `content`. The content is a list of
+            `{"type": "text", "text": ...}` and `{"type": "audio", "audio": ...}`, or a string that marks recordings
+            with `<|startofspeech|>!PATH<|endofspeech|>`.
+        hotwords: written before the first prompt, as in decoding.
 
     Raises:
-        ChatError: if roles are missing or out of order, or a recording is not well marked.
+        ChatError: if roles are missing or out of order, or the marks of a recording are invalid.
     """
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
         raise ChatError('"messages" must be a list of {"role": ..., "content": ...}')
@@ -244,15 +250,15 @@ def _text_of(message: dict, role: str) -> str:
         raise ChatError(f'the "content" of the {role} message must be a string')
     for marker in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
         if marker in text:
-            raise ChatError(f"the {role} message contains {marker}, which would break the dialogue; remove it")
+            raise ChatError(f"the {role} message contains {marker}; remove this special token")
     if role == "assistant" and not text.strip():
-        raise ChatError("the assistant message (the transcript) is empty")
+        raise ChatError("the assistant message (the transcript) is empty; write a transcript or remove the row")
     return text
 
 
 def _text_of_part(part: Any, role: str) -> str:
     if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
-        raise ChatError(f'the parts of the {role} message must be {{"type": "text", "text": ...}}, with a string')
+        raise ChatError(f'the parts of the {role} message must be {{"type": "text", "text": "..."}}')
     return part["text"]
 
 
@@ -277,26 +283,26 @@ def _pieces_of(message: dict) -> list[str | Recording]:
     else:
         raise ChatError('the "content" of the user message must be a string or a list of parts')
     if sum(isinstance(piece, Recording) for piece in pieces) > 1:
-        raise ChatError("two recordings in one user message; put each into a turn of its own")
+        raise ChatError("two recordings in one user message; use one turn per recording")
     return pieces
 
 
 def _split_speech(text: str) -> list[str | Recording]:
     pieces: list[str | Recording] = []
     for index, piece in enumerate(_SPEECH.split(text)):
-        if index % 2:  # what the expression matches; what lies between has even places
+        if index % 2:  # `split` returns matches at odd indices and the text between at even indices
             source = piece[len(SPEECH_START) : -len(SPEECH_END)]
             if SPEECH_START in source:
-                raise ChatError(f"{SPEECH_START} without {SPEECH_END} before the next one; close it")
+                raise ChatError(f"{SPEECH_START} without {SPEECH_END} before the next one; add {SPEECH_END}")
             if not source.startswith("!"):
                 raise ChatError(f"no '!' after {SPEECH_START}: write {SPEECH_START}!{source}{SPEECH_END}")
             if not source[1:].strip():
-                raise ChatError(f"no path between {SPEECH_START}! and {SPEECH_END}")
+                raise ChatError(f"no path between {SPEECH_START}! and {SPEECH_END}; add the path of the recording")
             pieces.append(Recording(source[1:]))
         elif SPEECH_START in piece:
-            raise ChatError(f"{SPEECH_START} without {SPEECH_END}; close it")
+            raise ChatError(f"{SPEECH_START} without {SPEECH_END}; add {SPEECH_END}")
         elif SPEECH_END in piece:
-            raise ChatError(f"{SPEECH_END} without {SPEECH_START} before it")
+            raise ChatError(f"{SPEECH_END} without {SPEECH_START} before it; add {SPEECH_START}")
         elif piece:
             if TURN_START in piece or TURN_END in piece or AUDIO_TOKEN in piece:
                 raise ChatError(f"the user message contains {TURN_START}, {TURN_END} or {AUDIO_TOKEN}; remove it")
@@ -307,16 +313,15 @@ def _split_speech(text: str) -> list[str | Recording]:
 def tokenize(
     dialogue: Dialogue, tokenizer, audio_tokens: Sequence[int], audio_token_id: int, think_block: bool = False
 ) -> TokenizedDialogue:
-    """Token ids and labels of a dialogue.
+    """Returns token ids and labels of a dialogue.
 
-    Every stretch of text between recordings and answers is tokenised by itself, as the original does, so that the ids
-    of an answer don't depend on what stands before it. The last turn may lack its answer: that is the prompt for
-    decoding.
+    Each text between recordings and answers is tokenized separately, as in the original. So the ids of an answer do
+    not depend on the preceding text. The last turn may lack an answer; the result is then a prompt for decoding.
 
     Args:
-        tokenizer: of the LLM.
-        audio_tokens: how many audio tokens each recording has.
-        audio_token_id: their placeholder.
+        tokenizer: tokenizer of the LLM.
+        audio_tokens: number of audio tokens of each recording.
+        audio_token_id: id of the placeholder for an audio token.
         think_block: whether an empty thinking block precedes each answer (the original's `do_think: false`).
 
     Raises:
@@ -344,7 +349,7 @@ def tokenize(
 
 
 def render(dialogue: Dialogue, audio_token: str, think_block: bool = False) -> str:
-    """The text of a dialogue, with one `audio_token` for each recording; raises as `tokenize` does."""
+    """Returns the text of a dialogue with one `audio_token` per recording; raises the errors of `tokenize`."""
     text = ""
     for piece in _layout(dialogue, think_block):
         if isinstance(piece, Recording):
@@ -360,11 +365,11 @@ class _Answer:
 
 
 def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording | _Answer]:
-    """The pieces of a dialogue in order: text of the layout and of the prompts, recordings, answers."""
+    """Yields the parts of a dialogue in order: layout and prompt text, recordings, answers."""
     if dialogue.system is not None:
         yield f"{TURN_START}system\n{dialogue.system}{TURN_END}\n"
     for number, turn in enumerate(dialogue.turns, start=1):
-        # No newline after the `<|im_end|>` of an answer: the original's layout, which the released weights have seen.
+        # No newline after the `<|im_end|>` of an answer, as in the layout on which the released weights were trained.
         yield f"{TURN_START}user\n"
         yield from turn.pieces
         yield f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
@@ -376,19 +381,19 @@ def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording |
 
 @lru_cache(maxsize=64)
 def _prompt_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
-    """As `_ids`, remembered: most rows have the same prompts. `num_tokens` tells when tokens were added since."""
+    """Caches `_ids`, since most rows share their prompts. `num_tokens` invalidates entries when tokens are added."""
     return tuple(_ids(tokenizer, text))
 
 
 @lru_cache(maxsize=8)
 def _added_tokens(tokenizer, num_tokens: int) -> re.Pattern:
-    """Finds the first character of each token that was added to the vocabulary, such as `<think>`."""
+    """Compiles a pattern that matches the first character of each added token (for example `<think>`)."""
     contents = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
     return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in contents) or r"(?!)")
 
 
 def _answer_ids(tokenizer, text: str) -> list[int]:
-    """Ids of an answer as plain text: a transcript that spells a special token must not teach the model to emit it."""
+    """Tokenizes an answer as plain text. A transcript that spells a special token must not become that token."""
     ids, start = [], 0
     for match in _added_tokens(tokenizer, len(tokenizer)).finditer(text):
         ids += _ids(tokenizer, text[start : match.end()])

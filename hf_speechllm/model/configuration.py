@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import pretrained
 from .kv_cache import CACHE_NAMES
 
-LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM sees the first 1/8 of the adaptor's frames
+LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM receives the first 1/8 of the adaptor's frames
 
 # Qwen3-0.6B, the LLM of Fun-ASR-Nano.
 DEFAULT_LLM = {
@@ -27,8 +27,8 @@ DEFAULT_LLM = {
     "tie_word_embeddings": True,
 }
 
-# Settings that say how many modules are built, or how large a tensor is, in any model of transformers. A config may
-# come from anybody, and its class may build a list of so many entries before a tensor is looked at.
+# Names of settings of transformers' models that set a number of modules or the size of a tensor. A config may come
+# from an untrusted source, and a config class may build a list of that length before any tensor is checked.
 COUNTS = re.compile(r"(num|n)_\w*(layer|block|head|expert|label|bin|frame|group)s?\w*|(\w+_)?(layers|blocks|heads)")
 SIZES = re.compile(r"\w+_(size|dim|rate|positions?|position_embeddings)|d_model|n_(embd|positions|ctx)")
 MAX_COUNT, MAX_SIZE = 100_000, 2**31
@@ -42,10 +42,10 @@ NOT_NEGATIVE = {"audio_token_id", "num_timestamp_prediction_layers", "num_labels
 
 
 def check_sizes(config: Mapping[str, Any], path: str = "") -> None:
-    """Refuses sizes and counts that no model has, in a config and those nested in it.
+    """Refuses impossible sizes and counts in a config and in its nested configs.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: if a value is out of range; the message names the field.
     """
     for key, value in config.items():
         name = f"{path}{key}"
@@ -67,21 +67,21 @@ def check_sizes(config: Mapping[str, Any], path: str = "") -> None:
 
 @strict
 class AudioAdaptorConfig(PreTrainedConfig):
-    """What stands between the audio encoder and the LLM.
+    """Configuration of the adaptor between the audio encoder and the LLM.
 
     Args:
         adaptor_type: `"transformer"` (Fun-ASR's: frame stacking, two linear layers, Transformer blocks) or `"linear"`
             (frame stacking and two linear layers).
         downsample_rate: number of neighbouring encoder frames concatenated into one adaptor frame.
-        use_low_frame_rate: whether the LLM is given only the first `ceil(n / 8)` of an utterance's `n` adaptor
-            frames, as the released Fun-ASR-Nano was trained.
+        use_low_frame_rate: whether the LLM receives only the first `ceil(n / 8)` of `n` adaptor frames of an
+            utterance, as in the training of the released Fun-ASR-Nano.
         encoder_hidden_size: width of the encoder's output; filled in by `SpeechLLMConfig`.
         hidden_size: width of the LLM's embeddings; filled in by `SpeechLLMConfig`.
         projector_hidden_size: width between the two linear layers (`ffn_dim` in the original).
-        projector_hidden_act: activation between them.
+        projector_hidden_act: activation between the two linear layers.
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout, attention_dropout,
-            layer_norm_eps: of the Transformer blocks; `intermediate_size` defaults to a quarter of `hidden_size`,
-            and the LayerNorm epsilon to the original's 1e-12.
+            layer_norm_eps: settings of the Transformer blocks; `intermediate_size` defaults to a quarter of
+            `hidden_size`, `layer_norm_eps` to the original's 1e-12.
     """
 
     model_type = "speech_llm_audio_adaptor"
@@ -117,19 +117,19 @@ class SpeechLLMConfig(PreTrainedConfig):
 
     Args:
         audio_encoder_config: config (or dict with `model_type`) of any encoder that `AutoModel` builds; default
-            `fun_asr_nano_encoder`, the SAN-M encoder. A Whisper config stands for Whisper's encoder.
+            `fun_asr_nano_encoder`, the SAN-M encoder. With a Whisper config, only Whisper's encoder is used.
         audio_adaptor_config: `AudioAdaptorConfig` or dict.
         llm_config: config (or dict with `model_type`) of any LLM that `AutoModelForCausalLM` builds; default
-        Qwen3-0.6B.
-        audio_token_id: id of the placeholder in `input_ids` where an audio token goes
-            (`<|object_ref_start|>` of the Qwen3 tokenizer).
-        funasr_files: `config.yaml` and `configuration.json` of the FunASR checkpoint that the model comes from, if
-            any; they are completed and written back when it is exported to FunASR.
+            Qwen3-0.6B.
+        audio_token_id: id of the placeholder for audio tokens in `input_ids` (`<|object_ref_start|>` in the Qwen3
+            tokenizer).
+        funasr_files: `config.yaml` and `configuration.json` of the FunASR checkpoint from which the model was loaded,
+            if any; an export to FunASR completes and writes these files.
     """
 
     model_type = "speech_llm"
     attribute_map: ClassVar = {"text_config": "llm_config", "audio_config": "audio_encoder_config"}
-    # What the Trainer of transformers does not gather as predictions.
+    # Outputs that transformers' Trainer must not gather as predictions.
     keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "num_label_tokens", "token_accuracy"]
     sub_configs: ClassVar = {
         "audio_encoder_config": AutoConfig,
@@ -162,15 +162,15 @@ class SpeechLLMConfig(PreTrainedConfig):
         adaptor.hidden_size = self.llm_config.hidden_size
         if adaptor.intermediate_size is None:
             adaptor.intermediate_size = adaptor.hidden_size // 4
-        # The LLM decides whether its embeddings are tied; transformers asks the outer config.
+        # The LLM's config decides whether its embeddings are tied; transformers reads the outer config.
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """The config of a folder or Hub id as a dict, and the options that were not used for reading it.
+        """Returns the config of a folder or Hub id as a dict, and the unused options.
 
-        Besides our own layout, that of transformers' `fun_asr_nano`, FunASR's and peft's adapters are understood.
+        Reads the layouts of this package, transformers' `fun_asr_nano` and FunASR, and peft adapters.
         """
         config = pretrained.formats().load_config_dict(pretrained_model_name_or_path, kwargs)
         if config is None:
@@ -186,12 +186,12 @@ class SpeechLLMConfig(PreTrainedConfig):
         return config, {key: value for key, value in kwargs.items() if key not in used}
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
-        """The LLM's config: what generation asks for cache sizes and vocabulary."""
+        """Returns the LLM's config, from which generation reads cache sizes and vocabulary."""
         return self.llm_config
 
     @property
     def use_low_frame_rate(self) -> bool:
-        """Whether the LLM sees only the first eighth of the adaptor's frames."""
+        """Whether the LLM receives only the first eighth of the adaptor's frames."""
         return self.audio_adaptor_config.use_low_frame_rate
 
     @property
@@ -206,9 +206,9 @@ class SpeechLLMConfig(PreTrainedConfig):
 
     @property
     def max_feature_frames(self) -> int:
-        """The most feature frames of one recording that the encoder's position table holds.
+        """Maximum number of feature frames per recording, limited by the encoder's position table.
 
-        SAN-M: its positions start at 1, so one entry of the table is never used. Whisper: 30 s.
+        SAN-M positions start at 1, so one entry of the table is unused. Whisper: 30 s.
         """
         if self.audio_encoder_config.model_type == "whisper":
             return self.encoder_downsample_rate * self.audio_encoder_config.max_source_positions
@@ -222,7 +222,7 @@ def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedC
     check_sizes(config)
     model_type = config.pop("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(f"model_type is {model_type!r}, which transformers doesn't know")
+        raise ValueError(f"model_type is {model_type!r}; the installed transformers has no such model")
     return CONFIG_MAPPING[model_type](**config)
 
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of parts of which some are frozen."""
+"""Gradient checkpointing of a model whose parts may be frozen."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def require_gradient(states: torch.Tensor, part: nn.Module) -> torch.Tensor:
-    """Makes the input of a trained part require a gradient where layers of the part are checkpointed.
+    """Makes the input of a trained part require a gradient if layers of the part are checkpointed.
 
-    Reentrant checkpointing gives the parameters of a layer no gradients, silently, unless an input of the layer
-    requires one. The input of the encoder is data, and that of other parts may come from a frozen part.
+    Reentrant checkpointing silently computes no parameter gradients of a layer unless an input of the layer requires a
+    gradient. The encoder's input is data; the input of another part may come from a frozen part.
     """
     if not torch.is_grad_enabled() or states.requires_grad or not _checkpointed_layers(part):
         return states
@@ -20,14 +20,14 @@ def require_gradient(states: torch.Tensor, part: nn.Module) -> torch.Tensor:
     return states.detach().requires_grad_() if trained else states
 
 
-def allow_checkpointing(part: PreTrainedModel) -> None:
-    """Lets gradient checkpointing work in a frozen part, through which gradients flow to a trained one before it.
+def enable_frozen_checkpointing(part: PreTrainedModel) -> None:
+    """Enables gradient checkpointing in a frozen part, through which gradients flow to an earlier trained part.
 
-    transformers' layers recompute only in training mode. A layer's own flag is set where that changes nothing else: if
-    the part has no dropout; the modules inside stay in eval mode.
+    Layers of transformers recompute only in training mode. This function sets the `training` flag of the checkpointed
+    layers, but not of the modules inside. A part with dropout is left unchanged.
     """
     layers = _checkpointed_layers(part)
-    # The Trainer sets training mode in every step, so the config is looked at only where there is something to set.
+    # The Trainer sets training mode in every step, so the config is read only if there are checkpointed layers.
     if layers and not any("drop" in name and value for name, value in part.config.to_dict().items()):
         for layer in layers:
             layer.training = True

@@ -1,4 +1,4 @@
-"""The two names under which releases of transformers pass the key-value cache."""
+"""The two names of the key-value cache in releases of transformers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
-# The name in the installed release, of an argument of models and `generate` and of a field of outputs.
+# Name in the installed release: an argument of models and of `generate`, and a field of outputs.
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
 
 def find_cache(arguments: dict[str, Any]) -> Any:
-    """Finds the key-value cache among keyword arguments of a forward pass, under either name.
-
-    Returns:
-        The cache, or `None` if there is none.
+    """Returns the key-value cache from keyword arguments of a forward pass, under either name; `None` if absent.
 
     Raises:
-        ValueError: if there is one under each name.
+        ValueError: if both names are given.
     """
     found = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
     if len(found) > 1:
-        raise ValueError(f"both {' and '.join(CACHE_NAMES)} are given, two names of one argument; give {CACHE} alone")
+        raise ValueError(f"both {' and '.join(CACHE_NAMES)} are given, two names of one argument; give only {CACHE}")
     if "past_key_values" in found and CACHE == "cache" and not torch.compiler.is_compiling():
         warnings.warn("`past_key_values` is deprecated, as in transformers; use `cache`", FutureWarning, stacklevel=3)
     return next(iter(found.values()), None)

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of the next token, with logits at supervised positions only."""
+"""The training loss: cross-entropy of the next token, with logits only at supervised positions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn import functional
 
 from .chat import IGNORE_INDEX
 
-# Positions whose logits exist at once: with 150,000 words, 5 GB for a chunk and its gradient.
+# Positions per chunk of logits. A chunk and its gradient need 5 GB with a vocabulary of 150,000 (float32).
 POSITIONS_PER_CHUNK = 4096
 
 
 def label_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Where logits are needed: flat indices of the positions whose next token is supervised, shape = (supervised,).
+    """Returns flat indices of the positions whose next token is supervised, shape = (supervised,).
 
     Args:
-        labels: shape = (batch, tokens), -100 where not supervised.
+        labels: shape = (batch, tokens), -100 for tokens that are not supervised.
     """
     needed = torch.zeros_like(labels, dtype=torch.bool)
     needed[:, :-1] = labels[:, 1:] != IGNORE_INDEX
@@ -33,30 +33,30 @@ def supervised_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the next token.
+    """Computes the cross-entropy of the next token.
 
-    The supervised positions go through a linear head in chunks, and each chunk's gradient is computed with its loss:
-    memory does not grow with the batch, and no logits are computed twice. Another head (with adapters, a bias, or a
-    forward pass that some library has replaced) is called as it is, with all positions.
+    A plain linear head processes the supervised positions in chunks and computes the gradient of each chunk with the
+    loss. Memory for logits does not grow with the batch, and no logits are computed twice. Any other head (with
+    adapters, a bias, or a replaced forward method) is called once with all supervised positions.
 
     Args:
         hidden_states: shape = (batch, tokens, width).
-        labels: shape = (batch, tokens), -100 where not supervised.
+        labels: shape = (batch, tokens), -100 for tokens that are not supervised.
         head: maps width to vocabulary.
-        num_items_in_batch: what to divide the summed loss by; default the supervised tokens of this batch.
-        positions: of `label_positions`, if known: to find them here, the host must wait for the GPU.
+        num_items_in_batch: divisor of the summed loss; default: supervised tokens in this batch.
+        positions: result of `label_positions`; computing them here costs a host-device sync.
 
     Returns:
-        Loss, number of supervised tokens, and the share of them that is predicted right.
+        Loss, number of supervised tokens, and token accuracy.
     """
     if positions is None:
         positions = label_positions(labels)
     targets = labels.flatten()[positions + 1]
     states = hidden_states.flatten(0, 1)[positions]
-    count = torch.full((), len(positions), device=labels.device)  # filled there: a copy would stall the host
+    count = torch.full((), len(positions), device=labels.device)  # a copy would be a host-device sync
     plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
-    if plain and not torch.compiler.is_compiling():  # which can't trace how `_called_as` calls
-        total, correct = _called_as(
+    if plain and not torch.compiler.is_compiling():  # the compiler cannot trace `_call_with_forward`
+        total, correct = _call_with_forward(
             head, lambda states: _LinearCrossEntropy.apply(states, head.weight, targets), states
         )
     else:
@@ -67,10 +67,10 @@ def supervised_loss(
     return total / (items if num_items_in_batch is None else num_items_in_batch), count, correct / items
 
 
-def _called_as(module: nn.Module, forward: Callable, *args) -> Any:
-    """Calls `forward` in place of a module's own, once.
+def _call_with_forward(module: nn.Module, forward: Callable, *args) -> Any:
+    """Calls a module once, with `forward` in place of the module's forward method.
 
-    DeepSpeed and FSDP gather the module's weight for the call, on all ranks together: as many calls on each.
+    DeepSpeed and FSDP gather the module's weight in each call. All ranks must make the same number of calls.
     """
     module.forward = forward
     try:
@@ -80,7 +80,7 @@ def _called_as(module: nn.Module, forward: Callable, *args) -> Any:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `states @ weight.T`, and how many targets have the largest logit."""
+    """Summed cross-entropy of `states @ weight.T`, and the number of correct predictions."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
@@ -97,14 +97,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(states), POSITIONS_PER_CHUNK):
                 chunk = slice(start, start + POSITIONS_PER_CHUNK)
                 inputs, target = states[chunk].to(dtype), targets[chunk].unsqueeze(-1)
-                # Upcast as transformers' own loss does: bf16 log-sum-exp over 150,000 words loses digits.
+                # Upcast to float32, as transformers' loss does: bf16 log-sum-exp over 150,000 entries is inaccurate.
                 logits = (inputs @ cast.T).float()
                 correct += (logits.argmax(-1) == targets[chunk]).sum()
                 normalizer = logits.logsumexp(-1, keepdim=True)
                 total += (normalizer - logits.gather(-1, target)).sum()
                 if not (needs_states or needs_weight):
                     continue
-                # The gradient of the logits: probabilities, less one at the target.
+                # Gradient of the logits: probabilities, minus 1 at the target.
                 grad = logits.sub_(normalizer).exp_()
                 grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
                 grad = grad.to(dtype)
@@ -119,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor, _):
-        """The gradients of `forward`, scaled."""
+        """Scales the gradients that `forward` computed."""
         grad_states, grad_weight = ctx.saved_tensors
         if grad_states is not None:
             grad_states = grad_states * grad_total.to(grad_states.dtype)

@@ -25,27 +25,27 @@ from ..files import apply_umask
 from . import pretrained
 from .adaptors import AudioAdaptor
 from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
-from .gradient_checkpointing import allow_checkpointing, require_gradient
+from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
-from .packing import PackedRows, Positions, causal_masks, require_padding_free
+from .packing import PaddingFreeBatch, Positions, causal_masks, require_padding_free
 
 PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
 
 @dataclass
 class SpeechLLMOutput(CausalLMOutputWithPast):
-    """Output of the model: that of transformers' causal LLMs, and two numbers about the labels.
+    """Output of the model: fields of transformers' causal LLMs, and two numbers about the labels.
 
     Args:
-        loss: scalar, cross-entropy over the supervised tokens; given labels.
-        logits: shape = (batch, tokens, vocabulary); without labels, or if `return_logits`.
+        loss: scalar, cross-entropy over the supervised tokens; with labels only.
+        logits: shape = (batch, tokens, vocabulary); without labels, or with `return_logits`.
         cache: the LLM's key-value cache; `past_key_values` in transformers before 5.24.
-        hidden_states: if `output_hidden_states`, the LLM's: its input and the output of each layer, each of shape =
-            (batch, tokens, width). Of the audio encoder and the adaptor there are none.
-        attentions: if `output_attentions`, the LLM's: of each layer, shape = (batch, heads, tokens, tokens).
-        num_label_tokens: scalar integer, the number of supervised tokens; given labels.
-        token_accuracy: scalar, the share of supervised tokens that is predicted right (teacher forcing); given labels.
+        hidden_states: with `output_hidden_states`, the LLM's input and the output of each LLM layer, each of shape =
+            (batch, tokens, width). Excludes states of the audio encoder and the adaptor.
+        attentions: with `output_attentions`, one tensor per LLM layer, shape = (batch, heads, tokens, tokens).
+        num_label_tokens: scalar integer, number of supervised tokens; with labels only.
+        token_accuracy: scalar, share of supervised tokens predicted correctly (teacher forcing); with labels only.
     """
 
     num_label_tokens: torch.Tensor | None = None
@@ -53,7 +53,7 @@ class SpeechLLMOutput(CausalLMOutputWithPast):
 
 
 class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A causal LLM that reads audio tokens at the places where `input_ids` holds `config.audio_token_id`.
+    """A causal LLM that receives audio tokens at the positions of `config.audio_token_id` in `input_ids`.
 
     Example:
 
@@ -78,7 +78,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    accepts_loss_kwargs = True  # the Trainer hands `num_items_in_batch`, the supervised tokens of the whole step
+    accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`, the supervised tokens of the whole step
 
     def __init__(self, config: SpeechLLMConfig):
         super().__init__(config)
@@ -87,11 +87,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.audio_encoder = encoder.encoder if config.audio_encoder_config.model_type == "whisper" else encoder
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
-        # Tensors that belong to the checkpoint but not to the model: FunASR's CTC branch.
+        # Tensors of the checkpoint that the model does not use: FunASR's CTC branch.
         self.side_tensors: dict[str, torch.Tensor] = {}
         self.post_init()
-        # What FSDP gathers at once: layers of the LLM, but encoder and adaptor as a whole, whose many small layers
-        # would keep the host busier than the GPU. It fails on a class that the model does not have.
+        # Units that FSDP gathers: layers of the LLM, and encoder and adaptor as a whole, because one gather per small
+        # layer makes the host the bottleneck. FSDP fails on the name of a class that the model does not contain.
         names = {type(module).__name__ for module in self.llm.modules()}
         wholes = {type(part).__name__ for part in (self.audio_encoder, self.audio_adaptor)}
         self._no_split_modules = wholes | (set(self.llm._no_split_modules or ()) & names)
@@ -101,9 +101,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Loads a model from a folder or the Hub; the options are those of transformers.
 
         Args:
-            pretrained_model_name_or_path: in our own layout, that of transformers' `fun_asr_nano`, FunASR's
-                (`model.pt`, `config.yaml`), or a peft adapter, which is merged into its base model.
-            dtype: default the dtype in which each part is stored.
+            pretrained_model_name_or_path: folder or Hub id in the layout of this package, transformers'
+                `fun_asr_nano` or FunASR (`model.pt`, `config.yaml`), or a peft adapter, which is merged into the base
+                model.
+            dtype: default: the stored dtype of each part.
 
         Raises:
             CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
@@ -113,9 +114,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return pretrained.formats().load_model(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
-        """Saves model, config and generation config in our own layout; the options are those of transformers."""
+        """Saves model, config and generation config in the layout of this package; options as in transformers."""
         if state_dict := kwargs.get("state_dict"):
-            # Gathered from the shards of DeepSpeed or FSDP, tied weights share no memory and would be saved twice.
+            # Tied weights that DeepSpeed or FSDP gathered share no memory and would be saved twice.
             kwargs["state_dict"] = {
                 name: tensor
                 for name, tensor in state_dict.items()
@@ -128,24 +129,24 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
-        """Uploads the model with a card; unlike with transformers, a new repository is private by default.
+        """Uploads the model with a model card. In contrast to transformers, a new repository is private by default.
 
-        It gets the layout of transformers' `fun_asr_nano` where that class computes the same, else ours, with this
-        package's code. May be repeated if it breaks off.
+        The upload uses the layout of transformers' `fun_asr_nano` if that class computes the same results. Otherwise
+        it uses the layout of this package and includes the package's code. After an interruption, call this again.
 
         Args:
-            repo_id: `USER/MODEL`; created if it is not there.
-            private: of a new repository; `None` as the account's default says.
-            token: default the one of `hf auth login`.
+            repo_id: `USER/MODEL`; created if missing.
+            private: visibility of a new repository; `None`: default of the account.
+            token: default: the token of `hf auth login`.
             **kwargs: `max_shard_size`, and options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
 
         Returns:
-            The commit, as `HfApi.upload_folder` gives it.
+            The commit, as returned by `HfApi.upload_folder`.
         """
         return pretrained.hub().push_model(self, repo_id, private, token, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The LLM's token embeddings."""
+        """Returns the LLM's token embeddings."""
         return self.llm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -153,7 +154,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.llm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LLM's head."""
+        """Returns the LLM's head."""
         return self.llm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
@@ -161,23 +162,22 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.llm.set_output_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        """The LLM without its head."""
+        """Returns the LLM without the head."""
         return self.llm.get_decoder()
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        """Replaces the LLM without its head."""
+        """Replaces the LLM except the head."""
         self.llm.set_decoder(decoder)
 
     def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
-        """Sets training mode, except in parts of which nothing is trained: those stay in eval mode, without
-        dropout."""
+        """Sets the training mode. Completely frozen parts stay in eval mode, without dropout."""
         super().train(mode)
         for name in PARTS:
             part = getattr(self, name)
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
                 if mode:
-                    allow_checkpointing(part)
+                    enable_frozen_checkpointing(part)
         return self
 
     def encode_audio(
@@ -190,8 +190,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_features: shape = (recordings, feature frames, feature size).
-            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
-            frame_positions: `frames` of `packing.Positions`.
+            input_features_mask: shape = (recordings, feature frames), 0 for padding.
+            frame_positions: see `frames` in `packing.Positions`.
 
         Returns:
             Encoder states, shape = (recordings, encoder frames, encoder width), and their mask, shape = (recordings,
@@ -211,10 +211,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_features: shape = (recordings, feature frames, feature size).
-            input_features_mask: shape = (recordings, feature frames), 1 for frames of the recording.
+            input_features_mask: shape = (recordings, feature frames), 0 for padding.
 
         Returns:
-            Audio tokens, shape = (recordings, tokens, LLM width), and how many of them each recording has,
+            Audio tokens, shape = (recordings, tokens, LLM width), and the number of audio tokens of each recording,
             shape = (recordings,).
         """
         return self._audio_tokens(input_features, input_features_mask)
@@ -223,7 +223,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if states is None:
             states, mask = self.encode_audio(features, mask, positions)
         if self.config.audio_encoder_config.model_type == "whisper":
-            positions = None  # of features, of which the encoder makes fewer frames
+            positions = None  # positions of feature frames do not apply to Whisper's shorter encoder output
         if positions is not None:
             require_padding_free(self.audio_adaptor.config)
         tokens, lengths = self.audio_adaptor(require_gradient(states, self.audio_adaptor), mask, positions)
@@ -233,10 +233,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return tokens, lengths
 
     def _run_whisper(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whisper's encoder takes exactly 30 s: the padding is the spectrogram of silence, and what lies behind it is
-        cut."""
+        """Runs Whisper's encoder, which requires 30 s: pads with the spectrogram of silence and cuts the output."""
         frames = self.config.max_feature_frames
-        # Whisper clips log10 at 8 below the recording's maximum and divides by 4, so silence is the maximum minus 2.
+        # Whisper clips log10 values at the recording's maximum minus 8, then divides by 4: silence is maximum minus 2.
         mask = mask.bool()
         silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
         features = torch.where(mask.unsqueeze(-1), features, silence)
@@ -268,29 +267,29 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
-        """Runs the model; with labels, computes logits only at supervised positions.
+        """Runs the model. With labels, computes logits only at supervised positions.
 
         Args:
-            input_ids: shape = (batch, tokens), with `config.audio_token_id` once for every audio token.
+            input_ids: shape = (batch, tokens), with one `config.audio_token_id` for each audio token.
             attention_mask: shape = (batch, tokens), 0 for padding.
-            input_features: shape = (recordings, feature frames, feature size); recordings in the order in which their
-                placeholders appear, rows first.
-            input_features_mask: shape = (recordings, feature frames).
-            labels: shape = (batch, tokens); -100 where a token is not supervised.
+            input_features: shape = (recordings, feature frames, feature size); recordings in the order of their
+                placeholders, row by row.
+            input_features_mask: shape = (recordings, feature frames), 0 for padding.
+            labels: shape = (batch, tokens), -100 for tokens that are not supervised.
             cache, past_key_values: the LLM's key-value cache, under either name.
-            return_logits: whether to return all logits although there are labels.
-            logits_to_keep: without labels, how many last positions (0: all) get logits.
-            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is then their sum's share.
-            encoder_states: instead of `input_features`, what `encode_audio` made of them; `input_features_mask` is
-                then theirs.
-            audio_tokens: instead of `input_features`, the audio tokens of all recordings, shape = (tokens, width).
-            positions: for speed only; `SpeechLLMCollator` computes them.
+            return_logits: whether to return all logits if labels are given.
+            logits_to_keep: without labels, number of last positions that get logits (0: all).
+            num_items_in_batch: supervised tokens of the whole optimizer step, the divisor of the summed loss.
+            encoder_states: replaces `input_features`: states from `encode_audio`; `input_features_mask` must then be
+                the mask from `encode_audio`.
+            audio_tokens: replaces `input_features`: audio tokens of all recordings, shape = (tokens, width).
+            positions: optional, for speed; computed by `SpeechLLMCollator`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `shift_labels` and other arguments of
                 transformers' LLMs.
 
         Raises:
-            ValueError: if placeholders and audio tokens differ in number, the model is not set up for packed rows, or
-                the cache is given twice.
+            ValueError: if the numbers of placeholders and audio tokens differ, the attention implementation does not
+                support padding-free batches, or the cache is given under both names.
         """
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
         positions = positions or {}
@@ -310,14 +309,14 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     input_features, input_features_mask, encoder_states, positions.get("frames")
                 )
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
-        # With label positions, padding is on the right, so that the causal mask alone hides it.
+        # Label positions require padding on the right, which the causal mask alone hides.
         causal = labels is not None and "labels" in positions
-        rows = None
+        packing = None
         if causal and "tokens" in positions and attention_mask is not None:
             require_padding_free(self.llm.config)
-            rows = PackedRows(attention_mask, positions["tokens"])
-            inputs_embeds, position_ids = rows.pack(inputs_embeds), rows.position_ids
-            kwargs.update(rows.attention)
+            packing = PaddingFreeBatch(attention_mask, positions["tokens"])
+            inputs_embeds, position_ids = packing.unpad(inputs_embeds), packing.position_ids
+            kwargs.update(packing.attention)
         outputs = self.llm.get_decoder()(
             inputs_embeds=require_gradient(inputs_embeds, self.llm),
             attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
@@ -328,9 +327,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         states, all_states = outputs.last_hidden_state, outputs.hidden_states
-        if rows is not None:
-            states = rows.unpack(states)
-            all_states = all_states and tuple(rows.unpack(layer) for layer in all_states)
+        if packing is not None:
+            states = packing.pad(states)
+            all_states = all_states and tuple(packing.pad(layer) for layer in all_states)
         result: dict[str, Any] = {"hidden_states": all_states, "attentions": outputs.attentions}
         head = self.get_output_embeddings()
         if labels is None:
@@ -351,15 +350,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
         placeholders = input_ids == self.config.audio_token_id
-        # Compared on the host only: on a GPU the comparison would stall every step.
+        # Checked on the CPU only: on a GPU the comparison would be a host-device sync in every step.
         checked = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if checked and int(placeholders.sum()) != int(lengths.sum()):
             raise ValueError(
-                f"input_ids hold {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
-                f"but the recordings give {int(lengths.sum())} audio tokens; build both with the same processor"
+                f"input_ids contain {int(placeholders.sum())} audio placeholders (id {self.config.audio_token_id}), "
+                f"but the recordings have {int(lengths.sum())} audio tokens; build both with the same processor"
             )
-        # The n-th placeholder takes the n-th audio token. Looked up, not compressed with a mask: how much that leaves
-        # is known only once the GPU has come so far.
+        # The n-th placeholder receives the n-th audio token. The index lookup avoids boolean indexing, whose result
+        # size requires a host-device sync.
         ends = lengths.cumsum(0)
         order = placeholders.flatten().cumsum(0) - 1
         recording = torch.searchsorted(ends, order, right=True).clamp(max=len(lengths) - 1)
@@ -370,8 +369,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def _refuse_scaled_logits(llm_config) -> None:
-    """Logits are computed here from the LLM's head, so an LLM that scales or caps them afterwards would be trained
-    wrongly."""
+    """Refuses LLMs that scale or cap logits after the head, because `forward` uses the output of the head directly."""
     for name, neutral in {
         "final_logit_softcapping": (None,),
         "logit_scale": (None, 1.0),
@@ -380,11 +378,12 @@ def _refuse_scaled_logits(llm_config) -> None:
         value = llm_config.to_dict().get(name)
         if value not in neutral:
             raise ValueError(
-                f"llm_config.{name} is {value}: an LLM that alters its logits behind the head is not supported"
+                f"llm_config.{name} is {value}: LLMs that change logits after the head are not supported; "
+                "choose another LLM"
             )
 
 
 AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
 AutoModelForMultimodalLM.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)
-# Only for the models in this table, the Trainer of transformers shifts labels before it smooths them.
+# transformers' Trainer shifts labels before label smoothing only for models in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SpeechLLMConfig.model_type] = SpeechLLMForConditionalGeneration.__name__

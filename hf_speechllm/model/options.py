@@ -1,4 +1,4 @@
-"""Options about the model that is loaded."""
+"""Options of the model to load."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class ModelOptions:
     """Model"""
 
     model_name_or_path: str | None = option(
-        None, "Model folder or Hub id: own, native (fun_asr_nano) or FunASR layout."
+        None, "Model folder or Hub id, in the layout of this package, transformers (fun_asr_nano) or FunASR."
     )
-    attn_implementation: str = option("sdpa", "Attention: sdpa, flash_attention_2 or eager.")
+    attn_implementation: str = option("sdpa", "Attention implementation: sdpa, flash_attention_2 or eager.")

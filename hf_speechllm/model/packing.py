@@ -1,7 +1,7 @@
-"""Padding-free rows: the rows of a batch are concatenated into a single row.
+"""Padding-free computation: concatenates the rows of a batch into one row without padding.
 
-The model computes padding-free if a batch has the positions without padding and the parts have an attention that keeps
-the rows apart. `fast.attention.enable_padding_free` sets this attention.
+The model computes padding-free if the batch contains the positions without padding and the attention implementation
+keeps rows separate. `fast.attention.enable_padding_free` sets this implementation.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-# Names of attention implementations, registered by `fast.attention`: of padded rows, and of padding-free ones.
+# Attention implementations that `fast.attention` registers: with padding added internally, and without padding.
 PADDED, PADDING_FREE = "sdpa_padded", "sdpa_padding_free"
-KEEPS_ROWS_APART = (PADDED, PADDING_FREE, "flash_attention_2")
-CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", PADDING_FREE)  # attention that is causal without a mask; eager is not
-MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that take a mask for each kind of layer
+PADDING_FREE_ATTENTION = (PADDED, PADDING_FREE, "flash_attention_2")
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", PADDING_FREE)  # eager attention needs a causal mask
+MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that accept a dict with one mask per layer type
 
 
 class Positions(TypedDict, total=False):
-    """Flat indices into a batch, computed on the host so that a GPU does not wait for the host.
+    """Flat indices into a batch, computed on the host to avoid a host-device sync.
 
     Attributes:
         labels: positions that need logits, see `loss.label_positions`; rows must be padded on the right.
-        tokens: positions of `attention_mask` without padding. The LLM then computes padding-free; needs `labels`.
-        frames: positions of `input_features_mask` without padding. Encoder and adaptor then compute padding-free.
+        tokens: positions in `attention_mask` without padding; makes the LLM padding-free and requires `labels`.
+        frames: positions in `input_features_mask` without padding; makes encoder and adaptor padding-free.
     """
 
     labels: torch.Tensor
@@ -35,31 +35,30 @@ class Positions(TypedDict, total=False):
 
 
 def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
-    """Returns what an LLM of this config takes for a causal mask alone.
+    """Returns the `attention_mask` argument for an LLM with a causal mask only.
 
-    `None` makes transformers look for rows packed into one, which is a host-device sync; a dict, where an LLM takes
-    one, does not.
+    With `None`, transformers searches for packed rows, which is a host-device sync. A dict of masks avoids the search,
+    but only some LLMs accept a dict.
     """
     full = config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}
-    return {"full_attention": None} if full and config._attn_implementation in CAUSAL_BY_ITSELF else None
+    return {"full_attention": None} if full and config._attn_implementation in CAUSAL_WITHOUT_MASK else None
 
 
 def require_padding_free(config: PretrainedConfig) -> None:
-    """Checks that a part of this config attends within each of several rows that are packed into one.
+    """Checks that the attention implementation of a part keeps packed rows separate.
 
     Raises:
-        ValueError: if the part does not.
+        ValueError: if it does not.
     """
-    if config._attn_implementation not in KEEPS_ROWS_APART:
+    if config._attn_implementation not in PADDING_FREE_ATTENTION:
         raise ValueError(
-            "positions of tokens and frames need a model that fast.attention.enable_padding_free has set up"
+            f"positions of tokens and frames do not work with the attention {config._attn_implementation!r}; "
+            "call fast.attention.enable_padding_free(model) first"
         )
 
 
-def filled_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Returns the flat indices of what is not padding, shape = (filled,), computed where the mask is.
-
-    On a GPU this is a host-device sync.
+def non_padding_positions(mask: torch.Tensor) -> torch.Tensor:
+    """Returns flat indices of the positions without padding, shape = (filled,). On a GPU this is a host-device sync.
 
     Args:
         mask: shape = (rows, positions), 0 for padding.
@@ -67,23 +66,23 @@ def filled_positions(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero().squeeze(-1)
 
 
-class PackedRows:
-    """Removes the padding of a batch, and puts it back.
+class PaddingFreeBatch:
+    """Removes the padding of a batch and restores it.
 
     Args:
-        mask: shape = (rows, positions), 0 for padding, which is on the right.
-        positions: its `filled_positions`.
+        mask: shape = (rows, positions), 0 for padding; padding must be on the right.
+        positions: `non_padding_positions(mask)`.
     """
 
     def __init__(self, mask: torch.Tensor, positions: torch.Tensor):
         self.mask = mask
         self.positions = positions
 
-    def pack(self, states: torch.Tensor) -> torch.Tensor:
+    def unpad(self, states: torch.Tensor) -> torch.Tensor:
         """Turns states of shape = (rows, positions, width) into shape = (1, filled, width)."""
         return states.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
 
-    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+    def pad(self, states: torch.Tensor) -> torch.Tensor:
         """Turns states of shape = (1, filled, width) into shape = (rows, positions, width), with zeros for padding."""
         empty = states.new_zeros(self.mask.numel(), states.shape[-1])
         return empty.index_copy(0, self.positions, states[0]).view(*self.mask.shape, -1)
@@ -100,7 +99,7 @@ class PackedRows:
 
     @cached_property
     def attention(self) -> dict[str, Any]:
-        """Arguments of transformers' attention that name the ends of the rows."""
+        """Keyword arguments with the row boundaries, for attention functions of transformers."""
         ends = functional.pad(self.mask.sum(-1).cumsum(0), (1, 0)).int()
         longest = self.mask.shape[1]
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,17 +1,17 @@
-"""The way from the model to `formats` and `hub`, which build on it: imported at first use."""
+"""Lazy imports of `formats` and `hub`, which depend on this package."""
 
 from types import ModuleType
 
 
 def formats() -> ModuleType:
-    """Returns `formats.loading`, which loads and saves in all formats."""
+    """Returns the module `formats.loading`, which loads and saves all formats."""
     from ..formats import loading
 
     return loading
 
 
 def hub() -> ModuleType:
-    """Returns `hub.upload`, which publishes."""
+    """Returns the module `hub.upload`, which uploads models and processors."""
     from ..hub import upload
 
     return upload

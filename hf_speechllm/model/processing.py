@@ -1,4 +1,4 @@
-"""The processor: recordings and dialogues in, the model's inputs out."""
+"""The processor: converts recordings and dialogues to inputs of the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..audio.waveform import load_audio
 from . import chat, pretrained
 from .configuration import SpeechLLMConfig
 
-# Options of a call, by the dict in which they may be given (`text_kwargs`, ...); others stand alone.
+# Options of a call, grouped by the dict that may contain them (`text_kwargs`, ...).
 OPTIONS = {
     group: frozenset(options.__annotations__ if is_typeddict(options) else ())
     for group, options in {"common_kwargs": None, **ProcessingKwargs.__annotations__}.items()
@@ -27,16 +27,15 @@ OPTIONS = {
 
 
 class SpeechLLMProcessor(ProcessorMixin):
-    """Feature extractor, tokenizer and dialogue format in one.
+    """Combines feature extractor, tokenizer and dialogue format.
 
     Args:
-        feature_extractor: `FbankFeatureExtractor`, or Whisper's for a Whisper encoder.
-        tokenizer: of the LLM; must know `<|im_start|>`, `<|im_end|>` and the audio token.
-        audio_token: placeholder in `input_ids` where an audio token goes.
-        downsample_rate, use_low_frame_rate, encoder_downsample_rate: how the model shortens recordings; as in its
-            config.
-        think_block: whether an empty thinking block stands before each answer (the original's `do_think: false`).
-        system_prompt: whether dialogues begin with a system prompt (the original's `sys_prompt`).
+        feature_extractor: `FbankFeatureExtractor`, or Whisper's feature extractor for a Whisper encoder.
+        tokenizer: tokenizer of the LLM, with the tokens `<|im_start|>`, `<|im_end|>` and `audio_token`.
+        audio_token: placeholder for an audio token in `input_ids`.
+        downsample_rate, use_low_frame_rate, encoder_downsample_rate: frame rates; must equal the model's config.
+        think_block: whether an empty thinking block precedes each answer (the original's `do_think: false`).
+        system_prompt: whether dialogues start with a system prompt (the original's `sys_prompt`).
     """
 
     def __init__(
@@ -54,7 +53,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         for token in (chat.TURN_START, chat.TURN_END, audio_token):
             if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-                raise ValueError(f"the tokenizer lacks {token}; add it as a special token, or take the LLM's own")
+                raise ValueError(
+                    f"the tokenizer lacks {token}; add {token} as a special token, or use the tokenizer of the LLM"
+                )
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         self.downsample_rate = downsample_rate
@@ -65,7 +66,7 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> SpeechLLMProcessor:
-        """Loads a processor from a folder or the Hub, in any layout that the model's `from_pretrained` understands.
+        """Loads a processor from a folder or the Hub, in any layout that the model's `from_pretrained` supports.
 
         Raises:
             CheckpointError: if a file is missing or damaged.
@@ -73,23 +74,23 @@ class SpeechLLMProcessor(ProcessorMixin):
         return pretrained.formats().load_processor(cls, pretrained_model_name_or_path, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
-        """Uploads the processor, for transformers' `fun_asr_nano` where that class can hold it, else as ours.
+        """Uploads the processor, as a `fun_asr_nano` processor of transformers if possible, otherwise as this class.
 
-        Args, result: as `SpeechLLMForConditionalGeneration.push_to_hub`.
+        Arguments and result: see `SpeechLLMForConditionalGeneration.push_to_hub`.
         """
         return pretrained.hub().push_processor(self, repo_id, private, token, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
-        """How many audio tokens a recording of so many feature frames (encoder input) becomes."""
+        """Returns the number of audio tokens for a number of feature frames (encoder input)."""
         return chat.num_audio_tokens(
             num_frames, self.downsample_rate, self.use_low_frame_rate, self.encoder_downsample_rate
         )
 
     def tokenize(self, dialogue: chat.Dialogue, num_frames: Sequence[int]) -> chat.TokenizedDialogue:
-        """Ids and labels of a dialogue.
+        """Returns ids and labels of a dialogue.
 
         Args:
-            num_frames: feature frames (encoder input) of each of its recordings.
+            num_frames: feature frames (encoder input) of each recording in the dialogue.
         """
         counts = [self.num_audio_tokens(frames) for frames in num_frames]
         if not self.system_prompt:
@@ -99,24 +100,24 @@ class SpeechLLMProcessor(ProcessorMixin):
     def __call__(
         self, audio: AudioInput | None = None, text: TextInput | list[TextInput] | None = None, **kwargs
     ) -> BatchFeature:
-        """The model's inputs for recordings, or for texts with recordings.
+        """Builds the model's inputs for recordings, or for texts with recordings.
 
         Args:
-            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
-            text: one or several, with one `audio_token` at the place of each recording, as of
-                `apply_chat_template(tokenize=False)`; default requests for transcripts, see
+            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of these.
+            text: one text or a list, with one `audio_token` per recording, as returned by
+                `apply_chat_template(tokenize=False)`; default: transcription requests, see
                 `apply_transcription_request`.
-            **kwargs: options of `transformers.ProcessingKwargs`: of the tokenizer, and `sampling_rate` of the
-                waveforms in Hz. By default, texts get no special tokens and are padded on the left, for `generate`.
+            **kwargs: options in `transformers.ProcessingKwargs`: options of the tokenizer, and `sampling_rate` of the
+                waveforms in Hz. By default, texts get no special tokens and are padded on the left for `generate`.
 
         Returns:
-            `input_ids`, `attention_mask`, shape = (texts, tokens), and, if there are recordings, `input_features`,
+            `input_ids`, `attention_mask`, shape = (texts, tokens), and, with recordings, `input_features`,
             shape = (recordings, frames, feature size), `input_features_mask`.
 
         Raises:
-            TypeError: if there is no option of a name.
-            ValueError: if texts and recordings don't fit, or the rate is not the processor's.
-            AudioError: if a recording can't be loaded.
+            TypeError: if an option is unknown.
+            ValueError: if texts and recordings do not match, or `sampling_rate` is not the processor's rate.
+            AudioError: if a recording cannot be loaded.
         """
         nested = {name: value for name, value in kwargs.items() if name in OPTIONS and isinstance(value, dict)}
         known = {*OPTIONS, *(name for names in OPTIONS.values() for name in names)}
@@ -124,7 +125,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         for group, options in nested.items():
             unknown |= options.keys() - (known if group == "common_kwargs" else OPTIONS[group])
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no options {', '.join(sorted(unknown))}; see ProcessingKwargs")
+            raise TypeError(
+                f"{type(self).__name__} has no options {', '.join(sorted(unknown))}; see transformers.ProcessingKwargs"
+            )
         if text is None and audio is not None:
             text = [self._transcription_text] * len(_list_of(audio))
         defaults = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
@@ -136,21 +139,23 @@ class SpeechLLMProcessor(ProcessorMixin):
         return super().__call__(text=text, audio=audio, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Loads the recordings of a call, and puts texts into a list; arguments and result as transformers'."""
+        """Loads recordings and converts texts to a list; overrides the method of transformers."""
         if audio is not None:
             audio = [load_audio(source, self.sampling_rate) for source in _list_of(audio)]
         return images, [text] if isinstance(text, str) else text and list(text), videos, audio
 
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
-        """As many `audio_token` as the recording at this index gets."""
+        """Returns the placeholders of a recording: `audio_token`, once for each audio token."""
         return self.audio_token * self.num_audio_tokens(int(audio_inputs["input_features_mask"][audio_idx].sum()))
 
     def _process_audio(self, audio, sampling_rate: int | None = None, **kwargs) -> tuple[dict, list[str]]:
         if sampling_rate not in (None, self.sampling_rate):
-            raise ValueError(f"got audio at {sampling_rate} Hz, need {self.sampling_rate} Hz: resample it first")
+            raise ValueError(
+                f"the audio has {sampling_rate} Hz, the processor needs {self.sampling_rate} Hz; resample the audio"
+            )
         if isinstance(self.feature_extractor, FbankFeatureExtractor):
             inputs = self.feature_extractor(audio, **kwargs)
-        else:  # Whisper's pads to 30 s, which the model does itself
+        else:  # Whisper's feature extractor pads to 30 s; here the model pads
             inputs = pad_features(self.extract_features(audio))
         return inputs, [self.replace_audio_token(inputs, index) for index in range(len(audio))]
 
@@ -177,35 +182,36 @@ class SpeechLLMProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
     ) -> BatchFeature | torch.Tensor | str | list[str]:
-        """The model's inputs for dialogues: for training where every turn is answered, for decoding where the last is
-        not.
+        """Builds the model's inputs for dialogues: for training if all turns have answers, otherwise for decoding.
 
         Args:
-            conversation: one list of messages, or several; see `chat.parse_messages`.
-            hotwords: named before the first prompt of each dialogue.
-            return_labels: whether to add `labels`; without effect where the last answer is missing.
-            padding_side: default `right` with labels and `left` without, which is what `generate` needs.
-            tokenize: if false, gives the text of a dialogue, or a list of texts, and loads no recordings.
-            add_generation_prompt: whether the dialogues end where an answer begins; default where the last answer is
-                missing, and nothing else is possible.
-            return_dict: if false, gives `input_ids` alone.
+            conversation: one list of messages, or several lists; see `chat.parse_messages`.
+            hotwords: written before the first prompt of each dialogue.
+            return_labels: whether to add `labels`; ignored if a last answer is missing.
+            padding_side: default `right` with labels and `left` (for `generate`) without labels.
+            tokenize: if false, returns the text of a dialogue, or a list of texts, and loads no recordings.
+            add_generation_prompt: whether the dialogues end before an answer; by default detected, and another value
+                than the detected one is an error.
+            return_dict: if false, returns only `input_ids`.
             return_tensors: `"pt"`.
-            continue_final_message, processor_kwargs: as transformers' pipelines pass them; must be false and empty.
+            continue_final_message, processor_kwargs: passed by transformers' pipelines; must be false and empty.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, if there are recordings,
+            `input_ids`, `attention_mask`, `labels`, shape = (dialogues, tokens), and, with recordings,
             `input_features`, shape = (recordings, frames, feature size), `input_features_mask`.
 
         Raises:
-            chat.ChatError: if a dialogue is not well formed, or `add_generation_prompt` does not fit.
-            AudioError: if a recording can't be loaded.
+            chat.ChatError: if a dialogue is invalid, or does not match `add_generation_prompt`.
+            AudioError: if a recording cannot be loaded.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
         if continue_final_message:
-            raise chat.ChatError("continue_final_message is not supported: a transcript can't begin with given words")
+            raise chat.ChatError(
+                "continue_final_message is not supported: the model cannot continue a given transcript; leave it out"
+            )
         if processor_kwargs:
-            raise ValueError(f"processor_kwargs are not supported: {', '.join(processor_kwargs)}")
+            raise ValueError(f"processor_kwargs are not supported: {', '.join(processor_kwargs)}; leave them out")
         single = isinstance(conversation[0], dict)
         conversations: Sequence = [conversation] if single else conversation
         dialogues = [chat.parse_messages(messages, chat.parse_hotwords(hotwords)) for messages in conversations]
@@ -234,14 +240,14 @@ class SpeechLLMProcessor(ProcessorMixin):
         prompt: str | None = None,
         context: str | None = None,
     ) -> BatchFeature:
-        """The inputs of `generate` that ask for transcripts.
+        """Builds inputs of `generate` for a transcription.
 
         Args:
-            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of them.
-            language, itn, hotwords, prompt, context: see `chat.transcription_prompt`; shared by all recordings.
+            audio: a path, URL or waveform (shape = (samples,), at `sampling_rate`), or a list of these.
+            language, itn, hotwords, prompt, context: see `chat.transcription_prompt`; apply to all recordings.
 
         Returns:
-            As `apply_chat_template`, padded on the left.
+            See `apply_chat_template`; padded on the left.
         """
         recordings = _list_of(audio)
         text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt, context)
@@ -255,10 +261,11 @@ class SpeechLLMProcessor(ProcessorMixin):
         padding_side: str | None = None,
         device: torch.device | str = "cpu",
     ) -> BatchFeature:
-        """Pads parsed dialogues and their loaded recordings; arguments and result as `apply_chat_template`.
+        """Pads parsed dialogues and loaded recordings into a batch; for other arguments see `apply_chat_template`.
 
         Args:
-            device: where the features are computed, and left; the ids stay on the host.
+            waveforms: recordings of all dialogues, in order, each of shape = (samples,).
+            device: device that computes and keeps the features; ids stay on the CPU.
         """
         features = self.extract_features(waveforms, device)
         audio = pad_features(features) if features else {}
@@ -277,7 +284,7 @@ class SpeechLLMProcessor(ProcessorMixin):
     def extract_features(
         self, waveforms: Sequence[np.ndarray], device: torch.device | str = "cpu"
     ) -> list[torch.Tensor]:
-        """Encoder inputs of waveforms, each of shape = (frames, feature size), on the device."""
+        """Computes encoder inputs of waveforms, each of shape = (frames, feature size), on `device`."""
         extractor = self.feature_extractor
         if torch.device(device).type == "cuda" and isinstance(extractor, FbankFeatureExtractor):
             return extractor.extract(waveforms, device) if waveforms else []
@@ -307,13 +314,13 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     @property
     def frame_seconds(self) -> float:
-        """Time between two frames of the encoder's input: 60 ms with low-frame-rate stacking, else 10 ms."""
+        """Seconds between two frames of the encoder's input: 0.06 with low-frame-rate stacking, otherwise 0.01."""
         stacked = isinstance(self.feature_extractor, FbankFeatureExtractor)
         return FRAME_SHIFT * (self.feature_extractor.stride_lfr if stacked else 1)
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of the tensors that the model takes."""
+        """Names of the model's input tensors."""
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
 
 
@@ -328,7 +335,7 @@ def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         features: each of shape = (frames, feature size).
 
     Returns:
-        `input_features`, shape = (recordings, longest, feature size), zero where padded, and `input_features_mask`.
+        `input_features`, shape = (recordings, longest, feature size), zero in padding, and `input_features_mask`.
     """
     lengths = torch.tensor([len(item) for item in features])
     mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)

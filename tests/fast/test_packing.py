@@ -13,7 +13,7 @@ from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.fast.attention import PADDING_FREE, enable_padding_free
 from hf_speechllm.fast.cuda_graphs import supports_cuda_graphs
 from hf_speechllm.fast.fsmn import FSMN, fsmn_conv_torch, kernel_works, use_fsmn
-from hf_speechllm.model.packing import PackedRows, filled_positions
+from hf_speechllm.model.packing import PaddingFreeBatch, non_padding_positions
 from hf_speechllm.training.checkpointing import verification as readback
 from hf_speechllm.training.lora import add_lora
 
@@ -120,12 +120,14 @@ def test_gpus_without_the_kernel_are_refused(parts, monkeypatch):
 
 def test_rows_are_packed_and_unpacked():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    rows = PackedRows(mask, filled_positions(mask))
+    packing = PaddingFreeBatch(mask, non_padding_positions(mask))
     states = torch.arange(18.0).view(3, 3, 2)
-    assert rows.pack(states)[0, :, 0].tolist() == [0, 2, 6, 12, 14, 16]
-    assert torch.equal(rows.unpack(rows.pack(states)), states * mask.unsqueeze(-1))
-    assert rows.position_ids.tolist() == [[0, 1, 0, 0, 1, 2]] and rows.segment_ids.tolist() == [[1, 1, 2, 3, 3, 3]]
-    assert rows.attention["cu_seq_lens_q"].tolist() == [0, 2, 3, 6] and rows.attention["max_length_k"] == 3
+    assert packing.unpad(states)[0, :, 0].tolist() == [0, 2, 6, 12, 14, 16]
+    assert torch.equal(packing.pad(packing.unpad(states)), states * mask.unsqueeze(-1))
+    assert packing.position_ids.tolist() == [[0, 1, 0, 0, 1, 2]] and packing.segment_ids.tolist() == [
+        [1, 1, 2, 3, 3, 3]
+    ]
+    assert packing.attention["cu_seq_lens_q"].tolist() == [0, 2, 3, 6] and packing.attention["max_length_k"] == 3
 
 
 @pytest.mark.parametrize("size", [11, 4])

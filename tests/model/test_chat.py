@@ -1,5 +1,4 @@
-"""The dialogue format: what is supervised, what is asked, how many audio tokens there are, what can't be
-understood."""
+"""The dialogue format: supervised tokens, prompts, number of audio tokens, and invalid dialogues."""
 
 import copy
 
@@ -45,16 +44,16 @@ def example(messages, counts, **options):
     return tokenize(parse_messages(messages), TOKENIZER, counts, AUDIO_ID, **options)
 
 
-def supervised_stretches(labels):
+def supervised_spans(labels):
     """Runs of supervised tokens."""
-    stretches, previous = [], IGNORE_INDEX
+    spans, previous = [], IGNORE_INDEX
     for label in labels:
         if label != IGNORE_INDEX:
             if previous == IGNORE_INDEX:
-                stretches.append([])
-            stretches[-1].append(label)
+                spans.append([])
+            spans[-1].append(label)
         previous = label
-    return stretches
+    return spans
 
 
 def test_layout_is_that_of_the_original():
@@ -68,7 +67,7 @@ def test_layout_is_that_of_the_original():
     assert decoded([label for label in result.labels if label != IGNORE_INDEX]) == "几点了？<|im_end|>"
     asked = example(messages, [3])
     assert decoded(asked.input_ids) == prompt
-    assert result.input_ids[: len(asked.input_ids)] == asked.input_ids  # trained as it will be asked
+    assert result.input_ids[: len(asked.input_ids)] == asked.input_ids  # training and decoding use the same prompt
     assert set(asked.labels) == {IGNORE_INDEX}
 
 
@@ -80,13 +79,13 @@ def test_turns_follow_each_other_without_a_newline():
         "<|im_start|>user\n语音转写：**<|im_end|>\n<|im_start|>assistant\none<|im_end|>"
         "<|im_start|>user\nAgain: ****!<|im_end|>\n<|im_start|>assistant\ntwo three<|im_end|>"
     )
-    assert [decoded(ids) for ids in supervised_stretches(result.labels)] == ["one<|im_end|>", "two three<|im_end|>"]
+    assert [decoded(ids) for ids in supervised_spans(result.labels)] == ["one<|im_end|>", "two three<|im_end|>"]
 
 
 def test_thinking_block_is_not_supervised():
     result = example([user(SPEECH), assistant("one")], [1], think_block=True)
     assert decoded(result.input_ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\none<|im_end|>")
-    assert [decoded(ids) for ids in supervised_stretches(result.labels)] == ["one<|im_end|>"]
+    assert [decoded(ids) for ids in supervised_spans(result.labels)] == ["one<|im_end|>"]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|"), max_size=12)
@@ -112,7 +111,7 @@ def test_answers_and_their_ends_are_supervised_and_nothing_else(system, turns, o
     assert len(result.labels) == len(result.input_ids)
     assert all(label in (IGNORE_INDEX, token) for label, token in zip(result.labels, result.input_ids, strict=True))
     expected = [TOKENIZER.encode(answer, add_special_tokens=False) + [END_ID] for answer in answers]
-    assert supervised_stretches(result.labels) == expected
+    assert supervised_spans(result.labels) == expected
     assert result.input_ids.count(AUDIO_ID) == sum(counts)
     assert result.input_ids.count(END_ID) == 1 + len(turns) + len(answers)
 
@@ -142,7 +141,7 @@ def test_padding_on_either_side_moves_the_labels_with_their_tokens(dialogues, si
         assert (ids[kept], labels[kept]) == (examples[row].input_ids, examples[row].labels)
         assert all(label == IGNORE_INDEX for label, real in zip(labels, mask, strict=True) if not real)
         answers = [TOKENIZER.encode(answer, add_special_tokens=False) + [END_ID] for _, _, _, answer in turns]
-        assert supervised_stretches(labels) == answers
+        assert supervised_spans(labels) == answers
 
 
 def test_thinking_block_and_system_prompt_are_options_of_the_processor(tmp_path):
@@ -159,15 +158,15 @@ def test_thinking_block_and_system_prompt_are_options_of_the_processor(tmp_path)
     assert asked.startswith("<|im_start|>user\nP:") and asked.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
-def test_ids_of_an_answer_do_not_depend_on_what_stands_before():
+def test_ids_of_an_answer_do_not_depend_on_the_preceding_text():
     answers = [
-        supervised_stretches(example([user(text + SPEECH), assistant("hello world")], [n]).labels)[0]
+        supervised_spans(example([user(text + SPEECH), assistant("hello world")], [n]).labels)[0]
         for text, n in (("", 1), ("语音转写：", 5), ("Speech transcription: ", 2))
     ]
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_number_of_lengths_must_be_that_of_the_recordings():
+def test_number_of_lengths_must_equal_number_of_recordings():
     with pytest.raises(ChatError, match="1 recordings, but 2 lengths"):
         example([user(SPEECH), assistant("one")], [1, 2])
 
@@ -181,12 +180,12 @@ def test_number_of_lengths_must_be_that_of_the_recordings():
         ({"language": "ZH"}, "语音转写成中文："),
         ({"language": "ja", "itn": False}, "语音转写成日文，不进行文本规整："),
         ({"itn": False}, "语音转写，不进行文本规整："),
-        ({"language": "德文"}, "语音转写成德文："),  # one that the released models were not trained on
+        ({"language": "德文"}, "语音转写成德文："),  # a language that the released models were not trained on
         ({"prompt": "Speech transcription:"}, "Speech transcription:"),
         ({"prompt": "Transcribe speech into Chinese:"}, "Transcribe speech into Chinese:"),
     ],
 )
-def test_prompt_asks_for_language_and_normalisation(options, expected):
+def test_prompt_contains_language_and_normalisation(options, expected):
     assert chat.transcription_prompt(**options) == expected
 
 
@@ -196,21 +195,21 @@ HEADER = (
 )
 
 
-def test_hotwords_stand_in_a_header():
+def test_hotwords_are_written_in_a_header():
     hotwords = ["开放时间", "Qwen"]
     assert chat.transcription_prompt(hotwords=hotwords) == HEADER.format("开放时间, Qwen") + "语音转写："
     assert chat.transcription_prompt(prompt="P:", hotwords=["a"]) == HEADER.format("a") + "P:"
     assert chat.hotword_context([]) == ""
 
 
-def test_context_stands_before_the_hotwords():
+def test_context_precedes_the_hotwords():
     header = HEADER.format("ICE").replace("热词列表", "About trains.\n热词列表")
     assert chat.transcription_prompt(hotwords=["ICE"], context="About trains.") == header + "语音转写："
     alone = header.partition("热词列表")[0]
     assert chat.transcription_prompt("en", context="About trains.") == alone + "语音转写成英文："
 
 
-def test_hotwords_of_a_dialogue_stand_before_its_first_prompt_only():
+def test_hotwords_of_a_dialogue_precede_only_the_first_prompt():
     messages = [user(f"语音转写：{SPEECH}"), assistant("one"), user(f"语音转写：{SPEECH}"), assistant("two")]
     result = tokenize(parse_messages(messages, ["Qwen"]), TOKENIZER, [1, 1], AUDIO_ID)
     assert decoded(result.input_ids).count("热词列表") == 1
@@ -233,23 +232,23 @@ def test_hotwords_are_a_list_or_a_string_with_commas(given, expected):
 @pytest.mark.parametrize(
     "token", [chat.TURN_START, chat.TURN_END, chat.AUDIO_TOKEN, chat.SPEECH_START, chat.SPEECH_END]
 )
-def test_hotwords_can_not_hold_what_dialogues_are_made_of(token):
+def test_hotwords_must_not_contain_special_tokens(token):
     with pytest.raises(chat.ChatError, match="a hotword contains"):
         chat.parse_hotwords(["fine", f"not {token} fine"])
 
 
 @pytest.mark.parametrize("options", [{"language": "en"}, {"itn": False}])
-def test_own_prompt_does_not_go_with_language_or_normalisation(options):
+def test_prompt_excludes_language_and_normalisation(options):
     with pytest.raises(ValueError, match="one or the other"):
         chat.transcription_prompt(prompt="P:", **options)
 
 
-def test_unknown_language_is_told_with_the_known_ones():
+def test_unknown_language_error_lists_the_known_languages():
     with pytest.raises(ValueError, match=r"unknown language 'klingon'.*en \(英文\)"):
         chat.transcription_prompt(language="klingon")
 
 
-def test_recording_may_be_a_path_in_the_text_or_a_part_of_its_own():
+def test_recording_may_be_a_path_in_the_text_or_a_separate_part():
     as_text = parse_messages([user(f"语音转写：{SPEECH}."), assistant("one")])
     for key in ("audio", "path", "url"):
         part = {"type": "audio", key: "a.wav"}
@@ -261,7 +260,7 @@ def test_recording_may_be_a_path_in_the_text_or_a_part_of_its_own():
     assert mixed == as_text
 
 
-def test_transcription_messages_hold_a_path_or_a_waveform():
+def test_transcription_messages_contain_a_path_or_a_waveform():
     waveform = object()
     for recording in ("a.wav", waveform):
         dialogue = parse_messages(chat.transcription_messages(recording, "语音转写：", "one"))
@@ -306,8 +305,8 @@ START, END = "<|startofspeech|>", "<|endofspeech|>"
         ([user(SPEECH), assistant(" \n")], "transcript.* is empty"),
         ([user(SPEECH), assistant([])], "transcript.* is empty"),
         ([user(f"{START}a.wav{END}"), assistant("one")], r"no '!' after .*write <\|startofspeech\|>!a.wav"),
-        ([user(f"{START}!a.wav"), assistant("one")], "without .*; close it"),
-        ([user(f"{START}!a.wav{START}!b.wav{END}"), assistant("one")], "before the next one; close it"),
+        ([user(f"{START}!a.wav"), assistant("one")], "without .*; add "),
+        ([user(f"{START}!a.wav{START}!b.wav{END}"), assistant("one")], "before the next one; add "),
         ([user(f"a.wav{END}"), assistant("one")], "without .*startofspeech.* before it"),
         ([user(f"{START}!{END}"), assistant("one")], "no path between"),
         ([user(f"{START}! {END}"), assistant("one")], "no path between"),
@@ -319,7 +318,7 @@ START, END = "<|startofspeech|>", "<|endofspeech|>"
         ([{"role": "system", "content": AUDIO_TOKEN}, *GOOD], "system message contains"),
     ],
 )
-def test_dialogue_that_is_not_well_formed_is_an_error_that_says_why(messages, reason):
+def test_invalid_dialogue_raises_an_error_with_the_reason(messages, reason):
     with pytest.raises(ChatError, match=reason):
         parse_messages(messages)
 
@@ -344,7 +343,7 @@ JSON = st.recursive(
         JSON.map(lambda c: [user(SPEECH), assistant(c)]),
     )
 )
-def test_whatever_stands_in_a_row_is_a_dialogue_or_a_chat_error(messages):
+def test_any_content_of_a_row_is_a_dialogue_or_a_chat_error(messages):
     try:
         dialogue = parse_messages(messages)
     except ChatError:
@@ -359,7 +358,7 @@ def original_low_frame_rate(frames):
     return (length - 1) // 2 + 1
 
 
-def test_number_of_audio_tokens_is_that_of_the_original_for_every_length():
+def test_number_of_audio_tokens_equals_the_original_for_every_length():
     for frames in range(1, 20_001):
         assert chat.num_audio_tokens(frames, 1, True) == original_low_frame_rate(frames)
         for rate in (1, 2, 3, 4, 8):
@@ -368,7 +367,7 @@ def test_number_of_audio_tokens_is_that_of_the_original_for_every_length():
             assert chat.num_audio_tokens(frames, rate, True) == original_low_frame_rate(stacked)
 
 
-def test_encoder_that_shortens_comes_before_the_adaptor():
+def test_encoder_downsampling_precedes_the_adaptor():
     assert chat.num_audio_tokens(3000, 4, False, encoder_downsample_rate=2) == 375
     assert chat.num_audio_tokens(7, 2, False, encoder_downsample_rate=2) == 2
     assert chat.num_audio_tokens(7, 1, True, encoder_downsample_rate=2) == 1
@@ -378,7 +377,7 @@ def test_encoder_that_shortens_comes_before_the_adaptor():
     ("answer", "text"),
     [("/sil", ""), ("好的/sil/sil 再见 ", "好的 再见"), ("one\n/sil two", "one two"), ("and/silver", "and/silver")],
 )
-def test_marks_of_silence_are_no_part_of_an_answer(answer, text):
+def test_silence_marks_are_removed_from_an_answer(answer, text):
     assert chat.clean_answer(answer) == text
 
 

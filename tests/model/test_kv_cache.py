@@ -1,4 +1,4 @@
-"""The key-value cache is found under both of its names."""
+"""The key-value cache is accepted under both names."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)
-def test_a_forward_pass_takes_a_cache_under_either_name(compose_tiny, tiny_config, name):
+def test_forward_accepts_the_cache_under_either_name(compose_tiny, tiny_config, name):
     model, _ = compose_tiny(tiny_config())
     model.eval()
     ids = torch.tensor([[5, 9, 7, 8]])

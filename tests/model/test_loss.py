@@ -1,4 +1,4 @@
-"""The loss from a linear head: as from full logits, in one call of the head, whatever engine holds its weight."""
+"""The chunked loss equals the loss from full logits and calls the head once, so it works with sharded weights."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def several_chunks(monkeypatch):
 
 @pytest.fixture
 def inputs():
-    """States and labels of three rows of forty tokens; the first nine are not supervised."""
+    """States and labels of 3 rows with 40 tokens each; the first 9 tokens are not supervised."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(3, 40, WIDTH, generator=generator, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (3, 40), generator=generator)
@@ -61,24 +61,24 @@ def test_loss_and_gradients_equal_those_of_full_logits(inputs, head, autocast, t
             assert error < (1e-2 if autocast else 1e-6)  # bfloat16 has three digits
 
 
-def test_head_is_called_once_with_its_hooks_however_many_chunks_there_are(inputs, head):
+def test_head_and_hooks_run_once_for_any_number_of_chunks(inputs, head):
     calls = []
     head.register_forward_pre_hook(lambda *_: calls.append("before"))
     head.register_forward_hook(lambda *_: calls.append("after"))
     supervised_loss(*inputs, head)[0].backward()
     assert calls == ["before", "after"]
-    assert head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)  # its own forward pass is back
+    assert head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)  # the original forward method is restored
 
 
-def test_weight_may_be_gone_after_the_forward_pass(inputs, head):
+def test_backward_does_not_need_the_weight(inputs, head):
     weight = head.weight.detach().clone()
     loss = supervised_loss(*inputs, head)[0]
-    head.weight.data = torch.full_like(weight, torch.nan)  # as FSDP takes it away until it is needed again
+    head.weight.data = torch.full_like(weight, torch.nan)  # FSDP frees the gathered weight after the forward pass
     loss.backward()
     assert torch.isfinite(inputs[0].grad).all()
 
 
-def test_heads_that_do_more_than_a_product_are_called_as_they_are(inputs):
+def test_heads_with_bias_or_activation_use_full_logits(inputs):
     biased = nn.Linear(WIDTH, VOCABULARY)
     for layer in (biased, nn.Sequential(nn.Linear(WIDTH, VOCABULARY, bias=False), nn.Tanh())):
         loss = supervised_loss(*inputs, layer)[0]

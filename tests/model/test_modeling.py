@@ -1,4 +1,4 @@
-"""The model: loss, gradients and transcripts don't depend on how recordings are put together; what is saved loads."""
+"""The model: loss, gradients and transcripts do not depend on batching; saved models load with the same logits."""
 
 import subprocess
 import sys
@@ -65,17 +65,17 @@ def waveforms():
 
 @pytest.fixture(scope="module")
 def dialogues(waveforms):
-    """One recording with its transcript each, of different lengths."""
+    """Dialogues with one recording and one transcript each, of different lengths."""
     pairs = zip(waveforms, TEXTS, strict=True)
     return [transcription_messages(waveform, "语音转写：", text) for waveform, text in pairs]
 
 
 @pytest.fixture(scope="module")
 def whisper_parts(compose_tiny, tiny_config):
-    """A tiny random model before whose adaptor stands Whisper's encoder."""
+    """A tiny random model with Whisper's encoder."""
     config = {**tiny_config(downsample_rate=4), "audio_encoder_config": WHISPER}
     extractor = WhisperFeatureExtractor()
-    with pytest.MonkeyPatch.context() as patch:  # a pretrained one is not to be had without the network
+    with pytest.MonkeyPatch.context() as patch:  # pretrained weights would need the network
         patch.setattr(AutoFeatureExtractor, "from_pretrained", lambda *_, **__: extractor)
         return compose_tiny(config)
 
@@ -86,7 +86,7 @@ def low_frame_rate_model(compose_tiny, tiny_config):
 
 
 def gradients(model, batch):
-    """Loss, supervised tokens, and the gradient of the summed loss, by parameter."""
+    """Returns loss, supervised tokens, and the gradient of the summed loss for each parameter."""
     model.zero_grad()
     output = model(**batch)
     count = int(output.num_label_tokens)
@@ -105,14 +105,14 @@ def assert_batch_equals_singles(model, processor, dialogues, padding_side):
     assert {name.split(".")[0] for name in grads} == set(PARTS)
     for name, grad in grads.items():
         expected = sum(single[2][name] for single in singles)
-        # Relative to the largest gradient of the tensor: single entries may be a small difference of large ones. The
-        # keys' biases have none but rounding errors, since a softmax does not see what all keys have in common.
+        # Relative to the largest gradient of the tensor: single entries may be a small difference of large numbers.
+        # Gradients of the key biases are rounding errors only: a softmax ignores an offset common to all keys.
         scale = 0.02 if name.endswith("k_proj.bias") else expected.abs().max().item()
         torch.testing.assert_close(grad, expected, rtol=0, atol=5e-5 * scale, msg=lambda text, name=name: name + text)
 
 
 def naive_loss(logits, labels):
-    """Mean cross-entropy and accuracy over all labelled positions, from full logits, position by position."""
+    """Computes mean cross-entropy and accuracy over all labelled positions from full logits."""
     losses, hits = [], []
     for row_logits, row_labels in zip(logits, labels, strict=True):
         for position in range(1, len(row_labels)):
@@ -125,22 +125,20 @@ def naive_loss(logits, labels):
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("adaptor", ADAPTORS, ids=name_of)
-def test_padded_batch_gives_loss_and_gradients_of_single_examples(
-    compose_tiny, tiny_config, dialogues, adaptor, padding_side
-):
+def test_padded_batch_equals_single_examples(compose_tiny, tiny_config, dialogues, adaptor, padding_side):
     model, processor = compose_tiny(tiny_config(**adaptor))
     assert_batch_equals_singles(model, processor, dialogues, padding_side)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
-def test_padded_batch_equals_single_examples_before_a_whisper_encoder(whisper_parts, dialogues, padding_side):
+def test_padded_batch_equals_single_examples_with_a_whisper_encoder(whisper_parts, dialogues, padding_side):
     assert_batch_equals_singles(*whisper_parts, dialogues, padding_side)
 
 
-def test_whisper_encoder_sees_thirty_seconds_as_from_its_own_feature_extractor(whisper_parts, waveforms):
+def test_whisper_encoder_input_equals_the_padding_of_whispers_feature_extractor(whisper_parts, waveforms):
     model, processor = whisper_parts
     waveform = waveforms[1].copy()
-    waveform[-400:] = 0  # else a window reaches from the padding, which is not stored, back into the recording
+    waveform[-400:] = 0  # otherwise a window of the padding, which is not stored, would overlap the recording
     stored = pad_features(processor.extract_features([waveform]))
     full = processor.feature_extractor(waveform, sampling_rate=16000, return_tensors="pt")["input_features"]
     with torch.no_grad():
@@ -261,7 +259,7 @@ def test_loss_and_accuracy_equal_those_of_full_logits(compose_tiny, dialogues, p
     labels = batch["labels"]
     with torch.no_grad():
         logits = model(**batch, return_logits=True).logits
-        # Let the model be right in places: an untrained one never is.
+        # Make some predictions correct: an untrained model predicts none correctly.
         labels[0] = torch.where(labels[0] != IGNORE_INDEX, logits[0].argmax(-1).roll(1), labels[0])
         output = model(**batch)
     loss, accuracy = naive_loss(logits, labels)
@@ -299,7 +297,7 @@ def test_batch_without_labels_has_no_loss_and_no_nan(compose_tiny, dialogues):
 
 
 @pytest.mark.parametrize("adaptor", ADAPTORS, ids=name_of)
-def test_number_of_audio_tokens_equals_the_rows_that_are_scattered(compose_tiny, tiny_config, adaptor):
+def test_number_of_audio_tokens_equals_the_inserted_embeddings(compose_tiny, tiny_config, adaptor):
     model, processor = compose_tiny(tiny_config(**adaptor))
     config = model.config
     lengths = torch.tensor([1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 25, 40])
@@ -312,7 +310,7 @@ def test_number_of_audio_tokens_equals_the_rows_that_are_scattered(compose_tiny,
     assert tokens.shape[1] == max(expected)
 
 
-def test_audio_tokens_stand_at_their_placeholders_in_order(compose_tiny, dialogues):
+def test_audio_tokens_replace_their_placeholders_in_order(compose_tiny, dialogues):
     model, processor = compose_tiny()
     batch = processor.apply_chat_template(dialogues)
     with torch.no_grad():
@@ -329,7 +327,7 @@ def test_audio_tokens_stand_at_their_placeholders_in_order(compose_tiny, dialogu
         assert torch.equal(embeddings[row][~placeholders], model.get_input_embeddings()(ids[~placeholders]))
 
 
-def test_what_frozen_parts_computed_before_gives_the_same_loss(compose_tiny, dialogues):
+def test_cached_outputs_of_frozen_parts_give_the_same_loss(compose_tiny, dialogues):
     model, processor = compose_tiny()
     batch = processor.apply_chat_template(dialogues)
     features = {key: batch.pop(key) for key in ("input_features", "input_features_mask")}
@@ -374,7 +372,7 @@ def test_placeholders_and_audio_tokens_that_differ_in_number_are_an_error(compos
 
 
 def test_two_recordings_in_two_turns_equal_two_turns_with_their_own_features(compose_tiny, dialogues):
-    """Recordings are taken in the order of their places, over turns and rows."""
+    """Recordings are assigned in order of appearance, over turns and rows."""
     model, processor = compose_tiny()
     two_turns = [*dialogues[0], *dialogues[1][1:]]
     assert_batch_equals_singles(model, processor, [dialogues[2], two_turns, dialogues[1]], "right")
@@ -383,7 +381,7 @@ def test_two_recordings_in_two_turns_equal_two_turns_with_their_own_features(com
 @pytest.mark.parametrize("adaptor", [ADAPTORS[0], ADAPTORS[1], ADAPTORS[8]], ids=name_of)
 def test_decoding_in_a_batch_equals_decoding_one_by_one(compose_tiny, tiny_config, waveforms, adaptor):
     config = tiny_config(**adaptor)
-    config["llm_config"]["tie_word_embeddings"] = False  # tied, an untrained model says its last token again and again
+    config["llm_config"]["tie_word_embeddings"] = False  # with tied weights, an untrained model repeats its last token
     model, processor = compose_tiny(config)
     assert_decodes_alike(model, processor, waveforms)
 
@@ -405,7 +403,7 @@ def assert_decodes_alike(model, processor, waveforms):
 
 
 def test_decoding_step_by_step_equals_full_logits(compose_tiny, waveforms):
-    """The cache holds what the prompt with its audio says."""
+    """The key-value cache contains the prompt with its audio."""
     model, processor = compose_tiny()
     inputs = processor.apply_transcription_request(waveforms[0])
     tokens = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -450,7 +448,7 @@ def test_frozen_part_has_no_dropout_in_training(compose_tiny, tiny_config, dialo
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling"),
     ],
 )
-def test_llm_that_alters_its_logits_is_refused(compose_tiny, tiny_config, llm, name):
+def test_llm_that_changes_logits_after_the_head_is_refused(compose_tiny, tiny_config, llm, name):
     sizes = tiny_config()["llm_config"]
     with pytest.raises(ValueError, match=name):
         compose_tiny({**tiny_config(), "llm_config": {**sizes, **llm}})
@@ -466,7 +464,7 @@ def test_half_precision_model_has_a_loss_near_that_of_full_precision(compose_tin
     assert half.item() == pytest.approx(full, rel=0.03)
 
 
-def test_import_loads_neither_training_nor_what_only_some_need():
+def test_import_loads_neither_training_nor_optional_libraries():
     script = (
         "import sys\n"
         "from transformers import PreTrainedModel, ProcessorMixin\n"

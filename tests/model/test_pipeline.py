@@ -8,8 +8,8 @@ from hf_speechllm import SpeechLLMProcessor
 from hf_speechllm.model.chat import ChatError, transcription_messages, transcription_prompt
 
 
-# Not a core test: older releases of transformers ask for librosa in this pipeline.
-def test_any_to_any_gives_the_text_of_generate(tiny_model):
+# Not a core test: older releases of transformers need librosa for this pipeline.
+def test_any_to_any_returns_the_text_of_generate(tiny_model):
     waveform = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
     messages = transcription_messages(waveform, transcription_prompt("en"))
     transcribe = pipeline("any-to-any", model=str(tiny_model), device="cpu")
@@ -21,7 +21,7 @@ def test_any_to_any_gives_the_text_of_generate(tiny_model):
 
 
 @pytest.mark.core
-def test_what_a_pipeline_passes_and_no_more(tiny_model):
+def test_unsupported_options_of_a_pipeline_are_refused(tiny_model):
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     messages = transcription_messages(np.zeros(16000, np.float32), transcription_prompt(), "one")
     with pytest.raises(ChatError, match="continue_final_message is not supported"):
