@@ -1,1 +1,1 @@
-"""What exists for speed alone and touches private parts of other libraries."""
+"""Optimizations that use private parts of other libraries; results stay the same without them."""

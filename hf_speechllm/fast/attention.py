@@ -1,7 +1,7 @@
 """Padding-free attention, and on a GPU attention without host-device syncs.
 
-By default transformers and torch stall a GPU in every batch: masks are built by their values, and cuDNN's attention
-makes a new plan for every shape.
+By default transformers and torch stall the GPU in every batch: transformers reads the values of each mask on the host,
+and cuDNN's attention makes a new plan for every shape.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..model.packing import MASKS_BY_LAYER, PADDED, PADDING_FREE, PaddingFreeBat
 from .fsmn import use_fsmn
 from .versions import is_tested
 
-BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # parts whose rows are padded
+BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # model types of encoder and adaptor
 
 
 def padding_mask(
     batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs
 ) -> torch.Tensor | None:
-    """Builds the mask of bidirectional attention over padded rows without a look at its values.
+    """Builds the mask of bidirectional attention over padded rows, without a host-device sync.
 
-    transformers' own leaves the mask out where there is no padding, and has the host wait for the GPU to know.
+    The function of transformers omits the mask of a batch without padding, for which the host waits for the GPU.
 
     Args:
-        batch_size, q_length, kv_length: as in `transformers.masking_utils`.
+        batch_size, q_length, kv_length: unused; `transformers.masking_utils` passes them.
         attention_mask: shape = (batch, keys), 0 for padding.
 
     Returns:
-        Shape = (batch, 1, 1, keys), true where attention may look.
+        Shape = (batch, 1, 1, keys), false for padding.
     """
     return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
 
@@ -56,15 +56,15 @@ def padding_free_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention within each of several rows that are packed into one; without them, transformers' `sdpa`.
+    """Computes attention within each row of a packed batch; without `cu_seq_lens_q`, calls transformers' `sdpa`.
 
     Args:
-        query, key, value: shape = (1, heads, tokens of all rows, width of a head); keys may have fewer heads.
-        cu_seq_lens_q: where rows begin and the last ends, 32-bit integers, shape = (rows + 1,).
-        max_length_q: at least the length of the longest row.
+        query, key, value: shape = (1, heads, tokens of all rows, head size); keys and values may have fewer heads.
+        cu_seq_lens_q: start of each row and end of the last row, int32, shape = (rows + 1,).
+        max_length_q: length of the longest row, or an upper bound.
 
     Returns:
-        Shape = (1, tokens, heads, width of a head).
+        Shape = (1, tokens, heads, head size), and `None` instead of attention weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -72,7 +72,8 @@ def padding_free_attention(
         )
     query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        # Not `nn.attention.varlen`: in torch 2.11 it needs as many heads of keys, and later takes cuDNN's attention.
+        # Not `nn.attention.varlen`: torch 2.11 requires as many key heads as query heads there, and later releases
+        # choose cuDNN's attention.
         result = torch.ops.aten._flash_attention_forward(
             query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout, module.is_causal,
             False, scale=scaling,
@@ -94,9 +95,9 @@ AttentionMaskInterface.register(PADDING_FREE, sdpa_mask)
 
 
 def disable_host_syncs(model: nn.Module) -> None:
-    """Sets a model up for padded batches without host-device syncs, on a GPU; nothing else is changed.
+    """Prepares a model for padded batches without host-device syncs.
 
-    The encoder and the adaptor get `padding_mask`, the encoder also the FSMN kernel.
+    Encoder and adaptor use `padding_mask`. The encoder also uses the FSMN kernel. Other parts do not change.
     """
     use_fsmn(model)
     _attend_to_padded_rows(model)
@@ -104,10 +105,10 @@ def disable_host_syncs(model: nn.Module) -> None:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Turns cuDNN's attention off while the block runs.
+    """Disables cuDNN's attention while the block runs.
 
-    torch prefers it on Hopper GPUs. For every shape of a batch it makes a new plan, which takes longer than the
-    attention itself.
+    torch prefers cuDNN's attention on Hopper GPUs. cuDNN makes a new plan for every batch shape, and planning takes
+    longer than the attention.
     """
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -118,27 +119,32 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def enable_padding_free(model: Any) -> None:
-    """Sets a speech LLM up for batches without padding, see `model.packing`.
+    """Prepares a speech LLM for padding-free batches, see `model.packing`.
 
     Args:
-        model: with or without adapters of peft.
+        model: with or without peft adapters.
 
     Raises:
-        ValueError: if the LLM, or the attention that was asked for, can't tell rows apart, or the GPU has no kernel.
+        ValueError: if the LLM or its attention implementation cannot separate packed rows, or the GPU has no kernel.
     """
     if not is_tested("padding-free attention"):
-        raise ValueError("--padding_free is not tested with the installed torch or transformers")
+        raise ValueError(
+            "--padding_free is not tested with the installed torch or transformers; remove the option, or install "
+            "releases in the declared ranges"
+        )
     if torch.cuda.is_available() and not (
         torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability() >= (8, 0)
     ):
         raise ValueError(
-            "--padding_free is for GPUs of compute capability 8.0 or more, and a torch with flash attention"
+            "--padding_free requires a GPU of compute capability 8.0 or more, and a torch build with flash attention; "
+            "remove the option"
         )
     config = model.llm.config
     if causal_masks(config) is None:
         raise ValueError(
-            f"--padding_free is for LLMs of the types {' and '.join(MASKS_BY_LAYER)} with full attention, and for the "
-            f"attention sdpa or flash_attention_2; this one is {config.model_type} with {config._attn_implementation}"
+            f"--padding_free requires an LLM of type {' or '.join(MASKS_BY_LAYER)} with full attention, and the "
+            f"attention implementation sdpa or flash_attention_2; this LLM is {config.model_type} with "
+            f"{config._attn_implementation}; remove the option"
         )
     if config._attn_implementation == "sdpa":
         model.llm.set_attn_implementation(PADDING_FREE)
@@ -155,16 +161,16 @@ def encode_padding_free(
     frame_positions: torch.Tensor | None = None,
     **kwargs,
 ) -> BaseModelOutput:
-    """Computes what transformers' SAN-M encoder computes, padding-free if the positions without padding are given.
+    """Replaces the forward pass of transformers' SAN-M encoder; padding-free if `frame_positions` are passed.
 
     Args:
-        encoder: with the FSMN blocks and the attention of `enable_padding_free`.
+        encoder: prepared by `enable_padding_free`.
         input_features: shape = (recordings, frames, feature size).
-        input_features_mask: shape = (recordings, frames).
-        frame_positions: its `non_padding_positions`.
+        input_features_mask: shape = (recordings, frames), 0 for padding.
+        frame_positions: `non_padding_positions` of the mask.
 
     Returns:
-        With `last_hidden_state`, shape = (recordings, frames, width); without padding in between, padding is zero.
+        `last_hidden_state`, shape = (recordings, frames, width). A padding-free pass returns zeros for padding.
     """
     if frame_positions is None:
         return type(encoder).forward(encoder, input_features, input_features_mask, **kwargs)
@@ -182,8 +188,3 @@ def _attend_to_padded_rows(model: nn.Module) -> None:
             continue
         if module.config._attn_implementation == "sdpa":
             module.set_attn_implementation(PADDED)
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """The attention implementation that a model was loaded with."""
-    return model.config._attn_implementation

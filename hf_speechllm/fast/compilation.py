@@ -1,4 +1,4 @@
-"""Compiled layers: fewer kernels between two matrix products, and few calls of the host instead of thousands."""
+"""Compiled layers: fewer kernels between matrix products, and fewer kernel launches by the host."""
 
 from __future__ import annotations
 
@@ -12,97 +12,98 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..model.kv_cache import find_cache
 from .versions import is_tested
 
-# Layers of a graph, at most: more take longer to compile, fewer leave more work to the host.
+# Layers per graph, at most. More layers take longer to compile; fewer layers mean more calls by the host.
 LAYERS_PER_GRAPH = 2
-# Graphs of one kind: first and last of a stack, trained or frozen, training and validation.
+# Limit of torch.compile for the variants of one function: first or last layers, trained or frozen, training or
+# validation.
 VARIANTS = 64
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor", alone: Collection[str] = ()) -> int:
-    """Compiles the layers of encoder, adaptor and LLM, a few at a time; stacks of equal layers share the graphs.
+def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_classes: Collection[str] = ()) -> int:
+    """Compiles the layers of encoder, adaptor and LLM in small groups; groups of equal layers share one graph.
 
-    Not the whole model: compilation would take as long as there are layers, and what surrounds them may look at
-    values. Names and parameters stay as they are, and so do forward passes with a key-value cache, which are not
-    compiled. Shapes are symbolic, since every batch has its own. Gradient checkpointing recomputes a graph, not a
-    layer.
+    A graph of the whole model would compile for a time proportional to the number of layers, and code outside of the
+    layers may read tensor values. Names and parameters of the model do not change. Forward passes with a key-value
+    cache are not compiled. Shapes are symbolic, because shapes differ between batches. Gradient checkpointing
+    recomputes a group, not a layer.
 
     Args:
-        model: in which no engine has wrapped layers yet.
+        model: before an engine wraps layers.
         backend: of `torch.compile`.
-        alone: names of the classes whose layers each get a graph of their own, since an engine gathers the parameters
-            of each before it is called.
+        single_layer_classes: class names of layers that must be compiled one by one, because an engine gathers the
+            parameters of each layer before it calls the layer.
 
     Returns:
-        Number of graphs that a forward pass calls; 0 if the installed torch or transformers is not tested.
+        Number of compiled groups; 0 if the installed torch or transformers is not tested.
     """
     if not is_tested("layer compilation"):
         return 0
     torch._dynamo.config.cache_size_limit = max(VARIANTS, torch._dynamo.config.cache_size_limit)
-    torch._dynamo.config.optimize_ddp = False  # it would split graphs at DDP's buckets; they are short enough
+    torch._dynamo.config.optimize_ddp = False  # otherwise DDP's buckets split graphs, which are already short
     if hasattr(torch._inductor.config.triton, "mix_order_reduction_non_strict_mode"):
-        # Else batches of less than 4,096 frames or tokens get graphs of their own, compiled in the middle of a run.
+        # Otherwise torch compiles again, in the middle of a run, for batches of fewer than 4,096 frames or tokens.
         torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     graphs = 0
     for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
         if not layers or len(layers) < len(stack):
             continue
-        most = 1 if type(layers[0]).__name__ in alone else LAYERS_PER_GRAPH
-        size = max(number for number in range(1, most + 1) if len(layers) % number == 0)
+        max_size = 1 if type(layers[0]).__name__ in single_layer_classes else LAYERS_PER_GRAPH
+        size = max(number for number in range(1, max_size + 1) if len(layers) % number == 0)
         for start in range(0, len(layers), size):
             first, *others = layers[start : start + size]
             first.forward = LayerGroup([first, *others], backend)
             for layer in others:
-                layer.forward = FurtherLayer(layer)
+                layer.forward = GroupedLayer(layer)
             graphs += 1
     return graphs
 
 
 class LayerGroup:
-    """Runs several layers in a row; stands in for the forward pass of the first.
+    """Runs a group of consecutive layers; replaces the forward pass of the first layer.
 
     Args:
-        layers: that get the same arguments, but for the hidden states.
+        layers: in order; all get the same arguments, except for the hidden states.
         backend: of `torch.compile`.
     """
 
     def __init__(self, layers: list[nn.Module], backend: str):
         self.layers = layers
-        self.compiled = torch.compile(_run, dynamic=True, backend=backend)
+        self.compiled = torch.compile(_run_layers, dynamic=True, backend=backend)
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """As the layers one after the other."""
-        if _is_plain(hidden_states, kwargs):
-            return _run(self.layers[:1], hidden_states, *args, **kwargs)
+        """Runs the compiled group; in an uncompiled pass, the first layer only."""
+        if _is_uncompiled(hidden_states, kwargs):
+            return _run_layers(self.layers[:1], hidden_states, *args, **kwargs)
         return self.compiled(self.layers, hidden_states, *args, **kwargs)
 
 
-class FurtherLayer:
-    """Stands in for the forward pass of a layer behind the first of a group.
+class GroupedLayer:
+    """Replaces the forward pass of every other layer of a group, which `LayerGroup` has already run.
 
     Args:
-        layer: whose group has already run it, unless the pass is plain.
+        layer: not the first layer of a group.
     """
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """As the layer, or nothing."""
-        layers = [self.layer] if _is_plain(hidden_states, kwargs) else []
-        return _run(layers, hidden_states, *args, **kwargs)
+        """Returns the hidden states unchanged; in an uncompiled pass, runs the layer."""
+        layers = [self.layer] if _is_uncompiled(hidden_states, kwargs) else []
+        return _run_layers(layers, hidden_states, *args, **kwargs)
 
 
-def _is_plain(hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether layers run one by one, not compiled."""
-    # A size of one would be compiled anew, in the middle of a run. Packed rows are always one.
+def _is_uncompiled(hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether this pass runs layers one by one, without compilation."""
+    # torch.compile would compile again for a size of 1, in the middle of a run. Packed batches always have one row.
     sizes = hidden_states.shape[1:2] if "cu_seq_lens_q" in kwargs else hidden_states.shape[:2]
-    # Hooks on layers record hidden states and attentions, and see nothing of a group.
+    # Hooks on layers record hidden states and attentions. A hook cannot see the layers within a group.
     recorded = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
     return bool(recorded) or find_cache(kwargs) is not None or 1 in sizes
 
 
-def _run(layers: list[nn.Module], hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _run_layers(layers: list[nn.Module], hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     for layer in layers:
         hidden_states = type(layer).forward(layer, hidden_states, *args, **kwargs)
     return hidden_states

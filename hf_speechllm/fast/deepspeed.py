@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, by its public settings: whole layers are gathered at once, gradients are reduced early."""
+"""Public settings of DeepSpeed ZeRO: gathers whole layers and reduces gradients early."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-BUCKET_SIZE = 200_000_000  # elements sent at once
-PERSISTENT_SIZE = 10_000  # elements of a parameter that every rank keeps: biases, norms and the encoder's convolutions
+BUCKET_SIZE = 200_000_000  # elements per message
+# Largest parameter, in elements, that every rank keeps: biases, norms and convolutions of the encoder.
+PERSISTENT_SIZE = 10_000
 
 
-def prepare(model: nn.Module, config: dict[str, Any]) -> None:
-    """Sets a model and DeepSpeed up, before the engine is made.
+def set_zero_defaults(model: nn.Module, config: dict[str, Any]) -> None:
+    """Sets defaults of ZeRO, before the engine is created.
 
-    Stages 1 and 2 reduce gradients while others are still computed. Stage 3 gathers the parameters of a layer of
-    encoder, adaptor or LLM at once, not those of every module in the layer, and does not copy each gradient before it
-    reduces many of them.
+    Stages 1 and 2 reduce gradients while the backward pass runs. Stage 3 gathers the parameters of a whole layer of
+    encoder, adaptor or LLM at once, not of every module in the layer, and does not copy each gradient before the
+    reduction.
 
     Args:
         model: to be trained.
-        config: DeepSpeed's; what it sets remains.
+        config: of DeepSpeed; values in the config take precedence.
     """
     zero = config.get("zero_optimization", {})
     zero.setdefault("reduce_bucket_size", BUCKET_SIZE)
@@ -39,10 +40,10 @@ def prepare(model: nn.Module, config: dict[str, Any]) -> None:
                 module.register_forward_pre_hook(_require_input_gradient)
 
 
-def match_dtypes(model: nn.Module) -> None:
-    """Gives adapters the dtype of the model, which DeepSpeed's stage 3 has loaded in its own before they were added.
+def match_adapter_dtypes(model: nn.Module) -> None:
+    """Converts adapters to the dtype in which ZeRO-3 has loaded the model.
 
-    Stage 3 in bfloat16 otherwise ends at its start: peft adds adapters in float32.
+    Otherwise ZeRO-3 in bfloat16 fails at the start, because peft adds adapters in float32.
     """
     dtype = next((parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")), None)
     for parameter in model.parameters():
@@ -51,7 +52,7 @@ def match_dtypes(model: nn.Module) -> None:
 
 
 def _require_input_gradient(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    # DeepSpeed collects a leaf layer's gradients when the gradient has reached the layer's input. Without one there,
-    # as before the encoder's first layer, it collects zeros.
+    # DeepSpeed collects the gradients of a leaf layer when the gradient of the layer's input is ready. If the input
+    # has no gradient, as in the first layer of the encoder, DeepSpeed collects zeros.
     if torch.is_grad_enabled() and not inputs[0].requires_grad:
         inputs[0].requires_grad_()

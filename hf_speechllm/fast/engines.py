@@ -1,4 +1,4 @@
-"""Settings of DDP, DeepSpeed and FSDP2 that a run gets without being asked."""
+"""Default settings of DDP, DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from accelerate import Accelerator, DistributedType
 
 
 def set_up_engine(accelerator: Accelerator, model: Any, fast: bool = True) -> None:
-    """Sets an engine up, before it takes the model.
+    """Sets defaults of the engine, before the accelerator prepares the model.
 
     Args:
         accelerator: of the trainer.
         model: to be trained.
-        fast: whether to change what only costs time; otherwise only what would be wrong without it is changed.
+        fast: whether to change settings for speed; otherwise only settings for correct results change.
     """
     if fast and accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise each gradient is copied there and back
+        accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise DDP copies each gradient twice
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
-        from .deepspeed import match_dtypes, prepare  # DeepSpeed need not be installed
+        from .deepspeed import match_adapter_dtypes, set_zero_defaults  # DeepSpeed is optional
 
         if plugin.zero_stage == 3:
-            match_dtypes(model)
+            match_adapter_dtypes(model)
         if fast:
-            prepare(model, plugin.deepspeed_config)
+            set_zero_defaults(model, plugin.deepspeed_config)
     elif accelerator.distributed_type == DistributedType.FSDP:
-        from .fsdp import keep_outputs
+        from .fsdp import keep_output_dtype
 
-        keep_outputs(accelerator.state.fsdp_plugin)
+        keep_output_dtype(accelerator.state.fsdp_plugin)

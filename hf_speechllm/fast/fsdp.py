@@ -1,6 +1,6 @@
-"""FSDP2: outputs in the dtype of the model; clipping and AdamW on the plain shards of a rank.
+"""FSDP2: outputs in the dtype of the model; gradient clipping and AdamW on the local shards of a rank.
 
-torch dispatches each of a thousand sharded tensors (`DTensor`) by itself, in Python, which takes a tenth of a step.
+torch dispatches each of about 1,000 sharded tensors (`DTensor`) in Python, which takes a tenth of a step.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch.distributed.tensor import DTensor
 from .versions import is_tested
 
 
-def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Makes FSDP leave outputs as they are: Accelerate rounds them, and so the loss, to bfloat16.
+def keep_output_dtype(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keeps the dtype of outputs and loss, which Accelerate otherwise has FSDP2 round to bfloat16.
 
     Args:
-        plugin: of the accelerator, before it prepares the model.
+        plugin: of the accelerator, before the accelerator prepares the model.
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 class AdamWOnShards(torch.optim.AdamW):
-    """AdamW whose arithmetic runs on the plain shards of FSDP's parameters and of its own state."""
+    """AdamW that computes on the local shards of FSDP2's parameters and of the optimizer state."""
 
     def _init_group(self, group, *lists):
         result = super()._init_group(group, *lists)
@@ -42,14 +42,15 @@ def sharded_optimizer(optimizer_class: type) -> type:
 
 
 def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor | None:
-    """Clips gradients as `torch.nn.utils.clip_grad_norm_` does.
+    """Clips gradients of FSDP2 to the same values as `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        parameters: of FSDP2.
+        parameters: of a model that FSDP2 shards.
         max_norm: largest Euclidean norm of all gradients together.
 
     Returns:
-        Their norm before clipping; `None`, and nothing is done, if they are not all sharded over one row of ranks.
+        Norm before clipping. `None`, without any change, if some gradients are not sharded over a one-dimensional
+        device mesh.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients or not isinstance(gradients[0], DTensor) or not is_tested("FSDP2 on shards"):
@@ -61,7 +62,7 @@ def clip_shards(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Te
     ):
         return None
     shards = [_shard(gradient) for gradient in gradients]
-    if shards[0].device.type != mesh.device_type:  # offloaded
+    if shards[0].device.type != mesh.device_type:  # offloaded to the CPU
         return None
     total = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square().sum()
     torch.distributed.all_reduce(total, group=mesh.get_group())

@@ -1,8 +1,8 @@
-"""SAN-M's memory block (FSMN) for recordings that are packed into one row, and, on a GPU, as one kernel.
+"""The memory block (FSMN) of SAN-M, for packed recordings too; on a GPU a single kernel.
 
 The block is a depthwise convolution over time, added to the attention:
 `SAN-M: Memory Equipped Self-Attention for End-to-End Speech Recognition <https://arxiv.org/abs/2006.01713>`_.
-torch's own takes a third of the time of an encoder layer.
+torch's convolution takes a third of the time of an encoder layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class FSMN(FunAsrNanoFSMN):
-    """transformers' FSMN block, with the same weight.
+    """FSMN block with the weight of the block in transformers.
 
     Attributes:
         kernel: whether to use `fsmn_kernel.fsmn_conv` on a GPU.
@@ -30,12 +30,12 @@ class FSMN(FunAsrNanoFSMN):
     kernel: bool
 
     def forward(self, hidden_states: torch.Tensor, input_features_mask: torch.Tensor) -> torch.Tensor:
-        """Adds to each frame a weighted sum of its neighbours.
+        """Adds a weighted sum of the neighbouring frames to each frame.
 
         Args:
             hidden_states: shape = (rows, frames, channels).
-            input_features_mask: shape = (rows, frames); 0 for padding. If of 32-bit integers, frames with different
-                numbers belong to different recordings.
+            input_features_mask: shape = (rows, frames); 0 for padding. In an int32 mask, each number other than 0 is
+                the ID of a recording.
 
         Returns:
             Shape = (rows, frames, channels).
@@ -54,7 +54,7 @@ class FSMN(FunAsrNanoFSMN):
 
 
 def use_fsmn(model: nn.Module) -> None:
-    """Replaces the FSMN blocks of transformers' SAN-M encoder by `FSMN`, which keeps their weights and names."""
+    """Replaces the FSMN blocks of transformers' SAN-M encoder by `FSMN`; weights and names do not change."""
     if not is_tested("FSMN kernel"):
         return
     kernel = torch.cuda.is_available() and kernel_works()
@@ -67,26 +67,26 @@ def use_fsmn(model: nn.Module) -> None:
 
 @functools.cache
 def kernel_works() -> bool:
-    """Whether Triton is there and can build a kernel, for which it needs a C compiler."""
+    """Whether Triton is installed and can build a kernel; Triton needs a C compiler."""
     try:
         from .fsmn_kernel import fsmn_conv
 
         values = torch.zeros(1, 1, 1, device="cuda")
         fsmn_conv(values, values[0], values[0], 0)
-    except Exception as error:  # Triton raises errors of its own, of the compiler, the linker, the driver
+    except Exception as error:  # Triton raises many kinds of errors: of the compiler, the linker, the driver
         logger.warning("torch computes the FSMN blocks of the encoder, which is slower: Triton fails: %s", error)
         return False
     return True
 
 
 def fsmn_conv_torch(values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Tensor, left: int) -> torch.Tensor:
-    """Computes `fsmn_kernel.fsmn_conv` by torch's operations, on any device.
+    """Computes the same as `fsmn_kernel.fsmn_conv` with torch operations, on any device.
 
     Args:
         values: shape = (rows, frames, channels).
         weight: shape = (channels, kernel size).
         segment_ids: shape = (rows, frames); 0 for padding, equal for frames of the same recording.
-        left: frames that the kernel reaches back.
+        left: number of frames before a frame that the kernel covers.
     """
     segment_ids = segment_ids.unsqueeze(-1)
     right = weight.shape[1] - 1 - left
@@ -94,6 +94,6 @@ def fsmn_conv_torch(values: torch.Tensor, weight: torch.Tensor, segment_ids: tor
     result = values * (segment_ids != 0)
     for shift, factor in enumerate(weight.unbind(1)):
         frames = slice(shift, shift + values.shape[1])
-        near = (neighbours[:, frames] == segment_ids) & (segment_ids != 0)
-        result = result + factor.to(values.dtype) * padded[:, frames] * near
+        same_segment = (neighbours[:, frames] == segment_ids) & (segment_ids != 0)
+        result = result + factor.to(values.dtype) * padded[:, frames] * same_segment
     return result

@@ -1,25 +1,25 @@
-"""The kernels of `fsmn`, in Triton."""
+"""Triton kernels of `fsmn`."""
 
 import torch
 import triton
 import triton.language as tl
 
-CONVOLVED, CORRELATED = (32, 128), (64, 32)  # frames and channels of a tile, the fastest on an H200
+CONVOLUTION_TILE, CORRELATION_TILE = (32, 128), (64, 32)  # frames and channels, the fastest on an H200
 
 
 @triton.jit
 def _load(values, segment_ids, frame, shift, own, channel, count, width, row):
-    """A tile's values `shift` frames away, zero where another row or recording, or padding, lies there."""
+    """Loads the values `shift` frames after each frame of a tile; 0 for padding and for other rows or recordings."""
     other = frame + shift
-    near = (other >= 0) & (other < count) & (frame < count) & (own != 0)
-    near = near & (other // row == frame // row)
-    near = near & (tl.load(segment_ids + other, mask=near, other=0) == own)
-    inside = near[:, None] & (channel < width)[None, :]
+    same = (other >= 0) & (other < count) & (frame < count) & (own != 0)
+    same = same & (other // row == frame // row)
+    same = same & (tl.load(segment_ids + other, mask=same, other=0) == own)
+    inside = same[:, None] & (channel < width)[None, :]
     at = other.to(tl.int64)[:, None] * width + channel[None, :]
     return tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
 
 
-# Not specialized: a kernel is else built anew, in the middle of a run, for segment_ids that 16 divides.
+# Not specialized: otherwise Triton builds the kernel again, in the middle of a run, for numbers divisible by 16.
 @triton.jit(do_not_specialize=["count", "row"])
 def _convolve(
     values, weight, segment_ids, result, count, width, row, left,
@@ -61,26 +61,26 @@ def _grid(values: torch.Tensor, tile: tuple[int, int]) -> tuple[int, int]:
 def _run(values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Tensor, left: int, sign: int) -> torch.Tensor:
     values, result = values.contiguous(), torch.empty_like(values, memory_format=torch.contiguous_format)
     rows, frames, channels = values.shape
-    with torch.cuda.device_of(values):  # Triton takes the current one
-        _convolve[_grid(values, CONVOLVED)](
+    with torch.cuda.device_of(values):  # Triton launches on the current device
+        _convolve[_grid(values, CONVOLUTION_TILE)](
             values, weight.contiguous(), segment_ids.contiguous(), result, rows * frames, channels, frames, left,
-            SIGN=sign, SIZE=weight.shape[1], FRAMES=CONVOLVED[0], CHANNELS=CONVOLVED[1],
+            SIGN=sign, SIZE=weight.shape[1], FRAMES=CONVOLUTION_TILE[0], CHANNELS=CONVOLUTION_TILE[1],
         )  # fmt: skip
     return result
 
 
 @torch.library.custom_op("hf_speechllm::fsmn_conv", mutates_args=())
 def fsmn_conv(values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Tensor, left: int) -> torch.Tensor:
-    """Adds to each frame a weighted sum of its neighbours in the same recording; 0 where padding is.
+    """Adds a weighted sum of the neighbouring frames in the same recording to each frame; 0 for padding.
 
     Args:
         values: shape = (rows, frames, channels).
         weight: shape = (channels, kernel size).
         segment_ids: shape = (rows, frames); 0 for padding, equal for frames of the same recording.
-        left: frames that the kernel reaches back.
+        left: number of frames before a frame that the kernel covers.
 
     Returns:
-        Shape = (rows, frames, channels); computed in float32, in the dtype of the values.
+        Shape = (rows, frames, channels), dtype of the values; computed in float32.
     """
     return _run(values, weight, segment_ids, left, sign=1)
 
@@ -89,15 +89,15 @@ def fsmn_conv(values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Ten
 def fsmn_conv_backward(
     gradient: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, segment_ids: torch.Tensor, left: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of `remember` for values and weight."""
+    """Computes the gradients of `fsmn_conv` with respect to values and weight."""
     gradient, values = gradient.contiguous(), values.contiguous()
     rows, frames, channels = values.shape
-    grid, size = _grid(values, CORRELATED), weight.shape[1]
+    grid, size = _grid(values, CORRELATION_TILE), weight.shape[1]
     parts = torch.empty((grid[0], size, channels), dtype=torch.float32, device=values.device)
     with torch.cuda.device_of(values):
         _correlate[grid](
             gradient, values, segment_ids.contiguous(), parts, rows * frames, channels, frames, left,
-            SIZE=size, FRAMES=CORRELATED[0], CHANNELS=CORRELATED[1],
+            SIZE=size, FRAMES=CORRELATION_TILE[0], CHANNELS=CORRELATION_TILE[1],
         )  # fmt: skip
     return _run(gradient, weight, segment_ids, left, sign=-1), parts.sum(0).t().to(weight.dtype).contiguous()
 

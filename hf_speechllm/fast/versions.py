@@ -1,4 +1,4 @@
-"""Whether the installed libraries are those that a fast path is tested with; if not, the plain path runs instead."""
+"""Checks that each fast path is tested with the installed libraries; otherwise the plain path runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from packaging.specifiers import SpecifierSet
 
 logger = logging.getLogger(__name__)
 
-# What each fast path reaches into, beyond public interfaces.
-PATHS = {
+# Libraries whose private parts each fast path uses.
+FAST_PATHS = {
     "padding-free attention": ("torch", "transformers"),
     "FSMN kernel": ("transformers",),
     "layer compilation": ("torch", "transformers"),
@@ -23,7 +23,7 @@ PATHS = {
 
 @functools.cache
 def tested_ranges() -> dict[str, SpecifierSet]:
-    """Returns the range of each dependency that this package declares; empty where it is used without installation."""
+    """Returns the declared version range of each dependency; empty if this package is not installed."""
     try:
         declared = requires("hf_speechllm") or ()
     except PackageNotFoundError:
@@ -33,16 +33,16 @@ def tested_ranges() -> dict[str, SpecifierSet]:
 
 @functools.cache
 def is_tested(path: str) -> bool:
-    """Whether a fast path is tested with the installed releases; if not, a log line says so once.
+    """Whether a fast path is tested with the installed releases; logs one warning otherwise.
 
     Args:
-        path: a key of `PATHS`.
+        path: a key of `FAST_PATHS`.
     """
-    for library in PATHS[path]:
+    for library in FAST_PATHS[path]:
         allowed, installed = tested_ranges().get(library, SpecifierSet()), version(library)
         if not allowed.contains(installed, prereleases=True):
             logger.warning(
-                "%s is off: it is tested with %s%s, and %s is installed; the plain path gives the same numbers",
+                "%s is off: tested with %s%s, but %s is installed; the plain path computes the same results",
                 path, library, allowed, installed,
             )  # fmt: skip
             return False

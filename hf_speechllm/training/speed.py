@@ -47,7 +47,7 @@ def set_up_speed(
         if deepspeed is not None and deepspeed.zero_stage == 3:
             raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
         gathered = model._no_split_modules if accelerator.distributed_type == DistributedType.FSDP else ()
-        compile_layers(model, alone=gathered)
+        compile_layers(model, single_layer_classes=gathered)
 
 
 def attention_setting(args: SpeechLLMTrainingArguments) -> AbstractContextManager:

@@ -1,4 +1,4 @@
-"""Attention without waits of the host computes the same."""
+"""Attention without host-device syncs computes the same."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.core
 
 
 @pytest.fixture(autouse=True)
-def cudnn_as_before():
+def restore_cudnn():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.backends.cuda.enable_cudnn_sdp(before)
@@ -49,7 +49,7 @@ def test_audio_tokens_are_the_same(batch):
         torch.testing.assert_close(row[:length], reference[:length], rtol=1e-5, atol=1e-6)
 
 
-def test_other_implementations_are_left_alone(batch):
+def test_other_implementations_do_not_change(batch):
     model, _ = batch
     model.audio_encoder.set_attn_implementation("eager")
     disable_host_syncs(model)
@@ -80,14 +80,14 @@ def test_llm_with_a_sliding_window_gets_its_own_masks(batch):
     assert causal_masks(config) is None
 
 
-def test_a_model_is_set_up_without_a_change_to_the_process(batch):
+def test_preparing_a_model_does_not_change_the_process(batch):
     torch.backends.cuda.enable_cudnn_sdp(True)
     disable_host_syncs(batch[0])
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_cudnn_attention_is_as_before_after_the_block(before):
+def test_cudnn_attention_is_restored_after_the_block(before):
     torch.backends.cuda.enable_cudnn_sdp(before)
     with pytest.raises(ZeroDivisionError), without_cudnn_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -1,4 +1,4 @@
-"""Compiled layers compute the same; traced without code generation, which takes minutes."""
+"""Compiled layers compute the same. Layers are traced only: code generation takes minutes."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def model(tiny_model):
 
 @pytest.fixture
 def batches(tiny_model, tiny_rows):
-    """Batches of several shapes, one of them of a single row."""
+    """Batches of several shapes; one batch has a single row."""
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model))
     rows = Rows(tiny_rows)
     return [collator(rows.__getitems__(list(keys))) for keys in (range(3), range(3, 8), range(8, 9), range(9, 13))]
@@ -40,7 +40,7 @@ def losses_and_gradients(model, batches):
     return results
 
 
-def assert_alike(results, expected):
+def assert_close(results, expected):
     for (loss, gradients), (reference, others) in zip(results, expected, strict=True):
         torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
         assert gradients.keys() == others.keys()
@@ -56,21 +56,21 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
     expected = losses_and_gradients(model, batches)
     assert compile_layers(model, backend="eager" if lora else "aot_eager") >= 3
     torch._dynamo.utils.counters.clear()
-    assert_alike(losses_and_gradients(model, batches[:2]), expected[:2])
+    assert_close(losses_and_gradients(model, batches[:2]), expected[:2])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs >= 1
-    assert_alike(losses_and_gradients(model, batches), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # other shapes need no others
+    assert_close(losses_and_gradients(model, batches), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # other shapes use the same graphs
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_packed_rows_give_the_same(model, batches, tiny_model, tiny_rows):
+def test_packed_rows_have_the_same_losses_and_gradients(model, batches, tiny_model, tiny_rows):
     expected = losses_and_gradients(model, batches[:1])
     enable_padding_free(model)
     compile_layers(model, backend="eager")
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model), padding_free=True)
     torch._dynamo.utils.counters.clear()
-    assert_alike(losses_and_gradients(model, [collator(Rows(tiny_rows).__getitems__([0, 1, 2]))]), expected)
+    assert_close(losses_and_gradients(model, [collator(Rows(tiny_rows).__getitems__([0, 1, 2]))]), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
@@ -81,7 +81,7 @@ def single_process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_graphs_are_not_split_where_gradients_are_sent_together(model, batches, single_process_group):
+def test_ddp_buckets_do_not_split_graphs(model, batches, single_process_group):
     graphs = []
 
     def count(graph, inputs):
@@ -90,11 +90,11 @@ def test_graphs_are_not_split_where_gradients_are_sent_together(model, batches, 
 
     compile_layers(model, backend=count)
     model(**batches[0]).loss.backward()
-    alone = len(graphs)
+    single_process = len(graphs)
     torch._dynamo.reset()
     parallel = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4, find_unused_parameters=True)
     parallel(**batches[0]).loss.backward()
-    assert len(graphs) == 2 * alone > 0
+    assert len(graphs) == 2 * single_process > 0
 
 
 def test_gradient_checkpointing_recomputes_a_group(model, batches):
@@ -108,10 +108,10 @@ def test_gradient_checkpointing_recomputes_a_group(model, batches):
         for name in ("hidden_dropout", "attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    assert_alike(losses_and_gradients(model, batches[:1]), expected)
+    assert_close(losses_and_gradients(model, batches[:1]), expected)
 
 
-def test_names_weights_and_decoding_stay_as_they_are(model, batches):
+def test_names_weights_and_decoding_do_not_change(model, batches):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     prompt = {name: value[:2] for name, value in batches[0].items() if name not in ("labels", "positions")}
     expected = model.generate(**prompt, max_new_tokens=5, do_sample=False)
@@ -146,7 +146,7 @@ def test_trainer_compiles_on_request(make_trainer, monkeypatch):
 
 @pytest.fixture
 def graphs_around(monkeypatch):
-    """Counts compiled graphs before and after each call of a function of a module."""
+    """Counts compiled graphs before and after each call of one function."""
     monkeypatch.setattr(LayerGroup, "__init__", with_backend("eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -166,7 +166,7 @@ def graphs_around(monkeypatch):
     return watch
 
 
-def test_reading_a_checkpoint_back_compiles_nothing(make_trainer, graphs_around):
+def test_verifying_a_checkpoint_compiles_nothing(make_trainer, graphs_around):
     graphs = graphs_around(verification.CheckpointVerifier, "verify")
     options = {"per_device_train_batch_seconds": 12, "save_strategy": "steps", "save_steps": 1}
     make_trainer(compile_layers=True, max_steps=2, **options).train()

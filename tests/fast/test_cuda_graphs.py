@@ -1,4 +1,4 @@
-"""Steps of decoding in place: the same texts as transformers' own cache gives, whatever the room."""
+"""Decoding with a preallocated cache: the same texts as with the cache of transformers, for every growth."""
 
 import copy
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_speechllm.fast import cuda_graphs as steps
+from hf_speechllm.fast import cuda_graphs
 from hf_speechllm.fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
 from hf_speechllm.inference.requests import Request
 from hf_speechllm.inference.transcriber import Transcriber
@@ -27,10 +27,10 @@ def texts(transcriber, requests):
     return [item.text for item in sorted(transcriber(requests), key=lambda item: item.index)]
 
 
-@pytest.mark.parametrize("room", [1, 3, 48])
-def test_steps_in_place_give_the_texts_of_the_cache_that_grows(parts, requests, monkeypatch, room):
-    monkeypatch.setattr(steps, "ROOM", room)
-    monkeypatch.setattr(steps, "ALIGNMENT", 4)
+@pytest.mark.parametrize("growth", [1, 3, 48])
+def test_preallocated_cache_decodes_the_same_texts(parts, requests, monkeypatch, growth):
+    monkeypatch.setattr(cuda_graphs, "GROWTH", growth)
+    monkeypatch.setattr(cuda_graphs, "ALIGNMENT", 4)
     expected = texts(Transcriber(*parts, max_new_tokens=40), requests)
     transcriber = Transcriber(*parts, max_new_tokens=40)
     transcriber.steps = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
@@ -39,7 +39,7 @@ def test_steps_in_place_give_the_texts_of_the_cache_that_grows(parts, requests, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests):
+def test_captured_steps_decode_the_same_texts(parts, requests):
     model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
     captured = Transcriber(model, processor, max_new_tokens=100)
     expected = texts(Transcriber(model, processor, max_new_tokens=100, cuda_graphs=False), requests)
@@ -48,7 +48,7 @@ def test_a_captured_step_gives_the_texts_of_one_that_is_launched(parts, requests
 
 
 def damaged(parts):
-    """A model whose logits become NaN in its fourth step, in every second row."""
+    """A model whose logits become NaN in the fourth step, in every second row."""
     model = copy.deepcopy(parts[0])
     decoder, forward, steps_done = model.llm.get_decoder(), model.llm.get_decoder().layers[0].forward, []
 
@@ -67,7 +67,7 @@ def damaged(parts):
     return model
 
 
-def test_logits_that_become_nan_in_a_step_in_place_are_found(parts, waveforms):
+def test_nan_logits_of_a_step_are_found(parts, waveforms):
     model = damaged(parts)
     transcriber = Transcriber(model, parts[1], max_new_tokens=20, batch_seconds=1000)
     transcriber.steps = CudaGraphDecoder(model.llm.get_decoder(), graphs=False)
@@ -81,7 +81,7 @@ def test_logits_that_become_nan_in_a_step_in_place_are_found(parts, waveforms):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_logits_that_are_nan_in_a_captured_step_are_found(parts, requests):
+def test_nan_logits_of_a_captured_step_are_found(parts, requests):
     model, processor = copy.deepcopy(parts[0]).to("cuda"), parts[1]
     transcriber = Transcriber(model, processor, max_new_tokens=100)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -99,7 +99,7 @@ def test_recordings_of_one_length_need_no_mask(parts):
     assert transcriber.transcribe(waveforms) == expected
 
 
-def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
+def test_hidden_states_of_a_step_equal_the_original_forward_pass(parts):
     decoder = parts[0].llm.get_decoder()
     embeds = torch.randn(3, 9, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(3, 9, dtype=torch.long)
@@ -107,8 +107,8 @@ def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
         expected = decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
-        with CudaGraphDecoder(decoder, graphs=False) as standing_in:
-            cache = standing_in.new_cache()
+        with CudaGraphDecoder(decoder, graphs=False) as replacement:
+            cache = replacement.new_cache()
             for start, end in [(0, 6), (6, 7), (7, 8), (8, 9)]:
                 result = decoder(
                     inputs_embeds=embeds[:, start:end],
@@ -121,7 +121,7 @@ def test_hidden_states_of_a_step_are_those_of_the_plain_llm(parts):
         assert cache.get_seq_length() == 9
 
 
-def test_the_llm_is_itself_again_afterwards(parts, requests):
+def test_forward_pass_of_the_llm_is_restored(parts, requests):
     decoder = parts[0].llm.get_decoder()
     with pytest.raises(ZeroDivisionError), CudaGraphDecoder(decoder, graphs=False):
         raise ZeroDivisionError
@@ -129,7 +129,7 @@ def test_the_llm_is_itself_again_afterwards(parts, requests):
     assert texts(Transcriber(*parts, max_new_tokens=4), requests)
 
 
-def test_llms_that_need_more_than_a_mask_are_decoded_as_they_are(parts):
+def test_unsupported_llms_are_recognized(parts):
     decoder = parts[0].llm.get_decoder()
     assert supports_cuda_graphs(decoder)
     config = decoder.config.to_dict()

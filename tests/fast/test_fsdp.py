@@ -1,4 +1,4 @@
-"""FSDP2's shards are clipped and stepped as torch does it, but by plain tensors."""
+"""Clipping and AdamW on the local shards of FSDP2 compute the same as torch does on sharded tensors."""
 
 import copy
 
@@ -12,12 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_speechllm.fast import versions
-from hf_speechllm.fast.fsdp import AdamWOnShards, clip_shards, keep_outputs, sharded_optimizer
+from hf_speechllm.fast.fsdp import AdamWOnShards, clip_shards, keep_output_dtype, sharded_optimizer
 
 
 @pytest.fixture
 def sharded():
-    """A model of FSDP2 on one rank, and the same without it."""
+    """A model sharded by FSDP2 on one rank, and the same model without FSDP2."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     model = fully_shard(copy.deepcopy(plain), mesh=init_device_mesh("cpu", (1,)))
@@ -27,17 +27,17 @@ def sharded():
 
 def test_the_loss_stays_in_float32():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
-    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # once it is None, `keep_outputs` can go
-    keep_outputs(plugin)
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # once it is None, `keep_output_dtype` can go
+    keep_output_dtype(plugin)
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.output_dtype) == (torch.bfloat16, None)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    keep_outputs(plugin)
+    keep_output_dtype(plugin)
     assert plugin.mixed_precision_policy is None
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
-def test_steps_are_those_of_plain_tensors(sharded, monkeypatch, max_norm):
+def test_steps_equal_those_of_plain_tensors(sharded, monkeypatch, max_norm):
     seen, fused = [], torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *lists, **kw: (seen.extend(lists[0]), fused(*lists, **kw)))
     inputs = torch.randn(5, 4)
@@ -59,14 +59,14 @@ def test_steps_are_those_of_plain_tensors(sharded, monkeypatch, max_norm):
     assert not any(isinstance(tensor, DTensor) for tensor in seen)
 
 
-def test_other_gradients_and_optimizers_are_left_to_torch(sharded):
+def test_torch_handles_other_gradients_and_optimizers(sharded):
     model, plain = sharded
     plain(torch.ones(1, 4)).sum().backward()
     assert clip_shards(plain.parameters(), 1.0) is None and clip_shards([], 1.0) is None
     assert sharded_optimizer(torch.optim.SGD) is torch.optim.SGD
 
 
-def test_untested_releases_leave_everything_to_torch(sharded, monkeypatch, caplog):
+def test_torch_handles_everything_in_untested_releases(sharded, monkeypatch, caplog):
     monkeypatch.setattr(versions, "tested_ranges", lambda: {"torch": SpecifierSet("<1")})
     versions.is_tested.cache_clear()
     model, _ = sharded

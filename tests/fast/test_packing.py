@@ -1,4 +1,4 @@
-"""Batches without padding give the losses and gradients of padded ones."""
+"""Padding-free batches have the same losses and gradients as padded batches."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from hf_speechllm.fast.attention import PADDING_FREE, enable_padding_free
 from hf_speechllm.fast.cuda_graphs import supports_cuda_graphs
 from hf_speechllm.fast.fsmn import FSMN, fsmn_conv_torch, kernel_works, use_fsmn
 from hf_speechllm.model.packing import PaddingFreeBatch, non_padding_positions
-from hf_speechllm.training.checkpointing import verification as readback
+from hf_speechllm.training.checkpointing import verification
 from hf_speechllm.training.lora import add_lora
 
 pytestmark = pytest.mark.core
@@ -39,7 +39,7 @@ def loss_and_gradients(model, batch):
 @pytest.mark.parametrize(
     "kind", ["fbank", "encoder", "adaptor", "lora", "lora_encoder", "lora_adaptor", "checkpointing"]
 )
-def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows, tmp_path):
+def test_losses_and_gradients_equal_those_of_padded_batches(kind, parts, tiny_rows, tmp_path):
     model, processor = parts
     rows = tiny_rows
     if kind in ("encoder", "adaptor"):
@@ -73,7 +73,7 @@ def test_losses_and_gradients_are_those_of_padded_batches(kind, parts, tiny_rows
         torch.testing.assert_close(found[2][name], expected[2][name], rtol=1e-4, atol=1e-6)
 
 
-def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
+def test_padded_batches_and_decoding_still_work(parts, tiny_rows):
     model, processor = parts
     batch = SpeechLLMCollator(processor)([tiny_rows[index] for index in (3, 11)])
     prompt = {name: value for name, value in batch.items() if name not in ("labels", "positions")}
@@ -84,7 +84,7 @@ def test_padded_batches_and_decoding_remain_possible(parts, tiny_rows):
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected[1])
 
 
-def test_a_model_that_is_not_set_up_refuses_packed_rows(parts, tiny_rows):
+def test_unprepared_model_refuses_packed_rows(parts, tiny_rows):
     model, processor = parts
     batch = SpeechLLMCollator(processor, padding_free=True)([tiny_rows[3], tiny_rows[11]])
     for name in ("tokens", "frames"):
@@ -99,11 +99,11 @@ def test_saved_config_does_not_name_the_attention(parts, tmp_path):
     assert PADDING_FREE not in (tmp_path / "config.json").read_text()
 
 
-def test_llms_whose_rows_would_see_each_other_are_refused(compose_tiny, tiny_config):
+def test_llms_that_cannot_separate_rows_are_refused(compose_tiny, tiny_config):
     config = tiny_config()
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config["llm_config"] = {"model_type": "llama", **size}
-    with pytest.raises(ValueError, match="this one is llama with sdpa"):
+    with pytest.raises(ValueError, match="this LLM is llama with sdpa"):
         enable_padding_free(compose_tiny(config)[0])
     model, _ = compose_tiny()
     model.llm.set_attn_implementation("eager")
@@ -131,7 +131,7 @@ def test_rows_are_packed_and_unpacked():
 
 
 @pytest.mark.parametrize("size", [11, 4])
-def test_memory_blocks_do_not_reach_into_the_next_recording(size):
+def test_fsmn_does_not_mix_recordings(size):
     lengths, left = [30, 1, 7], (size - 1) // 2
     values, weight = torch.randn(1, sum(lengths), 6), torch.randn(6, size)
     numbers = torch.cat([torch.full((1, n), number + 1) for number, n in enumerate(lengths)], 1).int()
@@ -143,7 +143,7 @@ def test_memory_blocks_do_not_reach_into_the_next_recording(size):
 
 
 def test_the_kernel_computes_the_same():
-    """By Triton's interpreter, which must be asked for before Triton is imported."""
+    """Runs in a new process: Triton's interpreter must be enabled before Triton is imported."""
     pytest.importorskip("triton")
     code = """
 import os
@@ -171,7 +171,7 @@ print("done")
     assert result.stdout == "done\n", result.stderr
 
 
-def test_no_kernel_is_built_for_numbers_of_frames():
+def test_kernels_are_not_specialized_for_numbers_of_frames():
     pytest.importorskip("triton")
     from hf_speechllm.fast.fsmn_kernel import _convolve, _correlate
 
@@ -179,7 +179,7 @@ def test_no_kernel_is_built_for_numbers_of_frames():
         assert {"count", "row"} == {item.name for item in kernel.params if item.do_not_specialize}
 
 
-def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeypatch):
+def test_torch_computes_fsmn_if_the_kernel_cannot_be_built(parts, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kernel_works.cache_clear()
     with caplog.at_level("WARNING"):
@@ -191,14 +191,14 @@ def test_torch_computes_where_the_kernel_can_not_be_built(parts, caplog, monkeyp
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_a_run_without_padding_is_read_back_and_validated(use_lora, make_trainer, tiny_rows, caplog, monkeypatch):
-    compared, logits = [], readback._logits
+def test_checkpoints_of_padding_free_runs_are_verified(use_lora, make_trainer, tiny_rows, caplog, monkeypatch):
+    compared, logits = [], verification._logits
 
     def record(model, batch):
-        compared.append(getattr(model, "args", [model])[0])  # the model, or its class's forward pass with it
+        compared.append(getattr(model, "args", [model])[0])  # the model, or a partial whose argument is the model
         return logits(model, batch)
 
-    monkeypatch.setattr(readback, "_logits", record)
+    monkeypatch.setattr(verification, "_logits", record)
     saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     options = {
         **saving,
@@ -222,7 +222,7 @@ def test_a_run_without_padding_is_read_back_and_validated(use_lora, make_trainer
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_run_without_padding_takes_the_course_of_one_with(make_trainer):
+def test_padding_free_run_has_the_same_losses(make_trainer):
     runs = [
         make_trainer(max_steps=3, per_device_train_batch_seconds=12, padding_free=padding_free)
         for padding_free in (True, None)
