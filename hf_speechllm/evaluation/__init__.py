@@ -1,4 +1,4 @@
-"""Scoring of transcripts: normalisation, error rates, reports."""
+"""Normalisation and scoring of transcripts, and score reports."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Hotword recall and precision: were the words that matter recognised, and written only where they were said?"""
+"""Hotword recall and precision."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .scoring import ScoredUtterance, tokenize_all
 
 @dataclass(frozen=True)
 class HotwordCounts:
-    """Occurrences of one hotword, or of several.
+    """Counts of one hotword, or sums over several hotwords.
 
     Args:
-        hotword: as it was given; empty for several.
+        hotword: the hotword as listed by the user; empty for a sum.
         said: occurrences in the references.
         written: occurrences in the hypotheses.
-        found: of those said, those written in the same utterance: the smaller of both numbers there.
+        found: sum of min(occurrences in the reference, occurrences in the hypothesis) over the utterances.
     """
 
     hotword: str = ""
@@ -33,12 +33,12 @@ class HotwordCounts:
 
     @property
     def recall(self) -> float | None:
-        """Found of those said; `None` if none was said."""
+        """`found / said`; `None` if the references do not contain the hotword."""
         return self.found / self.said if self.said else None
 
     @property
     def precision(self) -> float | None:
-        """Found of those written; `None` if none was written."""
+        """`found / written`; `None` if the hypotheses do not contain the hotword."""
         return self.found / self.written if self.written else None
 
     def __add__(self, other: HotwordCounts) -> HotwordCounts:
@@ -52,28 +52,28 @@ def count_hotwords(
     normalize: bool = True,
     num_workers: int = 1,
 ) -> list[HotwordCounts]:
-    """Counts hotwords in references and hypotheses, as runs of whole tokens.
+    """Counts hotwords in references and hypotheses, as sequences of whole tokens.
 
-    A hotword within a longer one counts, too. Case, diacritics and traditional characters make no difference: the
-    normaliser treats them as the language asks, which a word alone does not show (Zürich in an English line). The time
-    does not depend on the number of hotwords, apart from normalising them.
+    A hotword within a longer hotword also counts. The comparison ignores case, diacritics and traditional characters:
+    the normalizer handles them according to the language, which a hotword alone does not show (Zürich in an English
+    utterance). The number of hotwords affects the time for their normalisation only.
 
     Args:
-        utterances: scored.
-        hotwords: looked for everywhere.
-        hotwords_of: by utterance ID, those that are looked for in that utterance only.
-        normalize: as it was in scoring.
-        num_workers: processes that normalise.
+        utterances: scored utterances.
+        hotwords: counted in all utterances.
+        hotwords_of: hotwords that are counted in one utterance only, by utterance ID.
+        normalize: the value that scoring used.
+        num_workers: number of processes that normalise.
 
     Returns:
-        One entry for each different hotword that is a token at least, in the order given.
+        One entry for each different hotword of at least one token, in the order of the arguments.
     """
     hotwords_of = hotwords_of or {}
-    given = list(dict.fromkeys([*hotwords, *(word for words in hotwords_of.values() for word in words)]))
-    tokens_of = dict(zip(given, map(_keys, tokenize_all(given, normalize, num_workers)), strict=True))
+    listed = list(dict.fromkeys([*hotwords, *(word for words in hotwords_of.values() for word in words)]))
+    tokens_of = dict(zip(listed, map(_keys, tokenize_all(listed, normalize, num_workers)), strict=True))
     everywhere = {tokens_of[word] for word in hotwords}
     names: dict[tuple[str, ...], str] = {}
-    lengths: defaultdict[str, set[int]] = defaultdict(set)  # of the hotwords that begin with a token
+    lengths: defaultdict[str, set[int]] = defaultdict(set)  # lengths of the hotwords that start with a token
     for word, tokens in tokens_of.items():
         if tokens:
             names.setdefault(tokens, word)
@@ -105,7 +105,7 @@ def count_hotwords(
 
 @cache
 def _key(token: str) -> str:
-    """What is compared of a token: no case, no accents of alphabets (kana keep their marks), simplified characters."""
+    """Returns a token in lower case, without accents (kana keep their marks), in simplified characters."""
     letters = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", token.casefold()))
     return zhconv.convert(unicodedata.normalize("NFC", letters), "zh-cn")
 
@@ -115,7 +115,7 @@ def _keys(tokens: Iterable[str]) -> tuple[str, ...]:
 
 
 def summarize(counted: Sequence[HotwordCounts]) -> dict[str, Any]:
-    """Recall and precision over all hotwords, and those that occur one by one; ready for JSON."""
+    """Returns recall and precision of all hotwords together, and of each hotword that occurs; ready for JSON."""
     return {
         **_as_row(sum(counted, HotwordCounts())),
         "hotwords": len(counted),

@@ -1,4 +1,4 @@
-"""Which rules a line gets: its language by script and frequent words, or the one that a list names."""
+"""Language of a line, which decides the rules of normalisation: by script and frequent words, or by name."""
 
 import re
 
@@ -8,12 +8,12 @@ HANGUL = "\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7fb"
 CJK = f"{HAN}{KANA}{HANGUL}\u30fc\u3105-\u312f"  # with the long-vowel mark and Bopomofo
 LETTER = rf"[^\W\d_{CJK}]"
 
-# Characters of Japanese that Chinese does not write: they tell a line without kana.
+# Characters that Japanese uses and Chinese does not: they identify Japanese lines without kana.
 _JAPANESE_ONLY = re.compile("[円込働駅気畑峠枠匂辻]")
-# Signs set apart from digits show that a line was English before it was normalised: "5 . 6", "5 : 3 0", "5 0 %".
+# Signs with spaces around them show that a normalised line was English: "5 . 6", "5 : 3 0", "5 0 %".
 _NORMALIZED_WORDS = re.compile(r"[$€£¢]|(?<=\d) (?:[.:/] \d|%)")
 
-# Frequent words that tell English from its neighbours; without those that they share (in, an, was, on).
+# Frequent words that distinguish English from related languages, without shared words (in, an, was, on).
 _ENGLISH = (
     "the and of to is are you that it for with he she they this have had be not at but from by what we my your his"
     " her their our there which would can will been has if out all up who when"
@@ -48,11 +48,11 @@ _BY_NAME = {name: code for code, names in _LANGUAGE_NAMES.items() for name in [c
 
 
 def is_english(text: str) -> bool:
-    """Tells whether lower-case text is English rather than another language written with spaces.
+    """Whether lower-case text is English rather than another language written with spaces.
 
-    Frequent words of English vote for it, those of other languages against it, and so does every second word with
-    letters outside a to z: English borrows such words (a café, his fiancée). Without any evidence, text counts as
-    English.
+    Each frequent English word is a vote for English, and each frequent word of another language is a vote against.
+    Each other word with letters outside a to z is half a vote against, because English borrows words (café, fiancée).
+    Text without any vote counts as English.
     """
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text)
     english = sum(word in _ENGLISH_WORDS for word in words)
@@ -61,10 +61,10 @@ def is_english(text: str) -> bool:
 
 
 def script_language(text: str) -> str:
-    """Language of lower-case text by its script: "zh", "ja", "ko", or "" for languages written with spaces.
+    """Returns the language of lower-case text by script: "zh", "ja", "ko", or "" for languages written with spaces.
 
-    Any kana makes a line Japanese, whose kanji must not be turned into simplified Chinese. Digits alone are Chinese,
-    unless signs set apart from them show that they were English before they were normalised.
+    A line with kana is Japanese: kanji must not become simplified Chinese. A line of digits only is Chinese, unless
+    signs with spaces around them show that the line is normalised English.
     """
     if re.search(f"[{KANA}]", text) or _JAPANESE_ONLY.search(text):
         return "ja"
@@ -76,23 +76,23 @@ def script_language(text: str) -> str:
 
 
 def detect_language(text: str) -> str:
-    """The language whose rules lower-case text gets: "zh", "ja", "ko", "en", or "other" for words of another one."""
+    """Returns the language whose rules apply to lower-case text: "zh", "ja", "ko", "en" or "other"."""
     return script_language(text) or ("en" if is_english(text) else "other")
 
 
 def is_turkish(text: str) -> bool:
-    """Tells whether text, as it was written, has Turkish or Azerbaijani letters and no sign of English."""
+    """Whether unnormalised text has Turkish or Azerbaijani letters and no sign of English."""
     if not re.search("[ıİğĞ]", text) or re.search(r"\bI\b", text):
         return False
     return not is_english(text.replace("İ", "i").lower())
 
 
 def known_language(name: str) -> str:
-    """The rules that a language of a list names: a code (en, en-US, eng), or a name (English, 中文).
+    """Returns the language whose rules apply for a language code (en, en-US, eng) or name (English, 中文).
 
     Returns:
-        "zh", "ja", "ko", "en", "tr" (Azerbaijani, too), "other" for other codes; "" for what is no language, where
-        the text decides.
+        "zh", "ja", "ko", "en", "tr" (also for Azerbaijani), or "other" for other codes. "" for an unknown name: the
+        text decides.
     """
     first = re.split(r"[-_+/,; ]", name.strip().lower(), maxsplit=1)[0]
     return _BY_NAME.get(first) or ("other" if re.fullmatch("[a-z]{2,3}", first) else "")

@@ -1,4 +1,4 @@
-"""Text normalisation for scoring: two ways of writing the same words become the same tokens.
+"""Text normalisation for scoring: different spellings of the same words become the same tokens.
 
 >>> normalize_text("35%的人选择了 iPhone 15。")
 '百 分 之 3 5 的 人 选 择 了 iphone 1 5'
@@ -20,8 +20,8 @@ from .words import drop_fillers, join_suffixes, normalize_english, normalize_oth
 _SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
 
 UNSPACED_CHARACTER = re.compile(f"[{CJK}{_SOUTH_EAST_ASIAN}]")
-# From the first to the last letter between CJK characters, with digits and punctuation in between; 1st is a word too,
-# and so is an amount before its word ("10 dollars").
+# Text from the first to the last letter between CJK characters, with digits and punctuation in between. An ordinal
+# (1st) is a word, and an amount belongs to the word after the amount ("10 dollars").
 _AMOUNT_OF_WORD = (
     r"(?<![\d,.])\d[\d,.]*\s*"
     r"(?=(?:dollars?|euros?|pounds?|cents?|percent|per cent|point|hundred|thousand|[mbtr]+illion)\b)"
@@ -29,11 +29,11 @@ _AMOUNT_OF_WORD = (
 _WORDS = re.compile(rf"(?:{_AMOUNT_OF_WORD}|\d(?=(?:st|nd|rd|th)\b))?{LETTER}(?:[^{CJK}]*{LETTER})?")
 _SPACE_IN_CJK = re.compile(rf"(?<=[{CJK}])\s+(?=[{CJK}\d])|(?<=\d)\s+(?=[{CJK}])")
 
-# Before NFKC, which would make letters of ™ and a combining mark of ´.
+# Replaced before NFKC, which would turn ™ into letters and ´ into a combining mark.
 _PLAIN_MARKS = str.maketrans({**dict.fromkeys("™℠®©", " "), **dict.fromkeys("’‘ʼ`´", "'"), "∶": ":"})
 _TAG = re.compile(r"<\|?[a-z_/-]+\|?>|\[[a-z_-]+\]")
 _BRACKETS = re.compile(r"[()<>\[\]{}]|(?<!\d)=|=(?!\d)")
-# Behind a digit, NFKC would make 21/2 of 2½ and 102 of 10².
+# NFKC would turn 2½ into 21/2 and 10² into 102.
 _AFTER_DIGIT = re.compile("(?<=\\d)[¼-¾⅐-⅞²³⁴-⁹]")
 _AFTER_DIGIT_MARKS = {"²": "^2", "³": "^3", **{chr(0x2070 + power): f"^{power}" for power in range(4, 10)}}
 _CJK_RUN = re.compile(f"([{CJK}]+)")
@@ -52,17 +52,17 @@ def _simplify_character(character: str) -> str:
 
 
 def _simplify(text: str) -> str:
-    """Traditional to simplified Chinese, by character: zhconv's phrases also swap regional words (軟體 for 软件)."""
+    """Converts traditional to simplified Chinese by character: zhconv's phrases also replace regional words (軟體)."""
     text = "".join(map(_simplify_character, text))
     return _PARTICLE_ZHE.sub("着", text).replace("甚么", "什么")
 
 
 def _plain(text: str, turkish: bool = False) -> str:
-    """Lower case, ASCII digits; no compatibility forms (full width, ligatures), tags, brackets, invisible signs."""
+    """Converts text to lower case and ASCII digits; removes full width, ligatures, tags, brackets, invisible signs."""
     text = _AFTER_DIGIT.sub(
         lambda match: _AFTER_DIGIT_MARKS.get(match[0], f" {match[0]}"), text.translate(_PLAIN_MARKS)
     )
-    # In lower case, İ is i and a mark of its own, which nobody writes.
+    # Python's lower case of İ is i with a combining mark, which nobody writes.
     text = unicodedata.normalize("NFKC", text).replace("İ", "i")
     if turkish:
         text = text.replace("I", "ı")
@@ -80,7 +80,7 @@ def _plain(text: str, turkish: bool = False) -> str:
 
 
 def _normalize_foreign_words(words: str) -> str:
-    """Normalises words in a line of Chinese, Japanese or Korean: Latin ones are mostly English, others keep marks."""
+    """Normalises words in Chinese, Japanese or Korean text: Latin words as English, other words with their marks."""
     latin = all(character < "\u0250" or not character.isalpha() for character in words)
     return normalize_english(words) if latin else normalize_other(words)
 
@@ -98,7 +98,7 @@ def _normalize_cjk(text: str, language: str) -> str:
 
 
 def _normalize_spaced(text: str, english: bool) -> str:
-    """Normalises text of a language written with spaces; characters of CJK in it get the rules of their script."""
+    """Normalises text of a language written with spaces; CJK characters follow the rules of their script."""
     parts = _CJK_RUN.split(text)
     for index, part in enumerate(parts):
         if index % 2:
@@ -110,7 +110,7 @@ def _normalize_spaced(text: str, english: bool) -> str:
 
 def _tokens(text: str) -> list[str]:
     tokens: list[str] = []
-    previous = ""  # what came before: "word", "character", or "" for a gap
+    previous = ""  # kind of the previous token: "word", "character", or "" after a gap
     for character, following in zip(text, f"{text} "[1:], strict=True):
         category = unicodedata.category(character)
         after_digit = previous == "character" and tokens[-1].isdecimal()
@@ -137,28 +137,27 @@ def _tokens(text: str) -> list[str]:
 
 
 def language_of(text: str) -> str:
-    """The language whose rules `normalize_text` applies to a text if none is named.
+    """Returns the language whose rules `normalize_text` applies by default.
 
     Returns:
-        "zh" (also for digits alone), "ja", "ko", "en", "tr" or "other".
+        "zh" (also for digits only), "ja", "ko", "en", "tr" or "other".
     """
     language = detect_language(_plain(text))
     return "tr" if language == "other" and is_turkish(text) else language
 
 
 def normalize_text(text: str, language: str | None = None) -> str:
-    """Normalises a transcript, or a part of one, for scoring by word or character error rate.
+    """Normalises a transcript, or a part of a transcript, for word or character error rates.
 
-    A token is a character in Chinese, Japanese, Korean (syllables: spacing is optional in practice, and the language
-    is scored by character), Thai and its neighbours, a single digit, or a word in other scripts. Spacing between
-    characters of Chinese, Japanese and Korean does not matter. What is dropped: punctuation, symbols that are not
-    read out, one-word tags such as [noise] and <unk>, and English fillers (uh, um). docs/normalization.md lists the
-    rules.
+    A token is a character of Chinese, Japanese, Korean (a syllable: spacing is optional in practice), Thai, Lao,
+    Tibetan, Burmese or Khmer, a single digit, or a word of other scripts. Spaces between characters of Chinese,
+    Japanese and Korean do not matter. Punctuation, symbols that are not read out, one-word tags such as [noise] and
+    <unk>, and English fillers (uh, um) are removed. docs/normalization.md lists the rules.
 
     Args:
-        text: one line in any language, or several mixed.
-        language: code or name; by default, and if it is not known, `language_of` decides. A reference and its
-            hypotheses must get the same one.
+        text: one line, in one language or several.
+        language: code or name; by default, and for unknown names, `language_of` decides. A reference and the
+            hypotheses for the reference must get the same language.
 
     Returns:
         Tokens, separated by single spaces; empty for text without letters and digits.
@@ -167,7 +166,7 @@ def normalize_text(text: str, language: str | None = None) -> str:
     text = _plain(text, turkish=rules == "tr")
     if rules in _TEMPERATURES:
         text = _normalize_cjk(text, rules)
-        if not script_language(text):  # the text has no such characters, or 一 of "part 一" is a digit now
+        if not script_language(text):  # the text has no CJK characters, or 一 of "part 一" is now a digit
             text = _normalize_foreign_words(text)
     else:
         text = _normalize_spaced(text, english=rules == "en")

@@ -1,4 +1,4 @@
-"""Numbers in English text beyond Whisper's rules: times, fractions, ranges, degrees, days of months."""
+"""Numbers in English text that Whisper's rules do not handle: times, fractions, ranges, degrees, days of months."""
 
 import re
 
@@ -25,7 +25,7 @@ _HALF = re.compile(rf"\b({NUMBER}|{_NUMBER_WORD}) (?:and (?:a|one) half|(?:and )
 _MINUTES = rf"(?:(?:twenty|thirty|forty|fifty)(?:[ -](?:{_ONE}))?|{'|'.join(_TEENS)}|(?:oh|o|zero) (?:{_ONE}))"
 _HOUR = rf"(?:{_ONE}|ten|eleven|twelve)"
 _AM_PM = r"(?:[ap]\.? ?m\b\.?)"
-# Numbers said digit by digit or in pairs after such words are no times: room five thirty is room 530.
+# Numbers after these words are spoken digit by digit or in pairs and are no times: room five thirty is room 530.
 _NO_TIME_BEFORE = (
     r"\b(?:rooms?|flight|route|highway|number|bus|year|page|channel|chapter|apartment|extension|code|unit|line|in|since"
     rf"|point|and|minus|negative|plus|double|triple|\d|{_NUMBER_WORD}) $"
@@ -80,10 +80,10 @@ def _read_fraction(match: re.Match[str]) -> str:
 
 
 def spoken_to_written(text: str) -> str:
-    """Writes spoken fractions and times with signs: "two thirds" as 2/3, "five thirty" as 5:30, "a hundred" as one.
+    """Writes spoken numbers with signs: "two thirds" as 2/3, "five thirty" as 5:30, "a hundred" as "one hundred".
 
     Args:
-        text: lower-case English text without marks of thousands.
+        text: lower-case English text without thousands separators.
     """
     text = re.sub(r"(?<!half )(?<!of )(?<!many )\ba (?=(?:hundred|thousand|million|billion|trillion)\b)", "one ", text)
     text = re.sub(r"\bhalf a (?=(?:million|billion|trillion)\b)", "zero point five ", text)
@@ -93,7 +93,7 @@ def spoken_to_written(text: str) -> str:
 
 
 def read_signs(text: str) -> str:
-    """Reads signs of English text: degrees, currencies behind the number, ranges, scores, full hours."""
+    """Replaces signs in English text by words: degrees, currencies (after the number), ranges, scores, full hours."""
     text = re.sub(r"° ?c\b", " degrees celsius", text)
     text = re.sub(r"° ?f\b", " degrees fahrenheit", text)
     text = re.sub(r"(?<=\d) ?°", " degrees", text).replace("‰", " per mille")
@@ -106,7 +106,7 @@ def read_signs(text: str) -> str:
 
 
 def read_days(text: str) -> str:
-    """Makes "march 3 rd" (of March third) and "march 3" the same."""
+    """Rewrites "march 3 rd" (from "March third") as "march 3"."""
     return _DAY.sub(r"\1 \2", text)
 
 
@@ -121,17 +121,17 @@ def _read_ratio(match: re.Match[str]) -> str:
 
 
 def protect_signs(text: str) -> str:
-    """Puts private characters, which Whisper's rules pass over, in place of the signs between digits."""
+    """Replaces signs between digits by private-use characters, which Whisper's rules ignore."""
     return _SIGN.sub(lambda match: f" {_PRIVATE[match[0]]} ", text)
 
 
 def restore_signs(text: str) -> str:
-    """Puts the signs back between their digits."""
+    """Reverts `protect_signs`."""
     for sign, private in _PRIVATE.items():
         text = re.sub(rf" *{private} *", sign, text)
     return text
 
 
 def split_am_pm(text: str) -> str:
-    """Makes "7 am" and "7 a m" (of 7 a.m.) the same."""
+    """Rewrites "7 am" as "7 a m" (from "7 a.m.")."""
     return re.sub(r"(?<=\d) ?([ap])\.? ?m\b(?! i\b)", r" \1 m", text)

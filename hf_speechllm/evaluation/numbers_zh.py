@@ -1,8 +1,8 @@
-"""Numbers and symbols in Chinese (and, as far as they are written alike, Japanese and Korean) text, spoken or written.
+"""Numbers and symbols in Chinese text, spoken or written; also in Japanese and Korean, where the writing is the same.
 
-The numeral grammar is that of everyday Mandarin: units fall from left to right (千 百 十 within a group, 万 and 亿
-between groups), 零 marks a gap, a bare digit after 百, 千, 万 or 亿 counts the next smaller unit (一百二 is 120), and
-digits without any unit are read one by one (二零二四).
+The grammar of numerals is everyday Mandarin: units decrease from left to right (千 百 十 within a group, 万 and 亿
+between groups), 零 marks a gap, a single digit after 百, 千, 万 or 亿 counts the next smaller unit (一百二 is 120),
+and digits without units are read one by one (二零二四).
 """
 
 import re
@@ -13,23 +13,23 @@ _DIGIT = "[一二三四五六七八九]"
 _DIGIT_BEFORE_UNIT = "[一二两三四五六七八九]"
 _ANY = "零一二两三四五六七八九十百千万亿億兆0-9"
 _TENS = f"{_DIGIT}?十{_DIGIT}?"
-# 5000 of 5000万, 3千 of 3千万; not the fraction of 3.5万, nor the last of single digits set apart by spaces.
+# 5000 in 5000万 and 3千 in 3千万; not the fraction in 3.5万, nor the last of several digits with spaces in between.
 _WRITTEN_HEAD = r"(?<![\d.点])(?<!\d )[1-9](?:\d{0,15}(?=[万亿億兆](?!分之))|千(?![克瓦]|分之)|百(?!分之))"
 _WRITTEN_TAIL = r"[1-9]\d{0,3}千?(?!\d| \d|[.,:/%点]\d|[百万亿億兆])"
-# What may follow 百 or 千 without a digit before it, a numeral in Japanese only: 百円, 千年, but 百貨店, 千葉.
+# In Japanese, 百 or 千 without a digit is a numeral before these characters (百円, 千年), but not in 百貨店 or 千葉.
 _JAPANESE_COUNTERS = "[円人年個本回台名件枚歳度点冊匹頭万億兆メキグトドポパユセリヶヵカか日時分秒倍]"
 
 
 def _number_pattern(japanese: bool) -> re.Pattern[str]:
-    """Numerals; in Japanese, 百 and 千 need no digit before them: 千二百, 三千百五十."""
+    """Returns a pattern of numerals; in Japanese, 百 and 千 need no digit: 千二百, 三千百五十."""
     digit = f"{_DIGIT_BEFORE_UNIT}?" if japanese else _DIGIT_BEFORE_UNIT
-    alone = f"(?<![{_ANY}])(?=[百千](?:[一二三四五六七八九十百]|{_JAPANESE_COUNTERS}))" if japanese else "(?!)"
+    no_digit = f"(?<![{_ANY}])(?=[百千](?:[一二三四五六七八九十百]|{_JAPANESE_COUNTERS}))" if japanese else "(?!)"
     hundreds = "{}百(?:零?" + _TENS + "|零?" + _DIGIT + ")?"
     # 千 in 千克 and 千瓦 belongs to the unit: 五千克 is written 5千克.
     thousands = "{}千(?![克瓦])(?:零?(?:" + hundreds.format(digit) + "|" + _TENS + ")|零?" + _DIGIT + ")?"
     below_10_000 = (
         f"(?:{thousands.format(_DIGIT_BEFORE_UNIT)}|{hundreds.format(_DIGIT_BEFORE_UNIT)}"
-        f"|{alone}(?:{thousands.format('')}|{hundreds.format('')})|{_TENS}|{_DIGIT})"
+        f"|{no_digit}(?:{thousands.format('')}|{hundreds.format('')})|{_TENS}|{_DIGIT})"
     )
     inner = f"(?:{thousands.format(digit)}|{hundreds.format(digit)}|{_TENS}|{_DIGIT})"
     head = f"(?:{below_10_000}|两|{_WRITTEN_HEAD})"
@@ -75,14 +75,14 @@ def _value(numeral: str, language: str) -> int:
 
 
 def _write_out(match: re.Match[str]) -> str:
-    """3.5万 as 35000; unchanged where decimals would remain."""
+    """Rewrites 3.5万 as 35000; returns the text unchanged if decimals would remain."""
     whole, decimals, unit = match.groups()
     zeros = _UNIT_ZEROS[unit]
     return str(int(whole + decimals.ljust(zeros, "0"))) if len(decimals) <= zeros else match[0]
 
 
-# Two digits in a row that are neighbours count roughly, before a unit, behind one, or before a measure word: 二三十 is
-# 20 to 30, 十五六 is 15 or 16, 七八个 is 7 or 8; each of them is another number than 230, 156 and 78.
+# Two consecutive digits are an approximate number before a unit, after a unit, or before a measure word: 二三十 is 20
+# to 30, 十五六 is 15 or 16, 七八个 is 7 or 8. They must differ from 230, 156 and 78.
 _MEASURES = (
     "(?:[个個天次块元岁歳斤位名件条只张辆家间句遍匹碗杯瓶颗支吨倍人枚冊](?!分)"
     f"|个?月|公里|公斤|小时|分钟|秒钟|星期|点(?![{_ANY}])|時間)"
@@ -106,11 +106,11 @@ def _read_rough(match: re.Match[str], word: str) -> str:
 
 
 def numerals_to_digits(text: str, language: str = "zh") -> str:
-    """Turns Chinese numerals into Arabic digits: 一百零八 into 108, 二零二四 into 2024, 三点一四 into 3点14.
+    """Converts Chinese numerals to Arabic digits: 一百零八 to 108, 二零二四 to 2024, 三点一四 to 3点14.
 
     万 and 亿 are written out: 三亿五千万, 3亿5000万, 三点五亿 and 3.5亿 all become 350000000. A unit without a digit
-    before it (百 in 百货, 千万 in 千万不要) is a word and stays, but in Japanese before a numeral or a counter (百円).
-    Idioms are not told from numbers (一起 becomes 1起): both sides of a comparison are treated alike.
+    (百 in 百货, 千万 in 千万不要) is a word and does not change; in Japanese, a unit before a numeral or a counter is
+    a number (百円). Idioms are handled as numbers (一起 becomes 1起), in references and hypotheses alike.
 
     Args:
         text: simplified Chinese or Japanese text without spaces between characters.
@@ -161,25 +161,25 @@ def _read_time(match: re.Match[str], language: str) -> str:
     hour = hour.lstrip("0") or "0"
     if minute == "00" and second is None:
         return f"{hour}{hours}"
-    if language != "zh":  # 零 is said before minutes in Chinese only
+    if language != "zh":  # only Chinese reads 零 before minutes
         minute = minute.lstrip("0") or "0"
     return f"{hour}{hours}{minute}{minutes}" + (f"{second}{seconds}" if second else "")
 
 
 def _read_fraction(match: re.Match[str], word: str) -> str:
     numerator, denominator = match.groups()
-    # 24/7 is no fraction; a date such as 3/15 cannot be told from one.
+    # 24/7 is no fraction. A date such as 3/15 cannot be distinguished from a fraction.
     return match[0] if match[0] == "24/7" else f"{denominator}{word}{numerator}"
 
 
 def read_symbols(text: str, language: str) -> str:
-    """Writes symbols next to digits as they are read out: 35% as 百分之35, -5.5 as 负5点5, $3 as 3美元, 1/3 as 3分之1.
+    """Replaces symbols next to digits by spoken words: 35% by 百分之35, -5.5 by 负5点5, $3 by 3美元, 1/3 by 3分之1.
 
-    Also times (10:05 as 10点05分, 三点半 as 3点30分), dates (2024/5/1 as 2024年5月1日), scores (3:2 as 3比2) and
-    ranges (5-6 as 5到6).
+    Also replaces times (10:05 by 10点05分, 三点半 by 3点30分), dates (2024/5/1 by 2024年5月1日), scores (3:2 by 3比2)
+    and ranges (5-6 by 5到6).
 
     Args:
-        text: lower-case text whose numerals are digits.
+        text: lower-case text, after `numerals_to_digits`.
         language: "zh", "ja" or "ko".
     """
     currencies = _CURRENCIES[language]

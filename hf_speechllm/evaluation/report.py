@@ -1,4 +1,4 @@
-"""Reports of scores: compute-wer's text file, and one HTML page that needs nothing but itself."""
+"""Score reports: the text file of compute-wer, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from .scoring import ErrorCounts, ScoredUtterance, align
 from .statistics import Comparison, rate_interval
 
 RULE = "=" * 75
-NUM_BINS = 8  # of the chart, with as many utterances each
-NUM_DOTS = 2000  # of the chart; more would only make the page heavy
-NUM_NAMED = 200  # IDs that are listed on the page; score.json has all
-NUM_HOTWORDS = 100  # listed on the page, those missed or made up most often first
+NUM_BINS = 8  # bins of the chart, with equal numbers of utterances
+NUM_DOTS = 2000  # dots in the chart, at most, which limits the size of the page
+NUM_NAMED = 200  # IDs per list on the page, at most; score.json contains all IDs
+NUM_HOTWORDS = 100  # hotwords on the page, at most, hotwords with most errors first
 
-# Words repeat: each is looked at once.
+# Cached because words repeat.
 _cluster_of = cache(default_cluster)
 _width_of = cache(WER.width)
 
 
 def write_compute_wer(utterances: Iterable[ScoredUtterance], missing: int, extra: int, file: IO[str]) -> None:
-    """Writes what the compute-wer command writes: an alignment for each utterance, then the sums, also by script.
+    """Writes the output of the compute-wer command: an alignment of each utterance, then sums, in total and by script.
 
     Args:
-        utterances: in the order in which they are written.
+        utterances: in output order.
         missing: number of references without a hypothesis (MH).
         extra: number of hypotheses without a reference (ML).
-        file: open for text.
+        file: text file, open for writing.
     """
     total: Counter[str] = Counter()
     clusters: dict[str, Counter[str]] = {}
@@ -54,7 +54,7 @@ def write_compute_wer(utterances: Iterable[ScoredUtterance], missing: int, extra
             for line, token, width in zip(lines, tokens, widths, strict=True):
                 line.append(token + " " * (max(widths) - width))
         total += counts
-        if _as_wer(counts).wer == 0:  # also, as there, insertions into an empty reference
+        if _as_wer(counts).wer == 0:  # as in compute-wer, 0 also for insertions into an empty reference
             sentences.cor += 1
         else:
             sentences.err += 1
@@ -77,12 +77,12 @@ def _as_wer(counts: Counter[str]) -> WER:
 def duration_chart(
     utterances: Sequence[ScoredUtterance], durations: Mapping[str, float], links: Mapping[str, str]
 ) -> str:
-    """Error rates against durations, as SVG: a dot for each utterance, a step for each eighth of them.
+    """Draws error rates against durations, as SVG: one dot per utterance, one step per eighth of the utterances.
 
     Args:
-        utterances: at least one of them with a duration.
+        utterances: at least one must have a duration.
         durations: seconds by ID.
-        links: addresses by ID, for dots that lead somewhere.
+        links: link targets of dots, by ID.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def duration_chart(
 
 
 def worst_utterances(utterances: Iterable[ScoredUtterance], number: int) -> list[ScoredUtterance]:
-    """Those with errors, most errors first, then the highest rate."""
+    """Returns up to `number` utterances with errors, sorted by errors, then by error rate, highest first."""
     wrong = (utterance for utterance in utterances if utterance.counts.errors)
     return sorted(wrong, key=lambda u: (-u.counts.errors, -u.counts.rate))[:number]
 
@@ -156,18 +156,18 @@ def html_report(
     hotwords: Sequence[HotwordCounts] = (),
     comparison: Comparison | None = None,
 ) -> str:
-    """The page: summary, comparison, tables, chart, worst utterances. Jinja escapes every text in it.
+    """Returns the HTML page: summary, comparison, tables, chart, worst utterances. Jinja escapes all texts.
 
     Args:
-        score: what score.json holds.
-        utterances: all of them.
-        references: texts as they were written, by ID.
-        hypotheses: texts as they were written, by ID.
-        worst: those that are shown.
-        durations: seconds by ID, of as many as are known.
-        sounds: by ID, of as many of the worst as are wanted.
-        hotwords: counted.
-        comparison: with the second hypotheses.
+        score: content of score.json.
+        utterances: all scored utterances.
+        references: unnormalised texts by ID.
+        hypotheses: unnormalised texts by ID.
+        worst: utterances to show.
+        durations: seconds by ID; may lack some utterances.
+        sounds: recordings to embed, by ID; may lack some of the worst utterances.
+        hotwords: hotword counts.
+        comparison: comparison with the second hypotheses.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -190,7 +190,8 @@ def html_report(
         worst=[(utterance, align(utterance.reference, utterance.hypothesis)) for utterance in worst],
         references=references,
         hypotheses=hypotheses,
-        empty_hypotheses=[id_ for id_ in score["empty_hypotheses"] if id_ in hypotheses],  # the others are named above
+        # Missing hypotheses have a list of their own.
+        empty_hypotheses=[id_ for id_ in score["empty_hypotheses"] if id_ in hypotheses],
         durations=durations,
         sounds=sounds,
         hotwords=list(islice(wrong_hotwords, NUM_HOTWORDS)),

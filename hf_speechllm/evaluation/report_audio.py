@@ -1,4 +1,4 @@
-"""What a report needs of recordings: how long they are, and the sound of a few, small enough for a page."""
+"""Recordings in a report: durations, and small copies of a few recordings that are embedded in the page."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from ..audio.waveform import SAMPLE_RATE, AudioError, header_seconds, is_url, load_audio, probe_audio
 
-MAX_SOUND_SECONDS = 120.0  # of a recording in a page; about 0.5 MB
+MAX_SOUND_SECONDS = 120.0  # duration of an embedded recording, at most; about 0.5 MB
 
 
 class Sound(NamedTuple):
-    """A recording for a page.
+    """A recording that is embedded in a page.
 
     Args:
-        uri: a data URI, Opus in Ogg, mono; empty if the recording can't be read.
-        note: what the reader should know: that it is cut, or why it is not there.
+        uri: data URI, Opus in Ogg, mono; empty if the recording cannot be read.
+        note: says that the recording is cut, or why it cannot be read; otherwise empty.
     """
 
     uri: str
@@ -29,13 +29,13 @@ class Sound(NamedTuple):
 
 
 def measure_durations(recordings: Mapping[str, str]) -> tuple[dict[str, float], dict[str, str]]:
-    """Durations by the headers of local recordings; URLs are left out, since they would all be downloaded.
+    """Reads the durations of local recordings from their headers; skips URLs, which would need a download.
 
     Args:
-        recordings: paths by ID.
+        recordings: paths and URLs by ID.
 
     Returns:
-        Seconds by ID, and the reasons why others have none, by ID.
+        Seconds by ID, and the errors of unreadable recordings by ID.
     """
     durations: dict[str, float] = {}
     reasons: dict[str, str] = {}
@@ -50,7 +50,7 @@ def measure_durations(recordings: Mapping[str, str]) -> tuple[dict[str, float], 
 
 
 def _duration(path: str) -> float | str:
-    """Seconds, or the reason why they can't be told."""
+    """Returns seconds, or the error message of an unreadable recording."""
     if (seconds := header_seconds(path)) is not None:
         return seconds
     try:
@@ -64,7 +64,7 @@ def embed_sound(source: str) -> Sound:
     """Encodes a recording as a data URI.
 
     Args:
-        source: path or URL; longer than `MAX_SOUND_SECONDS`, it is cut.
+        source: path or URL. A recording of more than `MAX_SOUND_SECONDS` is cut.
     """
     import soundfile
 

@@ -1,10 +1,10 @@
 """Errors of transcripts: tokens, alignment, counts, languages.
 
-What is counted is what `normalize_text` makes a token: a character of Chinese, Japanese or Korean, a digit, a word of
-other scripts. So one count gives the character error rate (CER) of Chinese lines, the word error rate (WER) of English
-ones, and the mixed error rate (MER) of lines and sets that have both. The alignment is compute-wer's, and so are the
-numbers: substitutions, deletions and insertions of the same normalised files are equal, but for letters with combining
-marks (Hindi, Thai), which compute-wer takes apart or drops.
+`normalize_text` defines the tokens: a character of Chinese, Japanese or Korean, a digit, or a word of other scripts.
+The same count is the character error rate (CER) of Chinese lines, the word error rate (WER) of English lines, and the
+mixed error rate (MER) of lines and sets with both. The alignment is the same as in compute-wer: for the same
+normalised files, substitutions, deletions and insertions are equal. Letters with combining marks (Hindi, Thai) are an
+exception: compute-wer splits or drops them.
 
 >>> count_errors("turn on the 空调", "turn on 空条")
 ErrorCounts(substitutions=1, deletions=1, insertions=0, reference_tokens=5)
@@ -28,18 +28,18 @@ from .normalizers import UNSPACED_CHARACTER, language_of, normalize_text
 from .statistics import rate_interval
 
 _LETTER = re.compile(r"[^\W\d_]")
-NUM_TEXTS_FOR_POOL = 5000  # fewer are tokenised before other processes have started
+NUM_TEXTS_FOR_POOL = 5000  # with fewer texts, starting processes takes longer than tokenising
 
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors of one or several transcripts; `sum(..., ErrorCounts())` adds them up.
+    """Error counts of one or several transcripts; `sum(..., ErrorCounts())` adds counts.
 
     Args:
-        substitutions: reference tokens with another token in their place.
-        deletions: reference tokens that the hypothesis lacks.
-        insertions: hypothesis tokens that the reference lacks.
-        reference_tokens: tokens of the reference.
+        substitutions: number of reference tokens that the hypothesis replaces by another token.
+        deletions: number of reference tokens that the hypothesis lacks.
+        insertions: number of hypothesis tokens that the reference lacks.
+        reference_tokens: number of reference tokens.
     """
 
     substitutions: int = 0
@@ -49,15 +49,15 @@ class ErrorCounts:
 
     @property
     def errors(self) -> int:
-        """Substitutions, deletions and insertions: the edit distance."""
+        """Sum of substitutions, deletions and insertions: the edit distance."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
-        """Errors per reference token; beyond 1 with many insertions.
+        """Errors per reference token; more than 1 with many insertions.
 
-        An empty reference counts as one token long, so that its rate is 0 if the hypothesis is empty, too, and else
-        the number of insertions: finite, and worse the more there are.
+        An empty reference counts as one token, so that the rate is finite: 0 for an empty hypothesis, otherwise the
+        number of insertions.
         """
         return self.errors / max(self.reference_tokens, 1)
 
@@ -71,7 +71,7 @@ class ErrorCounts:
 
 
 class AlignedPair(NamedTuple):
-    """A step of an alignment: "equal", "replace", "delete" or "insert"; the token that is not there is empty."""
+    """One step of an alignment: "equal", "replace", "delete" or "insert", and two tokens; a missing token is empty."""
 
     operation: str
     reference: str
@@ -79,13 +79,13 @@ class AlignedPair(NamedTuple):
 
 
 def tokenize(text: str, normalize: bool = True, language: str | None = None) -> list[str]:
-    """The tokens that are counted.
+    """Splits a transcript into the tokens that are counted.
 
     Args:
         text: one transcript.
-        normalize: whether `normalize_text` is applied, which finds the tokens, too. Without it they are those that
-            the compute-wer command finds in the text as it is: punctuation counts.
-        language: whose rules `normalize_text` applies; a hypothesis gets those of its reference.
+        normalize: whether to apply `normalize_text`. Otherwise the tokens are those of the compute-wer command, with
+            punctuation.
+        language: language whose rules `normalize_text` applies; a hypothesis gets the language of the reference.
     """
     if normalize:
         return normalize_text(text, language).split()
@@ -93,23 +93,24 @@ def tokenize(text: str, normalize: bool = True, language: str | None = None) -> 
 
 
 def _folded(tokens: list[str]) -> list[str]:
-    # As compute-wer does; after normalisation it only makes the likes of ß and ss meet.
+    # As in compute-wer. In normalised text, the upper case only affects characters such as ß, which becomes SS.
     return [token.upper() for token in tokens]
 
 
 def rules_for(reference: str, language: str | None = None) -> str:
-    """The language whose rules a reference and its hypotheses get: the one named, if known, or the reference's.
+    """Returns the language whose rules apply to a reference and the hypotheses for the reference.
 
-    A reference without any letter or digit has none (""): its hypotheses decide for themselves.
+    The language is `language`, if known, otherwise the language of the reference. For a reference without letters and
+    digits, the result is "": each hypothesis decides.
     """
     return known_language(language or "") or (language_of(reference) if re.search(r"\w", reference) else "")
 
 
 def count_token_errors(reference: list[str], hypothesis: list[str]) -> ErrorCounts:
-    """Errors of tokens, by an alignment of least edit distance; upper and lower case are the same.
+    """Counts the errors of an alignment with minimum edit distance; ignores case.
 
-    Where several alignments have that distance, rapidfuzz chooses, as in compute-wer, so that substitutions,
-    deletions and insertions are its numbers.
+    If several alignments have the minimum distance, rapidfuzz chooses one, as in compute-wer, so that substitutions,
+    deletions and insertions are equal to those of compute-wer.
     """
     counts = {"replace": 0, "delete": 0, "insert": 0}
     if reference != hypothesis:
@@ -119,20 +120,20 @@ def count_token_errors(reference: list[str], hypothesis: list[str]) -> ErrorCoun
 
 
 def count_errors(reference: str, hypothesis: str, normalize: bool = True, language: str | None = None) -> ErrorCounts:
-    """Errors of a transcript.
+    """Counts the errors of a transcript.
 
     Args:
-        reference: what was said.
-        hypothesis: what was recognised.
-        normalize: as in `tokenize`.
-        language: whose rules both texts get; by default, the language of the reference.
+        reference: correct transcript.
+        hypothesis: recognised transcript.
+        normalize: see `tokenize`.
+        language: language whose rules apply to both texts; by default, the language of the reference.
     """
     rules = rules_for(reference, language)
     return count_token_errors(tokenize(reference, normalize, rules), tokenize(hypothesis, normalize, rules))
 
 
 def align(reference: list[str], hypothesis: list[str]) -> list[AlignedPair]:
-    """The alignment that `count_token_errors` counts, with the equal tokens."""
+    """Returns the alignment that `count_token_errors` counts, including equal tokens."""
     pairs: list[AlignedPair] = []
     for code in Levenshtein.opcodes(_folded(reference), _folded(hypothesis)):
         left = reference[code.src_start : code.src_end] or [""] * (code.dest_end - code.dest_start)
@@ -143,18 +144,18 @@ def align(reference: list[str], hypothesis: list[str]) -> list[AlignedPair]:
 
 @dataclass(frozen=True)
 class ScoredUtterance:
-    """An utterance and its errors.
+    """An utterance with error counts.
 
     Args:
-        id: from the lists.
+        id: utterance ID.
         reference: tokens.
         hypothesis: tokens.
-        counts: errors.
-        metric: "CER" where all words are of characters, "WER" where none are, "MER" for both in one line, "" for a
-            line without letters, which fits any.
-        language: given, or as `describe_line` finds it.
-        rules: the language whose rules normalise the reference and its hypotheses (`rules_for`).
-        dataset: given, or empty.
+        counts: error counts.
+        metric: "CER" if all tokens are characters, "WER" if all are words, "MER" for a mixed line, "" for a line
+            without letters.
+        language: from the list of languages, otherwise from `describe_line`.
+        rules: language whose rules normalise reference and hypothesis (`rules_for`).
+        dataset: name of the data set; empty if unknown.
     """
 
     id: str
@@ -168,14 +169,14 @@ class ScoredUtterance:
 
 
 def describe_line(tokens: list[str], text: str) -> tuple[str, str]:
-    """Metric and language of a reference, by its script.
+    """Finds metric and language of a reference by script.
 
-    Languages are zh, ja, ko, en, "other" (words of another language, characters of another script), two of them with
-    a plus between (zh+en), and "none" for a line without letters. "Seven", a digit once it is normalised, is English.
+    Languages are zh, ja, ko, en, "other" (words of another language or characters of another script), two of these
+    joined by a plus sign (zh+en), and "none" for a line without letters. "Seven" becomes a digit, but is English.
 
     Args:
-        tokens: of the reference, normalised or not.
-        text: the reference as it was written; it decides where it or the tokens have no letters (百分之 of 50%).
+        tokens: tokens of the reference, normalised or not.
+        text: unnormalised reference; decides if the text or the tokens have no letters (50% becomes 百分之 5 0).
 
     Returns:
         "CER", "WER", "MER" or "", and the language.
@@ -209,11 +210,11 @@ def _tokenize_pair(pair: tuple[str, str], normalize: bool) -> list[str]:
 def tokenize_all(
     texts: Iterable[str], normalize: bool = True, num_workers: int = 1, languages: Iterable[str] | None = None
 ) -> list[list[str]]:
-    """`tokenize` for many texts, each different one once.
+    """Calls `tokenize` for many texts, once for each different text.
 
     Args:
-        num_workers: processes, if there are texts enough for them to pay.
-        languages: of the texts, one each.
+        num_workers: number of processes; used for at least `NUM_TEXTS_FOR_POOL` different texts.
+        languages: language of each text.
     """
     texts = list(texts)
     pairs = list(zip(texts, languages or [""] * len(texts), strict=True))
@@ -235,16 +236,16 @@ def score_utterances(
     datasets: Mapping[str, str] | None = None,
     num_workers: int = 1,
 ) -> list[ScoredUtterance]:
-    """Scores every reference, in their order; one without a hypothesis is compared with an empty text.
+    """Scores all references, in their order; a missing hypothesis counts as an empty text.
 
     Args:
         references: texts by ID.
-        hypotheses: texts by ID; IDs that no reference has are left out.
-        normalize: as in `tokenize`.
-        languages: by ID, for those that need not be guessed: of the rules that reference and hypothesis get, and of
-            the groups.
-        datasets: by ID.
-        num_workers: processes that normalise.
+        hypotheses: texts by ID; hypotheses without a reference are ignored.
+        normalize: see `tokenize`.
+        languages: known languages by ID, for the rules of normalisation and the results by language; others are
+            detected.
+        datasets: names of data sets by ID.
+        num_workers: number of processes that normalise.
     """
     languages, datasets = languages or {}, datasets or {}
     rules = [rules_for(text, languages.get(id_)) for id_, text in references.items()]
@@ -260,7 +261,7 @@ def score_utterances(
 def rescore(
     utterances: Iterable[ScoredUtterance], hypotheses: Mapping[str, str], normalize: bool = True, num_workers: int = 1
 ) -> list[ScoredUtterance]:
-    """The same references with other hypotheses; arguments as for `score_utterances`."""
+    """Scores other hypotheses for the same references; arguments as for `score_utterances`."""
     utterances = list(utterances)
     texts = (hypotheses.get(utterance.id, "") for utterance in utterances)
     tokens = tokenize_all(texts, normalize, num_workers, [utterance.rules for utterance in utterances])
@@ -271,21 +272,22 @@ def rescore(
 
 
 def metric_of(utterances: Iterable[ScoredUtterance]) -> str:
-    """The one metric of a set: that of all its lines with letters, or "MER" where they differ; "WER" without any."""
+    """Returns the metric of a set: that of all lines with letters, "MER" if they differ, "WER" without letters."""
     metrics = {utterance.metric for utterance in utterances} - {""}
     return "MER" if len(metrics) > 1 else metrics.pop() if metrics else "WER"
 
 
 def summarize(utterances: list[ScoredUtterance], num_resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """The score of a set, ready for JSON.
+    """Computes the score of a set, ready for JSON.
 
     Args:
         utterances: at least one.
-        num_resamples: of the bootstrap that gives the interval (`statistics.rate_interval`).
-        seed: of the bootstrap.
+        num_resamples: number of bootstrap samples for the interval (`statistics.rate_interval`).
+        seed: seed of the bootstrap.
 
     Returns:
-        `metric`; `rate` and `interval_95`, fractions; the counts; the numbers of utterances and of those with errors.
+        `metric`; `rate` and `interval_95` as fractions; error counts; numbers of utterances and of utterances with
+        errors.
     """
     total = sum((utterance.counts for utterance in utterances), ErrorCounts())
     errors, tokens = zip(*((u.counts.errors, u.counts.reference_tokens) for u in utterances), strict=True)
@@ -304,7 +306,7 @@ def summarize(utterances: list[ScoredUtterance], num_resamples: int = 10_000, se
 
 
 def score_set(utterances: list[ScoredUtterance], num_resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """`summarize` of a set and of its data sets and languages, with the IDs of empty texts; ready for JSON."""
+    """Computes the scores of a set and of each data set and language, and lists IDs of empty texts; ready for JSON."""
     parts: dict[str, dict[str, list[ScoredUtterance]]] = {"datasets": {}, "languages": {}}
     for utterance in utterances:
         parts["datasets"].setdefault(utterance.dataset, []).append(utterance)

@@ -1,21 +1,21 @@
-"""Signs between numbers, as they are read out: ranges, scores, dates, times, telephone numbers.
+"""Signs between numbers and their spoken words: ranges, scores, dates, times, telephone numbers.
 
-Different numbers would be equal if such a sign were dropped: 1/2 and 12, 3-2 and 32. A sign becomes the word that is
-spoken, if there is one, and otherwise stays as a token between digits. Only the hyphens of telephone numbers are
-dropped, since they are not spoken.
+Without the sign, different numbers would be equal: 1/2 and 12, 3-2 and 32. A sign becomes a spoken word, if there is
+one. Otherwise the sign is a token between digits. Only the hyphens of telephone numbers are removed, because nobody
+speaks them.
 """
 
 import re
 from typing import NamedTuple
 
-SIGNS = "-:/^+×*÷="  # tokens between digits, where they are not read out
+SIGNS = "-:/^+×*÷="  # tokens between digits, unless replaced by words
 DASH = "[-‐‒–—−~〜∼]"
 NUMBER = r"\d+(?:\.\d+)?"
 _UNIT = "[点时分秒年月日号度元块角圆円時人個个号歳岁%℃]"
 
 
 class Readings(NamedTuple):
-    """How a language reads signs between numbers; a date is a format of year, month and day."""
+    """Spoken words of a language for signs between numbers; `date` is a format of year, month and day."""
 
     date: str
     range: str
@@ -46,7 +46,7 @@ RATIO = re.compile(r"(?<![\d:.])(\d+):(\d+)(?![\d:])")
 
 
 def is_telephone_number(groups: list[str]) -> bool:
-    """Tells whether digits with hyphens between them are a telephone number rather than a range or a score."""
+    """Whether groups of digits, joined by hyphens, are a telephone number rather than a range or a score."""
     lengths = list(map(len, groups))
     if len(groups) > 2:
         return sum(lengths) >= 7
@@ -62,19 +62,19 @@ def _read_groups(match: re.Match[str]) -> str:
 
 
 def is_score(text: str, start: int) -> bool:
-    """Tells whether the words before a position announce a score or a ratio, rather than a time or a range."""
+    """Whether the words before a position announce a score or a ratio rather than a time or a range."""
     return bool(_SCORE_BEFORE.search(text, max(0, start - 10), start))
 
 
 def read_between_numbers(text: str, language: str) -> str:
-    """Replaces signs between numbers by what is spoken.
+    """Replaces signs between numbers by spoken words.
 
     Args:
-        text: lower-case text, with ASCII digits and without marks of thousands.
-        language: one of `READINGS`.
+        text: lower-case text with ASCII digits, without thousands separators.
+        language: a key of `READINGS`.
     """
     readings = READINGS[language]
-    # As normalised text has them: "2 4 / 7".
+    # Normalised text has spaces: "2 4 / 7".
     text = re.sub(rf"(?<!\d)(?<!\d )\d(?: \d)+(?= [{SIGNS}] \d)", lambda match: match[0].replace(" ", ""), text)
     text = re.sub(rf"(?<=\d) ([{SIGNS}]) (?=\d)", r"\1", text)
     text = _DATE.sub(lambda match: readings.date.format(int(match[1]), int(match[3]), int(match[4])), text)

@@ -1,7 +1,7 @@
-"""How sure an error rate, or a difference of two, is: bootstrap intervals and a paired test, over utterances.
+"""Confidence intervals of error rates and a paired test of two systems, over utterances.
 
-Utterances are drawn as if they were independent. Those of one speaker or dialogue are not quite: where there are few
-speakers, the true intervals are wider.
+Both methods assume independent utterances. Utterances of one speaker or dialogue are correlated: with few speakers,
+the true intervals are wider.
 """
 
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 2_000_000  # numbers drawn at once, 16 MB
+CHUNK = 2_000_000  # random numbers per call, 16 MB
 CONFIDENCE = (2.5, 97.5)  # percentiles
 
 
 class Comparison(NamedTuple):
-    """Two systems on the same utterances; a negative difference says that the first is better.
+    """Comparison of two systems on the same utterances; a negative difference means that the first is better.
 
     Args:
-        difference: rate of the first system less that of the second, a fraction.
-        low, high: ends of its 95 % interval.
-        p_value: of the paired test, two-sided.
-        better, worse: utterances in which the first system has fewer, more errors than the second.
+        difference: error rate of the first system minus error rate of the second system, a fraction.
+        low, high: ends of the 95 % interval of the difference.
+        p_value: two-sided p-value of the paired test.
+        better, worse: number of utterances in which the first system has fewer or more errors than the second.
     """
 
     difference: float
@@ -32,19 +32,19 @@ class Comparison(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        """Whether both the interval and the test say, at 5 %, that there is a difference."""
+        """Whether the interval excludes 0 and the test rejects equality at 5 %."""
         return self.p_value < 0.05 and not self.low <= 0 <= self.high
 
 
 def resampled_sums(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Column sums of bootstrap samples: as many rows as there are, drawn with replacement.
+    """Returns the column sums of bootstrap samples: each sample draws as many rows as `values` has, with replacement.
 
-    How often each row is drawn is multinomial, and equal rows are one: many times quicker than drawing indices.
+    The counts of different rows are multinomial. Drawing counts is much faster than drawing indices.
 
     Args:
         values: shape = (rows, columns).
-        num_resamples: samples.
-        seed: of the generator.
+        num_resamples: number of samples.
+        seed: seed of the random generator.
 
     Returns:
         Sums, float64, shape = (num_resamples, columns).
@@ -61,15 +61,15 @@ def resampled_sums(values: np.ndarray, num_resamples: int, seed: int) -> np.ndar
 def rate_interval(
     errors: Sequence[int], tokens: Sequence[int], num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of an error rate: percentiles of the rates of bootstrap samples of the utterances.
+    """Computes the 95 % interval of an error rate: percentiles of the rates of bootstrap samples of the utterances.
 
     Bisani and Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP.
 
     Args:
-        errors: of each utterance, at least one.
-        tokens: of each reference.
-        num_resamples: bootstrap samples.
-        seed: the same one gives the same interval.
+        errors: number of errors of each utterance, at least one utterance.
+        tokens: number of tokens of each reference.
+        num_resamples: number of bootstrap samples.
+        seed: the same seed returns the same interval.
     """
     sums = resampled_sums(np.column_stack([errors, tokens]), num_resamples, seed)
     low, high = np.percentile(sums[:, 0] / np.maximum(sums[:, 1], 1), CONFIDENCE)
@@ -85,25 +85,24 @@ def compare_systems(
 ) -> Comparison:
     """Compares two systems on the same utterances.
 
-    The interval is the paired bootstrap's: both rates on the same samples (Bisani and Ney 2004). The test is the
+    The interval is a paired bootstrap: both rates use the same samples (Bisani and Ney 2004). The test is the
     matched-pairs test of Gillick and Cox 1989 ("Some statistical issues in the comparison of speech recognition
-    algorithms", ICASSP) with utterances as the segments. Its null distribution is not taken as normal, which small
-    sets are too small for, but made by random signs of the differences (Noreen 1989, "Computer-intensive methods for
-    testing hypotheses").
+    algorithms", ICASSP) with utterances as segments. The null distribution comes from random signs of the differences
+    (Noreen 1989, "Computer-intensive methods for testing hypotheses"), because small sets are not normal.
 
     Args:
-        errors: of the first system, for each utterance.
-        other_errors: of the second system.
-        tokens: of each reference.
-        num_resamples: bootstrap samples, and random choices of signs; the smallest p-value is 1 / (this + 1).
-        seed: the same one gives the same result.
+        errors: number of errors of the first system, for each utterance.
+        other_errors: number of errors of the second system, for each utterance.
+        tokens: number of tokens of each reference.
+        num_resamples: number of bootstrap samples and of random signs; p-values are at least 1 / (num_resamples + 1).
+        seed: the same seed returns the same result.
     """
     differences = np.subtract(errors, other_errors)
     total = max(int(np.sum(tokens)), 1)
     sums = resampled_sums(np.column_stack([differences, tokens]), num_resamples, seed)
     low, high = np.percentile(sums[:, 0] / np.maximum(sums[:, 1], 1), CONFIDENCE)
 
-    # Of n differences of one size, those that keep their sign under a random choice are binomial.
+    # The number of differences of one size that keep their sign is binomial.
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     generator = np.random.default_rng(seed)
     kept = generator.binomial(counts, 0.5, size=(num_resamples, len(counts)))

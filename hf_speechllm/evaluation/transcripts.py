@@ -1,4 +1,4 @@
-"""Reading what is scored: transcripts by ID, and Kaldi's maps from an ID to a language, a data set or a duration."""
+"""Readers of transcripts and of Kaldi maps from an utterance ID to a language, data set or duration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.jsonl import read_jsonl, recording_id
 
-# A path, a URL or a command of a wav.scp.
+# A path, URL or command in a wav.scp.
 _RECORDING = re.compile(r"^\S+\.(?:wav|flac|mp3|ogg|opus|m4a|aac|sph|pcm|ark:\d+)$|\|$", re.IGNORECASE)
 
 
@@ -22,9 +22,9 @@ class Transcripts:
     """Transcripts of a file.
 
     Args:
-        texts: by ID, in the order of the file; may be empty strings.
-        recordings: by ID, paths or URLs; only a JSONL has them.
-        hotwords: by ID; only a JSONL has them.
+        texts: transcripts by ID, in the order of the file; may be empty strings.
+        recordings: paths or URLs by ID; only from JSONL.
+        hotwords: hotwords by ID; only from JSONL.
     """
 
     texts: dict[str, str]
@@ -33,31 +33,31 @@ class Transcripts:
 
 
 def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Numbers and lines without their ends; empty ones are passed over.
+    """Reads line numbers and lines without line ends; skips empty lines.
 
     Raises:
-        BadDataError: at a line that is not UTF-8.
+        BadDataError: if a line is not UTF-8.
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             try:
-                text = line.decode("utf-8").strip("\r\n")  # not tabs: one may stand before an empty text
+                text = line.decode("utf-8").strip("\r\n")  # keeps the tab before an empty text
             except UnicodeDecodeError as error:
                 raise BadDataError(
                     f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); convert the file, for "
-                    "example with iconv -f GB18030 -t UTF-8"
+                    "example with `iconv -f GB18030 -t UTF-8`"
                 ) from error
             if "\0" in text:
-                raise BadDataError(f"{path}:{number}: zero bytes, as in UTF-16; convert the file with iconv")
+                raise BadDataError(f"{path}:{number}: zero bytes, as in UTF-16; convert the file to UTF-8 with iconv")
             if text.strip(" \t"):
                 yield number, text
 
 
 def split_line(line: str) -> tuple[str, str]:
-    """Splits a line of a list into its ID and the rest: at the first tab, otherwise at the first spaces.
+    """Splits a line of a list into ID and value: at the first tab, otherwise at the first spaces.
 
-    Lines that `decode` writes have a tab, and IDs that are file names may hold spaces, also those of Unicode.
+    Lines that `decode` writes have a tab. IDs that are file names may contain spaces, including Unicode spaces.
     """
     line = line.strip("\r\n").lstrip(" \t")
     id_, value = (re.split(r" *\t" if "\t" in line else r" +", line, maxsplit=1) + [""])[:2]
@@ -65,15 +65,15 @@ def split_line(line: str) -> tuple[str, str]:
 
 
 def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[str, str]:
-    """Reads lines of an ID and a value, with spaces or a tab between them, as Kaldi's `text`, `utt2lang`, `utt2dur`.
+    """Reads lines `ID VALUE`, separated by spaces or a tab, as in Kaldi's `text`, `utt2lang`, `utt2dur`.
 
     Args:
-        path: UTF-8, with or without a byte order mark.
-        empty_values: whether a line may have an ID only.
+        path: UTF-8 file, with or without a byte order mark.
+        empty_values: whether values may be missing.
 
     Raises:
-        BadDataError: at a line that is not UTF-8, repeats an ID, or lacks the value.
-        OSError: if the file can't be read.
+        BadDataError: if a line is not UTF-8, repeats an ID, or lacks the value.
+        OSError: if the file cannot be read.
     """
     values: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -81,35 +81,35 @@ def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[s
         id_, value = split_line(line)
         if id_ in values:
             raise BadDataError(
-                f'{path}:{number}: duplicate ID: "{id_}" is in line {lines[id_]}, too; every ID must be there once'
+                f'{path}:{number}: duplicate ID: "{id_}" is in line {lines[id_]}, too; remove one of the lines'
             )
         if not value and not empty_values:
-            raise BadDataError(f'{path}:{number}: one field only: "{id_}" has no value')
+            raise BadDataError(f'{path}:{number}: one field only: "{id_}" has no value; write `ID VALUE`')
         values[id_], lines[id_] = value, number
     return values
 
 
 def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Transcripts:
-    """Reads transcripts: lines `ID TEXT`, or, if the name ends in .jsonl, rows as for training.
+    """Reads transcripts from lines `ID TEXT`, or from training rows if the file name ends in .jsonl.
 
-    A row's ID is the stem of its last recording's name, as in what `hf-speechllm decode` writes; its text is the last
-    answer.
+    The ID of a training row is the stem of the name of the last recording, as in the output of `hf-speechllm decode`.
+    The text is the last answer.
 
     Args:
-        path: UTF-8, with or without a byte order mark. A line with an ID only is an empty transcript.
-        required: whether there must be any.
+        path: UTF-8 file, with or without a byte order mark. A line with an ID only is an empty transcript.
+        required: whether the file must contain a transcript.
 
     Raises:
-        BadDataError: at a line that is not UTF-8, repeats an ID, or is no row; if there are none and must be; if most
-            of the texts are recordings, as in a wav.scp.
-        OSError: if the file can't be read.
+        BadDataError: if a line is not UTF-8, repeats an ID, or is no valid row; if a required transcript is missing;
+            if most texts are names of recordings, as in a wav.scp.
+        OSError: if the file cannot be read.
     """
     transcripts = _read_rows(path) if Path(path).suffix == ".jsonl" else Transcripts(read_map(path, empty_values=True))
     paths = [text for text in transcripts.texts.values() if _RECORDING.search(text)]
     if 2 * len(paths) > len(transcripts.texts):
-        raise BadDataError(f'{path}: recordings ("{paths[0]}"), not transcripts; give a list of lines `ID TEXT`')
+        raise BadDataError(f'{path}: recordings ("{paths[0]}") instead of transcripts; pass a list of lines `ID TEXT`')
     if required and not transcripts.texts:
-        raise BadDataError(f"{path}: no transcripts")
+        raise BadDataError(f"{path}: no transcripts; pass a list of lines `ID TEXT`")
     return transcripts
 
 
@@ -122,8 +122,8 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
         id_ = recording_id(row.recordings[-1])
         if id_ in lines:
             raise BadDataError(
-                f'{path}:{row.line}: duplicate ID: line {lines[id_]} has a recording called "{id_}", too; score lines '
-                "`ID TEXT` instead"
+                f'{path}:{row.line}: duplicate ID: line {lines[id_]} also has a recording named "{id_}"; score a list '
+                "of lines `ID TEXT` instead"
             )
         lines[id_] = row.line
         transcripts.texts[id_] = row.dialogue.turns[-1].answer or ""
@@ -135,34 +135,34 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
 def require_common_ids(
     reference: str, texts: Mapping[str, str], lists: Mapping[str | None, Mapping[str, Any]]
 ) -> None:
-    """Refuses lists that have nothing to do with the references.
+    """Refuses lists that have no ID in common with the references.
 
     Args:
-        reference: file name.
-        texts: its transcripts, by ID.
-        lists: contents of other files, by file name and ID; `None` for a file that is not given.
+        reference: name of the file of references.
+        texts: reference transcripts by ID.
+        lists: contents of other files by file name; the name `None` stands for an omitted file.
 
     Raises:
-        BadDataError: if a file has no ID of the references.
+        BadDataError: if a list has no ID of a reference.
     """
     for name, values in lists.items():
         if name is not None and not texts.keys() & values.keys():
-            first = f'"{next(iter(values))}"' if values else "no ID at all"
+            first = f'the first ID of {name} is "{next(iter(values))}"' if values else f"{name} is empty"
             raise BadDataError(
-                f'{name} has no ID of {reference}: {first} there, "{next(iter(texts))}" here; give lists of the same '
-                "utterances, REF before HYP"
+                f"{name}: no ID in common with {reference}: {first}, the first ID of {reference} is "
+                f'"{next(iter(texts))}"; pass lists of the same utterances, REF before HYP'
             )
 
 
 def read_durations(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Reads Kaldi's `utt2dur`: lines of an ID and seconds.
+    """Reads a Kaldi `utt2dur`: lines `ID SECONDS`.
 
     Raises:
-        BadDataError: as `read_map`, and at a value that is not a positive number.
+        BadDataError: see `read_map`; also if a value is not a positive number.
     """
     durations = {}
     for id_, value in read_map(path).items():
         if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
-            raise BadDataError(f'{path}: "{id_}" has no duration in seconds but "{value}"')
+            raise BadDataError(f'{path}: "{id_}" has no positive duration in seconds: "{value}"; correct the line')
         durations[id_] = float(value)
     return durations

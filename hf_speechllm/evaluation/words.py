@@ -1,4 +1,4 @@
-"""Words of languages written with spaces: English by Whisper's rules, the others with their letters kept."""
+"""Words of languages written with spaces: English according to Whisper's rules, other languages without changes."""
 
 import re
 
@@ -10,22 +10,22 @@ from .signs import read_between_numbers
 
 
 class _NumberNormalizer(EnglishNumberNormalizer):
-    """Whisper's arithmetic without its last step, which makes "one" of the 1 in $1 and 1%, and so loses the signs."""
+    """Whisper's rules for numbers without the last step, which replaces 1 in $1 and 1% by "one" and drops the sign."""
 
     def postprocess(self, s: str) -> str:
-        """Joins cents to their dollars, as the parent does, and stops there."""
+        """Joins dollars and cents, as the parent class does, and omits the other steps of the parent class."""
         s = re.sub(r"[$€£]0\.(\d\d)\b", lambda match: f"¢{int(match[1])}", s)
         return re.sub(r"([$€£]\d+) (?:and )?¢(\d{1,2})\b", lambda match: f"{match[1]}.{int(match[2]):02d}", s)
 
 
-# Marks of Thai or Hindi are vowels: they stay.
+# Combining marks of Thai or Hindi are vowels and must stay.
 _normalize_basic = BasicTextNormalizer(preserve_marks=True)
 _normalize_english = EnglishTextNormalizer()
 _normalize_english.standardize_numbers = _NumberNormalizer()
 for _words in ("ones_ordinal", "ones_suffixed"):  # Whisper's table has "nineth"
     getattr(_normalize_english.standardize_numbers, _words)["ninth"] = (9, "th")
 _normalize_english.standardize_numbers.words.add("ninth")
-_normalize_english.ignore_patterns = "(?!)"  # fillers are dropped here, where mm after a number is a unit
+_normalize_english.ignore_patterns = "(?!)"  # `drop_fillers` removes fillers, but keeps mm after a number, a unit
 _NUMBER_WORDS = "|".join(sorted(_normalize_english.standardize_numbers.decimals))
 _MULTIPLIERS = "|".join(_normalize_english.standardize_numbers.multipliers)
 
@@ -38,7 +38,7 @@ _PRICE_WORDS = (
 )
 _CURRENCY_WORDS = {"€": "euro", "$": "dollar", "£": "pound", "¢": "cent", "¥": "yen"}
 
-# Appended to a word that Whisper's number rules must not see; a private-use character passes through them.
+# A private-use character; appended to a word, it hides the word from Whisper's rules for numbers.
 _SHIELD = "\ue000"
 _DECIMAL_MARK = "\ue001"
 _NOT_A_DECIMAL_POINT = re.compile(rf"\bpoint\b(?! (?:\d|(?:{_NUMBER_WORDS})\b))")
@@ -46,26 +46,26 @@ _NEGATIVE = re.compile(rf"\bnegative(?= (?:[$€£¢]?\d|(?:{_NUMBER_WORDS}|{_MU
 
 
 def drop_fillers(text: str) -> str:
-    """Drops the English fillers of Whisper's rules (uh, um, hmm, mm, mhm, mmm), but not mm after a number."""
+    """Removes the English fillers of Whisper's rules (uh, um, hmm, mm, mhm, mmm), but not mm after a number."""
     return _FILLERS.sub(lambda match: match[1] or "", text)
 
 
 def join_suffixes(text: str) -> str:
-    """Joins what normalised text has apart and Whisper's rules want together: "1 st" (not saint), "5 %"."""
+    """Joins suffixes to their numbers, as Whisper's rules require: "1 st" (otherwise "saint"), "5 %"."""
     return re.sub(r"(?<=1) (?=st\b)|(?<=2) (?=nd\b)|(?<=3) (?=rd\b)|(?<=\d) (?=(?:th|s)\b|%)", "", text)
 
 
 def _join_digits(text: str) -> str:
-    """Joins single digits set apart by spaces, as normalised text has them: normalising it again must not differ."""
+    """Joins the separate digits of normalised text, so that normalising twice changes nothing."""
     text = re.sub(r"(?<![\d.,])\d(?: \d)+(?![\d.,])", lambda match: match[0].replace(" ", ""), text)
     text = re.sub(r"(?<=\d) \. (?=\d)", ".", text)
     return re.sub(r"([$€£¢]) (?=\d)", r"\1", join_suffixes(text))
 
 
 def _protect_digits(text: str) -> str:
-    """Rewrites numbers whose zeros Whisper's arithmetic would lose: 007, 05, 2.0."""
+    """Rewrites numbers whose zeros Whisper's rules would drop: 007, 05, 2.0."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\d{1000}(?=\d)", r"\g<0> ", text)  # Python converts no integers of more than 4,300 digits
+    text = re.sub(r"\d{1000}(?=\d)", r"\g<0> ", text)  # Python cannot convert integers of more than 4,300 digits
     text = re.sub(
         r"(?<![\d.])(\d+)\.(0+)(?!\d|\.\d|%)", lambda match: f"{match[1]} point{' zero' * len(match[2])}", text
     )
@@ -73,8 +73,8 @@ def _protect_digits(text: str) -> str:
 
 
 def _shield_words(text: str) -> str:
-    """Keeps Whisper's number rules from dropping words ("minus" before money, "point" before "and", a first "and a
-    half") and from adding up numbers that only stand side by side."""
+    """Protects words that Whisper's rules for numbers would drop ("minus" before money, "point" before "and", an
+    initial "and a half") and adjacent numbers that the rules would add."""
     text = _NEGATIVE.sub("minus", text)
     text = re.sub(r"\b(?:minus|plus|positive|negative)\b", rf"\g<0>{_SHIELD}", text)
     text = _NOT_A_DECIMAL_POINT.sub(rf"\g<0>{_SHIELD}", text)
@@ -84,10 +84,10 @@ def _shield_words(text: str) -> str:
 
 
 def normalize_english(text: str) -> str:
-    """Normalises lower-case English text; digits are not yet set apart.
+    """Normalises lower-case English text, without separating digits.
 
-    Contractions, titles, spelling and numbers by Whisper's rules (Radford et al. 2022, appendix C), with percent and
-    the decimal point as signs behind digits, "minus" written out, and signs between numbers read out or kept.
+    Contractions, titles, spelling and numbers follow Whisper's rules (Radford et al. 2022, appendix C). Percent and
+    the decimal point are signs after digits, "minus" is a word, and signs between numbers become words or stay.
     """
     text = re.sub(r"(?<=\d) (?=\d{1,2}/\d)", " and ", " ".join(text.split()))  # 2 3/4, before digits are joined
     text = _join_digits(text)
@@ -97,7 +97,7 @@ def normalize_english(text: str) -> str:
     text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
     text = _normalize_english(_shield_words(" ".join(_protect_digits(protect_signs(text)).split())))
     text = read_days(split_am_pm(restore_signs(text)))
-    # As Whisper does, a 1 that is no part of a larger number or amount is the word.
+    # As in Whisper, a 1 that is not part of a larger number or amount becomes "one".
     text = re.sub(
         rf"(?<![$€£¢.:/^+×*÷=-])(?<!\d )(?<!double )(?<!triple )\b1(s?)\b(?![.%:/^+×*÷=-]| (?:{_SHIELD} )?\d)",
         r"one\1",
@@ -105,15 +105,15 @@ def normalize_english(text: str) -> str:
     )
     text = " ".join(text.replace(_SHIELD, "").split())
     text = re.sub(r"(?<!\d)\.(?=\d)", " point ", text)
-    # Euros follow the number, as in the languages that use them: short lines in these may be taken for English.
+    # "Euro" follows the number, as in languages that use euros: short lines in these languages may count as English.
     return re.sub(r"€(\d+(?:\.\d+)*)", r"\1 euro", text)
 
 
 def normalize_other(text: str) -> str:
-    """Normalises lower-case text of another language written with spaces; digits are not yet set apart.
+    """Normalises lower-case text of another language written with spaces, without separating digits.
 
-    Punctuation goes, letters stay as they are, diacritics included. A decimal mark is a point; marks of thousands go,
-    and so does the mark of a price, which is not spoken (12,50 Euro).
+    Removes punctuation; letters and diacritics do not change. Decimal marks become points. Removes thousands
+    separators, and the decimal mark of a price, which is not spoken (12,50 Euro).
     """
     text = re.sub(r"(?<!\S)[-−](?=[$€£¢]?\d)", "minus ", text)
     text = re.sub(r"(?<=\d) \. (?=\d)", ".", text)

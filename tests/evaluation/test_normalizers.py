@@ -1,4 +1,4 @@
-"""Rules are tested by pairs of spellings that must meet, and by properties; the expected tokens are few on purpose."""
+"""Normalisation: pairs of spellings that must have equal tokens, properties, and a few expected results."""
 
 import re
 import unicodedata
@@ -158,7 +158,7 @@ def golden_lines():
 
 
 @needs_golden
-def test_the_original_agrees_but_for_documented_lines():
+def test_original_agrees_except_for_documented_lines():
     lines = list(golden_lines())
     differing = {name for name, text, original in lines if normalize_text(text) != original}
     assert differing == documented_differences()
@@ -167,14 +167,14 @@ def test_the_original_agrees_but_for_documented_lines():
 
 
 @needs_golden
-def test_reference_pairs_meet():
+def test_reference_pairs_have_equal_tokens():
     for line in lines_of((GOLDEN / "pairs.tsv").read_text(encoding="utf-8")):
         first, second = line.split("\t")
         assert normalize_text(first) == normalize_text(second)
 
 
 @pytest.mark.parametrize("line", lines_of(EQUAL))
-def test_spellings_of_the_same_words_meet(line):
+def test_spellings_of_the_same_words_have_equal_tokens(line):
     results = {spelling: normalize_text(spelling) for spelling in line.split(" ~ ")}
     assert len(set(results.values())) == 1, results
     for result in results.values():
@@ -194,7 +194,7 @@ def test_tokens(text, tokens):
 
 
 def section(number):
-    """The numeral of 0 < number < 10,000 by the grammar of formal Mandarin."""
+    """Returns the formal Mandarin numeral of 0 < number < 10,000."""
     numeral, gap = "", False
     for power, unit in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit, number = divmod(number, power)
@@ -222,7 +222,7 @@ numbers = st.integers(0, 9) | st.integers(0, 9999) | st.integers(0, 10**12 - 1)
 
 @settings(max_examples=500, deadline=None)
 @given(numbers)
-def test_every_mandarin_number_meets_its_digits(number):
+def test_mandarin_numbers_equal_digits(number):
     digits = " ".join(str(number))
     assert normalize_text(mandarin(number)) == digits
     assert normalize_text(f"有{mandarin(number)}元") == f"有 {digits} 元"
@@ -233,7 +233,7 @@ def test_every_mandarin_number_meets_its_digits(number):
 
 @settings(max_examples=200, deadline=None)
 @given(numbers, st.integers(0, 999))
-def test_decimals_percentages_and_negative_numbers_meet(whole, decimals):
+def test_spoken_decimals_percentages_and_negative_numbers_equal_digits(whole, decimals):
     spoken = f"{mandarin(whole)}点{''.join('零一二三四五六七八九'[int(digit)] for digit in str(decimals))}"
     written = f"{whole}.{decimals}"
     assert normalize_text(f"是{spoken}米") == normalize_text(f"是{written}米")
@@ -242,7 +242,7 @@ def test_decimals_percentages_and_negative_numbers_meet(whole, decimals):
 
 
 @given(st.integers(0, 23), st.integers(10, 59))
-def test_times_meet(hour, minute):
+def test_spoken_times_equal_digits(hour, minute):
     assert normalize_text(f"在{mandarin(hour)}点{mandarin(minute)}分") == normalize_text(f"在{hour}:{minute}")
 
 
@@ -252,7 +252,7 @@ phrases = st.lists(characters, max_size=20).map("".join)
 
 @settings(max_examples=300, deadline=None)
 @given(phrases, st.data())
-def test_spaces_between_chinese_characters_mean_nothing(phrase, data):
+def test_spaces_between_chinese_characters_are_ignored(phrase, data):
     spaces = data.draw(st.lists(st.sampled_from(["", " ", "\u3000"]), min_size=len(phrase), max_size=len(phrase)))
     assert normalize_text("".join(map("".join, zip(phrase, spaces, strict=True)))) == normalize_text(phrase)
 
@@ -309,13 +309,13 @@ def test_normalising_twice_changes_nothing_in_english(text):
 
 @settings(max_examples=500, deadline=None)
 @given(st.text(max_size=30))
-def test_any_text_gives_tokens_separated_by_single_spaces(text):
+def test_tokens_of_any_text_are_separated_by_single_spaces(text):
     result = normalize_text(text)
     assert result == " ".join(result.split())
     signs = re.compile(r"(?<=\d) (?:%|[-.:/^+×*÷=](?= \d))")
     assert not any(unicodedata.category(character)[0] in "PZC" for character in signs.sub("", result).replace(" ", ""))
 
 
-def test_long_lines_take_no_quadratic_time():
+def test_time_is_not_quadratic_in_the_length_of_a_line():
     for part in ("两", "一", "1", "1 ", "一点", "a1,", "0.", "(<[a"):
         normalize_text(part * 20_000)

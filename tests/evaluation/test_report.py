@@ -1,4 +1,4 @@
-"""The text file is compared with compute-wer's own; the page is read by a parser and opened in a browser."""
+"""Reports: the text file is compared with compute-wer; the page is parsed and opened in a browser."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ def random_texts(seed, number=60):
     return {f"utt-{index:02d}": " ".join(rng.choices(words, k=rng.randint(0, 9))) for index in range(number)}
 
 
-def test_text_file_is_what_the_compute_wer_command_writes(tmp_path):
+def test_text_file_equals_the_output_of_compute_wer(tmp_path):
     references, hypotheses = random_texts(0), random_texts(1)
     for name, texts in (("ref", references), ("hyp", hypotheses)):
         rows = [f"{id_}\t{normalize_text(text, rules_for(references[id_]))}\n" for id_, text in texts.items()]
@@ -46,7 +46,7 @@ def test_text_file_is_what_the_compute_wer_command_writes(tmp_path):
     write_compute_wer(score_utterances(references, hypotheses), 0, 0, file)
     ours, theirs = file.getvalue().splitlines(), files[2].read_text(encoding="utf-8").splitlines()
     start = theirs.index(report.RULE)
-    # Scripts are in the order in which they occur; there, in any order.
+    # Our file lists scripts in the order of occurrence, compute-wer in any order.
     assert ours[: start + 2] == theirs[: start + 2]
     assert sorted(ours[start + 2 : -2]) == sorted(theirs[start + 2 : -2])
     assert len(ours) == len(theirs) and ours[-2].startswith("SER -> ") and ours[-2].endswith(" ML=0 MH=0")
@@ -75,7 +75,7 @@ def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, 
 
 
 class Reader(HTMLParser):
-    """Elements with their attributes, and all text outside of styles."""
+    """Collects elements with attributes, and all text outside of styles."""
 
     def __init__(self, page):
         super().__init__()
@@ -103,7 +103,7 @@ def test_every_text_in_the_page_is_escaped(tmp_path):
     assert "no such file" in reader.text.lower()
 
 
-def test_page_needs_nothing_from_elsewhere(make_wav):
+def test_page_is_self_contained(make_wav):
     page = make_page({"a": "one two"}, {"a": "one"}, {"a": str(make_wav())})
     addresses = [
         value
@@ -121,7 +121,7 @@ def test_perfect_and_empty_results_make_a_page_too():
     assert "100.00\u00a0%" in make_page({"a": "", "b": "one"}, {"a": "noise"})
 
 
-def test_missing_and_empty_hypotheses_are_told_apart():
+def test_missing_and_empty_hypotheses_are_listed_separately():
     page = make_page({"gone": "one", "silent": "two", "right": "three"}, {"silent": "", "right": "three"})
     missing, empty = re.findall("<details>(.*?)</details>", page, flags=re.DOTALL)[:2]
     assert "without a hypothesis" in missing and "gone" in missing and "silent" not in missing
@@ -147,7 +147,7 @@ def test_chart_has_a_dot_for_each_utterance_up_to_a_limit(number):
     assert "duration (s)" in svg and "error rate (%)" in svg
 
 
-def test_durations_come_from_headers_and_urls_are_left_alone(make_wav, tmp_path):
+def test_durations_come_from_headers_and_urls_are_skipped(make_wav, tmp_path):
     (tmp_path / "b.wav").write_bytes(b"no audio")
     sources = {"a": str(make_wav(seconds=0.75)), "b": str(tmp_path / "b.wav"), "c": "http://127.0.0.1:9/c.wav"}
     durations, reasons = measure_durations(sources)
@@ -166,7 +166,7 @@ def test_sound_is_small_and_the_same_recording(make_wav):
     assert np.argmax(spectrum) * rate / len(waveform) == pytest.approx(440, abs=2)
 
 
-def test_sound_of_a_long_recording_is_cut_and_says_so(make_wav):
+def test_sound_of_a_long_recording_is_cut_with_a_note(make_wav):
     sound = embed_sound(str(make_wav(seconds=MAX_SOUND_SECONDS + 5, rate=8000)))
     data = base64.b64decode(sound.uri.partition(",")[2])
     assert soundfile.info(io.BytesIO(data)).duration == pytest.approx(MAX_SOUND_SECONDS, abs=0.01)
@@ -174,7 +174,7 @@ def test_sound_of_a_long_recording_is_cut_and_says_so(make_wav):
 
 
 def browse(path, folder):
-    """The page's elements after loading, as HTML, and what its console said."""
+    """Returns the HTML of a page after loading, and the lines of the console."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
     output = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8", timeout=120)
@@ -207,7 +207,7 @@ def test_page_in_a_browser(tmp_path, make_wav):
     sections = [attributes.get("id") for tag, attributes in reader.elements if tag == "section"]
     assert sections == ["comparison", "datasets", "languages", "hotwords", "chart", "worst"]
 
-    # What only scripts can tell; the page itself forbids all scripts.
+    # Only a script can measure the page, and the page forbids all scripts.
     probed = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page)
     waiting = PROBE.replace("<script>", '<script>addEventListener("load", () => {').replace("</script>", "})</script>")
     path.write_text(probed.replace("</body>", f"{waiting}</body>"), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Counts are compared with compute-wer's, statistics with simulations whose truth is known."""
+"""Scoring: counts are compared with compute-wer, statistics with simulations of known results."""
 
 import os
 import random
@@ -101,14 +101,14 @@ def as_compute_wer(reference, hypothesis):
 @given(TEXTS, TEXTS)
 @example("groß", "gross")
 @settings(max_examples=200, deadline=None)
-def test_counts_are_those_of_compute_wer(reference, hypothesis):
+def test_counts_equal_compute_wer(reference, hypothesis):
     rules = rules_for(reference)
     normalized = normalize_text(reference, rules), normalize_text(hypothesis, rules)
     assert count_errors(reference, hypothesis) == as_compute_wer(*normalized)
     assert count_errors(reference, hypothesis, normalize=False) == as_compute_wer(reference, hypothesis)
 
 
-def test_combining_marks_count_which_compute_wer_drops():
+def test_combining_marks_that_compute_wer_drops_count():
     assert count_errors("कि", "की") == ErrorCounts(1, 0, 0, 1)
     assert as_compute_wer("कि", "की") == ErrorCounts(0, 0, 0, 1)
 
@@ -174,24 +174,24 @@ def test_metric_of_a_set(texts, metric):
     assert metric_of(score_utterances(dict(zip("abc", texts, strict=False)), {})) == metric
 
 
-def test_texts_are_tokenised_alike_in_several_processes():
+def test_several_processes_return_the_same_tokens():
     texts = [f"你好 {index}" for index in range(6000)]
     assert tokenize_all(texts, num_workers=2) == [tokenize(text) for text in texts]
 
 
 def simulated(rng, rate, num_utterances=200):
-    """Error counts of utterances that differ in length and in difficulty."""
+    """Returns error counts of utterances of different length and difficulty."""
     tokens = rng.integers(1, 30, num_utterances)
     return rng.binomial(tokens, rate * rng.uniform(0.2, 1.8, num_utterances)), tokens
 
 
-def test_bootstrap_interval_holds_the_true_rate_as_often_as_it_says():
+def test_bootstrap_intervals_contain_the_true_rate_in_95_percent_of_cases():
     rng = np.random.default_rng(0)
     intervals = [rate_interval(*simulated(rng, 0.2), num_resamples=300) for _ in range(300)]
     assert 0.91 < np.mean([low <= 0.2 <= high for low, high in intervals]) < 0.98
 
 
-def test_bootstrap_interval_is_that_of_drawing_utterances_one_by_one():
+def test_bootstrap_interval_equals_drawing_single_utterances():
     rng = np.random.default_rng(1)
     errors, tokens = simulated(rng, 0.1)
     drawn = rng.integers(0, len(tokens), (10_000, len(tokens)))
@@ -200,7 +200,7 @@ def test_bootstrap_interval_is_that_of_drawing_utterances_one_by_one():
     assert rate_interval(errors, tokens, seed=5) == rate_interval(errors, tokens, seed=5)
 
 
-def test_equal_systems_are_seldom_told_apart_and_better_ones_are():
+def test_comparison_finds_better_systems_and_rarely_rejects_equal_ones():
     rng = np.random.default_rng(2)
     p_values, found = [], []
     for _ in range(200):
@@ -217,11 +217,11 @@ def test_comparison_of_few_utterances_is_not_certain():
     comparison = compare_systems([0, 0, 0, 4, 4], [2, 1, 3, 4, 4], [10] * 5)
     assert comparison.difference == pytest.approx(-6 / 50)
     assert (comparison.better, comparison.worse) == (3, 0)
-    assert comparison.p_value == pytest.approx(0.25, abs=0.02)  # of 8 choices of signs, 2 are as extreme
+    assert comparison.p_value == pytest.approx(0.25, abs=0.02)  # 2 of 8 choices of signs are as extreme
     assert not comparison.significant
 
 
-def test_comparison_with_itself_and_the_other_way_round():
+def test_comparison_with_itself_and_in_reverse():
     errors, tokens = simulated(np.random.default_rng(3), 0.2)
     same = compare_systems(errors, errors, tokens)
     assert (same.difference, same.low, same.high, same.p_value, same.significant) == (0, 0, 0, 1, False)

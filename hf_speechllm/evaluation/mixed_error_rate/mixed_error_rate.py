@@ -12,23 +12,23 @@ import evaluate
 from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
 
 _DESCRIPTION = """\
-Errors per reference token, where a token is a character of Chinese, Japanese or Korean, a digit, or a word of other
-scripts: the character error rate of Chinese lines, the word error rate of English ones, both in one for mixed text.
+Errors per reference token. A token is a character of Chinese, Japanese or Korean, a digit, or a word of other scripts.
+For Chinese lines this is the character error rate, for English lines the word error rate.
 """
 _INPUTS = """
 Args:
-    predictions: recognised texts.
-    references: what was said, in the same order.
-    normalize: whether spellings of the same words are made equal first (default: true).
+    predictions: recognised transcripts.
+    references: correct transcripts, in the same order.
+    normalize: whether to normalise the texts first (default: true).
 Returns:
-    mixed_error_rate: a fraction, over all texts together.
-    substitutions, deletions, insertions, reference_tokens: the counts.
+    mixed_error_rate: fraction, over all texts together.
+    substitutions, deletions, insertions, reference_tokens: counts.
 """
 _CITATION = ""
 
 
 class MixedErrorRate(evaluate.Metric):
-    """CER, WER or both, by script; the numbers of `hf-speechllm score`."""
+    """CER, WER or mixed error rate, by script; equal to the result of `hf-speechllm score`."""
 
     def _info(self):
         text = datasets.Value("string")
