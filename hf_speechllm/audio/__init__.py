@@ -1,8 +1,8 @@
-"""Recordings in, features out: decoding of files, downloads, archives, VAD and fbank."""
+"""Audio input: decoding of files, downloads, archives, VAD and fbank features."""
 
 from typing import Any
 
-_WAVEFORM = ("SAMPLE_RATE", "AudioError", "load_audio", "probe_audio")  # the names of release 0.1 under this path
+_WAVEFORM = ("SAMPLE_RATE", "AudioError", "load_audio", "probe_audio")  # names with this import path in release 0.1
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""Recordings inside tar and Parquet files, named by strings that stand where a path could.
+"""Recordings inside tar and Parquet files, addressed by strings that replace a path.
 
-`a.tar::utt1.wav@1536+44100` (first byte and size) and `a.parquet::17` (row). Nothing is ever unpacked to disk.
+Examples: `a.tar::utt1.wav@1536+44100` (first byte and size) and `a.parquet::17` (row). No file is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from typing import Any
 
 from ..files import open_regular
 
-AUDIO_COLUMN = "audio"  # of a Parquet file: bytes, or the struct {bytes, path} of `datasets.Audio`
+AUDIO_COLUMN = "audio"  # Parquet column with bytes, or with the struct {bytes, path} of `datasets.Audio`
 _TAR, _PARQUET = ".tar::", ".parquet::"
-_PLACE = re.compile(r"@(?P<offset>[0-9]{1,19})\+(?P<size>[0-9]{1,19})\Z")
+_BYTE_RANGE = re.compile(r"@(?P<offset>[0-9]{1,19})\+(?P<size>[0-9]{1,19})\Z")
 _ROW = re.compile(r"[0-9]{1,19}")
 
 
 def tar_member(path: str, name: str, offset: int, size: int) -> str:
-    """The name of a recording in a tar file.
+    """Returns the address of a recording in a tar file.
 
     Args:
-        name: of the member.
-        offset: of its first byte in the file.
-        size: in bytes.
+        name: name of the member.
+        offset: first byte of the member's content in the tar file.
+        size: size of the content in bytes.
     """
     return f"{path}::{name}@{offset}+{size}"
 
 
 def parquet_member(path: str, row: int) -> str:
-    """The name of the recording in a row, counted from 0, of a Parquet file."""
+    """Returns the address of a recording in a Parquet file; rows are counted from 0."""
     return f"{path}::{row}"
 
 
-def container_of(source: Any) -> str | None:
-    """The tar or Parquet file that a source lies in; `None` for other sources."""
+def find_archive(source: Any) -> str | None:
+    """Returns the path of the tar or Parquet file that contains a source; `None` for other sources."""
     if not isinstance(source, str):
         return None
     for mark in (_TAR, _PARQUET):
@@ -45,28 +45,28 @@ def container_of(source: Any) -> str | None:
 
 
 def read_member(source: str, max_bytes: int | None = None) -> bytes:
-    """The bytes of a recording in a tar or Parquet file.
+    """Reads the bytes of a recording in a tar or Parquet file.
 
     Args:
-        max_bytes: the largest recording; default any.
+        max_bytes: maximum size of the recording; default: no limit.
 
     Raises:
-        OSError: if the file can't be read, or is not a regular one.
-        ValueError: if the source or the file is not well formed, has no such row, or the recording is too large.
+        OSError: if the file cannot be read, or is not a regular file.
+        ValueError: if the address or the file is invalid, the row is missing, or the recording is too large.
     """
-    path = container_of(source)
+    path = find_archive(source)
     if path is None:
-        raise ValueError(f"{source}: not in a tar or Parquet file")
-    place = source[len(path) + 2 :]
+        raise ValueError(f"{source}: not an address in a tar or Parquet file; write ARCHIVE::MEMBER")
+    member = source[len(path) + 2 :]
     if path.endswith(".parquet"):
-        if not _ROW.fullmatch(place):
-            raise ValueError(f"{place!r} is not the number of a row")
-        data = _read_parquet(path, int(place))
+        if not _ROW.fullmatch(member):
+            raise ValueError(f"{member!r} is not a row number")
+        data = _read_parquet(path, int(member))
         _check_size(len(data), max_bytes)
         return data
-    match = _PLACE.search(place)
+    match = _BYTE_RANGE.search(member)
     if not match:
-        raise ValueError("the place in the tar file is missing: ::NAME@FIRST_BYTE+SIZE")
+        raise ValueError("the byte range in the tar file is missing; write ::NAME@FIRST_BYTE+SIZE")
     offset, size = int(match["offset"]), int(match["size"])
     with open_regular(path) as file:
         present = os.fstat(file.fileno()).st_size - offset
@@ -82,7 +82,9 @@ def read_member(source: str, max_bytes: int | None = None) -> bytes:
 
 def _check_size(size: int, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
-        raise ValueError(f"{size / 1e9:.1f} GB; a recording in an archive has at most {max_bytes / 1e9:g} GB")
+        raise ValueError(
+            f"size of {size / 1e9:.1f} GB; the limit for recordings in archives is {max_bytes / 1e9:g} GB"
+        )
 
 
 def _read_parquet(path: str, row: int) -> bytes:
@@ -98,10 +100,10 @@ def _read_parquet(path: str, row: int) -> bytes:
                 data = value.get("bytes") if isinstance(value, dict) else value
                 if isinstance(data, bytes):
                     return data
-                raise ValueError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings")
-    except (pyarrow.ArrowException, KeyError) as error:  # KeyError: no such column
+                raise ValueError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings in the Parquet file")
+    except (pyarrow.ArrowException, KeyError) as error:  # KeyError: the column is missing
         raise ValueError(f"not a Parquet file with a column {AUDIO_COLUMN!r}, or damaged: {error}") from error
-    raise ValueError(f"no row {row}")
+    raise ValueError(f"no row {row}; the file has {starts[-1]} rows")
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,7 +115,7 @@ def _row_group_starts(path: str, size: int, modified: int) -> list[int]:
     return [sum(counts[:group]) for group in range(len(counts) + 1)]
 
 
-@functools.lru_cache(maxsize=2)  # rows are mostly read in order, and a group can be large
+@functools.lru_cache(maxsize=2)  # rows are usually read in order, and a row group can be large
 def _row_group(path: str, size: int, modified: int, group: int) -> Any:
     import pyarrow.parquet
 
@@ -122,7 +124,7 @@ def _row_group(path: str, size: int, modified: int, group: int) -> Any:
 
 
 class _Column:
-    """A column whose values become Python objects one by one."""
+    """A column that converts single values to Python objects on access."""
 
     def __init__(self, column):
         self.column = column

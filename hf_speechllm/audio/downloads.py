@@ -1,4 +1,4 @@
-"""Downloads of recordings: http(s) only, with limits of size and time, and no way into a private network."""
+"""Downloads of recordings: http(s) only, with limits of size and time, and protection of private networks."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-URL_TIMEOUT = 30  # seconds without an answer before a download is given up
-BLOCK_SIZE = 1 << 16  # bytes read at once
-WHOLE = (200, 203)  # answers that hold the whole file: OK, and the same from a proxy that changed it
-# Where cloud machines keep their secrets, besides link-local addresses: Alibaba, Oracle, AWS by IPv6.
+URL_TIMEOUT = 30  # seconds without an answer before a download fails
+BLOCK_SIZE = 1 << 16  # bytes per read
+COMPLETE = (200, 203)  # status codes of complete answers: OK, and OK from a proxy that changed the file
+# Metadata services of clouds, which contain secrets, besides link-local addresses: Alibaba, Oracle, AWS by IPv6.
 METADATA = frozenset(map(ipaddress.ip_address, ("100.100.100.200", "192.0.0.192", "fd00:ec2::254")))
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SECRETS = re.compile(
     r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#]*@)?(?P<rest>[^\s?#'\"]*)(?P<query>[?#][^\s'\"]*?(?=[:;,.]?(?:[\s'\"]|$)))?",
     re.IGNORECASE,
 )
-# A query behind a space or a quote in a URL, where `_SECRETS` has to take the URL for ended.
+# A query after a space or a quote in a URL. For `_SECRETS`, the URL ends before the space or quote.
 _LOST_QUERY = re.compile(r"\?[\w.%\[\]-]+=[^\s'\"]*?(?=[:;,.]?(?:[\s'\"]|$))")
 
 
 class DownloadError(ValueError):
-    """A download that is not allowed or broke a limit; the message says which, without the address."""
+    """A download that is not allowed or exceeds a limit; the message contains the reason, but not the URL."""
 
 
 @dataclass(frozen=True)
 class UrlPolicy:
-    """What a download may do. Kept in environment variables, so that processes of a loader or of `map` share it.
+    """Limits of downloads. Stored in environment variables, so worker processes share the policy.
 
     Args:
-        max_megabytes: the largest recording, in 10^6 bytes.
-        timeout_seconds: the longest download, from the first connection to the last byte.
-        allow_private_redirects: whether a redirect may lead to a private, loopback or link-local address. An address
-            that a list itself names may be private, save link-local ones, where cloud machines keep their secrets.
+        max_megabytes: maximum size of a recording, in 10^6 bytes.
+        timeout_seconds: maximum duration of a download, from the first connection to the last byte.
+        allow_private_redirects: whether a redirect may lead to a private, loopback or link-local address. URLs in a
+            list may always have private addresses, but not link-local ones, where clouds serve secrets.
     """
 
     max_megabytes: float = 1000.0
@@ -53,7 +53,10 @@ class UrlPolicy:
 
     def __post_init__(self):
         if not self.max_megabytes > 0 or not self.timeout_seconds > 0:
-            raise ValueError("the limits of a download, in megabytes and in seconds, must be above 0")
+            raise ValueError(
+                "--url_max_megabytes and --url_timeout_seconds must be above 0; "
+                f"got {self.max_megabytes:g} MB and {self.timeout_seconds:g} s"
+            )
 
     @classmethod
     def change(
@@ -62,7 +65,7 @@ class UrlPolicy:
         timeout_seconds: float | None = None,
         allow_private_redirects: bool | None = None,
     ) -> None:
-        """Changes the policy of this process, and of those that it starts, where an argument is not `None`.
+        """Changes the policy of this process and of its later child processes; `None` leaves a value unchanged.
 
         Raises:
             ValueError: if a limit is not above 0.
@@ -80,7 +83,7 @@ class UrlPolicy:
 
     @classmethod
     def current(cls) -> UrlPolicy:
-        """The policy in force.
+        """Returns the current policy.
 
         Raises:
             ValueError: if an environment variable is not a number.
@@ -93,7 +96,7 @@ class UrlPolicy:
 
 
 def redact(text: str) -> str:
-    """Text without the secrets that URLs in it may hold: user, password and query become `***`."""
+    """Replaces user, password and query of all URLs in a text by `***`."""
 
     def clean(match: re.Match) -> str:
         user = "***@" if match["user"] else ""
@@ -104,9 +107,9 @@ def redact(text: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """A URL without user, password, query and fragment.
+    """Replaces user, password, query and fragment of a URL by `***`.
 
-    In a longer text, `redact` has to guess where a URL ends: a space or a quote may be part of it.
+    Safer than `redact`, which must guess where a URL ends in a text: a URL may contain spaces and quotes.
     """
     start = url.find("://") + 3
     path = min(place for sign in "/?#" for place in (url.find(sign, start), len(url)) if place >= 0)
@@ -122,19 +125,19 @@ def is_url(source: object) -> bool:
 
 
 def download(url: str) -> bytes:
-    """The content of an http(s) URL, under the policy in force.
+    """Downloads an http(s) URL under the current policy.
 
-    User and password in the URL are sent to its host alone, not to where it redirects.
+    User and password in the URL are sent only to the host of the URL, not to the targets of redirects.
 
     Raises:
-        DownloadError: if the policy forbids it.
-        OSError: if the server can't be reached, answers with an error, or breaks off.
-        http.client.HTTPException, ValueError: if the answer or the address is not well formed.
+        DownloadError: if the policy forbids the download.
+        OSError: if the server cannot be reached, answers with an error, or closes the connection early.
+        http.client.HTTPException, ValueError: if the answer or the URL is invalid.
     """
     if not is_url(url):
         raise DownloadError("neither http nor https")
     policy = UrlPolicy.current()
-    # Non-ASCII paths must be quoted, what is quoted already must stay.
+    # Non-ASCII characters must be quoted; quoted characters must not be quoted twice.
     parts = urllib.parse.urlsplit(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"))
     credentials, _, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(urllib.parse.urlunsplit(parts._replace(netloc=host)))  # noqa: S310
@@ -142,7 +145,7 @@ def download(url: str) -> bytes:
         token = base64.b64encode(urllib.parse.unquote_to_bytes(credentials)).decode("ascii")
         request.add_unredirected_header("Authorization", f"Basic {token}")
     guard = _Guard(policy)
-    # Put together by hand: the default opener also takes file:, ftp: and data: addresses.
+    # The default opener also accepts file:, ftp: and data: URLs.
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -157,15 +160,15 @@ def download(url: str) -> bytes:
         try:
             with opener.open(request, timeout=min(URL_TIMEOUT, policy.timeout_seconds)) as answer:
                 return _read(answer, policy)
-        except http.client.InvalidURL as error:  # its message has parts of the URL
+        except http.client.InvalidURL as error:  # the message contains parts of the URL
             raise DownloadError("not a valid URL") from error
 
-    return guard.within_time(fetch)
+    return guard.run_with_timeout(fetch)
 
 
 def _read(answer: http.client.HTTPResponse, policy: UrlPolicy) -> bytes:
-    if answer.status not in WHOLE:
-        raise DownloadError(f"the server answers {answer.status}, which is not the whole file")
+    if answer.status not in COMPLETE:
+        raise DownloadError(f"the server answers {answer.status}, which is not a complete file")
     limit = int(policy.max_megabytes * 1e6)
     too_large = DownloadError(f"larger than {policy.max_megabytes:g} MB (--url_max_megabytes)")
     if (answer.length or 0) > limit:
@@ -175,17 +178,16 @@ def _read(answer: http.client.HTTPResponse, policy: UrlPolicy) -> bytes:
         data += block
         if len(data) > limit:
             raise too_large
-    if answer.length:  # announced and not sent; a `read` with a size does not mind
+    if answer.length:  # bytes announced but not sent; `read` with a size does not raise
         raise http.client.IncompleteRead(bytes(data), answer.length)
     return bytes(data)
 
 
 class _Guard:
-    """Watches the connections of one download: where they lead, and how long they take in all.
+    """Checks the addresses and the total duration of one download.
 
-    A server that sends a byte now and then never meets the timeout of a socket, and a name may stand for many
-    addresses that don't answer. The download therefore has a thread of its own, which is left to itself when the time
-    is over.
+    The timeout of a socket does not suffice: a slow server may send single bytes, and a host name may have many
+    addresses that do not answer. Therefore the download runs in a separate thread, which is abandoned on timeout.
     """
 
     def __init__(self, policy: UrlPolicy):
@@ -195,8 +197,8 @@ class _Guard:
         self.by_proxy = False
         self.socket: socket.socket | None = None
 
-    def within_time(self, fetch: Callable[[], bytes]) -> bytes:
-        """What `fetch` gives or raises; raises `DownloadError` if the time is over before."""
+    def run_with_timeout(self, fetch: Callable[[], bytes]) -> bytes:
+        """Returns or raises the result of `fetch`; raises `DownloadError` on timeout."""
         result: Future[bytes] = Future()
 
         def run() -> None:
@@ -213,12 +215,12 @@ class _Guard:
         if self.socket is not None:
             with contextlib.suppress(OSError):  # closed in the meantime
                 self.socket.shutdown(socket.SHUT_RDWR)
-        raise DownloadError(f"took longer than {self.policy.timeout_seconds:g} s (--url_timeout_seconds)")
+        raise DownloadError(f"takes longer than {self.policy.timeout_seconds:g} s (--url_timeout_seconds)")
 
     def check_host(self, host: str) -> None:
-        """Raises `DownloadError` if the policy forbids an address that a host's name stands for.
+        """Raises `DownloadError` if the policy forbids an address of a host name.
 
-        For requests by a proxy, which connects itself: a name that is not known here is left to it.
+        Used for requests through a proxy. A name that cannot be resolved here is left to the proxy.
         """
         try:
             addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -228,10 +230,10 @@ class _Guard:
             self.check_address(str(address[0]))
 
     def check_address(self, text: str) -> None:
-        """Raises `DownloadError` if the policy forbids an address, "127.0.0.1" or "::1"."""
+        """Raises `DownloadError` if the policy forbids an IP address (for example "127.0.0.1" or "::1")."""
         if self.policy.allow_private_redirects:
             return
-        address = _embedded(ipaddress.ip_address(text.partition("%")[0]))
+        address = _embedded_ipv4(ipaddress.ip_address(text.partition("%")[0]))
         if self.redirected and not address.is_global:
             raise DownloadError(
                 f"redirected to {address}, which is not a public address; --allow_private_redirects allows it"
@@ -239,11 +241,15 @@ class _Guard:
         if address.is_link_local:
             raise DownloadError(f"{address} is a link-local address; --allow_private_redirects allows it")
         if address in METADATA:
-            raise DownloadError(f"{address} is an address of cloud metadata; --allow_private_redirects allows it")
+            raise DownloadError(
+                f"{address} is the address of a cloud metadata service; --allow_private_redirects allows it"
+            )
 
 
-def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 address leads to (mapped, NAT64, 6to4); any other address unchanged."""
+def _embedded_ipv4(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Returns the IPv4 address embedded in an IPv6 address (mapped, NAT64, 6to4); other addresses unchanged."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in NAT64:
@@ -255,24 +261,24 @@ class _Connection(http.client.HTTPConnection):
     guard: _Guard
 
     def connect(self) -> None:
-        """As the parent's; raises `DownloadError` if the address is forbidden."""
+        """Connects; raises `DownloadError` if the address is forbidden."""
         super().connect()
         self.guard.socket = self.sock
         if self.guard.expired:
             raise TimeoutError
-        # The address that is connected to: a name may stand for another one the next time it is looked up. Behind a
-        # proxy this is the proxy, which the user has chosen.
+        # Checks the address of the connection, because a second lookup of the name may return another address.
+        # With a proxy, the connection leads to the proxy, which the user has chosen.
         if not self.guard.by_proxy:
             self.guard.check_address(self.sock.getpeername()[0])
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """Its parent connects by `_Connection`, so that the address is checked before anything is sent."""
+    """An HTTPS connection that connects through `_Connection`, which checks the address before data is sent."""
 
     def connect(self) -> None:
-        """As the parent's."""
+        """Connects; raises `DownloadError` if the address is forbidden."""
         super().connect()
-        self.guard.socket = self.sock  # the encrypted one
+        self.guard.socket = self.sock  # the encrypted socket
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -292,7 +298,9 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def _open(self, kind: type[_Connection], request: urllib.request.Request):
         target = urllib.parse.urlsplit(request.full_url)
-        self.guard.by_proxy = request.host != urllib.parse.unquote(target.netloc)  # as the request has read it
+        self.guard.by_proxy = request.host != urllib.parse.unquote(
+            target.netloc
+        )  # unquoted in the same way as `request.host`
         if self.guard.by_proxy:
             self.guard.check_host(urllib.parse.unquote(target.hostname or ""))
 
@@ -309,9 +317,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self.guard = guard
 
     def redirect_request(self, request, file, code, message, headers, address):
-        """The request to follow; raises `DownloadError` where the policy forbids it."""
+        """Returns the request that follows a redirect; raises `DownloadError` if the policy forbids it."""
         if not is_url(address):
-            raise DownloadError("redirected to something that is neither http nor https")
+            raise DownloadError("redirected to a URL that is neither http nor https")
         self.guard.redirected = True
-        file.read = bytes  # the parent reads the whole body of the redirect, whatever its size: let there be none
+        file.read = bytes  # the parent class would read the body of the redirect, whatever its size
         return super().redirect_request(request, file, code, message, headers, address)

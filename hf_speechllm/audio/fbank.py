@@ -1,4 +1,4 @@
-"""The front-end: Kaldi fbank and low-frame-rate stacking."""
+"""Fbank features: Kaldi filterbanks and low-frame-rate stacking."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch.nn import functional
 from transformers import BatchFeature, SequenceFeatureExtractor
 
-FRAMES_AT_ONCE = 200_000  # on a GPU: 33 minutes, 1.3 GB on the way
-FBANK_FRAMES_AT_ONCE = 30_000  # 5 minutes, 0.3 GB on the way
-FRAME_SHIFT = 0.01  # seconds between two frames before stacking, in every front-end supported
+FRAMES_AT_ONCE = 200_000  # frames per chunk on a GPU: 33 minutes, 1.3 GB of temporary memory
+FBANK_FRAMES_AT_ONCE = 30_000  # frames per chunk on a CPU: 5 minutes, 0.3 GB of temporary memory
+FRAME_SHIFT = 0.01  # seconds between two frames before stacking, in every supported front end
 
 
 class FbankFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel filterbanks as Kaldi computes them, stacked to a low frame rate; FunASR's `WavFrontend`.
+    """Computes Kaldi's log-mel filterbanks and stacks them to a low frame rate, as FunASR's `WavFrontend`.
 
     Args:
         feature_size: number of mel bins.
-        sampling_rate: in Hz.
-        frame_length: in ms.
-        frame_shift: in ms.
+        sampling_rate: rate of the waveforms in Hz.
+        frame_length: length of a frame in ms.
+        frame_shift: time between two frames in ms.
         window_type: `"hamming"`, `"hanning"`, `"povey"`, ... as in Kaldi.
         num_frames_lfr: frames stacked into one encoder frame (`lfr_m`).
         stride_lfr: frames between two encoder frames (`lfr_n`); 6 x 10 ms = 60 ms.
-        waveform_scale: the waveform in [-1, 1] is multiplied by this; 2^15 makes the log floor that of 16-bit samples.
-        dither: standard deviation of the noise added to the scaled waveform; the original adds 1.0 always, which makes
-            decoding random, so the default is none.
+        waveform_scale: factor for waveforms in [-1, 1]; 2^15 gives the log floor of 16-bit samples.
+        dither: standard deviation of the noise added to the scaled waveform. The original always adds 1.0, which makes
+            decoding random; the default here is no dither.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -58,31 +58,31 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         self.dither = dither
 
     def fbank(self, waveform: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Filterbanks before stacking: what is worth caching.
+        """Computes filterbanks before stacking.
 
         Args:
             waveform: shape = (samples,), in [-1, 1], at `sampling_rate`.
 
         Returns:
             shape = (frames, feature_size), float32; one frame every `frame_shift` ms. A recording shorter than
-            `frame_length` gives one frame of its own length, as in the original.
+            `frame_length` has one frame of the recording's length, as in the original.
 
         Raises:
-            ValueError: if it has less than two samples.
+            ValueError: if the waveform has less than two samples.
         """
         waveform = torch.as_tensor(waveform, dtype=torch.float32)
         if waveform.shape[-1] < 2:
-            raise ValueError(f"a waveform of {waveform.shape[-1]} samples; filterbanks need at least 2")
+            raise ValueError(f"the waveform has {waveform.shape[-1]} samples; filterbanks need at least 2")
         length, shift = (self.sampling_rate * ms // 1000 for ms in (self.frame_length, self.frame_shift))
         step = FBANK_FRAMES_AT_ONCE * shift
         if self.dither or waveform.shape[-1] < step + length:
             return self._fbank(waveform)
-        # Pieces overlap, so that every frame is whole in one of them.
+        # Chunks overlap, so every frame is complete in one chunk.
         starts = range(0, waveform.shape[-1] - length + 1, step)
         return torch.cat([self._fbank(waveform[start : start + step + length - shift]) for start in starts])
 
     def _fbank(self, waveform: torch.Tensor) -> torch.Tensor:
-        from torchaudio.compliance import kaldi  # heavy, and not needed to load a model
+        from torchaudio.compliance import kaldi  # slow to import, and not needed to load a model
 
         waveform = waveform * self.waveform_scale
         duration_ms = waveform.shape[-1] * 1000 / self.sampling_rate
@@ -99,14 +99,14 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         )
 
     def stack(self, fbank: torch.Tensor) -> torch.Tensor:
-        """Stacks neighbouring frames: `apply_lfr` of FunASR's `wav_frontend.py`.
+        """Stacks neighbouring frames, as `apply_lfr` in FunASR's `wav_frontend.py`.
 
         Args:
             fbank: shape = (frames, feature_size).
 
         Returns:
-            shape = (ceil(frames / stride_lfr), feature_size * num_frames_lfr); the first and last frame are repeated
-            where a stack reaches over the ends.
+            shape = (ceil(frames / stride_lfr), feature_size * num_frames_lfr). Stacks that exceed the recording repeat
+            the first or last frame.
         """
         frames = fbank.shape[0]
         stacks = -(-frames // self.stride_lfr)
@@ -117,14 +117,14 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
     def extract(
         self, waveforms: Sequence[np.ndarray | torch.Tensor], device: torch.device | str
     ) -> list[torch.Tensor]:
-        """Stacked features of several recordings at once, on a GPU.
+        """Computes stacked features of several recordings at once, on a GPU.
 
-        The same steps as `fbank` and `stack`, over the frames of all recordings; no padding is computed. Dither is not
-        offered.
+        Performs the steps of `fbank` and `stack` on the frames of all recordings, without padding. With dither or very
+        short recordings, computes on the CPU, one recording after the other.
 
         Args:
             waveforms: each of shape = (samples,), in [-1, 1], at `sampling_rate`.
-            device: where to compute, and where the results are.
+            device: device of the computation and of the results.
 
         Returns:
             For each recording, shape = (ceil(frames / stride_lfr), feature_size * num_frames_lfr), float32.
@@ -136,29 +136,29 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         sizes = torch.tensor([len(waveform) for waveform in waveforms])
         frames = (sizes - length) // shift + 1
         stacks = (frames + self.stride_lfr - 1) // self.stride_lfr
-        # Copied once, into memory that the GPU reads by itself.
+        # One copy into pinned memory, from which the GPU reads directly.
         samples = torch.empty(int(sizes.sum()), pin_memory=on_gpu)
         torch.cat([torch.as_tensor(waveform, dtype=torch.float32) for waveform in waveforms], out=samples)
         samples = samples.to(device, non_blocking=True)
         num_frames, num_stacks, lengths = int(frames.sum()), int(stacks.sum()), stacks.tolist()
         table = torch.stack([sizes, frames, stacks])
         sizes, frames, stacks = (table.pin_memory() if on_gpu else table).to(device, non_blocking=True)
-        # Where each frame begins; then, for each stack, which frames it takes.
+        # First sample of each frame; then the frame indices of each stack.
         starts = (_offsets(sizes) - _offsets(frames) * shift).repeat_interleave(frames, output_size=num_frames)
         starts = starts + torch.arange(num_frames, device=device) * shift
         rows = torch.arange(len(lengths), device=device).repeat_interleave(stacks, output_size=num_stacks)
         middle = (torch.arange(num_stacks, device=device) - _offsets(stacks)[rows]) * self.stride_lfr
-        taken = middle.unsqueeze(1) + torch.arange(self.num_frames_lfr, device=device)
-        taken = (taken - (self.num_frames_lfr - 1) // 2).clamp(min=0).minimum((frames[rows] - 1).unsqueeze(1))
-        taken = taken + _offsets(frames)[rows].unsqueeze(1)
+        index = middle.unsqueeze(1) + torch.arange(self.num_frames_lfr, device=device)
+        index = (index - (self.num_frames_lfr - 1) // 2).clamp(min=0).minimum((frames[rows] - 1).unsqueeze(1))
+        index = index + _offsets(frames)[rows].unsqueeze(1)
         window, filterbank = _tables(
             self.window_type, self.sampling_rate, length, self.feature_size, self.waveform_scale, str(device)
         )
-        pieces = [  # a chunk at a time, so that memory does not grow with the batch
+        chunks = [  # bounds temporary memory, whatever the size of the batch
             _log_mel(samples[chunk.unsqueeze(1) + torch.arange(length, device=device)], window, filterbank)
             for chunk in starts.split(FRAMES_AT_ONCE)
         ]
-        return list(torch.cat(pieces)[taken].flatten(1).split(lengths))
+        return list(torch.cat(chunks)[index].flatten(1).split(lengths))
 
     def __call__(
         self,
@@ -168,20 +168,23 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         padding: bool | str = True,
         **kwargs,
     ) -> BatchFeature:
-        """Features of one recording or several, padded to the longest.
+        """Computes features of one or several recordings, padded to the longest recording.
 
         Args:
-            raw_speech: waveform, shape = (samples,), in [-1, 1], or a list of such.
-            sampling_rate: of the waveforms, in Hz.
+            raw_speech: waveform, shape = (samples,), in [-1, 1], or a list of waveforms.
+            sampling_rate: rate of the waveforms in Hz.
 
         Returns:
             `input_features`, shape = (recordings, frames, feature_size * num_frames_lfr), and `input_features_mask`.
 
         Raises:
-            ValueError: if the sampling rate is not the extractor's.
+            ValueError: if `sampling_rate` is not the extractor's rate.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
-            raise ValueError(f"got audio at {sampling_rate} Hz, need {self.sampling_rate} Hz: resample it first")
+            raise ValueError(
+                f"the audio has {sampling_rate} Hz, the feature extractor needs {self.sampling_rate} Hz; "
+                "resample the audio"
+            )
         single = isinstance(raw_speech, (np.ndarray, torch.Tensor)) and raw_speech.ndim == 1
         waveforms: list = [raw_speech] if single or np.isscalar(raw_speech[0]) else list(raw_speech)
         features = [self.stack(self.fbank(waveform)).numpy() for waveform in waveforms]
@@ -192,7 +195,7 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         return batch
 
 
-# `map` finds cached features by a fingerprint that holds this path: caches of release 0.1 stay valid.
+# The fingerprint of cached features includes this module path; an unchanged path keeps caches of release 0.1 valid.
 FbankFeatureExtractor.__module__ = "hf_speechllm.features"
 
 
@@ -204,17 +207,17 @@ def _offsets(sizes: torch.Tensor) -> torch.Tensor:
 def _tables(
     window_type: str, sampling_rate: int, length: int, num_mel_bins: int, scale: float, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The window, times `scale`, and the mel filters, shape = (bins of the spectrum, mel bins), on a device."""
-    from torchaudio.compliance import kaldi  # heavy, and not needed to load a model
+    """Returns the window times `scale`, and the mel filters, shape = (spectrum bins, mel bins), on a device."""
+    from torchaudio.compliance import kaldi  # slow to import, and not needed to load a model
 
     padded = 1 << (length - 1).bit_length()
     banks, _ = kaldi.get_mel_banks(num_mel_bins, padded, float(sampling_rate), 20.0, 0.0, 100.0, -500.0, 1.0)
-    filterbank = functional.pad(banks, (0, 1)).T  # nothing of the highest bin
+    filterbank = functional.pad(banks, (0, 1)).T  # zero weight for the highest bin
     return (_window(window_type, length) * scale).to(device), filterbank.to(device)
 
 
 def _window(name: str, length: int) -> torch.Tensor:
-    """Kaldi's window functions (feat/feature-window.cc), symmetric."""
+    """Returns one of Kaldi's window functions (feat/feature-window.cc), symmetric."""
     if name == "hamming":
         return torch.hamming_window(length, periodic=False)
     if name == "rectangular":
@@ -224,11 +227,11 @@ def _window(name: str, length: int) -> torch.Tensor:
         return hanning
     if name == "povey":
         return hanning.pow(0.85)
-    raise ValueError(f"window_type is {name!r}; on a GPU hamming, hanning, povey and rectangular are computed")
+    raise ValueError(f"window_type is {name!r}; a GPU supports only hamming, hanning, povey and rectangular")
 
 
 def _log_mel(frames: torch.Tensor, window: torch.Tensor, filterbank: torch.Tensor) -> torch.Tensor:
-    """Kaldi's steps for a frame (feat/feature-fbank.cc): offset, pre-emphasis, window, power spectrum, mel, log."""
+    """Applies Kaldi's steps (feat/feature-fbank.cc): offset, pre-emphasis, window, power spectrum, mel, log."""
     frames = frames - frames.mean(dim=1, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
     spectrum = torch.fft.rfft(frames * window, n=2 * (len(filterbank) - 1))
@@ -237,11 +240,11 @@ def _log_mel(frames: torch.Tensor, window: torch.Tensor, filterbank: torch.Tenso
 
 
 def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
-    """What is stored of one recording: the fbank before stacking, or Whisper's log-mel without its padding.
+    """Computes the features to store: fbank before stacking, or Whisper's log-mel spectrogram without padding.
 
     Args:
         feature_extractor: `FbankFeatureExtractor` or `WhisperFeatureExtractor`.
-        waveform: shape = (samples,), in [-1, 1], at the extractor's rate.
+        waveform: shape = (samples,), in [-1, 1], at the extractor's sampling rate.
 
     Returns:
         shape = (frames, mel bins), float32, one frame every 10 ms.
@@ -255,14 +258,14 @@ def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np
 
 
 def encoder_input(feature_extractor: SequenceFeatureExtractor, features: torch.Tensor) -> torch.Tensor:
-    """Turns stored features into the encoder's input frames, shape = (frames, feature size)."""
+    """Converts stored features to input frames of the encoder, shape = (frames, feature size)."""
     if isinstance(feature_extractor, FbankFeatureExtractor):
         return feature_extractor.stack(features)
     return features
 
 
 def num_encoder_input_frames(feature_extractor: SequenceFeatureExtractor, num_fbank_frames: int) -> int:
-    """Number of frames that `encoder_input` gives for so many stored frames."""
+    """Returns the number of frames that `encoder_input` returns for a number of stored frames."""
     if isinstance(feature_extractor, FbankFeatureExtractor):
         return -(-num_fbank_frames // feature_extractor.stride_lfr)
     return num_fbank_frames

@@ -1,4 +1,4 @@
-"""Changes of the sampling rate, block by block: as the original does it where that is cheap, otherwise by FFmpeg."""
+"""Resampling, block by block: with the original's resampler (torchaudio) if that is cheap, otherwise with FFmpeg."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-# The largest filter bank that torchaudio may build: 4 MB of float32. Every rate in common use needs less (11,025 Hz
-# to 16 kHz is the largest of them, 0.3 million values); 48,001 Hz, without a factor in common, would need 768 million.
+# Maximum size of torchaudio's filter bank: 4 MB of float32. All common rates need less (the largest is 11,025 Hz to
+# 16 kHz with 0.3 million values). 48,001 Hz, without a common factor, would need 768 million values.
 MAX_FILTER_VALUES = 1 << 20
 FILTER_WIDTH, ROLLOFF = 6, 0.99  # torchaudio's defaults: zero crossings on each side, and cutoff as a share of Nyquist
-FFMPEG_TAIL = 64  # samples at the lower of the two rates; twice what FFmpeg's filter covers
+FFMPEG_TAIL = 64  # samples at the lower of the two rates; twice the length of FFmpeg's filter
 
 
 def resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
@@ -21,8 +21,8 @@ def resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
 
     Args:
         waveform: float32, shape = (samples,).
-        rate: of the waveform, in Hz.
-        sampling_rate: of the result, in Hz.
+        rate: rate of the waveform in Hz.
+        sampling_rate: rate of the result in Hz.
 
     Returns:
         float32, shape = (ceil(samples * sampling_rate / rate),).
@@ -31,10 +31,10 @@ def resample(waveform: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
 
 
 def resample_blocks(blocks: Iterable[np.ndarray], rate: int, sampling_rate: int) -> Iterator[np.ndarray]:
-    """Resamples a waveform that comes in blocks; arguments and result as of `resample`.
+    """Resamples a waveform given in blocks; for arguments and result see `resample`.
 
-    The original's resampler, torchaudio's windowed sinc, needs memory and time for the product of both rates without
-    their common factor. Where that is too much, FFmpeg interpolates between 1024 filters.
+    Memory and time of the original's resampler, torchaudio's windowed sinc, grow with the product of both rates after
+    division by their greatest common divisor. Above a limit, FFmpeg interpolates between 1024 filters instead.
     """
     common = math.gcd(rate, sampling_rate)
     step, new = rate // common, sampling_rate // common
@@ -54,15 +54,15 @@ def _resampler(step: int, new: int):
 
 
 def _resample_as_original(blocks: Iterable[np.ndarray], step: int, new: int, half: int) -> Iterator[np.ndarray]:
-    """Gives `new` samples for `step` samples.
+    """Resamples `step` samples to `new` samples with torchaudio.
 
     Args:
-        half: how many samples the filter reaches to each side.
+        half: number of samples that the filter covers on each side.
     """
     import torch
 
-    margin = (half // step + 2) * step  # a whole number of steps, so that a cut moves no sample of the result
-    held, start = np.zeros(0, np.float32), 0  # samples still needed, and the first that has not been resampled
+    margin = (half // step + 2) * step  # a multiple of `step`, so a cut does not shift the result
+    held, start = np.zeros(0, np.float32), 0  # samples still needed, and index of the first to resample
 
     def resampled(end: int | None) -> np.ndarray:
         result = _resampler(step, new)(torch.from_numpy(held)).numpy()
@@ -105,7 +105,7 @@ def _resample_with_ffmpeg(blocks: Iterable[np.ndarray], rate: int, sampling_rate
         for result in pull():
             given += len(result)
             yield result
-    # FFmpeg keeps what its filter can't complete, and all of a very short waveform: silence behind it pushes that out.
+    # FFmpeg holds back samples until the filter is full; for a short waveform, all samples. Silence flushes them.
     tail = np.zeros((1, FFMPEG_TAIL * (1 + rate // sampling_rate)), np.float32)
     frame = av.AudioFrame.from_ndarray(tail, format="flt", layout="mono")
     frame.sample_rate, frame.pts = rate, samples

@@ -1,4 +1,4 @@
-"""Where a recording ends in its file, according to its container: too early for the file, or too late."""
+"""Detection of truncated files and of files with several recordings, from lengths in the container."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-MAX_CHUNKS = 1_000_000  # chunks or pages of a container that are looked at: hours of speech have 100,000
-MAX_TAIL = 1 << 24  # bytes behind the end of a recording; tags and pictures are smaller
-_READ = 1 << 20  # bytes searched at once
-_MARGIN = 64  # bytes of the longest mark
-# Formats that do not announce where they end: what every recording in them starts with.
-_MARKS = {
+MAX_CHUNKS = 1_000_000  # maximum of chunks or pages that are read; hours of speech have 100,000
+MAX_TAIL = 1 << 24  # maximum of bytes after the end of a recording; tags and pictures are smaller
+_READ = 1 << 20  # bytes per read
+_MARGIN = 64  # bytes of the longest signature
+# Signatures at the start of recordings, for formats whose headers contain no length.
+_SIGNATURES = {
     b"fLaC": re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"),
     b"#!AM": re.compile(rb"#!AMR(-WB)?\n"),
     b"caff": re.compile(rb"caff\x00\x01\x00\x00desc"),
@@ -22,41 +22,41 @@ _MARKS = {
     b"\x1aE\xdf\xa3": re.compile(rb"\x1aE\xdf\xa3.{1,48}?(webm|matroska)", re.DOTALL),
 }
 _HEADS = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3")
-_MP3_TAGS = (b"Xing", b"Info")  # in the first frame, with the number of bytes
+_MP3_TAGS = (b"Xing", b"Info")  # tags in the first frame that contain the number of bytes
 
 
 def missing_bytes(file: BinaryIO) -> int:
-    """How many bytes a recording announces that are not there; 0 where its format (or writer) does not say.
+    """Returns the number of bytes missing from a recording according to its header; 0 if the header has no length.
 
-    Decoders read a truncated WAV, AIFF, AU, Ogg, WebM or MP3 file as a shorter one, without a word.
+    Decoders silently read a truncated WAV, AIFF, AU, Ogg, WebM or MP3 file as a shorter recording.
     """
     return max(0, _ends(file)[0] - file.seek(0, os.SEEK_END))
 
 
 def second_recording(file: BinaryIO) -> int:
-    """Where a second recording begins, behind the end of the first one; 0 if the file holds one only.
+    """Returns the first byte of a second recording in a file; 0 if the file contains only one recording.
 
-    `cat a.wav b.wav` makes such files, and so does chained Ogg. Decoders stop at the end of the first one.
+    `cat a.wav b.wav` and chained Ogg produce files with several recordings. Decoders stop after the first one.
 
     Raises:
-        ValueError: if the file goes on with something else that is too long for a tag, as a WAV file of more than
-            4 GiB does.
+        ValueError: if the first recording is followed by other data that is too long for a tag, for example in a WAV
+            file of more than 4 GiB.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(4)
     if head == b"OggS":
         return _second_chain(file)
-    if head in _MARKS:
-        return _find_again(file, _MARKS[head])
+    if head in _SIGNATURES:
+        return _find_again(file, _SIGNATURES[head])
     end = _ends(file)[1]
     if not 0 < end < size:
         return 0
-    for start in (end, end + 1):  # a byte of padding
+    for start in (end, end + 1):  # there may be one byte of padding
         if _is_recording(file, start):
             return start
     if size - end > MAX_TAIL:
-        raise ValueError(f"{size - end} bytes follow after the end that its header announces; write it again")
+        raise ValueError(f"{size - end} bytes follow after the end according to the header; write the file again")
     return 0
 
 
@@ -67,7 +67,7 @@ def _is_recording(file: BinaryIO, start: int) -> bool:
 
 
 def _ends(file: BinaryIO) -> tuple[int, int]:
-    """Where the samples end, and where the recording ends with all that belongs to it; 0 for what is not said."""
+    """Returns the end of the samples and the end of the whole recording, in bytes; 0 if the header has no length."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(64)
@@ -92,7 +92,7 @@ def _ends(file: BinaryIO) -> tuple[int, int]:
 
 
 def _chunks(file: BinaryIO, order: Literal["little", "big"]) -> Iterator[tuple[bytes, int, int]]:
-    """Names, starts of the content and sizes of the chunks of a RIFF, RF64 or AIFF file."""
+    """Yields name, first content byte and size of each chunk in a RIFF, RF64 or AIFF file."""
     position = 12
     for _ in range(MAX_CHUNKS):
         file.seek(position)
@@ -105,10 +105,11 @@ def _chunks(file: BinaryIO, order: Literal["little", "big"]) -> Iterator[tuple[b
 
 
 def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> tuple[int, int]:
-    """Ends of a RIFF, RF64 or AIFF file: of the chunk with the samples, and of all.
+    """Returns the end of the sample chunk and of the whole RIFF, RF64 or AIFF file.
 
     Raises:
-        ValueError: if there are two such chunks, as some recorders write on a pause: decoders read one of them.
+        ValueError: if there are two sample chunks. Some recorders write a second one after a pause, but decoders read
+            only one.
     """
     file.seek(4)
     form_end = 8 + int.from_bytes(file.read(4), order)
@@ -121,8 +122,8 @@ def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> 
             form_end, large_size = 8 + int.from_bytes(sizes[:8], "little"), int.from_bytes(sizes[8:], "little")
         elif chunk == name:
             if samples_end:
-                raise ValueError(f"two chunks of samples ({name.decode()}); write it again with one")
-            # Writers that can't seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
+                raise ValueError(f"two chunks of samples ({name.decode()}); write the file again with one chunk")
+            # Writers that cannot seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
             size = size if size < 0x7FFFF000 else large_size
             if not size:
                 return 0, 0
@@ -131,42 +132,42 @@ def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> 
 
 
 def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
-    """Where the last page of an Ogg file ends (RFC 3533, section 6: at most 65,307 bytes after its start)."""
+    """Returns the end of the last page in an Ogg file (RFC 3533, section 6: a page has at most 65,307 bytes)."""
     start = file.seek(max(0, size - 2 * 65307))
     tail = file.read()
     page = tail.rfind(b"OggS")
     if page < 0:
         return 0
     if page + 27 > len(tail):
-        return size + 1  # within the page's header
+        return size + 1  # truncated within the page's header
     segments = tail[page + 26]
     return start + page + 27 + segments + sum(tail[page + 27 : page + 27 + segments])
 
 
 def _second_chain(file: BinaryIO) -> int:
-    """Where a second chain begins in an Ogg file (RFC 3533, section 4): a first page of a stream after others."""
-    position, begun = 0, False
+    """Returns the start of a second chain in an Ogg file (RFC 3533, section 4): a first page after other pages."""
+    position, after_first = 0, False
     for _ in range(MAX_CHUNKS):
         file.seek(position)
         page = file.read(27 + 255)
         if page[:4] != b"OggS" or len(page) < 27:
             return position if page.startswith(_HEADS) else 0
         first = bool(page[5] & 2)
-        if first and begun:
+        if first and after_first:
             return position
-        begun = begun or not first
+        after_first = after_first or not first
         segments = page[26]
         position += 27 + segments + sum(page[27 : 27 + segments])
     return 0
 
 
-def _find_again(file: BinaryIO, mark: re.Pattern[bytes]) -> int:
-    """Where a mark is found again behind the start of a file; 0 if it is not."""
+def _find_again(file: BinaryIO, signature: re.Pattern[bytes]) -> int:
+    """Returns the position of a second signature in a file; 0 if there is none."""
     position = file.seek(4)
     held = b""
     while block := file.read(_READ):
         searched = held + block
-        if found := mark.search(searched):
+        if found := signature.search(searched):
             return position - len(held) + found.start()
         position += len(block)
         held = searched[-_MARGIN:]
@@ -174,7 +175,7 @@ def _find_again(file: BinaryIO, mark: re.Pattern[bytes]) -> int:
 
 
 def _mp4_ends(file: BinaryIO) -> tuple[int, int]:
-    """Ends of an MP4 or M4A file (ISO/IEC 14496-12, section 4.2: boxes): of samples and index, and of all."""
+    """Returns the end of samples and index, and of the whole MP4 or M4A file (ISO/IEC 14496-12, section 4.2)."""
     position = end = 0
     for number in range(MAX_CHUNKS):
         file.seek(position)
@@ -193,7 +194,7 @@ def _mp4_ends(file: BinaryIO) -> tuple[int, int]:
 
 
 def _matroska_end(head: bytes) -> int:
-    """Where the segment of a Matroska or WebM file ends (RFC 8794, section 4: sizes of variable width)."""
+    """Returns the end of the segment in a Matroska or WebM file (RFC 8794, section 4: sizes of variable width)."""
 
     def size_at(position: int) -> tuple[int, int]:
         width = 9 - head[position].bit_length()
@@ -206,27 +207,27 @@ def _matroska_end(head: bytes) -> int:
     if head[segment : segment + 4] != b"\x18S\x80g" or segment + 12 > len(head):
         return 0
     start, size = size_at(segment + 4)
-    return 0 if size < 0 else start + size  # live recordings leave the size open
+    return 0 if size < 0 else start + size  # live recordings have no size
 
 
 def _mp3_end(file: BinaryIO) -> int:
-    """Where an MP3 stream ends, if a tag in its first frame says so."""
-    start, place, frame = _mp3_tag(file, 0)
-    if place < 0 or not frame[place + 7] & 2:  # a flag for each number that follows: frames, then bytes
+    """Returns the end of an MP3 stream according to a tag in the first frame; 0 without this tag."""
+    start, offset, frame = _mp3_tag(file, 0)
+    if offset < 0 or not frame[offset + 7] & 2:  # one flag for each number that follows: frames, then bytes
         return 0
-    place += 8 + 4 * (frame[place + 7] & 1)
-    length = int.from_bytes(frame[place : place + 4], "big")
+    offset += 8 + 4 * (frame[offset + 7] & 1)
+    length = int.from_bytes(frame[offset : offset + 4], "big")
     return start + length if length else 0
 
 
 def _mp3_tag(file: BinaryIO, start: int) -> tuple[int, int, bytes]:
-    """Where the first frame of an MP3 stream begins, the place in it of the tag with its length, and the frame.
+    """Returns the start of the first MP3 frame, the offset of the length tag in this frame, and the frame.
 
-    The tag follows header and side information, 4 to 38 bytes; the place is -1 if there is none.
+    The tag follows header and side information (4 to 38 bytes). The offset is -1 without a tag.
     """
     file.seek(start)
     head = file.read(10)
-    if head[:3] == b"ID3":  # a tag before the frame; its size has four bytes of 7 bits each
+    if head[:3] == b"ID3":  # a tag before the frame; its size is stored in four bytes of 7 bits each
         start += 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=False))
     file.seek(start)
     frame = file.read(64)

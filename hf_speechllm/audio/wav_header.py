@@ -1,4 +1,4 @@
-"""Lengths of WAV files of integer PCM, by their headers: nothing in them can fail to decode."""
+"""Lengths of integer PCM WAV files from their headers; the samples of these files always decode."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .decoders import MAX_RATE, MAX_SECONDS, MIN_RATE
 from .truncation import missing_bytes, second_recording
 
 PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
-# What most WAV files of integer PCM start with: no chunk before the data but the format and FFmpeg's version.
+# Header of most integer PCM WAV files: before the data only the format, and possibly FFmpeg's version.
 _SIMPLE_WAV = re.compile(
     rb"RIFF.{4}WAVEfmt \x10\0\0\0\x01\0.{14}"
     rb"(?:LIST\x1a\0\0\0INFOISFT[\x0d\x0e]\0\0\0Lavf[0-9.]{8}[0-9.\0]\0)?data.{4}",
     re.DOTALL,
 )
-_SIMPLE_WAV_LENGTH = 78  # bytes of the longest
+_SIMPLE_WAV_LENGTH = 78  # bytes of the longest simple header
 
 
 def probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
-    """As `audio.probe_audio`; `None` for whatever must be decoded, or can't be read, which decoding then says."""
+    """Returns the result of `audio.probe_audio`, or `None` if the source must be decoded or cannot be read."""
     import soundfile
 
     try:
-        # Without a buffer: to fill one takes longer than all the rest.
+        # Unbuffered: filling a buffer would take longer than all other steps.
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, buffering=0) as file:
             head = file.read(_SIMPLE_WAV_LENGTH)
             simple = _parse_simple_wav(head, file.seek(0, os.SEEK_END)) if head.startswith(b"RIFF") else None
@@ -36,7 +36,7 @@ def probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
             if not head.startswith((b"RIFF", b"RF64")) or missing_bytes(file) or second_recording(file):
                 return None
             file.seek(0)
-            # By its name where it has one: libsndfile then reads by itself, not through Python.
+            # With a path, libsndfile reads the file without Python.
             with soundfile.SoundFile(file if isinstance(source, bytes) else source) as wav:
                 usable = wav.subtype in PLAIN_PCM and _is_within_limits(wav.frames, wav.samplerate)
                 return (wav.frames, wav.samplerate) if usable else None
@@ -45,13 +45,13 @@ def probe_plain_wav(source: str | Path | bytes) -> tuple[int, int] | None:
 
 
 def _parse_simple_wav(head: bytes, size: int) -> tuple[int, int] | None:
-    """As `probe_plain_wav`, for a header that leaves no doubt; `None` for any other, which is libsndfile's to judge.
+    """Returns samples and rate of a simple, consistent WAV header; `None` for other headers, left to libsndfile.
 
-    Opening with soundfile takes several times as long as reading the header, and lists have millions of short files.
+    Opening a file with soundfile takes several times longer, and lists contain millions of short files.
 
     Args:
-        head: the first bytes of the file, `_SIMPLE_WAV_LENGTH` if it has as many.
-        size: of the whole file.
+        head: the first `_SIMPLE_WAV_LENGTH` bytes of the file, or all bytes of a shorter file.
+        size: size of the whole file in bytes.
     """
     match = _SIMPLE_WAV.match(head)
     if match is None:

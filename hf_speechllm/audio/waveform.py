@@ -1,4 +1,4 @@
-"""Recordings in: files, URLs, bytes or arrays, any format, rate and channel count, to one mono waveform."""
+"""Loading of recordings (files, URLs, bytes or arrays of any format, rate and channel count) as mono waveforms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..files import open_regular
-from .archives import container_of, read_member
+from .archives import find_archive, read_member
 from .decoders import (
     MAX_BYTES_IN_MEMORY,
     MAX_FILE_BYTES,
@@ -35,14 +35,14 @@ from .wav_header import probe_plain_wav
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
-CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of the energy of independent ones
-LONGEST = 1e9  # seconds; a stream without a length says 2^63 samples
+CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of independent channels' energy
+LONGEST = 1e9  # seconds; the header of a stream without a length may contain 2^63 samples
 
 
 def resolve_source(source: str, folder: str) -> str:
-    """A path as an absolute one, taken from a folder; a URL as it is.
+    """Returns a path, relative to a folder, as an absolute path; a URL unchanged.
 
-    A folder that is a symbolic link is followed before a `..` is taken, as the system does it.
+    Resolves symbolic links of the folder before `..`, as the operating system does.
     """
     if "://" in source:
         return source
@@ -51,18 +51,18 @@ def resolve_source(source: str, folder: str) -> str:
 
 
 def check_root(source: str, root: str) -> None:
-    """Sees to it that a path, symbolic links followed, lies in a folder; URLs do not point into the file system.
+    """Checks that a path is inside a folder after resolving symbolic links. URLs are not checked.
 
     Raises:
-        AudioError: if it does not.
+        AudioError: if the path is outside the folder.
     """
     if is_url(source):
         return
     if "\0" in source:
-        raise AudioError(f"{source!r}: a path can't hold a zero byte")
-    path = os.path.realpath(container_of(source) or source)
+        raise AudioError(f"{source!r}: a path must not contain a zero byte")
+    path = os.path.realpath(find_archive(source) or source)
     if os.path.commonpath((path, _real_folder(root))) != _real_folder(root):
-        raise AudioError(f"{source}: outside --audio_root {root}")
+        raise AudioError(f"{source}: outside --audio_root {root}; move the recording or change --audio_root")
 
 
 @functools.cache
@@ -74,26 +74,26 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
     """Loads a recording as mono.
 
     Args:
-        source: path, http(s) URL, the bytes of a file, or anything else that `inputs.to_source` takes: samples
-            without a rate are already at `sampling_rate`.
-        sampling_rate: of the result, in Hz.
-        max_seconds: the longest recording; a longer one is not decoded beyond that.
+        source: path, http(s) URL, bytes of a file, or another input of `inputs.to_source`; samples without a rate must
+            have the rate `sampling_rate`.
+        sampling_rate: rate of the result in Hz.
+        max_seconds: maximum length; decoding of a longer recording stops at this length.
 
     Returns:
-        Waveform, float32, shape = (samples,), in [-1, 1]; channels are averaged. Where they cancel each other (one is
-        wired in opposite phase), the loudest one is taken, with a warning.
+        Waveform, float32, shape = (samples,), in [-1, 1]. Channels are averaged. If channels cancel each other
+        (opposite phase), the loudest channel is used, with a warning.
 
     Raises:
-        AudioError: if the recording is missing, empty, damaged or not audio, or the URL can't be reached; if its rate
-            or samples are beyond the limits of `decoders`; `TooLongError` if it is too long.
+        AudioError: if the recording is missing, empty, damaged or not audio, the URL cannot be reached, or a limit in
+            `decoders` is exceeded; `TooLongError` if the recording is too long.
     """
     if not isinstance(source, (str, Path, bytes)):
-        from .inputs import to_source  # `inputs` builds on this module
+        from .inputs import to_source  # only for other inputs than files and bytes
 
         source = to_source(source, sampling_rate)
     if isinstance(source, np.ndarray):
         return source
-    content, name = _content(source), shown(source)
+    content, name = _content(source), display_name(source)
     energies = _Energies()
 
     def waveform(mono: Iterable[Block]) -> np.ndarray:
@@ -103,14 +103,12 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
 
     mixed = waveform((energies.mix(block), rate) for block, rate in _decode(content, name, max_seconds))
     if len(mixed) < 2:
-        raise AudioError(f"{name}: a single sample")
+        raise AudioError(f"{name}: only one sample")
     if not energies.cancelled:
         return mixed
     del mixed
     channel = energies.loudest
-    logger.warning(
-        "%s: its channels are in opposite phase and cancel each other; channel %d is used", name, channel + 1
-    )
+    logger.warning("%s: channels in opposite phase cancel each other; using only channel %d", name, channel + 1)
     return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds))
 
 
@@ -121,18 +119,18 @@ def _chain(first: np.ndarray, others: Iterable[Block]) -> Iterator[np.ndarray]:
 
 
 class _Energies:
-    """Averages the channels of blocks, and keeps the energies of both."""
+    """Averages the channels of blocks and sums up the energies of the channels and of their mean."""
 
     def __init__(self):
         self.channels: np.ndarray | float = 0.0
         self.mean = 0.0
 
     def mix(self, block: np.ndarray) -> np.ndarray:
-        """The mean of a block's channels, shape = (samples,)."""
+        """Returns the mean of a block's channels, shape = (samples,)."""
         if block.shape[1] == 1:
             return block[:, 0]
         mean = block.mean(axis=1)
-        # Of differences: a constant offset or hum, which may have opposite signs in two channels, is not speech.
+        # Energy of differences ignores a constant offset or hum, which may have opposite signs in two channels.
         changes = np.diff(block, axis=0)
         self.channels = self.channels + np.einsum("ij,ij->j", changes, changes)
         self.mean += float(np.square(changes.mean(axis=1)).sum())
@@ -140,9 +138,9 @@ class _Energies:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the mean has so little energy that channels must be in opposite phase.
+        """Whether the low energy of the mean shows that channels are in opposite phase.
 
-        The mean of independent channels has the energy of one of them, divided by their number.
+        The mean of independent channels has the energy of one channel, divided by the number of channels.
         """
         return bool(self.mean < CANCELLED * np.mean(self.channels) / np.size(self.channels))
 
@@ -153,18 +151,18 @@ class _Energies:
 
 
 def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
-    """Decodes a recording: float32, shape = (samples, channels), in [-1, 1], and its rate in Hz.
+    """Decodes a recording to float32, shape = (samples, channels), in [-1, 1], and the rate in Hz.
 
     Raises:
-        AudioError: as `load_audio`.
+        AudioError: see `load_audio`.
     """
-    blocks = _decode(_content(source), shown(source))
+    blocks = _decode(_content(source), display_name(source))
     first, rate = next(blocks)
     return _join(_chain(first, blocks)), rate
 
 
 def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """One array of all; each block's memory is given back when it is copied."""
+    """Joins blocks to one array and frees each block after the copy."""
     held = list(blocks)
     if len(held) == 1:
         return np.ascontiguousarray(held[0])
@@ -178,73 +176,75 @@ def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
-    """Number of samples (of one channel) and rate in Hz of a recording that can be decoded to its end.
+    """Returns the number of samples (per channel) and the rate in Hz, and checks that the recording can be decoded.
 
-    A WAV file of integer PCM can't hold anything that does not decode, so its header is compared with its size.
-    Everything else is decoded, block by block where the decoder can, so that long recordings need little memory.
+    Reads only the header of integer PCM WAV files, since their samples always decode, and compares it with the file
+    size. Decodes all other recordings, in blocks if possible, so long recordings need little memory.
 
     Raises:
-        AudioError: as `load_audio`.
+        AudioError: see `load_audio`.
     """
     content = _content(source)
     plain = probe_plain_wav(content)
     if plain:
         return plain
-    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(content, shown(source))), strict=True)
+    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(content, display_name(source))), strict=True)
     return sum(lengths), rates[0]
 
 
 def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> float | None:
-    """Length of a local recording in seconds by its header; `None` if there is none to go by.
+    """Returns the length of a local recording in seconds according to the header; `None` if unknown.
 
     Args:
-        formats: libsndfile's names of those that are believed; default all.
+        formats: libsndfile's names of formats with reliable headers; default: all.
     """
     import soundfile
 
     try:
-        open_regular(path).close()  # libsndfile would wait for the other end of a FIFO
+        open_regular(path).close()  # refuses a FIFO, where libsndfile would block
         with soundfile.SoundFile(path) as file:
             seconds = file.frames / file.samplerate
-            believed = (formats is None or file.format in formats) and not file.subtype.startswith("MPEG")
-            if believed and MIN_RATE <= file.samplerate <= MAX_RATE and 0 < seconds < LONGEST:
+            reliable = (formats is None or file.format in formats) and not file.subtype.startswith("MPEG")
+            if reliable and MIN_RATE <= file.samplerate <= MAX_RATE and 0 < seconds < LONGEST:
                 return seconds
     except (OSError, ValueError, soundfile.LibsndfileError):
-        pass  # not libsndfile's format, or damaged: decoding tells
+        pass  # not a format of libsndfile, or damaged: decoding reports the reason
     return None
 
 
 def _content(source: str | Path | bytes) -> str | Path | bytes:
-    """The path of a file of its own, or the bytes of what has none."""
-    is_file = not isinstance(source, bytes) and not is_url(source) and not container_of(source)
+    """Returns the path of a local file; the bytes of any other source."""
+    is_file = not isinstance(source, bytes) and not is_url(source) and not find_archive(source)
     return source if is_file else read_bytes(source)
 
 
 def _decode(content: str | Path | bytes, name: str, max_seconds: float = MAX_SECONDS) -> Iterator[Block]:
-    """Blocks of a recording, at least one: float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
+    """Yields blocks (at least one) of float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
 
-    Where a file holds several recordings, one after the other, all are decoded as one.
+    Decodes several consecutive recordings in one file as one recording.
 
     Args:
-        content: what `_content` gives.
-        name: for messages.
-        max_seconds: the longest recording.
+        content: result of `_content`.
+        name: name of the recording in messages.
+        max_seconds: maximum length of the recording.
 
     Raises:
-        AudioError: as `load_audio`; possibly after some blocks.
+        AudioError: see `load_audio`; possibly after some blocks.
     """
     path = None if isinstance(content, bytes) else content
-    with _telling_why(name), io.BytesIO(content) if isinstance(content, bytes) else open_regular(content) as stream:
+    with _as_audio_error(name), io.BytesIO(content) if isinstance(content, bytes) else open_regular(content) as stream:
         size = stream.seek(0, os.SEEK_END)
         if not size:
             raise AudioError(f"{name}: the file is empty")
         if size > MAX_FILE_BYTES:
-            raise AudioError(f"{name}: {size / 1e9:.1f} GB; at most {MAX_FILE_BYTES / 1e9:g} GB are read")
+            raise AudioError(f"{name}: size of {size / 1e9:.1f} GB; the maximum is {MAX_FILE_BYTES / 1e9:g} GB")
         if not second_recording(stream):
             yield from decode_blocks(stream, path, name, max_seconds)
             return
         if size > MAX_BYTES_IN_MEMORY:
-            raise AudioError(f"{name}: several recordings in a file of more than {MAX_BYTES_IN_MEMORY / 1e9:g} GB")
+            raise AudioError(
+                f"{name}: several recordings in a file of more than {MAX_BYTES_IN_MEMORY / 1e9:g} GB; split the file"
+            )
         stream.seek(0)
         yield from _decode_joined(stream.read(), name, max_seconds)
 
@@ -256,7 +256,7 @@ def _decode_joined(data: bytes, name: str, max_seconds: float) -> Iterator[Block
         end = second_recording(io.BytesIO(data)) or len(data)
         for block, rate in decode_blocks(io.BytesIO(data[:end]), None, name, max_seconds - seconds):
             if (rate, block.shape[1]) != (kind or (rate, block.shape[1])):
-                raise AudioError(f"{name}: holds several recordings, of different rates or channels: split it")
+                raise AudioError(f"{name}: contains recordings with different rates or channels; split the file")
             kind = rate, block.shape[1]
             seconds += len(block) / rate
             yield block, rate
@@ -264,24 +264,24 @@ def _decode_joined(data: bytes, name: str, max_seconds: float) -> Iterator[Block
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
-    """The content of a file, a URL, or a recording in a tar or Parquet file (see `archives`).
+    """Reads the content of a file, a URL, or a recording in a tar or Parquet file (see `archives`).
 
     Raises:
-        AudioError: if it can't be had.
+        AudioError: if the source cannot be read.
     """
     if isinstance(source, bytes):
         return source
-    with _telling_why(shown(source)):
+    with _as_audio_error(display_name(source)):
         if is_url(source):
             return download(str(source))
-        if container_of(source):
+        if find_archive(source):
             return read_member(str(source), MAX_BYTES_IN_MEMORY)
         with open_regular(source) as file:
             return file.read()
 
 
-def shown(source: str | Path | bytes | np.ndarray) -> str:
-    """What a message calls a source: a path, or a URL without its secrets."""
+def display_name(source: str | Path | bytes | np.ndarray) -> str:
+    """Returns the name of a source in messages: a path, or a URL without secrets."""
     if isinstance(source, bytes):
         return "<bytes>"
     if isinstance(source, np.ndarray):
@@ -290,8 +290,8 @@ def shown(source: str | Path | bytes | np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _telling_why(source: str) -> Iterator[None]:
-    """Turns what reading raises into an `AudioError`."""
+def _as_audio_error(source: str) -> Iterator[None]:
+    """Converts errors of reading to `AudioError`."""
     try:
         yield
     except AudioError:
@@ -301,22 +301,22 @@ def _telling_why(source: str) -> Iterator[None]:
     except urllib.error.HTTPError as error:
         raise AudioError(f"{source}: the server answers {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
-        raise AudioError(f"{source}: can't be reached: {error.reason}") from error
+        raise AudioError(f"{source}: cannot be reached: {error.reason}") from error
     except http.client.IncompleteRead as error:
-        raise AudioError(f"{source}: truncated: the connection broke after {len(error.partial)} bytes") from error
+        raise AudioError(f"{source}: truncated: connection lost after {len(error.partial)} bytes") from error
     except FileNotFoundError as error:
-        hint = "; only http and https URLs can be read" if "://" in source else ""
+        hint = "; only http and https URLs are supported" if "://" in source else ""
         raise AudioError(f"{source}: no such file{hint}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise AudioError(f"{source}: can't be read: {error}") from error
+        raise AudioError(f"{source}: cannot be read: {error}") from error
 
 
 def source_stamp(source: str) -> str:
-    """What changes when a file changes: size and modification time; empty for a URL or a missing file."""
+    """Returns size and modification time of a file, to detect changes; empty for a URL or a missing file."""
     if is_url(source):
         return ""
     try:
-        status = os.stat(container_of(source) or source)
-    except (OSError, ValueError):  # a path with a zero byte gives the latter
+        status = os.stat(find_archive(source) or source)
+    except (OSError, ValueError):  # ValueError: the path contains a zero byte
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"

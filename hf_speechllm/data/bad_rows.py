@@ -1,4 +1,4 @@
-"""Rows that can't be used: collected with file, line and reason, and only left out as far as the user allows it."""
+"""Rows that cannot be used: collected with file, line and reason, and only left out as far as the user allows it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NUM_NAMED = 20  # bad rows that are named in a message; the others are counted
 
 
 class BadDataError(ValueError):
-    """Data that can't be used; the message says where, what is wrong and what to do."""
+    """Data that cannot be used; the message says where, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that can't be used.
+    """A row that cannot be used.
 
     Args:
         file: list or JSONL that has it.

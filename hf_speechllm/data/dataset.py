@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import SequenceFeatureExtractor
 
-from ..audio.archives import container_of
+from ..audio.archives import find_archive
 from ..audio.fbank import cacheable_features, num_encoder_input_frames
-from ..audio.waveform import MAX_SECONDS, AudioError, check_root, is_url, load_audio, shown, source_stamp
+from ..audio.waveform import MAX_SECONDS, AudioError, check_root, display_name, is_url, load_audio, source_stamp
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
@@ -54,7 +54,7 @@ def load_rows(
     Args:
         files: JSONL, tar or Parquet; what is read is kept in the cache until a file's size or time changes. The
             recordings in tar and Parquet files stay there; see `archives`.
-        bad_rows: gets every row that can't be used; call its `check` afterwards.
+        bad_rows: gets every row that cannot be used; call its `check` afterwards.
         cache_dir: default that of `datasets`.
         audio_root: folder that recordings must lie in.
 
@@ -164,7 +164,7 @@ class FeatureMapper:
             for source in recordings:
                 waveform = load_audio(source, self.extractor.sampling_rate, self.max_seconds)
                 if 1000 * len(waveform) < FRAME_LENGTH * self.extractor.sampling_rate:
-                    raise AudioError(f"{shown(source)}: shorter than {FRAME_LENGTH} ms")
+                    raise AudioError(f"{display_name(source)}: shorter than {FRAME_LENGTH} ms")
                 item = cacheable_features(self.extractor, waveform)
                 features.append(item.astype(self.dtype).tobytes())
                 num_frames.append(len(item))
@@ -188,7 +188,7 @@ def add_features(
 
     Args:
         rows: from `load_rows`.
-        bad_rows: gets every row whose audio can't be used.
+        bad_rows: gets every row whose audio cannot be used.
         dtype: `"float16"` or `"float32"`.
         num_proc: processes.
         max_seconds: the longest recording; rows with a longer one are bad, and nothing is computed of them.
@@ -237,7 +237,7 @@ def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -
 
     Args:
         rows: from `load_rows`.
-        bad_rows: gets every row whose audio can't be used.
+        bad_rows: gets every row whose audio cannot be used.
         num_proc: processes.
     """
     features = Features({**rows.features, "num_frames": List(Value("int64")), "error": Value("string")})
@@ -251,13 +251,13 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
     try:
         if length is None or len(recordings) > 1:
             return {"num_frames": [measure_recording(source)[1] for source in recordings], "error": None}
-        if not is_url(recordings[0]) and os.path.getsize(container_of(recordings[0]) or recordings[0]) == 0:
+        if not is_url(recordings[0]) and os.path.getsize(find_archive(recordings[0]) or recordings[0]) == 0:
             raise AudioError(f"{recordings[0]}: the file is empty")
     except AudioError as error:
         return {"num_frames": [], "error": str(error)}
     except (OSError, ValueError) as error:  # the latter for a path with a zero byte
         reason = getattr(error, "strerror", None) or error
-        return {"num_frames": [], "error": f"{recordings[0]}: can't be read: {reason}"}
+        return {"num_frames": [], "error": f"{recordings[0]}: cannot be read: {reason}"}
     return {"num_frames": [length], "error": None}
 
 
@@ -284,7 +284,7 @@ def too_long(
     max_feature_frames: int,
     batch_seconds: float,
 ) -> str | None:
-    """Why the encoder or the batch budget can't take a row; `None` if both can.
+    """Why the encoder or the batch budget cannot take a row; `None` if both can.
 
     Args:
         num_frames: 10 ms frames of each of its recordings.
@@ -304,7 +304,7 @@ def too_long(
 def drop_too_long(
     rows: Dataset, bad_rows: BadRows, processor: SpeechLLMProcessor, max_feature_frames: int, batch_seconds: float
 ) -> Dataset:
-    """Moves rows that the encoder or the batch budget can't take to `bad_rows`.
+    """Moves rows that the encoder or the batch budget cannot take to `bad_rows`.
 
     Args:
         max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.

@@ -113,7 +113,7 @@ def read_words(path: str | Path) -> list[str]:
     """The different words of a list with one in each line, in its order.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
         ValueError: if it is not UTF-8, or a word holds a token that dialogues are made of.
     """
     try:
@@ -130,7 +130,7 @@ def listed_words(words_or_file: str | None) -> list[str]:
     """The different words of an option: a file with one in each line, or the words themselves with commas between.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
         ValueError: if it is not UTF-8, or what looks like a file's name is none.
     """
     words = chat.parse_hotwords(words_or_file)
@@ -174,7 +174,7 @@ def hotword_sampler(options: DataOptions, rows: Dataset | None, seed: int = 0) -
         seed: of the choice of phrases.
 
     Raises:
-        OSError: if `--hotword_file` can't be read.
+        OSError: if `--hotword_file` cannot be read.
         ValueError: if it is not UTF-8, or there are no distractors.
     """
     if not (

@@ -62,10 +62,10 @@ def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> It
         require_answers: whether the last turn must have its answer, as training needs it and decoding does not.
 
     Yields:
-        A `Row`, or a `BadRow` for a line that can't be used.
+        A `Row`, or a `BadRow` for a line that cannot be used.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
     """
     name = os.fspath(path)
     folder = os.path.dirname(os.path.abspath(name))
@@ -101,7 +101,7 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str])
         rows: each with `messages`; `speech_length` and `text_length` follow unless they are `None`, then other keys.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: if the file cannot be written.
     """
     with atomic_write(path) as file:
         file.writelines(json_line(row) for row in rows)

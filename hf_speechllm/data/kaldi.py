@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..audio.waveform import AudioError, check_root, is_url, probe_audio, resolve_source, shown
+from ..audio.waveform import AudioError, check_root, display_name, is_url, probe_audio, resolve_source
 from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms
@@ -54,7 +54,7 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
         content: what the values are, for the messages.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
     """
     result = KaldiList(os.fspath(path), [], set())
     lines: dict[str, int] = {}
@@ -109,7 +109,7 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
         audio_root: folder that the paths may not leave.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
     """
     scp = read_list(path, bad_rows, "path")
     folder = os.path.dirname(os.path.abspath(scp.file))
@@ -174,13 +174,13 @@ def measure_recording(source: str) -> tuple[float, int]:
     """Duration in seconds and `speech_length` of a recording that can be used.
 
     Raises:
-        AudioError: if it can't be decoded to its end, or is shorter than 25 ms.
+        AudioError: if it cannot be decoded to its end, or is shorter than 25 ms.
     """
     num_samples, sampling_rate = probe_audio(source)
     length = speech_length(num_samples, sampling_rate)
     if length < 1:
         duration = 1000 * num_samples / sampling_rate
-        raise AudioError(f"{shown(source)}: shorter than {FRAME_LENGTH} ms: {duration:.1f} ms")
+        raise AudioError(f"{display_name(source)}: shorter than {FRAME_LENGTH} ms: {duration:.1f} ms")
     return num_samples / sampling_rate, length
 
 

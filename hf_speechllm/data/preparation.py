@@ -108,7 +108,7 @@ def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) 
     # Not one by one: to hand over a recording takes longer than to read a header. Not too many: some are hours long.
     size = max(1, min(TEXTS_AT_ONCE, len(utterances) // (16 * num_workers)))
     chunks = (utterances[start : start + size] for start in range(0, len(utterances), size))
-    # To fork takes milliseconds, and no process has to import anything; other systems than Linux can't do it safely.
+    # To fork takes milliseconds, and no process has to import anything; other systems than Linux cannot do it safely.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     gc.freeze()  # a search for garbage would write to, and so copy, the memory that the processes share
     others = multiprocessing.active_children()

@@ -160,7 +160,7 @@ class BudgetBatchSampler:
         if self.shuffle:
             batches = [batches[index] for index in rng.permutation(len(batches))]
         batches, missing = self._split(batches, len(self) * self.num_replicas - len(batches))
-        if missing and self._has_fractions:  # batches of one row can't be split: a few more rows of the sample, then
+        if missing and self._has_fractions:  # batches of one row cannot be split: a few more rows of the sample, then
             extra = self._fractional(rows, missing, rng)
             batches, missing = [*batches, *extra[:, None]], missing - len(extra)
         return batches, missing

@@ -25,7 +25,7 @@ BLOCK_SIZE = 1 << 18  # bytes of a JSONL that are one shard: some 800 rows
 AUDIO_SUFFIXES = ("wav", "flac", "ogg", "mp3", "opus", "m4a")
 TEXT_SUFFIXES = ("json", "txt")
 TEXT_COLUMNS = ("messages", "text", "sentence", "transcription")
-END = 1 << 62  # position after a shard that can't be read further
+END = 1 << 62  # position after a shard that cannot be read further
 LARGEST_MEMBER = 1 << 30  # bytes of a recording in a tar file
 
 
@@ -85,7 +85,7 @@ def shards_of(file: str) -> list[Shard]:
     """The shards of a file: blocks of a JSONL; a tar or Parquet file is one.
 
     Raises:
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
         BadDataError: if it is of another kind.
     """
     size = os.path.getsize(file)
@@ -97,7 +97,7 @@ def shards_of(file: str) -> list[Shard]:
 
 
 def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[Item]:
-    """The rows of a shard, the bad ones as `BadRow`; a shard that can't be read is one bad row.
+    """The rows of a shard, the bad ones as `BadRow`; a shard that cannot be read is one bad row.
 
     Args:
         position: 0 or an item's `next`.
@@ -114,7 +114,7 @@ def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[
     try:
         yield from read
     except OSError as error:
-        yield Item(BadRow(shard.file, "shard", f"can't be read: {error.strerror or error}"), END)
+        yield Item(BadRow(shard.file, "shard", f"cannot be read: {error.strerror or error}"), END)
 
 
 def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
@@ -126,7 +126,7 @@ def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tupl
 
     Yields:
         An ID and the recording's name as of `archives`. The ID is a member's name without the suffix; for a row of a
-        Parquet file the column `id`, the stem of the recording's path, or `FILE-ROW`. A `BadRow` stands for what can't
+        Parquet file the column `id`, the stem of the recording's path, or `FILE-ROW`. A `BadRow` reports what cannot
         be read from there on, and for a file without recordings.
     """
     number = 0
@@ -136,7 +136,7 @@ def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tupl
             yield item
     except OSError as error:
         number += 1
-        yield BadRow(file, "archive", f"can't be read: {error.strerror or error}")
+        yield BadRow(file, "archive", f"cannot be read: {error.strerror or error}")
     if not number:
         yield BadRow(file, "archive", "no recordings in it")
 
@@ -182,7 +182,7 @@ def _parquet_recordings(path: str) -> Iterator[tuple[str, str] | BadRow]:
                 yield str(id_), parquet_member(path, row)
     except (pyarrow.ArrowException, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield BadRow(path, f"row {row}", f"can't be read from here on: {reason}")
+        yield BadRow(path, f"row {row}", f"cannot be read from here on: {reason}")
 
 
 def _read_block(shard: Shard, position: int) -> Iterator[Item]:
@@ -283,9 +283,9 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     except (tarfile.TarError, ValueError, RecursionError, OverflowError, OSError) as error:
         if isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
             raise BadDataError("truncated: the archive has no end mark") from error
-        raise BadDataError(f"damaged: what follows this place can't be read: {error}") from error
+        raise BadDataError(f"damaged: what follows this place cannot be read: {error}") from error
     if member.size < 0 or tar.offset <= start:
-        raise BadDataError("damaged: what follows this place can't be read: a member of negative size")
+        raise BadDataError("damaged: what follows this place cannot be read: a member of negative size")
     return member
 
 
@@ -374,7 +374,7 @@ def _read_parquet(path: str, position: int, embed: bool) -> Iterator[Item]:
                 first += count
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield Item(BadRow(path, f"row {row}", f"can't be read from here on: {reason}"), END)
+        yield Item(BadRow(path, f"row {row}", f"cannot be read from here on: {reason}"), END)
 
 
 def _parquet_row(record: dict, text: str, path: str, row: int, embed: bool) -> dict[str, Any] | BadRow:

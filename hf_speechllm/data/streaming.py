@@ -78,7 +78,7 @@ class RowStream(IterableDataset):
 
     Raises:
         FileNotFoundError: if a file is missing.
-        BadDataError: if a file is of a kind that can't be read.
+        BadDataError: if a file is of a kind that cannot be read.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class RowStream(IterableDataset):
             size = self.window_rows
 
     def _rows(self, place: Place, reader: int, readers: int) -> Iterator[tuple[dict[str, Any] | None, Place]]:
-        """Rows that can be used, or `None` for one that can't, with the place after each; without an end."""
+        """Rows that can be used, or `None` for one that cannot, with the place after each; without an end."""
         shared = len(self.parts) < readers
         idle = 0  # passes in a row that gave nothing
         for epoch in itertools.count(place.epoch):

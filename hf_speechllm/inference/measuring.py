@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..audio.waveform import AudioError, shown
+from ..audio.waveform import AudioError, display_name
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
 from ..model.processing import SpeechLLMProcessor
@@ -87,4 +87,4 @@ class RequestMeter:
 
 
 def _name(source: Any) -> str:
-    return shown(source) if isinstance(source, str) else "the waveform"
+    return display_name(source) if isinstance(source, str) else "the waveform"

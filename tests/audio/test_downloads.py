@@ -1,4 +1,4 @@
-"""Downloads: what a hostile or broken server can't do, and what stays secret."""
+"""Downloads: protection against hostile or broken servers, and redaction of secrets."""
 
 import base64
 import http.client
@@ -17,7 +17,7 @@ from hf_speechllm.audio.downloads import DownloadError, UrlPolicy, download, red
 
 @pytest.fixture(autouse=True)
 def policy(monkeypatch):
-    """Leaves the policy as it was, and gives a way to change it."""
+    """Returns a function that changes the policy, and restores the policy after the test."""
     for name in ("MAX_MEGABYTES", "TIMEOUT_SECONDS", "ALLOW_PRIVATE_REDIRECTS"):
         monkeypatch.setenv(f"SPEECHLLM_URL_{name}", "")
         monkeypatch.delenv(f"SPEECHLLM_URL_{name}")
@@ -28,7 +28,7 @@ def policy(monkeypatch):
 
 @pytest.fixture
 def server(serve):
-    """A server whose answer is made by a function of the request, and the headers that it got."""
+    """A server that answers with a function of the request, and the received headers."""
 
     def start(answer):
         seen = []
@@ -83,7 +83,7 @@ def test_redirect_to_a_private_address_can_be_allowed(server, policy):
 
 
 def test_name_that_changes_its_address_is_caught(server, monkeypatch):
-    """The address that is connected to counts, not one that was looked up before."""
+    """The address of the connection is checked, not an address from an earlier lookup."""
     inner, seen = server(send)
     port = int(inner.rpartition(":")[2])
     lookup = socket.getaddrinfo
@@ -108,7 +108,7 @@ def test_redirect_to_another_scheme_is_refused(server, target):
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
-def test_other_schemes_have_no_way(address):
+def test_other_schemes_are_refused(address):
     with pytest.raises(DownloadError, match="neither http nor https"):
         download(address)
 
@@ -141,7 +141,7 @@ def test_download_has_a_limit_of_size(server, policy, length):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("headers", [True, False])
-def test_server_that_drips_is_cut_off(server, policy, headers):
+def test_slow_server_runs_into_the_timeout(server, policy, headers):
     stop = threading.Event()
 
     def drip(request):
@@ -160,7 +160,7 @@ def test_server_that_drips_is_cut_off(server, policy, headers):
         stop.set()
 
 
-def test_download_that_breaks_off_is_not_taken_for_whole(server):
+def test_incomplete_download_is_refused(server):
     def cut(request):
         request.send_response(200)
         request.send_header("Content-Length", "1000")
@@ -173,7 +173,7 @@ def test_download_that_breaks_off_is_not_taken_for_whole(server):
     assert info.value.partial == b"abcd"
 
 
-def test_password_goes_to_its_host_alone(server, policy):
+def test_password_is_sent_only_to_the_host_of_the_url(server, policy):
     policy(allow_private_redirects=True)
     inner, inner_seen = server(send)
     outer, outer_seen = server(redirect_to(f"{inner}/b"))
@@ -182,7 +182,7 @@ def test_password_goes_to_its_host_alone(server, policy):
     assert "Authorization" not in inner_seen[0]
 
 
-def test_policy_is_handed_on_to_other_processes(policy):
+def test_policy_is_inherited_by_child_processes(policy):
     policy(12.5, None, True)
     assert UrlPolicy.current() == UrlPolicy(12.5, 600.0, True)
     code = "import os; print(sorted((k, v) for k, v in os.environ.items() if k.startswith('SPEECHLLM_URL')))"
@@ -207,7 +207,7 @@ def test_redaction(text, expected):
     assert redact(text) == expected
 
 
-def test_timeout_of_an_answer_is_not_longer_than_that_of_the_download(monkeypatch, server, policy):
+def test_socket_timeout_is_at_most_the_download_timeout(monkeypatch, server, policy):
     policy(timeout_seconds=7)
     address, _ = server(send)
     used = []

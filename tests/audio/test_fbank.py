@@ -1,4 +1,4 @@
-"""The front-end: numbers of the original, alone and in a batch, and what may be stored of them."""
+"""Fbank features: same values as the original, alone and in a batch, and precision of stored features."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_shapes(samples):
 
 
 @pytest.mark.parametrize("samples", [80, 200, 399, 400, 1000, 16000])
-def test_fbank_is_that_of_the_original_short_recordings_included(samples):
+def test_fbank_equals_the_original_including_short_recordings(samples):
     waveform = noise(samples)
     found = FbankFeatureExtractor().fbank(waveform)
     assert torch.equal(found, fbank_of_the_original(waveform))
@@ -68,7 +68,7 @@ def test_silence_is_finite():
 
 @settings(max_examples=60, deadline=None)
 @given(frames=st.integers(1, 60), num_frames=st.integers(1, 9), stride=st.integers(1, 8))
-def test_stacking_is_that_of_a_plain_loop(frames, num_frames, stride):
+def test_stacking_equals_a_plain_loop(frames, num_frames, stride):
     fbank = torch.randn(frames, 5, generator=torch.Generator().manual_seed(frames))
     extractor = FbankFeatureExtractor(feature_size=5, num_frames_lfr=num_frames, stride_lfr=stride)
     expected = stack_frame_by_frame(fbank, num_frames, stride)
@@ -76,7 +76,7 @@ def test_stacking_is_that_of_a_plain_loop(frames, num_frames, stride):
     assert num_encoder_input_frames(extractor, frames) == len(expected)
 
 
-def test_batch_holds_the_features_of_single_recordings_and_zeros():
+def test_batch_contains_the_features_of_single_recordings_and_zeros():
     extractor = FbankFeatureExtractor()
     waveforms = [noise(samples, samples) for samples in (5000, 16000, 9000)]
     batch = extractor(waveforms, sampling_rate=16000)
@@ -104,18 +104,18 @@ def test_waveforms_of_any_container(kind):
 
 
 def test_other_sampling_rate_is_refused():
-    with pytest.raises(ValueError, match="8000 Hz, need 16000 Hz"):
+    with pytest.raises(ValueError, match="has 8000 Hz, the feature extractor needs 16000 Hz"):
         FbankFeatureExtractor()(noise(8000), sampling_rate=8000)
 
 
-def test_features_are_the_same_every_time_unless_dither_is_asked_for():
+def test_features_are_deterministic_without_dither():
     waveform = noise(8000)
     plain, dithered = FbankFeatureExtractor(), FbankFeatureExtractor(dither=1.0)
     assert torch.equal(plain.fbank(waveform), plain.fbank(waveform))
     assert not torch.equal(dithered.fbank(waveform), dithered.fbank(waveform))
 
 
-def test_saved_front_end_keeps_its_options(tmp_path):
+def test_saved_feature_extractor_keeps_its_options(tmp_path):
     extractor = FbankFeatureExtractor(
         feature_size=40, window_type="povey", num_frames_lfr=5, stride_lfr=3, frame_length=20, waveform_scale=1.0,
         dither=0.5,
@@ -133,8 +133,8 @@ def test_saved_front_end_keeps_its_options(tmp_path):
 
 
 @pytest.mark.parametrize("level", [1e-4, 0.1, 1.0])
-def test_half_precision_is_good_enough_to_store(level):
-    """Log-mel energies of 16-bit samples lie between -16 and 32: rounding is at most 2^-7, training noise is more."""
+def test_float16_suffices_for_stored_features(level):
+    """Log-mel energies of 16-bit samples are between -16 and 32: rounding errors (at most 2^-7) are below dither."""
     extractor = FbankFeatureExtractor()
     features = cacheable_features(extractor, noise(32000) * level)
     assert np.abs(features).max() < 32
@@ -153,7 +153,7 @@ def test_stored_features_become_the_input_of_the_encoder():
 
 
 @pytest.mark.parametrize("samples", [1600, 1601, 1759, 16000, 480_000])
-def test_of_whisper_only_the_recording_is_stored_not_its_padding(samples):
+def test_stored_whisper_features_exclude_the_padding(samples):
     extractor = WhisperFeatureExtractor()
     waveform = noise(samples)
     stored = cacheable_features(extractor, waveform)
@@ -167,7 +167,7 @@ def test_of_whisper_only_the_recording_is_stored_not_its_padding(samples):
     assert num_encoder_input_frames(extractor, len(stored)) == len(stored)
 
 
-def test_dither_of_training_depends_on_the_row_and_leaves_decoding_alone(tiny_model, make_wav):
+def test_training_dither_depends_on_the_row_and_decoding_has_none(tiny_model, make_wav):
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     path = str(make_wav(seconds=0.4))
     messages = transcription_messages(path, "P:", "one")
@@ -179,13 +179,13 @@ def test_dither_of_training_depends_on_the_row_and_leaves_decoding_alone(tiny_mo
         return collator([{**row, "seed": seed}])["input_features"]
 
     plain = features(evaluate, (0, 1))
-    assert torch.equal(features(train, (0, 1)), features(train, (0, 1)))  # a resumed run sees the same
+    assert torch.equal(features(train, (0, 1)), features(train, (0, 1)))  # a resumed run gets the same features
     assert not torch.equal(features(train, (0, 1)), features(train, (0, 2)))
     assert not torch.equal(features(train, (0, 1)), plain)
     assert torch.equal(features(evaluate, (0, 2)), plain)
     assert processor.feature_extractor.dither == 0
     assert torch.equal(torch.get_rng_state(), state)
-    # Noise of one 16-bit step: what kaldi adds, so that a loud tone is changed by little.
+    # Noise of one 16-bit step, as in Kaldi, changes a loud tone only a little.
     assert (features(train, (0, 1)) - plain).abs().median() < (
         features(SpeechLLMCollator(processor, dither=100.0), (0, 1)) - plain
     ).abs().median()
@@ -201,7 +201,7 @@ def test_dither_of_training_depends_on_the_row_and_leaves_decoding_alone(tiny_mo
     stacking=st.sampled_from([(7, 6), (1, 1), (5, 3)]),
     level=st.sampled_from([0.0, 1e-4, 0.3]),
 )
-def test_features_of_many_recordings_at_once_equal_those_of_each(samples, window, stacking, level):
+def test_batched_features_equal_features_of_single_recordings(samples, window, stacking, level):
     extractor = FbankFeatureExtractor(window_type=window, num_frames_lfr=stacking[0], stride_lfr=stacking[1])
     waveforms = [noise(number, seed) * 10 * level for seed, number in enumerate(samples)]
     for features, waveform in zip(extractor.extract(waveforms, "cpu"), waveforms, strict=True):

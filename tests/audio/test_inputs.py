@@ -1,4 +1,4 @@
-"""Recordings from Python code: scaled and resampled as they need, or refused; never misread."""
+"""Recordings from Python code: scaled and resampled correctly, or refused."""
 
 import io
 import pathlib
@@ -37,8 +37,8 @@ def test_unsigned_bytes_are_centred(wave):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda wave: wave * 32768, r"samples up to 16\d\d\d"),
-        (lambda wave: wave.astype(np.float64) * 2**31, "samples up to"),
+        (lambda wave: wave * 32768, r"samples reach 16\d\d\d"),
+        (lambda wave: wave.astype(np.float64) * 2**31, "samples reach"),
         (lambda wave: integers(wave, np.int16).astype(np.int32), "range of 16 bits"),
         (lambda wave: integers(wave, np.int16).astype(np.int64), "type int64"),
         (lambda wave: integers(wave, np.int16).astype(np.uint16), "type uint16"),
@@ -59,7 +59,7 @@ def test_samples_of_unknown_scale_or_shape_are_refused(wave, change, message):
             load(change(wave))
 
 
-def test_clipping_and_single_channels_in_two_dimensions_pass(wave):
+def test_clipping_and_single_channels_in_two_dimensions_are_accepted(wave):
     assert np.abs(to_waveform(wave * 3)).max() == pytest.approx(1.5, abs=0.01)
     for array in (wave[None], wave[:, None], torch.from_numpy(wave), wave.astype(np.float64)):
         np.testing.assert_array_equal(to_waveform(array), wave)
@@ -68,7 +68,7 @@ def test_clipping_and_single_channels_in_two_dimensions_pass(wave):
 
 
 class Decoder:
-    """As `torchcodec.decoders.AudioDecoder`."""
+    """A stand-in for `torchcodec.decoders.AudioDecoder`."""
 
     def __init__(self, data, rate):
         self.data, self.sample_rate = data, rate
@@ -77,7 +77,7 @@ class Decoder:
         return self
 
 
-def test_every_holder_of_a_recording_is_read(wave, tmp_path):
+def test_every_type_of_recording_is_read(wave, tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, wave, RATE, subtype="FLOAT")
     content = path.read_bytes()
@@ -109,13 +109,13 @@ def test_rows_of_datasets_are_read(wave, tmp_path):
     np.testing.assert_allclose(load_audio(recordings[1]), wave, atol=1e-6)
 
 
-def test_samples_come_at_the_rate_that_is_asked_for(wave):
+def test_samples_are_resampled_to_the_requested_rate(wave):
     slow = wave[::2].copy()
     for source in (to_source(slow, RATE, 8000), to_source((slow, 8000), RATE), to_source((slow, 8000), RATE, 8000)):
         assert len(source) == RATE
     assert len(to_source({"array": slow, "sampling_rate": 8000}, RATE)) == RATE
     assert len(to_source(Decoder(torch.from_numpy(slow)[None], 8000), RATE)) == RATE
-    with pytest.raises(AudioError, match="sampling_rate is 16000 Hz, but a recording comes with 8000 Hz"):
+    with pytest.raises(AudioError, match="sampling_rate is 16000 Hz, but the recording has 8000 Hz"):
         to_source((slow, 8000), RATE, RATE)
     for rate in (0, -1, 0.5, float("nan"), float("inf"), True, "8000"):
         with pytest.raises(AudioError, match="whole number of Hz"):
@@ -127,18 +127,18 @@ def test_samples_come_at_the_rate_that_is_asked_for(wave):
     [
         (0.5, "type float"),
         (None, "type NoneType"),
-        ({"text": "one"}, "its keys are text"),
-        ({}, "its keys are none"),
-        ({"array": np.zeros(9)}, 'needs its "sampling_rate"'),
+        ({"text": "one"}, "the keys are text"),
+        ({}, "the keys are none"),
+        ({"array": np.zeros(9)}, 'also needs "sampling_rate"'),
         (io.StringIO("text"), 'mode "rb"'),
     ],
 )
-def test_what_holds_no_recording_is_refused(holder, message):
+def test_other_objects_are_refused(holder, message):
     with pytest.raises(AudioError, match=message):
         load_audio(holder)
 
 
-def test_lists_are_told_from_a_single_recording(wave):
+def test_lists_are_distinguished_from_a_single_recording(wave):
     path = pathlib.Path("a.wav")
     for recordings in (["a.wav", "b.wav"], ("a.wav", "b.wav"), [path], iter([wave]), [(wave, 8000)], (wave, wave), []):
         assert not as_list(recordings)[1]

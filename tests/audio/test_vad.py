@@ -1,4 +1,4 @@
-"""Segments of long recordings: all speech is in them, none is too long, cuts lie where it is quiet."""
+"""Segments of long recordings contain all speech, are not too long, and are cut at quiet points."""
 
 import time
 
@@ -40,29 +40,29 @@ def test_no_speech_is_lost_between_the_segments_of_real_recordings(shared, max_s
         covered = np.zeros(len(waveform), dtype=bool)
         for start, end in segments:
             covered[start:end] = True
-        # Found by another implementation of the detector, with its own padding.
-        for stretch in get_speech_timestamps(torch.from_numpy(waveform), streaming):
-            assert covered[stretch["start"] : stretch["end"]].all(), (name, stretch)
+        # Reference: silero-vad's streaming implementation, with different padding.
+        for region in get_speech_timestamps(torch.from_numpy(waveform), streaming):
+            assert covered[region["start"] : region["end"]].all(), (name, region)
 
-        speech = detector.speech(waveform)
+        speech = detector.speech_regions(waveform)
         cuts = [(end, *span) for _, end in segments[:-1] for span in speech if span[0] < end < span[1]]
         cuts_in_speech += len(cuts)
         for cut, first, last in cuts:
             energies = np.square(waveform[first:last])[: (last - first) // 800 * 800].reshape(-1, 800).mean(1)
             at_cut = np.square(waveform[cut - 400 : cut + 400]).mean()
             assert at_cut < np.quantile(energies, 0.25), (name, cut / SECOND)
-    # Nobody reads for 30 s without a pause, but some do for 5 s.
+    # In this data, no speaker reads for 30 s without a pause, but some read for 5 s.
     assert (cuts_in_speech == 0) if max_seconds == 30 else (cuts_in_speech > 5)
 
 
-def test_short_stretches_are_merged_in_real_recordings(shared):
+def test_short_regions_are_merged_in_real_recordings(shared):
     detector = VoiceDetector(30)
     for name, waveform in longform(shared).items():
-        segments, speech = detector.segments(waveform), detector.speech(waveform)
+        segments, speech = detector.segments(waveform), detector.speech_regions(waveform)
         assert len(segments) <= 4 < 10 <= len(speech), name
 
 
-def test_silence_noise_and_hum_hold_no_speech(detector):
+def test_silence_noise_and_hum_contain_no_speech(detector):
     rng = np.random.default_rng(0)
     time_ = np.arange(20 * SECOND) / SECOND
     brown = np.cumsum(rng.standard_normal(len(time_)))
@@ -76,17 +76,17 @@ def test_silence_noise_and_hum_hold_no_speech(detector):
         assert detector.segments(waveform.astype(np.float32)) == []
 
 
-def test_five_minutes_of_silence_are_passed_over_quickly(detector):
+def test_five_minutes_of_silence_are_processed_quickly(detector):
     started = time.process_time()
     assert detector.segments(np.zeros(300 * SECOND, dtype=np.float32)) == []
-    assert time.process_time() - started < 30  # ten times faster than it sounds, on any machine
+    assert time.process_time() - started < 30  # ten times faster than real time, on any machine
 
 
 def test_recordings_shorter_than_a_window_are_accepted(detector):
     assert detector.segments(np.zeros(100, dtype=np.float32)) == []
 
 
-def test_loading_the_detector_leaves_the_number_of_threads_alone():
+def test_loading_the_detector_does_not_change_the_number_of_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -96,7 +96,7 @@ def test_loading_the_detector_leaves_the_number_of_threads_alone():
         torch.set_num_threads(before)
 
 
-def test_a_long_stretch_is_cut_where_it_is_quietest():
+def test_a_long_region_is_cut_at_the_quietest_point():
     rng = np.random.default_rng(0)
     waveform = 0.5 * rng.standard_normal(60 * SECOND).astype(np.float32)
     waveform[17 * SECOND : 17 * SECOND + 3200] *= 0.01
@@ -109,7 +109,7 @@ def test_a_long_stretch_is_cut_where_it_is_quietest():
     assert split(waveform, (0, 20 * SECOND), 20 * SECOND) == [(0, 20 * SECOND)]
 
 
-def test_stretches_are_merged_while_they_fit_and_parted_at_the_longest_pause():
+def test_regions_are_merged_up_to_the_limit_and_separated_at_the_longest_pause():
     assert merge([], 100, 10) == []
     assert merge([(0, 10), (12, 20), (22, 30)], 100, 10) == [(0, 30)]
     assert merge([(0, 10), (31, 40)], 100, 20) == [(0, 10), (31, 40)]  # the pause is too long
@@ -119,9 +119,9 @@ def test_stretches_are_merged_while_they_fit_and_parted_at_the_longest_pause():
 
 def test_padding_meets_in_the_middle_of_short_pauses():
     assert pad([(10, 50), (54, 80), (200, 230)], 5, 232) == [(5, 52), (52, 85), (195, 232)]
-    assert pad([(2, 50), (50, 60)], 5, 100) == [(0, 50), (50, 65)]  # cut within speech: nothing twice
+    assert pad([(2, 50), (50, 60)], 5, 100) == [(0, 50), (50, 65)]  # cut within speech: no sample is in two segments
 
 
-def test_segments_must_have_a_sensible_length():
+def test_segments_shorter_than_a_second_are_refused():
     with pytest.raises(ValueError, match="at least 1 s"):
         VoiceDetector(max_seconds=0.2)

@@ -109,7 +109,7 @@ def test_bad_rows_are_named_or_left_out(table, processor, column, value, message
 
 
 def test_recordings_that_are_too_long(table, processor):
-    with pytest.raises(BadDataError, match="at most 0.3 s"):
+    with pytest.raises(BadDataError, match="the maximum is 0.3 s"):
         prepare_dataset(as_paths(table), processor, max_seconds=0.3)
 
 

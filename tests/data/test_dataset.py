@@ -252,7 +252,7 @@ def test_missing_and_empty_recordings_are_told_even_if_their_lengths_are_known(p
     (corpus / "utt02.wav").write_bytes(b"")
     with pytest.raises(BadDataError, match="2 of 6 rows are bad") as error:
         prepare(feature_cache="off")
-    assert f"train.jsonl:2: {corpus / 'utt01.wav'}: can't be read: No such file" in str(error.value)
+    assert f"train.jsonl:2: {corpus / 'utt01.wav'}: cannot be read: No such file" in str(error.value)
     assert f"train.jsonl:3: {corpus / 'utt02.wav'}: the file is empty" in str(error.value)
 
 

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from hf_speechllm.audio.archives import container_of, read_member
+from hf_speechllm.audio.archives import find_archive, read_member
 from hf_speechllm.audio.waveform import load_audio, probe_audio, source_stamp
 from hf_speechllm.data.bad_rows import BadDataError, BadRow
 from hf_speechllm.data.shards import Shard, expand, read_shard, shards_of
@@ -53,7 +53,7 @@ def test_recordings_are_read_from_inside_the_file(request, kind, samples):
     rows = rows_of(path, embed=False)
     for row, (_, data, _) in zip(reversed(rows), reversed(samples), strict=True):
         (source,) = row["recordings"]
-        assert container_of(source) == str(path)
+        assert find_archive(source) == str(path)
         assert read_member(source) == data
         assert np.array_equal(load_audio(source), load_audio(data))
         assert probe_audio(source) == probe_audio(data)
@@ -185,13 +185,13 @@ def test_damaged_header_in_the_middle_is_told(tar):
 def test_file_that_is_no_archive_is_one_bad_row(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (bad,) = rows_of(tmp_path / name)
-    assert isinstance(bad, BadRow) and "can't be read" in bad.reason
+    assert isinstance(bad, BadRow) and "cannot be read" in bad.reason
 
 
 def test_shard_that_has_gone_is_one_bad_row(tmp_path):
     for name in ("a.tar", "a.parquet", "a.jsonl"):
         (item,) = read_shard(Shard(str(tmp_path / name), 0, 100))
-        assert "can't be read" in item.row.reason
+        assert "cannot be read" in item.row.reason
 
 
 def test_parquet_without_bytes_or_columns_is_told(write_parquet):

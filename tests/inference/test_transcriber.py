@@ -319,6 +319,6 @@ def test_every_way_to_hand_over_a_recording_gives_its_text(parts, waveforms, tmp
     assert [transcriber.transcribe(way) for way in ways] == expected * len(ways)
     assert transcriber.transcribe(ways) == expected * len(ways)
     assert transcriber.transcribe(wave[::2].copy(), sampling_rate=8000) == transcriber.transcribe((wave[::2], 8000))
-    with pytest.raises(AudioError, match="recording 1: the waveform: samples up to .*32768"):
+    with pytest.raises(AudioError, match="recording 1: the waveform: samples reach .*32768"):
         transcriber.transcribe([wave, wave * 32768])
     assert transcriber.transcribe([]) == []

@@ -212,7 +212,7 @@ def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
     assert "3600.0 s; the encoder takes at most" in reasons["hour"] and "--vad" in reasons["hour"]
     assert "the file is empty" in reasons["empty"] and "no such file" in reasons["such"]
     assert "not UTF-8" in reasons[f"{scp}:6"]
-    assert "can't be reached" in reasons["url"] and "secret" not in message and "key=k" not in message
+    assert "cannot be reached" in reasons["url"] and "secret" not in message and "key=k" not in message
 
     message, text = decode("--vad", "--max_new_tokens", "4", scp=scp, output="vad.txt")
     texts = dict(line.split("\t") for line in text.splitlines())
