@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From recordings to CER in a few minutes on two CPU cores, without a GPU and without the Hub:
+# Trains, decodes and scores a small model in about five minutes on two CPU cores, without a GPU and without the Hub:
 #   bash recipes/quickstart.sh [OUTPUT_DIR]
-# The recordings are synthetic (eSpeak NG; recipes/quickstart_data/README.md). Every command is the one for real data.
+# The recordings are synthetic (eSpeak NG; recipes/quickstart_data/README.md). The commands for real data are the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exp=${1:-exp/quickstart}
@@ -10,22 +10,22 @@ rm -rf "$exp" && mkdir -p "$exp"
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
 processes=$(python -c "import os; print(min(2, os.cpu_count()))")
 
-echo "== 1. A small model with random weights, and a tokenizer of the transcripts"
+echo "== 1. Compose a small model with random weights; train a tokenizer on the transcripts"
 python recipes/compose_model.py recipes/configs/models/tiny.yaml \
     --transcripts $data/train/text --vocab_size 340 --output_dir "$exp/init"
 
-echo "== 2. Kaldi lists to JSONL"
+echo "== 2. Convert Kaldi lists to JSONL"
 for split in train test; do
     python recipes/scp2jsonl.py --scp_file $data/$split/wav.scp --transcript_file $data/$split/text \
         --jsonl_file "$exp/$split.jsonl" --model_name_or_path "$exp/init"
 done
 
-echo "== 3. Fine-tuning"
+echo "== 3. Fine-tune"
 OMP_NUM_THREADS=1 accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes "$processes" \
     recipes/finetune.py recipes/configs/quickstart.yaml --model_name_or_path "$exp/init" \
     --train_file "$exp/train.jsonl" --validation_file test="$exp/test.jsonl" --output_dir "$exp/model"
 
-echo "== 4. Decoding, normalising, scoring: before and after"
+echo "== 4. Decode, normalise and score: before and after training"
 python recipes/whisper_mix_normalize.py $data/test/text "$exp/ref.txt"
 for name in init model; do
     python recipes/decode.py --model_name_or_path "$exp/$name" --scp_file $data/test/wav.scp \
