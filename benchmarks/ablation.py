@@ -1,24 +1,26 @@
-"""What each way of being fast is worth in training: the same run with one of them off at a time; a JSON line for each.
+"""Measures training with one fast path off at a time; prints a JSON line for each run.
 
 python benchmarks/ablation.py --batch_seconds 1000 --dataloader_num_workers 8
-python benchmarks/ablation.py --size tiny --batch_seconds 60 --steps 4 --rows 200   # on a CPU, to try it
+python benchmarks/ablation.py --size tiny --batch_seconds 60 --steps 4 --rows 200   # trial on a CPU
 
-Two bases: `compiled` has everything on, `eager` everything but compiled layers; the ways that change what is compiled
-are turned off from the second, which needs no compilation. Some have no option in the trainer and are undone here.
+There are two base runs: `compiled` has all fast paths on, `eager` has all except compiled layers. Fast paths that
+change the compiled code are turned off in `eager`, which needs no compilation. Fast paths without an option of the
+trainer are replaced here.
 """
 
 import argparse
 import json
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from unittest.mock import patch
 
-import hf_speechllm.attention
 import torch
 from torch.nn import functional
 from train_throughput import measure, read_options
 from transformers import PreTrainedModel
 from workload import environment, make_model, make_rows
+
+from hf_speechllm.model import packing
 
 COMPILED = ["--compile_layers", "true"]
 PADDED = ["--padding_free", "false"]
@@ -26,7 +28,7 @@ SMALL = ["--per_device_train_batch_seconds", "240"]
 
 
 def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, positions=None):
-    """`loss.supervised_loss`, with logits at every position."""
+    """Computes `loss.supervised_loss` with logits at every position."""
     logits, targets = head(hidden_states[:, :-1]).float().flatten(0, 1), labels[:, 1:].flatten()
     count = (targets != -100).sum()
     total = functional.cross_entropy(logits, targets, reduction="sum")
@@ -34,24 +36,14 @@ def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, pos
     return total / num_items_in_batch, count, correct / count
 
 
-def attend_with_cudnn(model) -> None:
-    """Instead of `attention.disable_host_syncs`: torch's own choice, and masks as transformers makes them."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
+def restore_masks(model) -> None:
+    """Replaces `disable_host_syncs`: transformers makes the masks, also after other runs of the model."""
     for module in model.modules():
-        if (
-            isinstance(module, PreTrainedModel)
-            and module.config._attn_implementation == hf_speechllm.fast.attention.PADDED
-        ):
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == packing.PADDED:
             module.set_attn_implementation("sdpa")
 
 
-def make_masks(model) -> None:
-    """As `attend_with_cudnn`, with attention as it is."""
-    attend_with_cudnn(model)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-# What is off: the base, options of the Trainer, and what is replaced.
+# By label: the base run, options of the trainer, and replaced objects.
 WAYS: dict[str, tuple[str, list[str], dict]] = {
     "nothing": ("eager", [], {}),
     "leaving padding out": ("eager", PADDED, {}),
@@ -63,13 +55,16 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
     "leaving padding out, attention without cuDNN": (
         "eager",
         PADDED,
-        {"hf_speechllm.training.trainer.disable_host_syncs": attend_with_cudnn},
+        {
+            "hf_speechllm.training.speed.disable_host_syncs": restore_masks,
+            "hf_speechllm.training.trainer.attention_setting": lambda args: nullcontext(),
+        },
     ),
     "leaving padding out, masks made without looking": (
         "eager",
         PADDED,
         {
-            "hf_speechllm.training.trainer.disable_host_syncs": make_masks,
+            "hf_speechllm.training.speed.disable_host_syncs": restore_masks,
             "hf_speechllm.model.modeling.causal_masks": lambda config: None,
         },
     ),
@@ -91,7 +86,7 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="fun_asr_nano", help="a model of recipes/configs/models")
-    parser.add_argument("--mode", default="llm_only", help="a file of recipes/configs, with :encoder if cached")
+    parser.add_argument("--mode", default="llm_only", help="a file of recipes/configs; :encoder caches its output")
     parser.add_argument("--batch_seconds", default="1000")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--warmup", type=int, default=3)
