@@ -1,12 +1,12 @@
-"""What data costs before and while a model trains: time to the first batch, rows per second, memory.
+"""Measures data loading before and during training: time to the first batch, rows per second, memory.
 
     python benchmarks/data_scale.py manifest --model_name_or_path exp/init --rows 10000000 --folder exp/scale
     python benchmarks/data_scale.py memory --model_name_or_path exp/init --rows 2000 8000 32000 --folder exp/scale
     python benchmarks/data_scale.py sampler --rows 5000000
 
-`manifest` writes a JSONL of so many rows (2.9 GB for 10 million) that share 200 synthetic recordings, and streams it.
-`memory` writes tar shards of noise, 1 s of 16 bit each, and streams two passes over them. `sampler` builds
-`BudgetBatchSampler`. One JSON line each; times are of the wall and of the CPU, memory is the peak of the process.
+`manifest` writes a JSONL with `--rows` rows (3.1 GB for 10 million) that share 200 synthetic recordings, and streams
+it. `memory` writes tar shards with recordings of noise (1 s, 16 bit), and streams two passes over them. `sampler`
+builds `BudgetBatchSampler`. Each prints one JSON line with wall time, CPU time and the peak memory of the process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import soundfile
 
 
 def clock() -> dict:
-    """Seconds of the wall and the CPU, and peak memory in GB."""
+    """Returns wall time and CPU time in seconds, and peak memory in GB."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "wall_s": time.perf_counter(),
@@ -32,13 +32,13 @@ def clock() -> dict:
 
 
 def since(start: dict) -> dict:
-    """What has passed since `start`, and the peak so far."""
+    """Returns the times since `start`, and the peak memory so far."""
     now = clock()
     return {key: round(now[key] - (start[key] if key != "peak_gb" else 0), 3) for key in now}
 
 
 def write_manifest(folder: Path, rows: int) -> Path:
-    """A JSONL of `rows` rows over 200 recordings of 2 to 12 s."""
+    """Writes a JSONL with `rows` rows that share 200 recordings of 2 to 12 s."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(200, 1200, size=200)
     for index, frames in enumerate(lengths):
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, rows: int) -> Path:
 
 
 def write_shards(folder: Path, rows: int) -> str:
-    """Tar shards of 1,000 samples; gives their glob."""
+    """Writes tar shards of 1,000 samples; returns their glob."""
     rng = np.random.default_rng(0)
     for shard in range(rows // 1000):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
@@ -78,7 +78,7 @@ def write_shards(folder: Path, rows: int) -> str:
 
 
 def stream(pattern: str, model: str, batches: int) -> dict:
-    """Streams in this process, without workers, with features."""
+    """Streams batches with features in this process, without workers."""
     from hf_speechllm import SpeechLLMProcessor
     from hf_speechllm.data.collator import SpeechLLMCollator
     from hf_speechllm.data.stream_loader import StreamLoader
@@ -96,7 +96,7 @@ def stream(pattern: str, model: str, batches: int) -> dict:
 
 
 def sampler(rows: int, epochs: int = 5) -> dict:
-    """Builds the sampler of a map-style run and goes through some epochs."""
+    """Builds the sampler of a map-style run and iterates over `epochs` epochs."""
     from hf_speechllm.data.sampler import BudgetBatchSampler
 
     seconds = np.clip(np.random.default_rng(0).lognormal(np.log(7), 0.6, rows), 1.5, 30)
@@ -116,9 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["manifest", "memory", "sampler"])
     parser.add_argument("--rows", type=int, nargs="+", required=True)
-    parser.add_argument("--model_name_or_path", help="its processor is used")
-    parser.add_argument("--folder", type=Path, help="for the data, which stays there")
-    parser.add_argument("--batches", type=int, default=200, help="to read of a manifest")
+    parser.add_argument("--model_name_or_path", help="model folder; only its processor is used")
+    parser.add_argument("--folder", type=Path, help="folder for the data; not deleted")
+    parser.add_argument("--batches", type=int, default=200, help="batches to read with `manifest`")
     args = parser.parse_args()
     for rows in args.rows:
         if args.what == "sampler":

@@ -1,11 +1,11 @@
-"""Seconds of audio transcribed per second, WAV files in to text out; a JSON line for each batch size.
+"""Measures the decoding throughput, from WAV files to texts; prints a JSON line for each batch size.
 
 python benchmarks/decode_throughput.py --size fun_asr_nano --batch_seconds 1024 4096 8192
 python benchmarks/decode_throughput.py --size tiny --batch_seconds 64 --clips 40 --new_tokens 8   # on a CPU
 
-Clips are 8 s of noise, 16 bit WAV; every transcript has exactly `--new_tokens` tokens, greedy. Also measured: fbank
-on the device, of waveforms in memory; with `--naive CLIPS`, what clips take that are decoded one by one, which is how
-the original decodes; and with `--cuda_graphs true false`, how many texts differ without CUDA graphs.
+Clips are 8 s of noise (WAV, 16 bit). Every transcript has exactly `--new_tokens` tokens; decoding is greedy. Further
+measurements: fbank on the device, of waveforms in memory; with `--naive CLIPS`, clips that are decoded one by one, as
+the original does; with `--cuda_graphs true false`, the number of texts that differ without CUDA graphs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RATE = 16000  # Hz
 
 
 def write_clips(folder: Path, number: int) -> list[str]:
-    """Paths of so many clips; their noise differs."""
+    """Writes `number` clips of different noise; returns their paths."""
     noise = (np.random.default_rng(0).standard_normal(2 * SECONDS * RATE) * 3000).astype(np.int16)
     paths = []
     for index in range(number):
@@ -39,7 +39,7 @@ def write_clips(folder: Path, number: int) -> list[str]:
 
 
 def measure_fbank(processor, device: str, seconds: int = 2400) -> float:
-    """Seconds of audio per second that become features; the best of five."""
+    """Returns the throughput of fbank in audio seconds per second; the best of five runs."""
     waveforms = list(np.random.default_rng(0).standard_normal((seconds // SECONDS, SECONDS * RATE)).astype(np.float32))
     best = 0.0
     for _ in range(5):
@@ -51,7 +51,7 @@ def measure_fbank(processor, device: str, seconds: int = 2400) -> float:
 
 
 def measure_naive(model, processor, paths: list[str], new_tokens: int) -> float:
-    """Seconds of audio per second if each clip is loaded and decoded by itself."""
+    """Returns the throughput in audio seconds per second if each clip is loaded and decoded separately."""
     options = {"max_new_tokens": new_tokens, "num_workers": 1, "cuda_graphs": False}
     transcriber = Transcriber(model, processor, **options)
     transcriber.transcribe(paths[:1])  # warm-up

@@ -1,9 +1,10 @@
-"""Rows of the table in docs/fidelity.md: the original's golden vectors, stock transformers, and this project.
+"""Prints the table of docs/fidelity.md: the original's golden vectors, stock transformers, and this project.
 
 python benchmarks/fidelity.py GOLDEN [--row losses]
 
-GOLDEN holds `model/` (FunASR's layout), `data.jsonl`, `audio/`, `golden.safetensors` and `inference.json`, computed by
-FunASR's own classes without dither. The native model has the same weights (our export). All in float32 on the CPU.
+GOLDEN contains `model/` (FunASR's format), `data.jsonl`, `audio/`, `golden.safetensors` and `inference.json`, computed
+with FunASR's classes without dither. The native model has the same weights (our export). All models compute in float32
+on the CPU.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def load_native(model, processor):
         save_native(model, processor, f"{folder}/native", force=True)
         file = Path(folder, "native/config.json")
         config = json.loads(file.read_text(encoding="utf-8"))
-        # What our export repairs goes back to the native class's defaults: the adaptor's mask and LayerNorm epsilon
+        # Our export sets the adaptor's mask and LayerNorm epsilon; here the native class's defaults are restored.
         del config["attn_implementation"], config["adaptor_config"]["layer_norm_eps"]
         file.write_text(json.dumps(config), encoding="utf-8")
         native = transformers.FunAsrNanoForConditionalGeneration.from_pretrained(f"{folder}/native").eval()
@@ -57,7 +58,7 @@ def measure() -> list[tuple]:
     def add_numbers(row, quantity, expected, stock, ours):
         table.append((row, quantity, *map(span, (expected, stock, ours)), f"{worst(ours, expected):.1e}"))
 
-    def add_same(row, quantity, found, expected):  # the native processor has no row with several turns: it comes last
+    def add_same(row, quantity, found, expected):  # the native processor lacks the last row, which has several turns
         equal = [sum(a == b for a, b in zip(side, expected, strict=False)) for side in found]
         cells = [f"{count} of {len(expected)}" for count in equal]
         table.append((row, quantity, "reference", *cells, "none" if equal[1] == len(expected) else "differs"))
@@ -67,7 +68,7 @@ def measure() -> list[tuple]:
     processor = SpeechLLMProcessor.from_pretrained("model")
     native, native_processor = load_native(model, processor)
 
-    mine, theirs = {}, {}  # inputs by name; the native processor takes one recording a dialogue, so no turns there
+    mine, theirs = {}, {}  # inputs by name; the native processor accepts one recording per dialogue
     for messages in dialogues:
         paths = chat.parse_messages(messages).recordings
         name = Path(paths[0]).stem if len(paths) == 1 else "multiturn"
@@ -79,7 +80,7 @@ def measure() -> list[tuple]:
     def right(key, names=theirs):
         return [golden[f"{name}.{key}"] for name in names]
 
-    # Modules, each from the original's input to it, and the encoder also from our and the native features
+    # Each module gets the original's input; the encoder also gets our features and the native features.
     lfr, encoded, adapted = right("lfr"), right("encoder_out"), right("adaptor_out")
     features = [[batch[name]["input_features"][0] for name in theirs] for batch in (theirs, mine)]
     towers = native.model.audio_tower, model.audio_encoder
@@ -102,15 +103,15 @@ def measure() -> list[tuple]:
     add_tensors("adaptor", "adaptor output, padded batch", [adapt(item, encoded) for item in adaptors], adapted)
 
     # Ids and labels
-    def ids(row):  # a run of audio placeholders as one 0: how many there are is a row of its own
+    def ids(row):  # consecutive audio placeholders become one 0; their number has its own row
         row = [0 if token == processor.audio_token_id else int(token) for token in row]
         return [token for index, token in enumerate(row) if token or not index or row[index - 1]]
 
     sides, audio_id = (theirs, mine), processor.audio_token_id
     audio = [[int((side[name]["input_ids"] == audio_id).sum()) for name in theirs] for side in sides]
-    add_numbers("tokens", "audio tokens a recording", right("fake_token_len"), *audio)
+    add_numbers("tokens", "audio tokens per recording", right("fake_token_len"), *audio)
     counts = [[int((side[name]["labels"] != -100).sum()) for name in theirs] for side in sides]
-    add_numbers("labels", "supervised tokens a row", [(row != -100).sum() for row in right("labels")], *counts)
+    add_numbers("labels", "supervised tokens per row", [(row != -100).sum() for row in right("labels")], *counts)
     for column, convert in (("input_ids", ids), ("labels", torch.Tensor.tolist)):
         found = [[convert(batch[column][0]) for batch in side.values()] for side in sides]
         add_same("labels", f"`{column}` of a training row", found, [convert(row) for row in right(column, mine)])

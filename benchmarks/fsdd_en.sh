@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Real voices from scratch: spoken digits (Free Spoken Digit Dataset, official split, 8 kHz), the model of least error rate on
-# held-out training recordings kept, decoded and scored by WER on the test set, and compared with the model before training.
+# Trains on real voices from random weights: spoken digits (Free Spoken Digit Dataset, official split, 8 kHz). Keeps the
+# checkpoint with the lowest error rate on held-out training recordings, scores WER on the test set, and compares with the
+# model before training.
 #   bash benchmarks/fsdd_en.sh DATA_DIR OUTPUT_DIR [more options of finetune.py]
 # LAUNCH="accelerate launch --config_file accelerate_configs/cpu.yaml" trains in two processes.
-# DATA_DIR: with train/ and test/, each wav.scp, text and utt2spk (Kaldi).
+# DATA_DIR has train/ and test/, each with wav.scp, text and utt2spk (Kaldi).
 set -euo pipefail
 data=$1 out=$2
 shift 2
@@ -20,7 +21,7 @@ ${LAUNCH:-python3} recipes/finetune.py recipes/configs/quickstart.yaml --model_n
     --eval_cer --eval_max_new_tokens 20 --eval_steps 0.125 --save_strategy steps --save_steps 0.125 \
     --keep_best_checkpoints 3 --average_best --load_best_model_at_end "$@"
 
-for name in init model; do # before and after
+for name in init model; do # before and after training
     python3 recipes/decode.py --model_name_or_path "$out/$name" --scp_file "$data/test/wav.scp" \
         --output_file "$out/$name.txt" --max_new_tokens 20
 done
@@ -32,4 +33,4 @@ tail -n8 "$out/wer.txt"
 python3 recipes/score.py "$data/test/text" "$out/model.txt" --compare "$out/init.txt" --output_dir "$out/score" \
     --scp_file "$data/test/wav.scp" --utt2dataset "$data/test/utt2spk"
 counts() { grep -E '^[A-Z][A-Za-z]* -> ' "$1" | sort; }
-diff <(counts "$out/wer.txt") <(counts "$out/score/cer.txt") && echo "score.py counts as compute-wer does"
+diff <(counts "$out/wer.txt") <(counts "$out/score/cer.txt") && echo "score.py and compute-wer give the same counts"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Speed and memory of the released size (0.83 B parameters, random weights) on one GPU: 20 steps of each way to train.
+# Measures speed and memory of the released size (0.83 B parameters, random weights) on one GPU: 20 steps per configuration.
 #   bash benchmarks/full_size.sh TOKENIZER DATA_DIR OUTPUT_DIR
-# TOKENIZER: folder or Hub id of Qwen3-0.6B's tokenizer; DATA_DIR: with wav.scp and text (Kaldi).
+# TOKENIZER is a folder or Hub id of Qwen3-0.6B's tokenizer. DATA_DIR has wav.scp and text (Kaldi).
 set -euo pipefail
 tokenizer=$1 data=$2 out=$3
 export TOKENIZERS_PARALLELISM=false

@@ -1,15 +1,21 @@
-"""Four-digit codes from real recordings of single digits (Free Spoken Digit Dataset), for benchmarks/hotwords.sh.
+"""Makes four-digit codes from real recordings of single digits (Free Spoken Digit Dataset), for hotwords.sh.
 
     python benchmarks/hotwords_data.py DATA_DIR OUTPUT_DIR
 
-A code is four recordings of one speaker, 50 ms apart; its transcript and its hotword is the code as a number (`7305`).
-Two of its last three digits are lost, as on a bad line: bursts of noise stand for them, so that the sound alone does
-not tell the code, and a list can. Training uses the training takes, the test the test takes and codes of its own.
+A code consists of four recordings of one speaker with gaps of 50 ms. Its transcript and its hotword are the code as a
+number (`7305`). Noise replaces two of the last three digits, so that the audio alone does not determine the code, but
+a list does. Training uses the training takes; the test uses the test takes and other codes.
 
-Written are `clean.jsonl` (no digit lost), `choose.jsonl` (all but the first digit lost) and `base.jsonl` (two lost) of
-four speakers, `adapt.jsonl` (two lost) of one of them, and its test with three lists a row: `test_none.jsonl`,
-`test_list.jsonl` (the code among others), `test_others.jsonl` (others alone); `lines.txt` trains the tokenizer, so
-that each digit is a token and the header of hotwords costs few.
+| file | content |
+|---|---|
+| `clean.jsonl` | four speakers, no hidden digit |
+| `choose.jsonl` | four speakers, only the first digit audible |
+| `base.jsonl` | four speakers, two hidden digits |
+| `adapt.jsonl` | one of these speakers, two hidden digits |
+| `test_none.jsonl` | test of that speaker, without a list |
+| `test_list.jsonl` | the same with a list of the code and other codes |
+| `test_others.jsonl` | the same with a list of other codes only |
+| `lines.txt` | text for the tokenizer: each digit is one token, and the hotword header has few tokens |
 """
 
 import argparse
@@ -21,13 +27,13 @@ import numpy as np
 SPEAKERS, ADAPTED = ("fsdd-george", "fsdd-jackson", "fsdd-lucas", "fsdd-theo"), "fsdd-theo"
 NUM_DIGITS, LOST_DIGITS, LIST_LENGTH = 4, 2, 4
 GAP_SECONDS, LOST_SECONDS = 0.05, 0.4
-LEVEL = 0.05  # of every digit, root mean square
+LEVEL = 0.05  # root mean square of every digit
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = {name: str(digit) for digit, name in enumerate(NAMES)}
 
 
 def read_takes(folder: Path) -> dict[tuple[str, str], list[Path]]:
-    """Recordings by speaker and digit."""
+    """Reads the recordings by speaker and digit."""
     text, speaker, scp = (
         dict(line.split(maxsplit=1) for line in (folder / name).read_text(encoding="utf-8").splitlines())
         for name in ("text", "utt2spk", "wav.scp")
@@ -40,10 +46,10 @@ def read_takes(folder: Path) -> dict[tuple[str, str], list[Path]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", type=Path, help="with train/ and test/, each text, utt2spk and wav.scp")
+    parser.add_argument("data_dir", type=Path, help="folder with train/ and test/; each has text, utt2spk and wav.scp")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--clean_rows", type=int, default=3000)
-    parser.add_argument("--base_rows", type=int, default=12000, help="of choose.jsonl and of base.jsonl")
+    parser.add_argument("--base_rows", type=int, default=12000, help="rows of choose.jsonl, and of base.jsonl")
     parser.add_argument("--adapt_rows", type=int, default=1500)
     parser.add_argument("--test_rows", type=int, default=300)
     args = parser.parse_args()
@@ -60,7 +66,7 @@ def main() -> None:
     (args.output_dir / "audio").mkdir(exist_ok=True)
 
     def record(name: str, takes: dict[tuple[str, str], list[Path]], speaker: str, code: str, lost: int) -> dict:
-        """Joins takes of the digits into a recording, `lost` of them, not the first, as noise, and gives its row."""
+        """Joins takes of the digits into a recording with `lost` digits (not the first) as noise; returns its row."""
         gone = rng.permutation(np.arange(1, NUM_DIGITS))[:lost]
         parts = []
         for position, digit in enumerate(code):

@@ -1,4 +1,4 @@
-"""Measure what `import hf_speechllm` adds to the import of the transformers classes that it builds on (goal: 0.5 s).
+"""Measures the time that `import hf_speechllm` adds to the import of its transformers base classes (goal: 0.5 s).
 
 python benchmarks/import_time.py
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Can it learn at all: 50 sentences of one real voice (Kathleen, CMU Arctic prompts), learnt by heart, scored by CER on themselves.
+# Overfits 50 sentences of one real voice (Kathleen, CMU Arctic prompts), and scores CER on the same sentences.
 #   bash benchmarks/kathleen_overfit.sh DATA_DIR OUTPUT_DIR [more options of finetune.py]
 # LAUNCH="accelerate launch --config_file accelerate_configs/cpu.yaml" trains in two processes.
-# DATA_DIR: with train/wav.scp and train/text (Kaldi); the first 50 lines are taken.
+# DATA_DIR has train/wav.scp and train/text (Kaldi); the first 50 lines are used.
 set -euo pipefail
 data=$1 out=$2
 shift 2

@@ -1,9 +1,9 @@
-"""Kill -9 at random moments: each run that goes on must end with the weights and the rows of one that nobody touched.
+"""Kills runs with kill -9 at random moments: each resumed run must give the weights and rows of an uninterrupted run.
 
 python benchmarks/kill_runs.py --model_name_or_path exp/init --train_file exp/train.jsonl --output_dir exp/kills
 
-Every run is killed twice in a row before it may end; with --processes 2 the whole group of processes is. One line of
-JSON comes out, with the moment of each kill and the checkpoint that was there. Runs on a CPU.
+Every run is killed twice in a row, then it finishes. With --processes 2 the whole process group is killed. The script
+prints one JSON line with the moment of each kill and the last checkpoint at this moment. All runs use the CPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "finetune.py"
 KILLS_PER_RUN = 2
 
-# recipes/finetune.py, which notes the rows of each step.
+# Runs recipes/finetune.py and records the rows of each step.
 WATCHED = """
 import json, os, runpy, sys
 note, recipe = sys.argv[1:3]
@@ -41,7 +41,7 @@ runpy.run_path(recipe, run_name="__main__")
 
 
 def command(args: argparse.Namespace, folder: Path) -> list[str]:
-    """A run that goes on by itself where it was interrupted."""
+    """Returns the command of a run that resumes automatically."""
     launch = [sys.executable]
     if args.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
@@ -56,7 +56,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def run(args: argparse.Namespace, folder: Path, seconds: float | None) -> bool:
-    """Runs, and kills the run after some seconds; gives whether it had not ended by then."""
+    """Starts a run and kills it after `seconds`; returns whether it was killed."""
     with open(folder.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(command(args, folder), stdout=log, stderr=log, start_new_session=True)
         try:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, folder: Path, seconds: float | None) -> bool:
 
 
 def rows_of(folder: Path) -> dict[str, list]:
-    """What each rank saw in each step; where a step was done again, the last time."""
+    """Reads the rows of each step and rank; for a repeated step, the rows of the last time."""
     seen: dict[str, list] = {}
     for path in sorted(folder.parent.glob(f"{folder.name}.rows.*")):
         steps = {}
@@ -79,7 +79,7 @@ def rows_of(folder: Path) -> dict[str, list]:
             try:
                 step, rows = json.loads(line)
             except ValueError:
-                continue  # cut off by a kill
+                continue  # truncated by a kill
             steps[step] = rows
         seen[path.suffix] = sorted(steps.items())
     return seen
@@ -99,7 +99,7 @@ def main() -> None:
     (args.output_dir / "watched.py").write_text(WATCHED)
 
     whole = args.output_dir / "whole"
-    run(args, whole, None)  # prepares the data, which later runs find in the cache
+    run(args, whole, None)  # prepares the data; later runs use the cache
     shutil.rmtree(whole)
     for path in args.output_dir.glob("whole.rows.*"):
         path.unlink()

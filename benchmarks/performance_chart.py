@@ -1,4 +1,4 @@
-"""Draws the chart of docs/performance.md from the committed lines.
+"""Draws the chart of docs/performance.md from the lines in benchmarks/results.
 
 python benchmarks/performance_chart.py docs/performance.png
 """
@@ -32,7 +32,7 @@ def main() -> None:
         bars |= {line["way"]: line["audio_seconds_per_second"] for line in of_mode}
         drawn = panel.barh(list(bars), list(bars.values()), color="#4878a8")
         panel.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], padding=3, fontsize=8)
-        panel.set_title(title, fontsize=10, loc="right")  # room for long ones is on the left
+        panel.set_title(title, fontsize=10, loc="right")  # long titles extend to the left
         panel.set_xlim(0, 1.25 * max(bars.values()))
         panel.invert_yaxis()
         panel.xaxis.set_major_locator(MaxNLocator(5))

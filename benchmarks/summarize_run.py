@@ -1,4 +1,4 @@
-"""A JSON line of what a training run reached: speed after the first log line, final loss, memory, hardware, versions.
+"""Prints a JSON line for a training run: speed after the first log line, final loss, memory, hardware, versions.
 
 python benchmarks/summarize_run.py exp/run --name llm_only
 """

@@ -1,12 +1,12 @@
-"""Audio seconds per second of the real Trainer loop, from cached features; a JSON line for each configuration.
+"""Measures the throughput of the real Trainer loop from cached features; prints a JSON line for each configuration.
 
 python benchmarks/train_throughput.py --modes llm_only adaptor_only:encoder all lora:encoder --batch_seconds auto
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 benchmarks/train_throughput.py ...
 python benchmarks/train_throughput.py --size tiny --modes llm_only all --batch_seconds 60 --steps 6   # on a CPU
 
-`--naive SECONDS` measures in the same run, before the Trainer, what a plain loop reaches with the same model and rows:
-random batches, padded to the longest, autocast, logits at every position, AdamW without options. Other options go to
-the Trainer (`--compile_layers true`).
+`--naive SECONDS` also measures, before the Trainer, a plain loop with the same model and rows: random batches, padded
+to the longest row, autocast, logits at every position, AdamW with default options. Other options are passed to the
+Trainer (`--compile_layers true`).
 """
 
 import argparse
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "recipes/configs"
 
 
 def read_options(mode: str, options, folder: str, others: list[str]):
-    """The options of a run in a mode."""
+    """Returns the options of a run in a mode."""
     name, _, level = mode.partition(":")
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     config.pop("save_steps"), config.pop("save_total_limit")
@@ -51,7 +51,7 @@ def read_options(mode: str, options, folder: str, others: list[str]):
 
 
 def prepare(model, parts):
-    """The model with what is trained set, and with adapters."""
+    """Sets which parts of a model are trained, and adds LoRA adapters."""
     model.requires_grad_(True)
     freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
     if parts.use_lora:
@@ -60,7 +60,7 @@ def prepare(model, parts):
 
 
 def measure(run, options, model, processor, rows) -> dict:
-    """Steps of the Trainer; the median of the log lines after the warm-up."""
+    """Trains with the Trainer; returns the median log line after the warm-up."""
     args = run.training
     model = prepare(model, run.parts)
     if run.data.cache_level != "fbank":
@@ -92,7 +92,7 @@ def measure(run, options, model, processor, rows) -> dict:
 
 
 def measure_naive(run, options, base, processor, rows) -> float:
-    """Audio seconds per second of a plain loop; nothing is cached but fbank."""
+    """Returns the throughput of a plain loop in audio seconds per second; only fbank is cached."""
     model = prepare(base, run.parts)
     seconds = row_seconds(rows)
     size = max(1, int(options.naive / seconds.max()))
@@ -141,17 +141,19 @@ def main() -> None:
         "--modes",
         nargs="+",
         default=["llm_only"],
-        help="files of recipes/configs, with :encoder or :adaptor to cache their output",
+        help="files of recipes/configs; :encoder or :adaptor caches its output",
     )
     parser.add_argument("--batch_seconds", default="600", help="padded audio seconds in a batch")
     parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the measurement")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--naive", type=float, default=0.0, help="also measure a plain loop, with this batch_seconds")
+    parser.add_argument(
+        "--naive", type=float, default=0.0, help="also measure a plain loop with batches of this many seconds"
+    )
     parser.add_argument("--naive_steps", type=int, default=8)
     options, others = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as recipes/finetune.py
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in finetune
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -160,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = {mode: read_options(mode, options, folder, others) for mode in options.modes}
         naive = {}
-        if options.naive:  # first, since the Trainer changes how the model computes
+        if options.naive:  # before the Trainer, which changes the model's attention
             naive = {mode: measure_naive(run, options, model, processor, rows) for mode, run in arguments.items()}
         for mode, run in arguments.items():
             line = {"mode": mode, "size": options.size, "steps": options.steps, "options": others}

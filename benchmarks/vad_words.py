@@ -1,11 +1,11 @@
-"""Are words lost or cut in two where voice detection segments long recordings? A JSON line for each limit.
+"""Counts words that are lost or cut when voice detection segments long recordings; prints a JSON line for each limit.
 
 pip install pocketsphinx
 python benchmarks/vad_words.py DATA/longform --max_seconds 30 5
 
-Word times come from pocketsphinx (its US English model is in the package), forced to the transcripts; recordings in
-other languages are left out. A word is lost if more than `EDGE` seconds of it are in no segment, and cut in two if a
-border between segments is in it, but for `EDGE` at both ends.
+Word times are forced alignments of pocketsphinx, whose package includes a US English model. Recordings in other
+languages are skipped. A word is lost if more than `EDGE` seconds of the word are in no segment. A word is cut if a
+segment border is inside the word, at least `EDGE` seconds from both ends.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from hf_speechllm.audio.waveform import SAMPLE_RATE, load_audio
 from hf_speechllm.data.bad_rows import BadRows
 from hf_speechllm.data.kaldi import read_list, read_scp
 
-FRAME = 0.01  # seconds, of pocketsphinx
-EDGE = 0.1  # seconds, by which its borders between words may be off
-WORDS = {  # that its dictionary lacks, in ARPAbet
+FRAME = 0.01  # seconds per frame of pocketsphinx
+EDGE = 0.1  # seconds; tolerance for the word borders of pocketsphinx
+WORDS = {  # pronunciations that the dictionary of pocketsphinx lacks, in ARPAbet
     "woodcutters": "W UH D K AH T ER Z", "beauty's": "B Y UW T IY Z", "buriest": "B EH R IY AH S T",
     "churl": "CH ER L", "feed'st": "F IY D S T", "glutton": "G L AH T AH N", "mak'st": "M EY K S T",
     "niggarding": "N IH G ER D IH NG", "riper": "R AY P ER", "couldst": "K UH D S T", "deserv'd": "D IH Z ER V D",
@@ -34,7 +34,7 @@ WORDS = {  # that its dictionary lacks, in ARPAbet
 
 
 def word_times(waveform, text: str) -> list[tuple[str, float, float]] | None:
-    """Words with start and end in seconds; `None` where the transcript has words without a pronunciation."""
+    """Aligns words; returns them with start and end in seconds, or `None` if a word has no pronunciation."""
     decoder = Decoder(lm=None, loglevel="FATAL", beam=1e-80, wbeam=1e-60, pbeam=1e-80)
     words = re.findall("[a-z](?:[a-z']*[a-z])?", text.lower().replace("’", "'"))
     for word in set(words):
@@ -67,7 +67,7 @@ def main() -> None:
         waveform = load_audio(entry.value)
         words = word_times(waveform, texts[entry.id]) if texts[entry.id].isascii() or "’" in texts[entry.id] else None
         if words is None:
-            logging.info("%s: not English; left out", entry.id)
+            logging.info("%s: not English; skipped", entry.id)
         else:
             aligned[entry.id] = waveform, words
     for max_seconds in args.max_seconds:

@@ -1,6 +1,6 @@
-"""The workload that the benchmarks share: a model of a given size with random weights, and made-up rows.
+"""Workload of the benchmarks: a model of a given size with random weights, and synthetic rows.
 
-Durations are log-normal (median 7 s, sigma 0.6) within 1.5 to 30 s; 3.5 text tokens a second.
+Durations are log-normal (median 7 s, sigma 0.6), clipped to 1.5 to 30 s; 3.5 text tokens per second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_speechllm.formats.composition import train_tokenizer
 from hf_speechllm.model.chat import AUDIO_TOKEN, transcription_messages, transcription_prompt
 
 MODELS = Path(__file__).resolve().parents[1] / "recipes/configs/models"
-VOCABULARY = {"fun_asr_nano": 151936, "tiny": 400}  # rows of the embedding; the made-up tokenizer needs fewer
+VOCABULARY = {"fun_asr_nano": 151936, "tiny": 400}  # rows of the embedding; the synthetic tokenizer needs fewer
 TOKENS_PER_SECOND = 3.5
 # fmt: off
 WORDS = [
@@ -34,7 +34,7 @@ WORDS = [
 
 
 def make_model(size: str, device: str) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
-    """A model of a size of recipes/configs/models with random float32 weights, and a processor."""
+    """Returns a model of recipes/configs/models with random float32 weights, and a processor."""
     config = yaml.safe_load((MODELS / f"{size}.yaml").read_text(encoding="utf-8"))
     options = config.pop("feature_extractor", {})
     tokenizer = train_tokenizer([" ".join([*WORDS, *WORDS[::-1]])] * 100, 400)
@@ -55,17 +55,17 @@ def make_model(size: str, device: str) -> tuple[SpeechLLMForConditionalGeneratio
 
 
 def make_durations(rows: int, seed: int = 0) -> np.ndarray:
-    """Durations in seconds, shape = (rows,)."""
+    """Draws durations in seconds, shape = (rows,)."""
     return np.clip(np.random.default_rng(seed).lognormal(np.log(7.0), 0.6, rows), 1.5, 30.0)
 
 
 def make_text(seconds: float, rng: np.random.Generator) -> str:
-    """A text of 3.5 tokens a second, since every word is a token."""
+    """Draws a text with 3.5 tokens per second; every word is a token."""
     return " ".join(rng.choice(WORDS, max(1, round(TOKENS_PER_SECOND * seconds))))
 
 
 def make_rows(number: int, seed: int = 0) -> Dataset:
-    """Rows with cached float16 features, as `data.dataset.prepare_rows` gives them."""
+    """Makes rows with cached float16 features, as `data.dataset.prepare_rows` returns them."""
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((40 * FRAMES_PER_SECOND, 80)).astype(np.float16)
 
@@ -86,7 +86,7 @@ def make_rows(number: int, seed: int = 0) -> Dataset:
 
 
 def environment() -> dict:
-    """Hardware, versions and date, to stand beside every number."""
+    """Returns hardware, versions and date, for the record of every measurement."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm average`; its options: --help."""
+"""Runs `hf-speechllm average`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm compose`; its options: --help."""
+"""Runs `hf-speechllm compose`. Options: --help."""
 
 from hf_speechllm_command import main
 

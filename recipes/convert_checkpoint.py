@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm convert`; its options: --help."""
+"""Runs `hf-speechllm convert`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm decode`; its options: --help."""
+"""Runs `hf-speechllm decode`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm finetune`; its options: --help."""
+"""Runs `hf-speechllm finetune`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm inspect`; its options: --help."""
+"""Runs `hf-speechllm inspect`. Options: --help."""
 
 from hf_speechllm_command import main
 

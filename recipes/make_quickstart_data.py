@@ -1,8 +1,8 @@
-"""Synthesise the recordings that the quickstart trains on: English digit strings and short Mandarin commands.
+"""Synthesises the recordings of the quickstart: English digit strings and short Mandarin commands.
 
-eSpeak NG (`apt-get install espeak-ng`) speaks every recording, in 12 voices at slightly varied speeds and pitches; the
-results are 16 kHz mono Ogg Opus files beside Kaldi lists. The finished corpus ships with the project, so this is only
-needed to change it (it takes about a minute; another version of eSpeak NG speaks a little differently):
+eSpeak NG (`apt-get install espeak-ng`) speaks every recording, in 12 voices with small variations of speed and pitch.
+The script writes 16 kHz mono Ogg Opus files and Kaldi lists. The project includes the corpus; run the script only to
+change the corpus. It takes about a minute. Another version of eSpeak NG gives slightly different audio.
 
     python recipes/make_quickstart_data.py --output_dir recipes/quickstart_data --seed 0
 """
@@ -22,12 +22,12 @@ import torch
 from torchaudio.functional import resample
 
 SAMPLE_RATE = 16000
-OPUS_COMPRESSION = 0.98  # libsndfile's scale from 0 to 1: 11 kbit/s; at 0.99 Opus drops what is above 4 kHz
-SILENCE = 0.002  # of the peak: below the weakest consonant, above the synthesiser's fade-out
+OPUS_COMPRESSION = 0.98  # libsndfile's scale from 0 to 1: 11 kbit/s; at 0.99 Opus removes frequencies above 4 kHz
+SILENCE = 0.002  # relative to the peak: below the weakest consonant, above the fade-out of the synthesiser
 MARGIN = SAMPLE_RATE // 20  # samples of silence before the first and after the last sound
 
-# eSpeak NG 1.51 reads most characters as English letters with its other Mandarin voice, `cmn`, and it ignores the
-# variant in `en-gb+f2` and the like, though not after the other English voices.
+# With its other Mandarin voice, `cmn`, eSpeak NG 1.51 reads most characters as English letters. It ignores variants of
+# `en-gb` (`en-gb+f2`), but not variants of the other English voices.
 MANDARIN = "cmn-latn-pinyin"
 VOICES = {
     "en": ["en-us", "en-us+m3", "en-us+f3", "en-gb", "en-gb-scotland+f4", "en-gb-x-rp+m1"],
@@ -40,7 +40,7 @@ DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 DIGIT_STRINGS = {2: (80, 10), 3: (360, 50), 4: (200, 30)}  # length: (in train, in test)
 
 UNITS = ["一", "二", "三", "四", "五", "六", "七", "八", "九"]
-# A command is one word from every slot. Words that eSpeak NG misreads (歌曲, 音乐, 扫地) were left out.
+# A command has one word from every slot. Words that eSpeak NG misreads (歌曲, 音乐, 扫地) are excluded.
 COMMANDS = [
     [["打开", "关闭"], ["客厅", "卧室", "厨房", "阳台"], ["的"], ["灯", "空调", "窗帘", "风扇"]],
     [["播放", "暂停"], ["客厅", "卧室", "厨房", "阳台"], ["的"], ["新闻", "广播", "电影"]],
@@ -48,12 +48,12 @@ COMMANDS = [
     [["把"], ["温度", "音量"], ["调到"], ["二十", "三十"], UNITS[4:]],
     [["上一首", "下一首", "声音大一点", "声音小一点", "取消闹钟", "现在几点了", "今天会下雨吗", "明天天气怎么样"]],
 ]
-TEST_FRACTION = 1 / 6  # of every kind of command, as far as train keeps each of its words
+TEST_FRACTION = 1 / 6  # of every kind of command, if train keeps each of its words
 VOICES_PER_TEST_COMMAND = 3
 
 
 def digit_strings(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Strings of two to four spelled-out digits for train and for test; no string is in both."""
+    """Draws strings of two to four digits as words, for train and for test; no string is in both."""
     train, test = [], []
     for length, (num_train, num_test) in DIGIT_STRINGS.items():
         numbers = rng.sample(range(10**length), num_train + num_test)
@@ -64,7 +64,7 @@ def digit_strings(rng: random.Random) -> tuple[list[str], list[str]]:
 
 
 def commands(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Mandarin commands for train and for test; those of test combine words that train has in other commands."""
+    """Draws Mandarin commands for train and for test; test commands use words that train has in other commands."""
     kinds = [list(product(*slots)) for slots in COMMANDS]
     left = Counter(word for kind in kinds for words in kind for word in words)
     test: list[tuple[str, ...]] = []
@@ -80,7 +80,7 @@ def commands(rng: random.Random) -> tuple[list[str], list[str]]:
 
 
 def plan(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
-    """The (voice, transcript) of every recording, by split. Single digits are too few to hold any out."""
+    """Returns (voice, transcript) of every recording, by split. All single digits are in train, since they are few."""
     (train_digits, test_digits), (train_commands, test_commands) = digit_strings(rng), commands(rng)
     english, mandarin = VOICES["en"], VOICES["zh"]
     train = [*product(english, DIGITS), *zip(cycle(english), train_digits), *product(mandarin, train_commands)]
@@ -89,7 +89,7 @@ def plan(rng: random.Random) -> dict[str, list[tuple[str, str]]]:
 
 
 def synthesize(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
-    """Speak `text`: 16 kHz mono float32, shape = (num_samples,), with MARGIN of silence around it."""
+    """Synthesises `text`: 16 kHz mono float32, shape = (num_samples,), with MARGIN samples of silence at both ends."""
     command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "-p", str(pitch), "--stdout", text]
     try:
         wav = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
@@ -119,7 +119,7 @@ def main(output_dir: Path, seed: int) -> None:
         scp, text, speakers, seconds = [], [], [], 0.0
         for number, (voice, transcript) in enumerate(recordings):
             speaker = voice.replace(MANDARIN, "cmn").replace("+", "-")
-            utterance = f"{speaker}-{split}-{number:04}"  # the speaker first: Kaldi sorts both alike
+            utterance = f"{speaker}-{split}-{number:04}"  # Kaldi sorts IDs and speakers alike
             waveform = synthesize(transcript, voice, rng.randint(*WORDS_PER_MINUTE), rng.randint(*PITCH))
             path = audio_dir / f"{utterance}.ogg"
             write_audio(path, waveform)

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm merge`; its options: --help."""
+"""Runs `hf-speechllm merge`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm push`; its options: --help."""
+"""Runs `hf-speechllm push`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm score`; its options: --help."""
+"""Runs `hf-speechllm score`. Options: --help."""
 
 from hf_speechllm_command import main
 

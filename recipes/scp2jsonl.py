@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm scp2jsonl`; its options: --help."""
+"""Runs `hf-speechllm scp2jsonl`. Options: --help."""
 
 from hf_speechllm_command import main
 

@@ -1,4 +1,4 @@
-"""The same as `hf-speechllm normalize`; its options: --help."""
+"""Runs `hf-speechllm normalize`. Options: --help."""
 
 from hf_speechllm_command import main
 

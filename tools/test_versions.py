@@ -1,12 +1,12 @@
-"""Run the core tests with given versions of the dependencies, in a new virtual environment.
+"""Runs the core tests with given versions of the dependencies, in a new virtual environment.
 
     python tools/test_versions.py                               # the newest versions that setup.py allows
-    python tools/test_versions.py --oldest                      # those of tools/oldest.txt
+    python tools/test_versions.py --oldest                      # the versions in tools/oldest.txt
     python tools/test_versions.py transformers==5.25.0          # one release, inside or outside its range
     python tools/test_versions.py --pre transformers peft       # their newest releases, pre-releases included
-    python tools/test_versions.py --newest                      # the newest release of everything, upper bounds lifted
+    python tools/test_versions.py --newest                      # the newest releases, without upper bounds
 
-Arguments after `--` go to pytest: `-- -x -k resume`.
+Arguments after `--` are passed to pytest: `-- -x -k resume`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 INSTALL = ("-m", "pip", "install", "-qq", "--disable-pip-version-check")
-# As JSON: the installed dependencies of the package, with their versions.
+# Prints the installed dependencies of the package with their versions, as JSON.
 LIST_DEPENDENCIES = """
 import json, re
 from importlib import metadata
@@ -33,10 +33,12 @@ print(json.dumps({name: installed[name] for name in sorted(names & set(installed
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("requirements", nargs="*", metavar="REQUIREMENT", help="as pip takes it; replaces the range")
+    parser.add_argument(
+        "requirements", nargs="*", metavar="REQUIREMENT", help="pip requirement; replaces the declared range"
+    )
     parser.add_argument("--oldest", action="store_true", help="install the versions of tools/oldest.txt")
     parser.add_argument("--newest", action="store_true", help="install the newest release of every dependency")
-    parser.add_argument("--pre", action="store_true", help="take pre-releases for REQUIREMENTs and --newest")
+    parser.add_argument("--pre", action="store_true", help="allow pre-releases for REQUIREMENTs and --newest")
     own, pytest_arguments = sys.argv[1:], []
     if "--" in own:
         own, pytest_arguments = own[: own.index("--")], own[own.index("--") + 1 :]
@@ -61,7 +63,8 @@ def main() -> int:
     environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        environment["TORCH_EXTENSIONS_DIR"] = str(Path(folder, "extensions"))  # those of DeepSpeed fit one torch
+        # Extensions of DeepSpeed are built for one torch release.
+        environment["TORCH_EXTENSIONS_DIR"] = str(Path(folder, "extensions"))
         python = str(Path(folder, "Scripts" if os.name == "nt" else "bin", "python"))
 
         def run(*command: str, **options) -> subprocess.CompletedProcess:
@@ -72,7 +75,7 @@ def main() -> int:
 
         constraints = ["--constraint", "tools/oldest.txt"] if arguments.oldest else []
         run(*INSTALL, *constraints, "--editable", ".[test,deepspeed]", check=True)
-        # In a second step, since together pip would refuse what lies outside the ranges. Of that, it only warns now.
+        # A second step: in one step pip would refuse versions outside the ranges. In two steps it only warns.
         requirements = [*(dependencies() if arguments.newest else ()), *arguments.requirements]
         if requirements:
             run(*INSTALL, "--upgrade", *(["--pre"] if arguments.pre else []), *requirements, check=True)

@@ -1,8 +1,8 @@
 """Runs the common tests of transformers (`ModelTesterMixin`, `GenerationTesterMixin`, `ProcessorTesterMixin`) on our
 classes.
 
-The tests are those of the installed release. Its source distribution, which this script downloads with pip, has the
-tests of models and processors; those of `generate` are in a clone of the repository only, named by `--tests`.
+The script uses the tests of the installed release. It downloads the source distribution with pip, which contains the
+tests of models and processors. Only a clone of the repository contains the tests of `generate`; `--tests` names it.
 
     pip install pytest parameterized pillow
     python tools/transformers_suite.py [--tests CLONE/tests] [options of pytest, such as -k NAME]
@@ -27,7 +27,7 @@ import transformers
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.composition import train_tokenizer
 
-# Tests that the classes are not meant to pass, and why.
+# Tests that do not apply to these classes, with the reason.
 SKIPPED: dict[str, str] = {}
 AUDIO_TOKEN_ID, AUDIO_TOKENS = 3, 4
 
@@ -42,7 +42,7 @@ def download_tests(folder: Path) -> Path:
 
 
 def import_tests(tests: Path) -> tuple[type, type, type]:
-    """Imports the three mixins; an empty class stands for what the folder does not have."""
+    """Imports the three mixins; replaces a missing mixin with an empty class."""
     sys.path.insert(0, str(tests.parent))
     package = types.ModuleType("tests")
     package.__path__ = [str(tests)]  # not the tests of this project
@@ -68,7 +68,7 @@ def import_tests(tests: Path) -> tuple[type, type, type]:
 
 
 class ModelTester:
-    """A tiny model and a batch, as the mixins ask for them."""
+    """Makes a tiny model and a batch for the mixins."""
 
     batch_size, seq_length, num_hidden_layers, num_attention_heads, hidden_size = 3, 11, 2, 2, 32
     is_training = True
@@ -77,7 +77,7 @@ class ModelTester:
         self.parent = parent
 
     def get_config(self) -> SpeechLLMConfig:
-        """Sizes of a tiny Fun-ASR-Nano."""
+        """Returns the configuration of a tiny Fun-ASR-Nano."""
         return SpeechLLMConfig(
             audio_encoder_config={
                 "model_type": "fun_asr_nano_encoder", "hidden_size": 32, "num_attention_heads": 2,
@@ -94,7 +94,7 @@ class ModelTester:
         )  # fmt: skip
 
     def prepare_config_and_inputs_for_common(self) -> tuple[SpeechLLMConfig, dict[str, torch.Tensor]]:
-        """One recording in each row."""
+        """Returns the configuration and a batch with one recording in each row."""
         ids = torch.randint(AUDIO_TOKEN_ID + 1, 80, (self.batch_size, self.seq_length))
         ids[:, 2 : 2 + AUDIO_TOKENS] = AUDIO_TOKEN_ID
         return self.get_config(), {
@@ -106,7 +106,7 @@ class ModelTester:
 
 
 def make_tests(model_mixin: type, generation_mixin: type, processor_mixin: type) -> dict[str, type]:
-    """The test classes."""
+    """Makes the test classes."""
 
     class SpeechLLMModelTest(model_mixin, generation_mixin, unittest.TestCase):
         all_model_classes = (SpeechLLMForConditionalGeneration,)
@@ -130,25 +130,25 @@ def make_tests(model_mixin: type, generation_mixin: type, processor_mixin: type)
 
 
 class Suite:
-    """A plugin of pytest: collects the test classes and skips what `SKIPPED` names."""
+    """Pytest plugin: collects the test classes and skips the tests in `SKIPPED`."""
 
     def __init__(self, tests: dict[str, type]):
         self.tests = tests
 
     def pytest_collectstart(self, collector: pytest.Collector) -> None:
-        """Puts the classes into this module, where pytest looks for them."""
+        """Adds the classes to this module, where pytest collects them."""
         if isinstance(collector, pytest.Module):
             vars(collector.obj).update(self.tests)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Skips tests with their reasons."""
+        """Skips the tests in `SKIPPED`, with their reasons."""
         for item in items:
             if reason := SKIPPED.get(item.name):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def main() -> int:
-    """Runs the tests; the exit status is that of pytest."""
+    """Runs the tests; returns the exit status of pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", type=Path, help="folder `tests` of transformers (default: downloaded)")
     options, rest = parser.parse_known_args()
