@@ -112,7 +112,7 @@ def measure_naive(run, options, base, processor, rows) -> float:
             synchronize(options.device)
             audio, started = 0.0, time.perf_counter()
         audio += float(batch["input_features_mask"].sum()) * processor.frame_seconds
-        batch = {key: value.to(options.device) for key, value in batch.items()}
+        batch = {key: value.to(options.device) for key, value in batch.items() if key != "positions"}
         labels = batch.pop("labels")
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             logits = model(**batch).logits
