@@ -29,6 +29,13 @@ def document(request):
     return request.param, request.param.read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def words():
+    """All words of the code, without the tests."""
+    sources = [path for path in FILES if "tests" not in path.relative_to(ROOT).parts]
+    return {word for path in sources for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+
+
 def test_links_lead_to_files_and_headings(document):
     path, text = document
     for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
@@ -50,10 +57,13 @@ def test_named_files_exist(document):
         assert any(known.endswith(f"/{name}") for known in names), name
 
 
-def test_named_options_exist(document):
-    known = {field.name for field in dataclasses.fields(TrainingArguments)} | FOREIGN_OPTIONS
-    for path in FILES:
-        if "tests" not in path.relative_to(ROOT).parts:
-            known |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+def test_named_options_exist(document, words):
+    known = {field.name for field in dataclasses.fields(TrainingArguments)} | FOREIGN_OPTIONS | words
     for option in re.findall(r"(?<![\w-])--([a-z]\w*)", document[1]):
         assert option in known, option
+
+
+def test_code_that_contributors_look_for_exists(words):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"`(\w*_\w+|[A-Z]\w+)(?:\(\))?`", text)) - {"load_dataset"}:
+        assert name in words, name
