@@ -13,9 +13,9 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = ("hf_speechllm", "recipes", "benchmarks", "tools", "tests", "accelerate_configs")
 FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".yaml")]
 FILES += [ROOT / "setup.py"]
-# Of FunASR, DeepSpeed and the first layout; a placeholder.
-FOREIGN_FILES = {"finetune.sh", "train_ds.py", "zero_to_fp32.py", "layouts.py", "cli/VERB.py"}
-FOREIGN_OPTIONS = {"char", "standalone", "nproc_per_node"}  # of compute-wer and torchrun
+# Files of FunASR, DeepSpeed and the first layout, and a placeholder.
+FOREIGN_FILES = {"finetune.sh", "zero_to_fp32.py", "layouts.py", "cli/VERB.py"}
+FOREIGN_OPTIONS = {"char", "standalone", "nproc_per_node"}  # options of compute-wer and torchrun
 
 
 def anchors(document):
