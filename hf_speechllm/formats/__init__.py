@@ -1,1 +1,1 @@
-"""Checkpoints: composing new models, and the layouts that models come and go in."""
+"""Checkpoints: composition of new models, and reading and writing of checkpoint layouts."""

@@ -1,4 +1,4 @@
-"""A checkpoint outside any layout: config and tensors, untouched in value and dtype, under the names of our model."""
+"""A checkpoint independent of its layout: config and unchanged tensors, under the names of this package's model."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "50GB"
 MAX_LISTED = 50  # names in an error message
-MAX_BUFFERS = 2**28  # numbers in tables that a config asks for beside the weights: 1 GiB of float32
-CTC_PREFIX = "ctc"  # FunASR's `ctc_decoder.*` and `ctc.*`: a branch for timestamps that training never touches
-FILE_PREFIX = "file:"  # in a side file: the bytes of a vocabulary that the CTC branch needs
-SIDE_NAME = re.compile(r"[^./\\][^/\\]*\.tiktoken")
+MAX_BUFFERS = 2**28  # numbers in buffers beside the weights: 1 GiB of float32
+CTC_PREFIX = "ctc"  # FunASR's `ctc_decoder.*` and `ctc.*`: a branch for timestamps, which training does not use
+FILE_PREFIX = "file:"  # key prefix in a CTC file: the bytes of the vocabulary of the CTC branch
+VOCABULARY_NAME = re.compile(r"[^./\\][^/\\]*\.tiktoken")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
 class Checkpoint:
-    """A model on its way from one layout to another.
+    """The content of a checkpoint, independent of the layout.
 
     Args:
-        config: of our model.
-        tensors: by their names in our model's state dict; a tied `lm_head` is left out.
-        generation_config: how to decode.
-        side: what belongs to the checkpoint but not to the model: FunASR's CTC branch; see `funasr.read`.
+        config: config of this package's model.
+        tensors: state dict of this package's model, without a tied `lm_head`.
+        generation_config: defaults of decoding.
+        ctc_tensors: FunASR's CTC branch, which is not part of the model; see `funasr.read`.
     """
 
     config: SpeechLLMConfig
     tensors: dict[str, torch.Tensor]
     generation_config: GenerationConfig
-    side: dict[str, torch.Tensor] = field(default_factory=dict)
+    ctc_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: SpeechLLMForConditionalGeneration) -> Checkpoint:
-        """The checkpoint that a model in memory would be saved as."""
+        """Returns the checkpoint of a model in memory."""
         tied = model.all_tied_weights_keys
         tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-        return cls(model.config, tensors, model.generation_config, model.side_tensors)
+        return cls(model.config, tensors, model.generation_config, model.ctc_tensors)
 
 
-def settle_tying(config: SpeechLLMConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Ties the LLM's head to its embeddings in the config if both are stored and equal, unties it if they differ.
+def set_weight_tying(config: SpeechLLMConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Sets `tie_word_embeddings` of the config according to the tensors: true if head and embeddings are equal.
 
-    An equal head is taken out of `tensors`.
+    Removes an equal head from `tensors`. Changes nothing if one of both is missing.
     """
     head, embeddings = tensors.get(HEAD), tensors.get(EMBEDDINGS)
     if head is None or embeddings is None:
@@ -78,19 +78,19 @@ def settle_tying(config: SpeechLLMConfig, tensors: dict[str, torch.Tensor]) -> N
 
 
 def check_tensors(checkpoint: Checkpoint, source: str, rename: Callable[[str], str] = str) -> None:
-    """Compares names and shapes with what the config asks for.
+    """Compares names and shapes of the tensors with the config.
 
     Args:
-        source: what the tensors were read from, for the message.
-        rename: turns our names into those of the source.
+        source: file or folder of the tensors, for the message.
+        rename: converts this package's tensor names to names in the source.
 
     Raises:
-        CheckpointError: listing missing and unexpected tensors and those of a wrong shape.
+        CheckpointError: if they differ; the message lists missing, unexpected and wrongly shaped tensors.
     """
     expected = expected_shapes(checkpoint.config, len(checkpoint.tensors), source)
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if problems := _differences(expected, found, rename):
-        raise CheckpointError(f"{source}: the tensors don't fit the config; {problems}")
+        raise CheckpointError(f"{source}: the tensors do not match the config; {problems}")
 
 
 def _differences(
@@ -98,24 +98,24 @@ def _differences(
 ) -> str:
     problems = []
     if missing := [rename(name) for name in expected if name not in found]:
-        problems.append(f"{len(missing)} missing: {_listed(missing)}")
+        problems.append(f"{len(missing)} missing: {_join_names(missing)}")
     if unexpected := [rename(name) for name in found if name not in expected]:
-        problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {_join_names(unexpected)}")
     misshapen = [
         f"{rename(name)} is {tuple(found[name])}, not {tuple(expected[name])}"
         for name in expected
         if name in found and found[name] != expected[name]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} of a wrong shape: {_listed(misshapen)}")
+        problems.append(f"{len(misshapen)} with a wrong shape: {_join_names(misshapen)}")
     return one_line("; ".join(problems), 20_000)
 
 
 def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
-    """Our config of a stranger's values; what is read can be written again.
+    """Builds a config from untrusted values and checks that the config can be saved again.
 
     Raises:
-        CheckpointError: naming the file and, where the config classes of transformers say so, the field.
+        CheckpointError: if a value is invalid; the message names the file and, if transformers reports it, the field.
     """
     with reading(file):
         config = SpeechLLMConfig(**values)
@@ -125,14 +125,14 @@ def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
 
 
 def expected_shapes(config: SpeechLLMConfig, count: int, source: str) -> dict[str, torch.Size]:
-    """Shapes of the tensors that a config asks for, without those that are tied; no memory is taken for them.
+    """Returns the shapes of all tensors according to a config, without tied ones; allocates no memory for tensors.
 
     Args:
-        count: tensors in the checkpoint; a config that asks for many more modules than they fill is refused.
-        source: of the config, for the message.
+        count: number of tensors in the checkpoint; limits the number of modules.
+        source: file or folder of the config, for the message.
 
     Raises:
-        CheckpointError: if no model can be built from the config, or its tables would take more than 1 GiB.
+        CheckpointError: if the config is invalid, defines far more modules than `count`, or buffers over 1 GiB.
     """
     left = 20 * count + 2000
 
@@ -140,54 +140,56 @@ def expected_shapes(config: SpeechLLMConfig, count: int, source: str) -> dict[st
         nonlocal left
         left -= 1
         if left < 0:
-            raise CheckpointError(f"{source}: the config asks for many more layers than {count} tensors fill")
+            raise CheckpointError(
+                f"{source}: the config defines far more layers than {count} tensors can fill; correct the config"
+            )
 
     hook = register_module_module_registration_hook(count_module)
     try:
-        with reading(source, "has a config that no model can be built from"), torch.device("meta"):
+        with reading(source, "has an invalid config"), torch.device("meta"):
             model = SpeechLLMForConditionalGeneration(config)
     finally:
         hook.remove()
     if (size := sum(buffer.numel() for buffer in model.buffers())) > MAX_BUFFERS:
         raise CheckpointError(
-            f"{source}: the config asks for tables of {size:,} numbers beside the weights (max_position_embeddings?); "
-            f"the most is {MAX_BUFFERS:,}"
+            f"{source}: the config defines buffers of {size:,} numbers; the maximum is {MAX_BUFFERS:,}; "
+            "reduce max_position_embeddings"
         )
     tied = model.all_tied_weights_keys
     return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def check_amount(config: SpeechLLMConfig, stored: Mapping[str, torch.Size], source: str) -> None:
-    """Refuses a config that asks for more numbers than the weights hold, before memory is taken for them.
+def check_model_size(config: SpeechLLMConfig, stored: Mapping[str, torch.Size], source: str) -> None:
+    """Refuses a config that defines a larger model than the stored weights, before memory is allocated.
 
     Args:
-        stored: shapes in the files, under any names.
+        stored: shapes of the stored tensors, with any names.
 
     Raises:
-        CheckpointError: naming the tensors that are missing or larger.
+        CheckpointError: if the model is larger; the message lists missing and larger tensors.
     """
     if is_deepspeed_zero3_enabled():  # transformers would shard the empty model over the ranks
         return
     expected = expected_shapes(config, len(stored), source)
-    asked, there = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (expected, stored))
-    if asked > there:
+    needed, found = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (expected, stored))
+    if needed > found:
         raise CheckpointError(
-            f"{source}: the tensors don't fit the config, which asks for {asked:,} numbers of which {there:,} are "
-            f"there; {_differences(expected, stored)}"
+            f"{source}: the tensors do not match the config, which needs {needed:,} numbers; the files contain "
+            f"{found:,}; {_differences(expected, stored)}"
         )
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(dict.fromkeys(names))  # a fused tensor may stand for three of ours
+def _join_names(names: Iterable[str]) -> str:
+    names = list(dict.fromkeys(names))  # a fused tensor of the source may correspond to three tensors here
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 
 
 def part_dtypes(dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """The dtype of each part of the model, the widest if its tensors differ.
+    """Returns the dtype of each part of the model; the widest dtype if the tensors of a part differ.
 
     Args:
-        dtypes: by the tensors' names.
+        dtypes: dtype of each tensor name.
     """
     parts: dict[str, torch.dtype] = {}
     for name, dtype in dtypes.items():
@@ -198,12 +200,12 @@ def part_dtypes(dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The smallest dtype that holds every value of all of these."""
+    """Returns the smallest dtype that represents all values of the given dtypes."""
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names.
+    """Reads all tensors of `model.safetensors`, or of the shards in the index.
 
     Raises:
         CheckpointError: if a file is missing or damaged.
@@ -215,18 +217,20 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path} is missing; download or copy the checkpoint again")
         tensors.update(read_tensors(path))
     if missing := [name for name in index if name not in tensors]:
-        raise CheckpointError(f"{folder}: not in the shards that the index names: {one_line(_listed(missing))}")
+        raise CheckpointError(
+            f"{folder}: tensors in {INDEX_FILE} are not in the shards: {one_line(_join_names(missing))}"
+        )
     return tensors
 
 
 def _weight_files(folder: Path) -> tuple[Iterable[str], list[Path]]:
-    """The tensors that an index names, if there is one, and the files that hold the weights.
+    """Returns the tensor names in the index, if any, and the weight files.
 
     Raises:
-        CheckpointError: if the index is damaged or names a file elsewhere.
+        CheckpointError: if the index is damaged or names a file outside the folder.
     """
     file = folder / INDEX_FILE
-    # The order of transformers: a file that holds all comes before an index.
+    # As in transformers, a single weight file has precedence over an index.
     if (folder / WEIGHTS_FILE).is_file() or not file.is_file():
         return (), [inside(folder, WEIGHTS_FILE, folder)]
     index = read_json(file).get("weight_map")
@@ -235,23 +239,23 @@ def _weight_files(folder: Path) -> tuple[Iterable[str], list[Path]]:
     for key, name in index.items():
         check_name(name, f"{file}: weight_map.{one_line(key, 100)}")
         if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: weight_map.{one_line(key, 100)} must be a file called *.safetensors")
+            raise CheckpointError(f"{file}: weight_map.{one_line(key, 100)} must be a file named *.safetensors")
     return index, [inside(folder, name, f"{file}: weight_map") for name in sorted(set(index.values()))]
 
 
 @dataclass
 class StoredTensor:
-    """Dtype (`None` if it is not a float of torch) and shape of a tensor in a file."""
+    """Dtype (`None` if it is not a float type of torch) and shape of a tensor in a file."""
 
     dtype: torch.dtype | None
     shape: torch.Size
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """What the folder's safetensors hold, from their headers; empty if there are none.
+    """Reads dtypes and shapes from the headers of safetensors files in a folder; empty without such files.
 
     Raises:
-        CheckpointError: if a file is damaged, or the index names a file elsewhere.
+        CheckpointError: if a file is damaged, or the index names a file outside the folder.
     """
     headers = {}
     for path in _weight_files(folder)[1]:
@@ -270,10 +274,10 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+    """Reads all tensors of a safetensors file.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if the file is damaged.
     """
     with _open(file) as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
@@ -282,7 +286,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def write_safetensors(
     tensors: dict[str, torch.Tensor], folder: Path, max_shard_size: str | int = MAX_SHARD_SIZE
 ) -> None:
-    """Writes `model.safetensors`, or shards with an index beyond `max_shard_size`.
+    """Writes `model.safetensors`, or shards with an index if the size exceeds `max_shard_size`.
 
     Raises:
         OSError: if the disk is full.
@@ -291,50 +295,52 @@ def write_safetensors(
     try:
         save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{WEIGHTS_FILE} can't be written: {error}") from error
+        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
     apply_umask(folder)
 
 
-def read_side(file: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
-    """Tensors of a side file; none if there is no such file.
+def read_ctc_tensors(file: str | os.PathLike[str] | None) -> dict[str, torch.Tensor]:
+    """Reads the CTC branch from a file; empty if the file is missing.
 
     Raises:
-        CheckpointError: if it is damaged, or holds what `check_side` refuses.
+        CheckpointError: if the file is damaged, or refused by `check_ctc_tensors`.
     """
     if file is None or not os.path.isfile(file):
         return {}
-    side = read_tensors(Path(file))
-    check_side(side, file)
-    return side
+    ctc_tensors = read_tensors(Path(file))
+    check_ctc_tensors(ctc_tensors, file)
+    return ctc_tensors
 
 
-def check_side(side: Mapping[str, torch.Tensor], source: Any) -> None:
-    """Refuses all but the tensors of a CTC branch and the bytes of its vocabulary, a plain file name `*.tiktoken`.
+def check_ctc_tensors(ctc_tensors: Mapping[str, torch.Tensor], source: Any) -> None:
+    """Checks that there are only tensors of a CTC branch, and vocabularies as bytes under a file name `*.tiktoken`.
 
     Raises:
-        CheckpointError: naming the tensor.
+        CheckpointError: if there is anything else; the message names the tensor.
     """
-    for key, tensor in side.items():
+    for key, tensor in ctc_tensors.items():
         if not key.startswith(FILE_PREFIX):
             if not key.startswith(CTC_PREFIX):
-                raise CheckpointError(f"{source}: {one_line(key, 100)} is no tensor of a CTC branch; remove it")
+                raise CheckpointError(f"{source}: {one_line(key, 100)} is not a tensor of a CTC branch; remove it")
             continue
         name = key.removeprefix(FILE_PREFIX)
         check_name(name, source)
-        if SIDE_NAME.fullmatch(name) is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise CheckpointError(f"{source}: {one_line(key, 100)} is not the bytes of a *.tiktoken file; remove it")
+        if VOCABULARY_NAME.fullmatch(name) is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise CheckpointError(
+                f"{source}: {one_line(key, 100)} does not contain the bytes of a *.tiktoken file; remove it"
+            )
 
 
-def write_side(side: dict[str, torch.Tensor], file: Path) -> None:
-    """Writes a side file; nothing if there is nothing to write."""
-    if side:
+def write_ctc_tensors(ctc_tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes the CTC branch to a file, if there is one."""
+    if ctc_tensors:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in side.items()}, file, metadata={"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in ctc_tensors.items()}, file, metadata={"format": "pt"})
         apply_umask(file.parent, file.name)
 
 
 def read_generation_config(folder: Path, config: SpeechLLMConfig) -> GenerationConfig:
-    """`generation_config.json`, or what the LLM's config says of ends and padding."""
+    """Reads `generation_config.json`; default: `default_generation_config`."""
     if (folder / GENERATION_FILE).is_file():
         with reading(folder / GENERATION_FILE):
             return GenerationConfig.from_pretrained(folder)
@@ -342,7 +348,7 @@ def read_generation_config(folder: Path, config: SpeechLLMConfig) -> GenerationC
 
 
 def default_generation_config(config: SpeechLLMConfig) -> GenerationConfig:
-    """Greedy decoding up to the LLM's end token, which also pads if the LLM has no padding token."""
+    """Returns settings of greedy decoding, with the LLM's end token, also used as padding token if there is none."""
     end, padding = config.llm_config.eos_token_id, config.llm_config.pad_token_id
     if padding is None:
         padding = end[0] if isinstance(end, (list, tuple)) else end
@@ -351,11 +357,11 @@ def default_generation_config(config: SpeechLLMConfig) -> GenerationConfig:
 
 @contextmanager
 def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` once the block has ended without an exception.
+    """Creates a temporary folder beside `output` and renames it to `output` if the block ends without an exception.
 
     Raises:
         FileExistsError: if `output` exists.
-        OSError: if its parent can't be written.
+        OSError: if the parent folder is not writable.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
@@ -366,5 +372,5 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(output)
-    finally:  # once renamed, it is not there any more
+    finally:  # after the renaming, there is nothing to remove
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""New models from parts: random ones from a config, pretrained ones from folders or the Hub."""
+"""Composition of new models from parts: randomly initialized from a config, or pretrained from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SPECIAL_TOKENS = [PAD_TOKEN, chat.TURN_START, chat.TURN_END, chat.AUDIO_TOKEN]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in ChatML, for models trained from scratch.
+    """Trains a byte-level BPE tokenizer with ChatML tokens, for models trained from scratch.
 
     Args:
-        texts: transcripts. The prompts of `chat` are added, so that they cost few tokens.
-        vocab_size: at most so many tokens; 256 bytes and four special tokens are always there.
+        texts: transcripts. The prompts in `chat` are added to the training texts, so prompts need few tokens.
+        vocab_size: maximum number of tokens; 256 bytes and four special tokens are always included.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -58,15 +58,14 @@ def compose(
     """Builds a model and its processor.
 
     Args:
-        config: of `SpeechLLMConfig`; what it says of a pretrained part is ignored. `feature_extractor` in it, if any,
-        holds
-            options of `FbankFeatureExtractor`.
-        tokenizer: of the LLM, or its name. Missing ChatML tokens and the audio token are added to it.
-        audio_encoder: folder or Hub id of a pretrained encoder; default random weights.
-        llm: folder or Hub id of a pretrained LLM; default random weights.
+        config: fields of `SpeechLLMConfig`; settings of pretrained parts are ignored. The optional key
+            `feature_extractor` contains options of `FbankFeatureExtractor`.
+        tokenizer: tokenizer of the LLM, or its name. Missing ChatML tokens and the audio token are added.
+        audio_encoder: folder or Hub id of a pretrained encoder; default: random weights.
+        llm: folder or Hub id of a pretrained LLM; default: random weights.
 
     Returns:
-        Model (float32) and processor, to be saved together.
+        Model (float32) and processor. Save both to the same folder.
     """
     config = dict(config)
     feature_options = config.pop("feature_extractor", {})

@@ -1,6 +1,6 @@
-"""FunASR's layout, read and written: `model.pt`, `config.yaml`, `configuration.json` and the LLM's folder.
+"""Reading and writing of FunASR's layout: `model.pt`, `config.yaml`, `configuration.json` and the LLM's folder.
 
-The names are those of `FunASRNano` in FunASR's `models/fun_asr_nano/model.py`, the defaults those of its classes.
+Names follow `FunASRNano` in FunASR's `models/fun_asr_nano/model.py`; defaults follow FunASR's classes.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from .checkpoint import (
     Checkpoint,
     CheckpointError,
     build_config,
-    check_side,
+    check_ctc_tensors,
     check_tensors,
     default_generation_config,
-    settle_tying,
+    set_weight_tying,
     widest,
 )
-from .funasr_files import CONFIG_FILE, METAS_FILE, SECTION, TYPES, check_types, llm_folder, read_files, refuse_unknown
+from .funasr_files import CONFIG_FILE, METAS_FILE, SECTION, TYPES, check_supported, check_types, llm_folder, read_files
 from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
 from .untrusted import inside, reading
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, LLM_FOLDER = "model.pt", "Qwen3-0.6B"
-# The original computes positions for any length. Ours are a table, long enough for 10 minutes at 60 ms a frame.
+# The original computes position embeddings for any length. The table here covers 10 minutes at 60 ms per frame.
 MAX_POSITIONS = 10001
-LAYER_NORM_EPS = 1e-12  # of `models/transformer/layer_norm.py`
+LAYER_NORM_EPS = 1e-12  # in FunASR's `models/transformer/layer_norm.py`
 LLM_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def read_config(folder: Path) -> SpeechLLMConfig:
-    """Our config of a FunASR checkpoint.
+    """Reads the config of a FunASR checkpoint.
 
     Raises:
-        CheckpointError: if a file is missing or unreadable, or names a part or an option that we don't have.
+        CheckpointError: if a file is missing or unreadable, or names an unsupported part or option.
     """
     files = read_files(folder)
     conf = files[CONFIG_FILE]
-    refuse_unknown(conf, folder)
+    check_supported(conf, folder)
     encoder, adaptor = conf.get("audio_encoder_conf") or {}, conf.get("audio_adaptor_conf") or {}
     frontend, ours = conf.get("frontend_conf") or {}, conf.get(SECTION) or {}
     blocks, tp_blocks = encoder.get("num_blocks", 6), encoder.get("tp_blocks", 0)
     with reading(llm_folder(folder, files) / "config.json"):
         llm = AutoConfig.from_pretrained(llm_folder(folder, files), trust_remote_code=False)
-    llm.name_or_path = ""  # the folder is of no use to who loads the result
+    llm.name_or_path = ""  # the path of the folder is meaningless on other machines
     values = {
         "audio_encoder_config": {
             "model_type": "fun_asr_nano_encoder",
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Reads a FunASR checkpoint; its LoRA matrices are merged, its CTC branch goes to `side`.
+    """Reads a FunASR checkpoint, merges LoRA matrices, and stores the CTC branch in `ctc_tensors`.
 
     Raises:
         CheckpointError: if a file is missing, damaged or not a plain state dict, or tensors are missing, unexpected or
@@ -103,27 +103,29 @@ def read(folder: Path) -> Checkpoint:
     metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
     file = inside(folder, metas.get("init_param", WEIGHTS_FILE), f"{folder / METAS_FILE}: file_path_metas.init_param")
     state = load_state_dict(file)
-    side = {name: state.pop(name) for name in list(state) if name.startswith(CTC_PREFIX)}
+    ctc_tensors = {name: state.pop(name) for name in list(state) if name.startswith(CTC_PREFIX)}
     for path in sorted(folder.glob("*.tiktoken")):  # the CTC branch's vocabulary
         content = inside(folder, path.name, path).read_bytes()
-        side[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    check_side(side, file)
+        ctc_tensors[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    check_ctc_tensors(ctc_tensors, file)
     merge_lora(state, files[CONFIG_FILE].get("llm_conf") or {}, file)
     tensors = to_ours(state, config)
     if HEAD not in tensors and not config.llm_config.tie_word_embeddings:
-        raise CheckpointError(f"{file}: {HEAD} is missing, and the LLM's config.json says that it is not tied")
-    settle_tying(config, tensors)
+        raise CheckpointError(
+            f"{file}: {HEAD} is missing, but tie_word_embeddings is false in the LLM's config.json; correct one"
+        )
+    set_weight_tying(config, tensors)
     config.dtype = widest(tensor.dtype for tensor in tensors.values())
     saved = (files[CONFIG_FILE].get(SECTION) or {}).get("generation_config")
     with reading(folder / CONFIG_FILE, f"has an unusable {SECTION}.generation_config"):
         generation = GenerationConfig.from_dict(saved) if saved else default_generation_config(config)
-    checkpoint = Checkpoint(config, tensors, generation, side)
+    checkpoint = Checkpoint(config, tensors, generation, ctc_tensors)
     check_tensors(checkpoint, str(file), lambda name: to_funasr_name(name, config))
     return checkpoint
 
 
 def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
-    """Our processor of a FunASR checkpoint. Dither is off: the original's (1.0) makes decoding random.
+    """Reads the processor of a FunASR checkpoint. Dither is off, because the original's 1.0 makes decoding random.
 
     Raises:
         CheckpointError: if the tokenizer lacks the audio token.
@@ -142,7 +144,7 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
     audio_token = tokenizer.convert_ids_to_tokens(config.audio_token_id)
     if audio_token is None:
-        raise CheckpointError(f"{folder}: the tokenizer has no token {config.audio_token_id}, the place of audio")
+        raise CheckpointError(f"{folder}: the tokenizer has no token {config.audio_token_id} (audio_token_id)")
     return SpeechLLMProcessor(
         features,
         tokenizer,
@@ -154,53 +156,57 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
 
 
-def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
-    """Refuses models that FunASR's class can't hold, and, unless forced, those that would behave differently there.
+def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
+    """Refuses models that FunASR's class cannot represent, and, unless forced, models with different results there.
 
     Raises:
-        CheckpointError: with the reason.
+        CheckpointError: if the model is refused; the message contains the reasons.
     """
     adaptor = config.audio_adaptor_config
     reasons = []
     if config.audio_encoder_config.model_type != "fun_asr_nano_encoder":
-        reasons.append(f"its audio encoder is SAN-M, this one is {config.audio_encoder_config.model_type}")
+        reasons.append(f"FunASR's audio encoder is SAN-M, this one is {config.audio_encoder_config.model_type}")
     if adaptor.adaptor_type != "transformer":
-        reasons.append(f"its adaptor is a Transformer, this one is {adaptor.adaptor_type}")
+        reasons.append(f"FunASR's adaptor is a Transformer, this one is {adaptor.adaptor_type}")
     elif adaptor.intermediate_size != adaptor.hidden_size // 4:
-        reasons.append(f"its adaptor blocks are a quarter of the LLM wide, these are {adaptor.intermediate_size}")
+        reasons.append(
+            f"FunASR's adaptor blocks have a quarter of the LLM's width ({adaptor.hidden_size // 4}), these have "
+            f"{adaptor.intermediate_size}"
+        )
     if {adaptor.hidden_act, adaptor.projector_hidden_act} != {"relu"}:
-        reasons.append("its adaptor's activation is ReLU")
+        reasons.append(f"FunASR's adaptor uses ReLU, this one {adaptor.hidden_act} and {adaptor.projector_hidden_act}")
     if reasons:
-        raise CheckpointError("FunASR's layout can't hold this model: " + "; ".join(reasons))
+        raise CheckpointError("FunASR's layout does not support this model: " + "; ".join(reasons))
     if adaptor.downsample_rate != 1:
-        reasons.append("FunASR counts audio tokens without regard to downsample_rate")
+        reasons.append("FunASR ignores downsample_rate when it counts audio tokens")
     if (eps := adaptor.layer_norm_eps) != LAYER_NORM_EPS:
         reasons.append(f"FunASR's adaptor has a LayerNorm epsilon of {LAYER_NORM_EPS}, this one {eps}")
     if reasons and not force:
         raise CheckpointError(
-            f"this model would behave differently in FunASR: {'; '.join(reasons)}; `force` writes it nevertheless"
+            f"this model would give different results in FunASR: {'; '.join(reasons)}; to write it anyway, use force"
         )
 
 
 def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, force: bool = False) -> None:
-    """Writes a FunASR checkpoint into an existing folder: `AutoModel(model=folder)` of FunASR loads it.
+    """Writes a FunASR checkpoint into an existing folder; FunASR's `AutoModel(model=folder)` loads it.
 
     Raises:
-        CheckpointError: see `refuse`.
+        CheckpointError: see `check_exportable`.
     """
-    refuse(checkpoint.config, force)
+    check_exportable(checkpoint.config, force)
     config = checkpoint.config
     state = to_funasr(checkpoint.tensors, config)
-    check_side(checkpoint.side, "the CTC branch")
-    for name, tensor in checkpoint.side.items():
+    check_ctc_tensors(checkpoint.ctc_tensors, "the CTC branch")
+    for name, tensor in checkpoint.ctc_tensors.items():
         if name.startswith(FILE_PREFIX):
             (folder / name.removeprefix(FILE_PREFIX)).write_bytes(tensor.numpy().tobytes())
         else:
             state[name] = tensor
     try:
         torch.save({"state_dict": state}, folder / WEIGHTS_FILE)
-    except RuntimeError as error:  # how torch tells a full disk
-        raise OSError(f"{WEIGHTS_FILE} can't be written; is the disk full? ({str(error).splitlines()[0]})") from error
+    except RuntimeError as error:  # raised by torch on a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written; is the disk full? ({reason})") from error
     files = copy.deepcopy(config.funasr_files or {})
     check_types(files, TYPES, "config.json", "funasr_files.")
     conf = _funasr_config(files.get(CONFIG_FILE, {}), checkpoint, processor)
@@ -212,7 +218,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
 
 
 def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProcessor) -> dict:
-    """`config.yaml`: that of the checkpoint's origin, if any, with what the model is now."""
+    """Returns the content of `config.yaml`: the original file's, if any, updated with the model's settings."""
     config = checkpoint.config
     encoder, adaptor, features = config.audio_encoder_config, config.audio_adaptor_config, processor.feature_extractor
     tp_blocks = encoder.num_timestamp_prediction_layers
@@ -283,7 +289,7 @@ def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProce
 
 
 def _funasr_metas(metas: dict) -> dict:
-    """`configuration.json`: which files FunASR takes."""
+    """Returns the content of `configuration.json`, which names the files that FunASR reads."""
     paths = {
         **(metas.get("file_path_metas") or {}),
         "init_param": WEIGHTS_FILE,

@@ -1,4 +1,4 @@
-"""The small files of a FunASR checkpoint: `config.yaml` and `configuration.json`, checked, and where the LLM's lie."""
+"""The small files of a FunASR checkpoint: reads and checks `config.yaml` and `configuration.json`, finds the LLM."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .untrusted import check_folder, inside, one_line, read_json, read_yaml
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, METAS_FILE = "config.yaml", "configuration.json"
-# Our own section of config.yaml, ignored by FunASR: what it has no key for.
+# Section of config.yaml for settings without a FunASR key; FunASR ignores it.
 SECTION = "hf_speechllm"
-# What readers take from either file: mappings, types, and the least and the most of numbers.
+# Fields that are read from both files: mappings, types, and the range of numbers.
 WIDTH, LAYERS, RATE = (1, 1_000_000), (0, 10_000), (0.0, 1.0)
 TYPES: dict[str, dict[str, Any]] = {
     CONFIG_FILE: {
@@ -45,30 +45,34 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def read_files(folder: Path) -> dict[str, Any]:
-    """`config.yaml` and `configuration.json`, parsed."""
+    """Reads `config.yaml` and `configuration.json`.
+
+    Raises:
+        CheckpointError: if `config.yaml` is missing, or a file or field is invalid.
+    """
     files: dict[str, Any] = {}
     for name, parse in ((CONFIG_FILE, read_yaml), (METAS_FILE, read_json)):
         if (folder / name).is_file():
             files[name] = parse(inside(folder, name, folder))
             check_types(files[name], TYPES[name], folder / name)
-        elif name == CONFIG_FILE:  # FunASR too does without the other one
+        elif name == CONFIG_FILE:  # FunASR does not require configuration.json either
             raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
     return files
 
 
 def check_types(values: dict[str, Any], types: dict[str, Any], source: Any, path: str = "") -> None:
-    """Refuses fields of `config.yaml` and `configuration.json` that are not what readers take them for.
+    """Checks types and ranges of fields in `config.yaml` and `configuration.json`; removes null fields.
 
     Raises:
-        CheckpointError: naming the field.
+        CheckpointError: if a field is invalid; the message names the field.
     """
     for key, expected in types.items():
         value = values.get(key)
-        if value is None:  # the readers take the default
+        if value is None:  # readers use the default
             values.pop(key, None)
         elif isinstance(expected, dict):
             if not isinstance(value, dict):
-                raise CheckpointError(f"{source}: {path}{key} must hold a mapping")
+                raise CheckpointError(f"{source}: {path}{key} must be a mapping")
             check_types(value, expected, source, f"{path}{key}.")
         elif isinstance(expected, tuple):
             least, most = expected
@@ -79,10 +83,15 @@ def check_types(values: dict[str, Any], types: dict[str, Any], source: Any, path
                     f"{source}: {path}{key} is {one_line(value, 100)}; it must be a {kind} from {least} to {most:,}"
                 )
         elif not isinstance(value, expected):
-            raise CheckpointError(f"{source}: {path}{key} is {one_line(value, 100)}, not a {expected.__name__}")
+            raise CheckpointError(f"{source}: {path}{key} is {one_line(value, 100)}; it must be a {expected.__name__}")
 
 
-def refuse_unknown(conf: dict, folder: Path) -> None:
+def check_supported(conf: dict, folder: Path) -> None:
+    """Refuses a `config.yaml` with unsupported parts or options.
+
+    Raises:
+        CheckpointError: if a part or option is unsupported; the message names the field.
+    """
     for key, known in {
         "model": "FunASRNano",
         "audio_encoder": "SenseVoiceEncoderSmall",
@@ -90,7 +99,7 @@ def refuse_unknown(conf: dict, folder: Path) -> None:
         "frontend": "WavFrontend",
     }.items():
         if conf.get(key) != known:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {key} is {conf.get(key)!r}; only {known} can be read")
+            raise CheckpointError(f"{folder / CONFIG_FILE}: {key} is {conf.get(key)!r}; only {known} is supported")
     encoder, frontend = conf.get("audio_encoder_conf") or {}, conf.get("frontend_conf") or {}
     for wrong, reason in (
         (encoder.get("sanm_shfit", 0) != 0, "audio_encoder_conf.sanm_shfit must be 0"),
@@ -100,14 +109,17 @@ def refuse_unknown(conf: dict, folder: Path) -> None:
         if wrong:
             raise CheckpointError(f"{folder / CONFIG_FILE}: {reason}")
     if (rate := (conf.get("audio_adaptor_conf") or {}).get("downsample_rate", 2)) != 1:
-        logger.warning("%s: FunASR's audio tokens don't heed downsample_rate %s, ours do", folder / CONFIG_FILE, rate)
+        logger.warning(
+            "%s: downsample_rate is %s; FunASR ignores it when it counts audio tokens, this package does not",
+            folder / CONFIG_FILE, rate,
+        )  # fmt: skip
 
 
 def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
-    """Where the LLM's config and tokenizer lie: what `configuration.json` says, or `config.yaml`.
+    """Returns the folder of the LLM's config and tokenizer, named in `configuration.json` or `config.yaml`.
 
     Raises:
-        CheckpointError: if there is no such folder.
+        CheckpointError: if the folder is missing.
     """
     files = read_files(folder) if files is None else files
     metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
@@ -115,7 +127,7 @@ def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
         (metas.get("llm_conf") or {}).get("init_param_path"),
         (files[CONFIG_FILE].get("llm_conf") or {}).get("init_param_path"),
     ]
-    # A path of the machine where the model was trained stands for the folder of that name beside the weights.
+    # A path on the training machine is replaced by the folder with the same name beside the weights.
     names = [name for path in named if path for name in (path, re.split(r"[/\\]", path.rstrip("/\\"))[-1])]
     candidates = []
     for name in dict.fromkeys(names):
@@ -129,6 +141,6 @@ def llm_folder(folder: Path, files: dict[str, Any] | None = None) -> Path:
             check_folder(candidates[-1])
             return candidates[-1]
     raise CheckpointError(
-        f"{folder}: the LLM's folder with config.json and tokenizer is missing; copy it there; looked for "
-        f"{', '.join(map(str, candidates)) or 'llm_conf.init_param_path in config.yaml'}"
+        f"{folder}: the LLM's folder with config.json and tokenizer is missing; copy it to "
+        f"{' or '.join(map(str, candidates)) or 'the path in llm_conf.init_param_path of config.yaml'}"
     )

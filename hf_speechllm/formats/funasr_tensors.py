@@ -1,4 +1,4 @@
-"""Tensors of FunASR's `FunASRNano`: reading `model.pt`, names there and here, fused projections, LoRA."""
+"""Tensors of FunASR's `FunASRNano`: reading of `model.pt`, conversion of names and fused projections, LoRA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checkpoint import EMBEDDINGS, HEAD, CheckpointError
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 DEFAULT_LORA = {"r": 16, "lora_alpha": 32}
 
-# Names inside a block: FunASR's, ours.
+# Names inside a block: (FunASR, this package).
 BLOCK_NAMES = (
     ("self_attn.linear_q.", "self_attn.q_proj."),
     ("self_attn.linear_k.", "self_attn.k_proj."),
@@ -34,20 +34,20 @@ ADAPTOR_BLOCK = re.compile(r"(audio_adaptor\.blocks\.\d+\.)(.+)")
 
 
 def load_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `model.pt`, without its wrapper; only tensors and plain values are unpickled.
+    """Reads the tensors of a `model.pt` without its wrapper dict; unpickles only tensors and plain values.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, would run code, or holds no state dict.
+        CheckpointError: if the file is missing or damaged, would run code, or contains no state dict.
     """
     if not file.is_file():
-        hint = "; DeepSpeed's folders must be consolidated first" if file.is_dir() else ""
+        hint = "; consolidate DeepSpeed's folder to a file first" if file.is_dir() else ""
         raise CheckpointError(f"{file} is not a file{hint}")
     try:
-        # Mapped rather than read where the format allows it: several processes then share one copy.
+        # Memory-mapped if the format allows it: several processes then share one copy.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} holds more than tensors, or is damaged; it is not loaded because it could run code"
+            f"{file} contains more than tensors, or is damaged; it is not loaded because it could run code"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); download or copy it again") from error
@@ -58,12 +58,15 @@ def load_state_dict(file: Path) -> dict[str, torch.Tensor]:
         or not state
         or not all(isinstance(value, torch.Tensor) for value in state.values())
     ):
-        raise CheckpointError(f"{file} holds no state dict")
+        raise CheckpointError(f"{file} contains no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def to_ours(state: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str, torch.Tensor]:
-    """Our names; the encoder's fused query, key and value are split. What we don't know keeps its name."""
+    """Converts FunASR's tensors to this package's names and splits the encoder's fused query, key and value.
+
+    Unknown names stay unchanged.
+    """
     tensors = {}
     for name, tensor in state.items():
         fused = FUSED.fullmatch(name)
@@ -71,7 +74,7 @@ def to_ours(state: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str
             tensors[_to_our_name(name, config)] = tensor
             continue
         for letter, part in zip("qkv", tensor.chunk(3), strict=False):
-            # A copy: parts of one storage would pass for shared weights.
+            # A copy: parts of one storage would be treated as shared weights.
             tensors[_to_our_name(f"{fused[1]}.linear_{letter}.{fused[2]}", config)] = part.clone()
     return tensors
 
@@ -89,7 +92,7 @@ def _to_our_name(name: str, config: SpeechLLMConfig) -> str:
 
 
 def to_funasr_name(name: str, config: SpeechLLMConfig) -> str:
-    """FunASR's name; query, key and value of the encoder share that of the fused tensor."""
+    """Returns FunASR's name of a tensor; the encoder's query, key and value have the name of the fused tensor."""
     layers = config.audio_encoder_config.num_hidden_layers
     blocks = layers - config.audio_encoder_config.num_timestamp_prediction_layers
     if match := ADAPTOR_BLOCK.fullmatch(name):
@@ -118,7 +121,7 @@ def _rename(name: str, column: int) -> str:
 
 
 def to_funasr(tensors: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str, torch.Tensor]:
-    """Our tensors under FunASR's names, with query, key and value of the encoder in one."""
+    """Converts this package's tensors to FunASR's names and fuses the encoder's query, key and value."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         target = to_funasr_name(name, config)
@@ -133,21 +136,21 @@ def to_funasr(tensors: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict
 
 
 def merge_lora(state: dict[str, torch.Tensor], llm_conf: dict, source: Path) -> None:
-    """Merges FunASR's own LoRA matrices in place: `W + lora_alpha / r * B A`, as `models/lora/layers.py` computes it.
+    """Merges FunASR's LoRA matrices in place: `W + lora_alpha / r * B A`, as in FunASR's `models/lora/layers.py`.
 
     Raises:
-        CheckpointError: if a matrix lacks its partner, or their rank is not the one in `llm_conf.lora_conf`.
+        CheckpointError: if one of two matrices is missing, or their rank differs from `llm_conf.lora_conf`.
     """
     options = {**DEFAULT_LORA, **(llm_conf.get("lora_conf") or {})}
     for name in [name for name in state if name.endswith(".lora_A")]:
         layer = name.removesuffix(".lora_A")
         if f"{layer}.lora_B" not in state or f"{layer}.weight" not in state:
-            raise CheckpointError(f"{source}: {name} without {layer}.lora_B or {layer}.weight")
+            raise CheckpointError(f"{source}: {name} without {layer}.lora_B or {layer}.weight; the file is incomplete")
         down, up = state.pop(name), state.pop(f"{layer}.lora_B")
         if down.shape[0] != options["r"]:
             raise CheckpointError(
                 f"{source}: {name} has rank {down.shape[0]}, but llm_conf.lora_conf.r in config.yaml is "
-                f"{options['r']}; give r and lora_alpha of the training there"
+                f"{options['r']}; write r and lora_alpha of the training to config.yaml"
             )
         weight = state[f"{layer}.weight"]
         update = up.float() @ down.float() * (options["lora_alpha"] / options["r"])

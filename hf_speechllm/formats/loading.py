@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has, and loading, saving and converting in any of them."""
+"""Detection of checkpoint layouts, and loading, saving and conversion in all layouts."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from .checkpoint import (
     CheckpointError,
     StoredTensor,
     build_config,
-    check_amount,
+    check_model_size,
     check_tensors,
     new_folder,
     part_dtypes,
+    read_ctc_tensors,
     read_generation_config,
     read_headers,
     read_safetensors,
-    read_side,
     widest,
+    write_ctc_tensors,
     write_safetensors,
-    write_side,
 )
 from .untrusted import base_model, check_folder, inside, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
 LAYOUTS = (OWN, NATIVE, FUNASR)
 READERS = {NATIVE: native, FUNASR: funasr, PARTIAL: partial}
-SIDE_FILE = "ctc.safetensors"
-PROCESSOR_FAULT = "holds no processor that can be used"
+CTC_FILE = "ctc.safetensors"
+PROCESSOR_ERROR = "contains no usable processor"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# What to download of a repository: (config and tokenizer, weights).
+# Files to download from a repository: (config and tokenizer, weights).
 FILES = {
     OWN: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
     NATIVE: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
@@ -52,17 +52,17 @@ FILES = {
 
 
 def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
-    """The layout of a checkpoint, from the files that it has.
+    """Detects the layout of a checkpoint from its files.
 
     Args:
         name: folder or Hub id.
-        hub: `cache_dir`, `token`, `revision` and the like, as in transformers.
+        hub: options of transformers' `from_pretrained` (`cache_dir`, `token`, `revision`, ...).
 
     Raises:
-        CheckpointError: if it is a model of another kind, or none at all.
-        OSError: if there is no such folder or repository.
+        CheckpointError: if the folder or repository contains no model, or a model of another kind.
+        OSError: if the folder or repository does not exist.
     """
-    if os.path.isfile(name):  # a config.json named by itself
+    if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
         return OWN
     model_type = _read_json(name, "config.json", hub).get("model_type")
@@ -79,8 +79,8 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
             f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
     raise CheckpointError(
-        f"{name} holds no model: there is neither config.json (ours, transformers') nor adapter_config.json (peft's) "
-        "nor config.yaml (FunASR's)"
+        f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
+        "or config.yaml (FunASR)"
     )
 
 
@@ -97,7 +97,7 @@ def _read_json(name: str | os.PathLike[str], file: str, hub: dict) -> dict:
 
 
 def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool = True) -> Path:
-    """The checkpoint as a local folder, downloaded if it is on the Hub; see `untrusted.check_folder`."""
+    """Returns a checkpoint's local folder, downloaded from the Hub if necessary; see `untrusted.check_folder`."""
     hub = {key: value for key, value in hub.items() if value is not None}
     subfolder = hub.pop("subfolder", "")
     if not os.path.exists(name):
@@ -113,12 +113,12 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
 
 
 def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None:
-    """Our config, as a dict, of a checkpoint in another layout; `None` for one in ours."""
+    """Returns the config of a checkpoint in another layout as a dict; `None` for the layout of this package."""
     hub = _hub_options(options)
     layout = find_layout(name, **hub)
     if layout in (OWN, PARTIAL):
         file = Path(name if os.path.isfile(name) else str(_find(name, "config.json", hub)))
-        build_config(read_json(file), file)  # transformers' own errors name neither file nor field
+        build_config(read_json(file), file)  # errors of transformers name neither file nor field
         return None
     folder = _fetch(name, layout, hub, weights=False)
     if layout == ADAPTER:
@@ -134,7 +134,7 @@ def load_model(
     *model_args: Any,
     **options: Any,
 ) -> Any:
-    """What `SpeechLLMForConditionalGeneration.from_pretrained` does; arguments and result are those of transformers.
+    """Implements `SpeechLLMForConditionalGeneration.from_pretrained`; arguments and result as in transformers.
 
     Raises:
         CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
@@ -152,31 +152,31 @@ def load_model(
                 base, *model_args, dtype=dtype, output_loading_info=True, **options
             )
         model = adapters.merge(model, folder, keep_dtypes=dtype is None)
-        model.name_or_path = stored_base(name)  # the base model of adapters that are trained on it in turn
+        model.name_or_path = stored_base(name)  # adapters trained on this model store it as their base model
         return (model, info) if want_info else model
 
     if layout == OWN:
-        source, side = name, read_side(_find(name, SIDE_FILE, hub))
+        source, ctc_tensors = name, read_ctc_tensors(_find(name, CTC_FILE, hub))
         headers = _check_own(folder, options)
         stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
     else:
         with reading(folder):
             checkpoint = READERS[layout].read(folder)
-        source, side = None, checkpoint.side
+        source, ctc_tensors = None, checkpoint.ctc_tensors
         stored = part_dtypes({key: tensor.dtype for key, tensor in checkpoint.tensors.items()})
         options.setdefault("generation_config", checkpoint.generation_config)
         options["config"] = options.get("config") or _override(checkpoint.config, options)
         options["state_dict"] = checkpoint.tensors
-    # transformers loads in one dtype: the widest loses nothing, and each part gets its own back afterwards.
+    # transformers loads all parts in one dtype. The widest dtype keeps all values; each part is converted below.
     loaded = widest(stored.values()) if dtype is None and stored else dtype
-    strict = not options.pop("ignore_mismatched_sizes", False)  # told below, as one error
+    strict = not options.pop("ignore_mismatched_sizes", False)  # reported below, in one error
     options["ignore_mismatched_sizes"] = True
     load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
     model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
     if info["missing_keys"] or info["unexpected_keys"]:
         missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
         raise CheckpointError(
-            f"{name}: the tensors don't fit the config; missing: {missing or 'none'}; "
+            f"{name}: the tensors do not match the config; missing: {missing or 'none'}; "
             f"unexpected: {unexpected or 'none'}"
         )
     if strict and info["mismatched_keys"]:
@@ -184,51 +184,51 @@ def load_model(
             f"{key} is {tuple(found)}, not {tuple(asked)}" for key, found, asked in sorted(info["mismatched_keys"])
         ]
         raise CheckpointError(
-            f"{name}: the tensors don't fit the config; of a wrong shape: {one_line(', '.join(shapes))}"
+            f"{name}: the tensors do not match the config; wrong shape: {one_line(', '.join(shapes))}"
         )
     if dtype is None and len(set(stored.values())) > 1:
         for part, part_dtype in stored.items():
-            for parameter in getattr(model, part).parameters():  # not the buffers: position tables stay float32
+            for parameter in getattr(model, part).parameters():  # buffers (position tables) stay float32
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(part_dtype)
     if source is None:
         model.config.name_or_path = str(name)
-    model.name_or_path = stored_base(name)  # where an adapter looks for its base model
-    model.side_tensors = side
+    model.name_or_path = stored_base(name)  # adapters trained on this model store it as their base model
+    model.ctc_tensors = ctc_tensors
     return (model, info) if want_info else model
 
 
 def _check_own(folder: Path, options: dict) -> dict[str, StoredTensor]:
-    """Checks a folder in our own layout, which transformers reads: nothing else is read, no more than it holds.
+    """Checks a folder in the layout of this package before transformers reads it.
 
     Returns:
-        Dtypes and shapes of its tensors; none if they are not in safetensors.
+        Dtypes and shapes of the tensors; empty without safetensors files.
     """
-    if (folder / adapters.CONFIG_FILE).exists():  # transformers would load the model that the adapter names
+    if (folder / adapters.CONFIG_FILE).exists():  # transformers would load the adapter's base model
         raise CheckpointError(
-            f"{folder} holds both config.json and {adapters.CONFIG_FILE}; a folder is either a model or an adapter"
+            f"{folder} contains both config.json and {adapters.CONFIG_FILE}; remove the one that does not belong to it"
         )
     options.setdefault("use_safetensors", True)
     headers = read_headers(folder) if folder.is_dir() else {}
     if headers and not options.get("ignore_mismatched_sizes") and not options.get("variant"):
         config = options.get("config") or read_config(folder)
-        check_amount(config, {key: item.shape for key, item in headers.items()}, str(folder))
+        check_model_size(config, {key: item.shape for key, item in headers.items()}, str(folder))
         if "generation_config" not in options:
             read_generation_config(folder, config)
     return headers
 
 
 def read_config(folder: Path) -> SpeechLLMConfig:
-    """The config of a folder in our own layout.
+    """Reads the config of a folder in the layout of this package.
 
     Raises:
-        CheckpointError: if it is missing, or no config of a speech LLM.
+        CheckpointError: if the config is missing, or is not the config of a speech LLM.
     """
     return build_config(read_json(folder / "config.json"), folder / "config.json")
 
 
 def _override(config: SpeechLLMConfig, options: dict) -> SpeechLLMConfig:
-    """Sets what options of `from_pretrained` are attributes of the config, and takes them out."""
+    """Sets attributes of the config from options of `from_pretrained` and removes these options."""
     for key in [key for key in options if key in config.to_dict()]:
         setattr(config, key, options.pop(key))
     return config
@@ -239,36 +239,36 @@ def _hub_options(options: dict) -> dict:
 
 
 def _base_options(options: dict) -> dict:
-    """Options for an adapter's base model: the revision and the subfolder are the adapter's own."""
+    """Returns options for an adapter's base model, without the adapter's revision and subfolder."""
     return {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
 
 
 def load_processor(
     processor_class: type[SpeechLLMProcessor], name: str | os.PathLike[str], **options: Any
 ) -> SpeechLLMProcessor:
-    """What `SpeechLLMProcessor.from_pretrained` does.
+    """Implements `SpeechLLMProcessor.from_pretrained`.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or the tokenizer lacks a token of the dialogue format.
     """
     hub = _hub_options(options)
-    options.setdefault("trust_remote_code", False)  # `None` would ask whoever sits at the terminal
+    options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class")
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
-    if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed apart from its model
+    if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed without its model
         folder = _fetch(name, NATIVE, hub, weights=False)
-        with reading(folder, PROCESSOR_FAULT):
+        with reading(folder, PROCESSOR_ERROR):
             config = SpeechLLMConfig.from_pretrained(folder)
             return native.read_processor(folder, _read_tokenizer(folder, options), config)
     folder = _fetch(name, layout, hub, weights=False)
     if layout == OWN:
-        with reading(folder, PROCESSOR_FAULT):
+        with reading(folder, PROCESSOR_ERROR):
             return super(SpeechLLMProcessor, processor_class).from_pretrained(name, **options)  # type: ignore[misc]
     if layout == ADAPTER:
         with base_model(folder / adapters.CONFIG_FILE) as base:
             return processor_class.from_pretrained(base, **_base_options(options))
-    with reading(folder, PROCESSOR_FAULT):
+    with reading(folder, PROCESSOR_ERROR):
         config = READERS[layout].read_config(folder)
         tokenizer = _read_tokenizer(folder if layout == NATIVE else funasr_files.llm_folder(folder), options)
         return READERS[layout].read_processor(folder, tokenizer, config)
@@ -280,10 +280,10 @@ def _read_tokenizer(folder: Path, options: dict) -> Any:
 
 
 def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
-    """Reads a checkpoint in any layout without building the model, tensors untouched; an adapter is merged.
+    """Reads a checkpoint in any layout without building the model or changing tensors; merges an adapter.
 
     Raises:
-        CheckpointError: as `load_model`.
+        CheckpointError: see `load_model`.
     """
     layout = find_layout(name, **hub)
     if layout == ADAPTER:
@@ -294,8 +294,8 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
             return READERS[layout].read(folder)
     config = read_config(folder)
     tensors = read_safetensors(folder)
-    side = read_side(folder / SIDE_FILE)
-    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), side)
+    ctc_tensors = read_ctc_tensors(folder / CTC_FILE)
+    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), ctc_tensors)
     check_tensors(checkpoint, str(folder))
     return checkpoint
 
@@ -308,16 +308,16 @@ def write_checkpoint(
     force: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a checkpoint in a layout; the folder appears once it is complete.
+    """Writes a checkpoint in a layout. The output folder appears when it is complete.
 
     Args:
         output: folder; must not exist.
         layout: `speech_llm`, `native` or `funasr`.
-        force: whether to write also what would behave differently there.
-        max_shard_size: beyond it, safetensors are split; without effect on FunASR's `model.pt`.
+        force: whether to write a model that would give different results in the target library.
+        max_shard_size: maximum size of a safetensors file; ignored for FunASR's `model.pt`.
 
     Raises:
-        CheckpointError: if the layout can't hold the model, or it would behave differently there.
+        CheckpointError: if the layout does not support the model, or the model would give different results.
         FileExistsError: if `output` exists.
     """
     if layout not in LAYOUTS:
@@ -337,7 +337,7 @@ def write_files(
     force: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a checkpoint into an existing folder, in our layout or the native one, without a processor if `None`."""
+    """Writes a checkpoint, and a processor if given, to an existing folder in the own or native layout."""
     if layout == NATIVE:
         native.write(checkpoint, processor, folder, force, max_shard_size)
         return
@@ -349,11 +349,11 @@ def write_files(
     if processor is not None:
         processor.save_pretrained(folder)
     write_safetensors(checkpoint.tensors, folder, max_shard_size)
-    write_side(checkpoint.side, folder / SIDE_FILE)
+    write_ctc_tensors(checkpoint.ctc_tensors, folder / CTC_FILE)
 
 
 def save_native(model, processor: SpeechLLMProcessor, folder: str | os.PathLike[str], force: bool = False) -> None:
-    """Saves a model and its processor for transformers' own `fun_asr_nano`; see `write_checkpoint`."""
+    """Saves a model and its processor for transformers' `fun_asr_nano`; see `write_checkpoint`."""
     write_checkpoint(Checkpoint.of(model), processor, folder, NATIVE, force)
 
 

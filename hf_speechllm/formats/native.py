@@ -1,4 +1,4 @@
-"""The layout of transformers' own `fun_asr_nano`: read into our model, and written from it."""
+"""Reading and writing of the native layout, that of transformers' `fun_asr_nano`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from .checkpoint import (
     CheckpointError,
     build_config,
     check_tensors,
+    read_ctc_tensors,
     read_generation_config,
     read_safetensors,
-    read_side,
-    settle_tying,
+    set_weight_tying,
     widest,
+    write_ctc_tensors,
     write_safetensors,
-    write_side,
 )
 from .untrusted import read_json, reading
 
 MODEL_TYPE, PROCESSOR_CLASS = "fun_asr_nano", FunAsrNanoProcessor.__name__
-# Our own key in the native config: how the model was trained. Where it is missing, the model is a release, or trained
-# from one by others, and the original's numerics are taken to be the truth.
+# Key of this package in the native config; records how the model was trained. Without this key, the model is a release
+# or was trained by other software, and the numerics of the original (FunASR) apply.
 MARKER = "use_low_frame_rate"
-ORIGINAL_LAYER_NORM_EPS = 1e-12  # of the adaptor's blocks in FunASR; the native class has 1e-5
-# In a subfolder, for engines that load every *.safetensors of the main one.
-SIDE_FILE = "funasr/ctc.safetensors"
+ORIGINAL_LAYER_NORM_EPS = 1e-12  # of the adaptor's blocks in FunASR; the native class uses 1e-5
+# In a subfolder, because some engines load every *.safetensors file of the main folder.
+CTC_FILE = "funasr/ctc.safetensors"
 
-# Prefixes of tensor names: ours, native.
+# Prefixes of tensor names: (this package, native).
 PREFIXES = (
     ("audio_encoder.", "model.audio_tower."),
     ("audio_adaptor.linear1.", "model.multi_modal_projector.linear_1."),
@@ -58,12 +58,12 @@ ADAPTOR_FIELDS = (
     "projector_hidden_size",
     "projector_hidden_act",
 )
-DIALOGUE_FIELDS = ("think_block", "system_prompt")  # of our processor
+DIALOGUE_FIELDS = ("think_block", "system_prompt")  # options of `SpeechLLMProcessor`
 FEATURE_FIELDS = ("feature_size", "sampling_rate", "frame_length", "frame_shift", "num_frames_lfr", "stride_lfr")
 
-# Renders what `chat.tokenize` builds. A user message whose list begins with the recording is a request as
-# `FunAsrNanoProcessor.apply_transcription_request` makes it: texts are context, keywords are hotwords. Any other list,
-# and any string, is taken as it stands.
+# Renders the layout of `chat.tokenize`. A user message whose list starts with the recording is a request from
+# `FunAsrNanoProcessor.apply_transcription_request`: texts are context, keywords are hotwords. Other lists and strings
+# are rendered unchanged.
 CHAT_TEMPLATE = """\
 {%- if @WANTED@ and (not messages or messages[0]['role'] != 'system') -%}
 {{- '<|im_start|>system\\n@SYSTEM@<|im_end|>\\n' -}}
@@ -114,7 +114,11 @@ CHAT_TEMPLATE = """\
 
 
 def chat_template(audio_token: str = chat.AUDIO_TOKEN, think_block: bool = False, system_prompt: bool = True) -> str:
-    """The Jinja template that makes the native processor build our prompts; see `SpeechLLMProcessor`."""
+    """Returns the Jinja template with which the native processor builds this package's prompts.
+
+    Args:
+        audio_token, think_block, system_prompt: see `SpeechLLMProcessor`.
+    """
     values = {
         "@SYSTEM@": chat.DEFAULT_SYSTEM,
         "@HEADER@": chat.hotword_context(["x"]).split("热词列表")[0],
@@ -129,9 +133,9 @@ def chat_template(audio_token: str = chat.AUDIO_TOKEN, think_block: bool = False
 
 
 def read_config(folder: Path) -> SpeechLLMConfig:
-    """Our config of a native checkpoint.
+    """Reads the config of a native checkpoint.
 
-    Without our marker, `use_low_frame_rate` is true and the adaptor's LayerNorm epsilon that of the original.
+    Without `MARKER`, `use_low_frame_rate` is true and the adaptor's LayerNorm epsilon is the original's.
     """
     raw = read_json(folder / "config.json")
     with reading(folder / "config.json"):
@@ -160,15 +164,17 @@ def read(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     tensors = {_to_ours(name): tensor for name, tensor in read_safetensors(folder).items()}
-    settle_tying(config, tensors)
+    set_weight_tying(config, tensors)
     config.dtype = widest(tensor.dtype for tensor in tensors.values())
-    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), read_side(folder / SIDE_FILE))
+    checkpoint = Checkpoint(
+        config, tensors, read_generation_config(folder, config), read_ctc_tensors(folder / CTC_FILE)
+    )
     check_tensors(checkpoint, str(folder), _to_native)
     return checkpoint
 
 
 def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLLMProcessor:
-    """Our processor of a native checkpoint."""
+    """Reads the processor of a native checkpoint."""
     raw = read_json(folder / "processor_config.json")
     features = raw.get("feature_extractor", {})
     if not features and (folder / "preprocessor_config.json").is_file():
@@ -185,32 +191,34 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
 
 
-def refuse(config: SpeechLLMConfig, force: bool = False) -> None:
-    """Refuses models that the native class can't hold, and, unless forced, those that would behave differently there.
+def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
+    """Refuses models that the native class cannot represent, and, unless forced, models with different results there.
 
     Raises:
-        CheckpointError: with the reason.
+        CheckpointError: if the model is refused; the message contains the reasons.
     """
     adaptor, llm = config.audio_adaptor_config, config.llm_config
     reasons = []
     if config.audio_encoder_config.model_type != "fun_asr_nano_encoder":
-        reasons.append(f"its audio encoder is always SAN-M, this one is {config.audio_encoder_config.model_type}")
+        reasons.append(f"the native audio encoder is SAN-M, this one is {config.audio_encoder_config.model_type}")
     if adaptor.adaptor_type != "transformer":
-        reasons.append(f"its adaptor is always a Transformer, this one is {adaptor.adaptor_type}")
+        reasons.append(f"the native adaptor is a Transformer, this one is {adaptor.adaptor_type}")
     if adaptor.downsample_rate != 1:
-        reasons.append(f"its adaptor never stacks frames, this one stacks {adaptor.downsample_rate} (downsample_rate)")
+        reasons.append(
+            f"the native adaptor does not stack frames, this one stacks {adaptor.downsample_rate} (downsample_rate)"
+        )
     if adaptor.intermediate_size != llm.hidden_size // 4:
         reasons.append(
-            f"its adaptor blocks are a quarter of the LLM wide ({llm.hidden_size // 4}), "
-            f"these {adaptor.intermediate_size}"
+            f"the native adaptor blocks have a quarter of the LLM's width ({llm.hidden_size // 4}), these have "
+            f"{adaptor.intermediate_size}"
         )
     if reasons:
-        raise CheckpointError("the native layout (fun_asr_nano) can't hold this model: " + "; ".join(reasons))
+        raise CheckpointError("the native layout (fun_asr_nano) does not support this model: " + "; ".join(reasons))
     if config.use_low_frame_rate and not force:
         raise CheckpointError(
             "this model was trained on the first eighth of each recording's frames (use_low_frame_rate), but "
-            "transformers' fun_asr_nano class feeds the LLM all of them, so it would transcribe badly there; `force` "
-            "writes it for a reader that shortens by itself"
+            "transformers' fun_asr_nano class passes all frames to the LLM, so it would transcribe badly there; to "
+            "write it for software that shortens the frames, use force"
         )
 
 
@@ -221,16 +229,16 @@ def write(
     force: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a native checkpoint into an existing folder, without a processor if `None`.
+    """Writes a native checkpoint, and a processor if given, to an existing folder.
 
     Raises:
-        CheckpointError: see `refuse`; or if the LLM's tensors are not named as the native class names them.
+        CheckpointError: see `check_exportable`; or if tensors of the LLM have no name in the native class.
     """
-    refuse(checkpoint.config, force)
+    check_exportable(checkpoint.config, force)
     tensors = {_to_native(name): tensor for name, tensor in checkpoint.tensors.items()}
-    if strange := [name for name in tensors if name.startswith("llm.")]:
+    if unsupported := [name for name in tensors if name.startswith("llm.")]:
         raise CheckpointError(
-            f"the native layout (fun_asr_nano) can't hold this LLM: no place for {', '.join(strange[:5])}"
+            f"the native layout (fun_asr_nano) does not support this LLM: no name for {', '.join(unsupported[:5])}"
         )
     config = _native_config(checkpoint)
     config.save_pretrained(folder)
@@ -239,7 +247,7 @@ def write(
     if processor is not None:
         native_processor(processor).save_pretrained(folder)
     write_safetensors(tensors, folder, max_shard_size)
-    write_side(checkpoint.side, folder / SIDE_FILE)
+    write_ctc_tensors(checkpoint.ctc_tensors, folder / CTC_FILE)
 
 
 def _native_config(checkpoint: Checkpoint) -> FunAsrNanoConfig:
@@ -260,9 +268,9 @@ def _native_config(checkpoint: Checkpoint) -> FunAsrNanoConfig:
 
 
 def _fix_adaptor_attention(file: Path) -> None:
-    """Names the adaptor's attention implementation in the file.
+    """Sets the adaptor's attention implementation in a config file.
 
-    Left to itself, the native class resolves none for the adaptor, which then attends to the padding of a batch.
+    Otherwise the native class resolves no implementation for the adaptor, which then attends to padding.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     config["attn_implementation"] = {"adaptor_config": "sdpa"}
@@ -270,18 +278,18 @@ def _fix_adaptor_attention(file: Path) -> None:
 
 
 def native_processor(processor: SpeechLLMProcessor) -> FunAsrNanoProcessor:
-    """The native class's processor with our tokenizer, prompts and options of features."""
+    """Converts a processor to the native class, with the same tokenizer, prompts and feature options."""
     ours = processor.feature_extractor
     features = FunAsrNanoFeatureExtractor(
         window=ours.window_type,
-        # What the class doesn't know is kept for the way back.
+        # Unknown to the native class; stored for the conversion back.
         waveform_scale=ours.waveform_scale,
         dither=ours.dither,
         **{name: getattr(processor, name) for name in DIALOGUE_FIELDS},
         **{name: getattr(ours, name) for name in FEATURE_FIELDS},
     )
     tokenizer = copy.deepcopy(processor.tokenizer)
-    # `generate` wants prompts of a batch padded, and on the left; the native processor does what its tokenizer says.
+    # `generate` needs padding on the left; the native processor uses the padding settings of its tokenizer.
     tokenizer.padding_side = "left"
     tokenizer.init_kwargs.update(padding=True, padding_side="left")
     template = chat_template(processor.audio_token, processor.think_block, processor.system_prompt)

@@ -1,4 +1,4 @@
-"""Checkpoints that leave out the frozen parts of a model, and name the base model that has them."""
+"""Partial checkpoints: contain only the trained parts, and refer to the base model for the frozen parts."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ REFERENCE_FILE = "base_model.json"
 
 
 def write_reference(folder: Path, name: str, digest: str) -> None:
-    """Names the base model of a folder whose `model.safetensors` holds the trained parts alone.
+    """Writes the reference to the base model of a partial checkpoint.
 
     Args:
         name: folder or Hub id of the base model.
-        digest: `hash_tensors` of the parts that it is to give.
+        digest: `hash_tensors` of the frozen parts.
     """
     with atomic_write(folder / REFERENCE_FILE) as file:
         json.dump({"base_model_name_or_path": stored_base(name), "sha256": digest}, file, indent=1)
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values, as float32, whatever the dtype: training widens what it loads."""
+    """Returns the SHA-256 of names and float32 values; independent of the dtype, because training loads as float32."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -45,12 +45,12 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Reads a folder and its base model into one checkpoint.
+    """Reads a partial checkpoint and its base model into one checkpoint.
 
     Raises:
-        CheckpointError: if the base model is not what the trained parts were trained with.
+        CheckpointError: if the base model differs from the one used in training.
     """
-    from .loading import read_checkpoint  # which builds on this module
+    from .loading import read_checkpoint  # `loading` imports this module
 
     with base_model(folder / REFERENCE_FILE) as name:
         base, trained = read_checkpoint(name), read_safetensors(folder)
@@ -58,20 +58,20 @@ def read(folder: Path) -> Checkpoint:
     frozen = {key: tensor for key, tensor in base.tensors.items() if key.split(".", 1)[0] not in parts}
     check_base(folder, frozen)
     config = build_config(read_json(folder / "config.json"), folder / "config.json")
-    checkpoint = Checkpoint(config, {**frozen, **trained}, read_generation_config(folder, config), base.side)
+    checkpoint = Checkpoint(config, {**frozen, **trained}, read_generation_config(folder, config), base.ctc_tensors)
     check_tensors(checkpoint, str(folder))
     return checkpoint
 
 
 def check_base(folder: Path, frozen: Mapping[str, torch.Tensor]) -> None:
-    """Sees to it that frozen parts are those that a checkpoint was trained with.
+    """Checks that frozen parts are equal to those used in the training of a partial checkpoint.
 
     Raises:
-        CheckpointError: if they are not.
+        CheckpointError: if they differ.
     """
     reference = read_json(folder / REFERENCE_FILE)
     if hash_tensors(frozen) != reference.get("sha256"):
         raise CheckpointError(
-            f"{folder} holds the trained parts of {one_line(reference.get('base_model_name_or_path'))}, whose other "
-            f"parts have changed since; restore that model, or name its place in {REFERENCE_FILE}"
+            f"{folder} contains the trained parts of {one_line(reference.get('base_model_name_or_path'))}, whose "
+            f"frozen parts have changed since; restore the base model, or write its path to {REFERENCE_FILE}"
         )

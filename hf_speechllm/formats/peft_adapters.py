@@ -1,4 +1,4 @@
-"""Adapter folders of peft, as LoRA training writes them: merged into their base model."""
+"""Merging of peft's LoRA adapters into their base model."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from .checkpoint import CheckpointError, one_line, read_tensors, widest
 from .untrusted import inside, read_json, reading
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Options that import a module by name, read other files, or multiply layers.
+# Refused options: they import a module by name, read other files, or duplicate layers.
 REFUSED = ("megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "layer_replication")
-INITIAL = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")  # of `init_lora_weights`, without data
-MAX_RANK = 1024  # unless the tensors have a higher one
-MATCHING_SECONDS = 2.0  # for all patterns of an adapter; a hostile one may take for ever
+INITIAL = re.compile(
+    r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?"
+)  # values of `init_lora_weights` that need no data
+MAX_RANK = 1024  # unless the tensors have a higher rank
+MATCHING_SECONDS = 2.0  # time limit for all patterns of an adapter; a hostile pattern may never finish
 
 
 def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrainedModel:
-    """Merges an adapter into its base model: low-rank matrices are added, parts that were trained whole replaced.
+    """Merges an adapter into its base model: adds low-rank matrices, and replaces fully trained parts.
 
     Args:
-        model: the base model; it is changed.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        keep_dtypes: whether a part that was trained whole takes the dtype in which the adapter stores it.
+        model: base model; changed in place.
+        folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
+        keep_dtypes: whether fully trained parts get the adapter's dtype.
 
     Returns:
-        The model itself, without a trace of peft.
+        `model`, without peft's wrapper.
 
     Raises:
-        CheckpointError: if tensors of the adapter are missing or unexpected, or don't fit the base model.
+        CheckpointError: if tensors of the adapter are missing or unexpected, or do not match the base model.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -54,44 +56,44 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
     with reading(folder / CONFIG_FILE):
         wrapped = get_peft_model(model, config)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    # peft saves the embeddings whole beside matrices that belong to them.
+    # With low-rank matrices for embeddings, peft also saves the full embeddings.
     known = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - known.keys()
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} doesn't fit {config.base_model_name_or_path}; "
+            f"{folder / WEIGHTS_FILE} does not match {config.base_model_name_or_path}; "
             f"missing: {one_line(', '.join(sorted(missing))) or 'none'}; "
             f"unexpected: {one_line(', '.join(sorted(unexpected))) or 'none'}"
         )
     misshapen = [name for name in tensors if tensors[name].shape != known[name].shape]
     if misshapen:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} doesn't fit {config.base_model_name_or_path}; "
-            f"of a wrong shape: {', '.join(misshapen)}"
+            f"{folder / WEIGHTS_FILE} does not match {config.base_model_name_or_path}; "
+            f"wrong shape: {', '.join(misshapen)}"
         )
     if model.config.tie_word_embeddings and any(
         "lora_embedding_A" in name or "lm_head.lora" in name for name in tensors
     ):
-        # A merged matrix would also serve at the other end, where the adapter was not.
+        # Merging into one of two tied modules would also change the other.
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} adapts the LLM's embeddings or its head, which share their weights, so that it "
-            "can't be merged; decode with peft.PeftModel, or train without them in --lora_target_modules"
+            f"{folder / WEIGHTS_FILE} cannot be merged: it adapts the LLM's embeddings or head, which share their "
+            "weights; decode with peft.PeftModel, or train without them in --lora_target_modules"
         )
     set_peft_model_state_dict(wrapped, tensors)
-    with reading(folder, "can't be merged"):
+    with reading(folder, "cannot be merged"):
         merged = wrapped.merge_and_unload(safe_merge=True)
     merged.requires_grad_(True).eval()
     return merged
 
 
 def _read_config(folder: Path, tensors: dict[str, torch.Tensor], names: list[str]) -> Any:
-    """The `LoraConfig` of an adapter, with its regular expressions replaced by the modules that they match.
+    """Reads the `LoraConfig` of an adapter and replaces regular expressions by the names of matching modules.
 
     Args:
-        names: of the base model's modules.
+        names: module names of the base model.
 
     Raises:
-        CheckpointError: if it is of another kind than LoRA, or has options that are not for a stranger to choose.
+        CheckpointError: if the adapter is not LoRA, or has unsafe options.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -110,7 +112,7 @@ def _read_config(folder: Path, tensors: dict[str, torch.Tensor], names: list[str
         items = settings.get(key) or []
         for item in [items] if isinstance(items, str) else items:
             if not isinstance(item, str) or not re.fullmatch(r"[\w.]+", item):
-                raise CheckpointError(f"{file}: {key}: {one_line(item, 100)!r} is not the name of a module")
+                raise CheckpointError(f"{file}: {key}: {one_line(item, 100)!r} is not a module name")
     patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     ranks = [settings.get("r", LoraConfig.r), *patterns["rank_pattern"].values()]
     most = max([MAX_RANK, *(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name and tensor.dim())])
@@ -135,6 +137,8 @@ def _matching(pattern: str, names: Iterable[str], end: float, source: str) -> It
             if regex.fullmatch(pattern, name, timeout=max(0.0, end - time.monotonic())):
                 yield name
         except TimeoutError as error:
-            raise CheckpointError(f"{source} takes too long to match the names of the modules; list them") from error
+            raise CheckpointError(
+                f"{source}: matching takes more than {MATCHING_SECONDS:g} s; write a list of module names instead"
+            ) from error
         except regex.error as error:
-            raise CheckpointError(f"{source} is no regular expression ({one_line(error)})") from error
+            raise CheckpointError(f"{source} is not a valid regular expression ({one_line(error)})") from error

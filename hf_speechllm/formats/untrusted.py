@@ -1,7 +1,7 @@
-"""Reading what others wrote: names of files, JSON and YAML of a checkpoint, each checked before it is used.
+"""Reading of untrusted files: checks file names, JSON and YAML of a checkpoint before they are used.
 
-A checkpoint comes from the Hub or from a stranger. Nothing in it may name a file outside its folder, choose code to
-run, or ask for more memory than the checkpoint itself is large.
+A checkpoint may come from an unknown author. It must not name a file outside its folder, choose code to run, or make
+the program allocate more memory than the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..model.configuration import check_sizes
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON, MAX_YAML = 2**24, 2**20  # bytes; the index of a model of 10^5 tensors has 10 MB; PyYAML reads 0.2 MB/s
-MAX_VALUES = 1_000_000  # in a settings file; in YAML, with aliases written out
-MAX_DEPTH = 50  # of lists and mappings inside each other
-MAX_BASES = 8  # base models of base models
-MAX_NAME, MAX_PART = 1024, 255  # bytes of a path, and of each of its parts: what file systems take
-# Attention and expert implementations that belong to torch, flash-attn or transformers; others are Hub kernels.
+MAX_JSON, MAX_YAML = 2**24, 2**20  # bytes; the index of a model with 10^5 tensors has 10 MB; PyYAML reads 0.2 MB/s
+MAX_VALUES = 1_000_000  # per settings file; in YAML, with expanded aliases
+MAX_DEPTH = 50  # of nested lists and mappings
+MAX_BASES = 8  # length of a chain of base models
+MAX_NAME, MAX_PART = 1024, 255  # bytes of a path and of a path component: limits of file systems
+# Attention and expert implementations of torch, flash-attn and transformers; all others are Hub kernels.
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 FLASH = re.compile(r"flash_attention_\d")
@@ -47,7 +47,7 @@ SETTINGS = (
 )  # fmt: skip
 NOT_READ = ("audio_tokenizer_config.json",)  # names a model that transformers would load
 LINKABLE = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.yaml", "*.tiktoken")
-# How libraries answer values that they did not expect.
+# Exceptions that libraries raise on unexpected values.
 BAD_VALUES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NotImplementedError,
     RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError,
@@ -55,20 +55,20 @@ BAD_VALUES = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or can't be written in a layout; the message says why and what to do."""
+    """A checkpoint that cannot be read, or written in a layout; the message contains the reason and the remedy."""
 
 
 @contextmanager
-def reading(source: Any, what: str = "can't be used") -> Iterator[None]:
-    """Turns what a library raises on a stranger's values into a `CheckpointError` of one line that names the source.
+def reading(source: Any, what: str = "cannot be used") -> Iterator[None]:
+    """Converts exceptions on untrusted values to a one-line `CheckpointError` that names the source.
 
     Args:
-        source: the file or folder that is read.
-        what: what is the matter with it.
+        source: file or folder that is read.
+        what: predicate of the message, for example "is damaged".
     """
     try:
         yield
-    except torch.OutOfMemoryError:  # of a GPU that is too small
+    except torch.OutOfMemoryError:  # the GPU is too small; not a fault of the checkpoint
         raise
     except CheckpointError as error:
         raise CheckpointError(one_line(error)) from error
@@ -78,42 +78,43 @@ def reading(source: Any, what: str = "can't be used") -> Iterator[None]:
 
 
 def one_line(text: Any, limit: int = 3000) -> str:
-    """The text on one line that a terminal prints as it stands, shortened if it is very long."""
+    """Returns a text as one line of printable characters, shortened to `limit` characters."""
     line = "".join(char if char.isprintable() else " " for char in str(text))
     line = " ".join(line.split())
     return line if len(line) <= limit else f"{line[:limit]} ..."
 
 
 def inside(folder: Path, name: Any, source: Any) -> Path:
-    """The file or folder that a checkpoint names, if it lies in the checkpoint.
+    """Returns the path of a file or folder that a checkpoint names, after checking that it is inside the checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        name: a relative path, as the checkpoint gives it.
-        source: the file and field that give it, for the message.
+        folder: folder of the checkpoint.
+        name: relative path from the checkpoint.
+        source: file and field that contain the name, for the message.
 
     Raises:
         CheckpointError: for any other path (absolute, with `..`, backslashes, drive letters or control characters),
-            and for links that lead out of the folder.
+            and for links to targets outside the folder.
     """
     check_name(name, source)
     path = folder / name
     real = path.resolve()
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise CheckpointError(
-            f"{source}: {one_line(name)!r} is a link out of the checkpoint's folder; put the file itself there"
+            f"{source}: {one_line(name)!r} is a link to a target outside the checkpoint's folder; copy the file "
+            "into the folder"
         )
     return path
 
 
 def check_name(name: Any, source: Any) -> None:
-    """Refuses what is not a relative path of plain names; see `inside`.
+    """Checks that a name is a relative path of plain names; see `inside`.
 
     Raises:
-        CheckpointError: naming the source.
+        CheckpointError: if it is not; the message names the source.
     """
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{source}: {one_line(name, 100)!r} is not the name of a file")
+        raise CheckpointError(f"{source}: {one_line(name, 100)!r} is not a file name")
     parts = name.removesuffix("/").split("/")
     if parts[0] == "." and len(parts) > 1:
         parts = parts[1:]
@@ -133,7 +134,7 @@ def check_name(name: Any, source: Any) -> None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where the files of a checkpoint may lie: its folder and, in the Hub's cache, the blobs of its repository."""
+    """Returns the allowed folders of a checkpoint's files: its folder and, in the Hub cache, the blobs."""
     real = folder.resolve()
     return [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
 
@@ -143,73 +144,78 @@ _followed: ContextVar[tuple[str, ...]] = ContextVar("followed", default=())
 
 @contextmanager
 def base_model(file: Path) -> Iterator[str]:
-    """The model that a checkpoint builds on: `base_model_name_or_path` of a JSON file, which may lie anywhere.
+    """Provides the base model of a checkpoint, `base_model_name_or_path` in a JSON file, and logs its name.
 
-    The one thing outside its folder that a checkpoint may name; it is announced. The block reads it.
+    Only the base model may be outside the checkpoint's folder. The `with` block reads the base model.
 
     Raises:
-        CheckpointError: if there is none, or it leads back to this checkpoint.
+        CheckpointError: if the name is missing or invalid, the base model refers back to this checkpoint, or the block
+            fails.
     """
     name = read_json(file).get("base_model_name_or_path")
     if not name:
-        raise CheckpointError(f"{file} names no base model; write its folder or Hub id there")
+        raise CheckpointError(f"{file} names no base model; write its folder or Hub id to base_model_name_or_path")
     if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME or name.startswith(("//", "\\\\")):
         raise CheckpointError(
             f"{file}: base_model_name_or_path is {one_line(name, 100)!r}; it must be a folder or Hub id"
         )
     followed = (*_followed.get(), os.path.realpath(file.parent))
     if len(set(followed)) < len(followed) or len(followed) > MAX_BASES:
-        raise CheckpointError(f"{file}: its base model {name} builds on it in turn; name the model it was trained on")
+        raise CheckpointError(
+            f"{file}: the base model {name} refers back to this checkpoint; write the model used in training"
+        )
     base = find_base(file.parent, file.name, name)
-    logger.info("%s builds on %s, which is read too", file.parent, base)
+    logger.info("%s: loading the base model %s", file.parent, base)
     token = _followed.set(followed)
     try:
         yield base
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
-            f"{file.parent}: its base model {base}, named in {file.name}, can't be loaded: {one_line(error)}"
+            f"{file.parent}: the base model {base}, named in {file.name}, cannot be loaded: {one_line(error)}"
         ) from error
     finally:
         _followed.reset(token)
 
 
 def stored_base(name: str | os.PathLike[str]) -> str:
-    """A base model as a checkpoint names it: a Hub id as it is, a folder by its absolute path."""
+    """Returns the name of a base model to store in a checkpoint: a folder's absolute path, or the Hub id."""
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
 def find_base(folder: Path, file: str, name: str) -> str:
-    """The base model that a checkpoint needs, from any working directory.
+    """Returns the path or Hub id of a checkpoint's base model, independent of the working directory.
 
     Args:
-        folder: of the checkpoint.
-        file: in it, that names the base model.
-        name: absolute path, path relative to `folder`, or Hub id; at last a path relative to the working directory,
-            as older checkpoints have it, with a warning.
+        folder: folder of the checkpoint.
+        file: name of the file in `folder` that names the base model.
+        name: absolute path, path relative to `folder`, or Hub id. A path relative to the working directory, as in old
+            checkpoints, is tried last and causes a warning.
 
     Raises:
-        CheckpointError: if there is no such folder.
+        CheckpointError: if the folder does not exist.
     """
     beside = os.path.normpath(folder / name)  # `name` itself if it is absolute
     if os.path.isdir(beside):
         if os.path.realpath(beside) == os.path.realpath(folder):
-            raise CheckpointError(f"{folder / file} names its own folder as the base model; write the right one there")
+            raise CheckpointError(
+                f"{folder / file} names its own folder as the base model; write the model used in training"
+            )
         return beside
     if not os.path.isabs(name) and os.path.isdir(name):
-        logger.warning("%s: its base model %s is taken from the working directory: %s", folder, name, os.getcwd())
+        logger.warning("%s: using the base model %s from the working directory %s", folder, name, os.getcwd())
         return name
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointError(
-            f"{folder}: its base model {name} is missing; restore it, or write where it is into {folder / file}"
+            f"{folder}: the base model {name} is missing; restore it, or write its path to {folder / file}"
         )
     return name
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder with links that lead out of it, or settings that name code, files elsewhere or senseless sizes.
+    """Refuses a folder with links to targets outside, or with settings that name code, other files or invalid sizes.
 
     Raises:
-        CheckpointError: naming the file and the field.
+        CheckpointError: if the folder is refused; the message names file and field.
     """
     for pattern in LINKABLE:
         for path in folder.glob(pattern):
@@ -224,37 +230,37 @@ def check_folder(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The settings in a JSON file.
+    """Reads settings from a JSON file.
 
     Raises:
-        CheckpointError: if it is no JSON object, too large or too deep, has a key twice or NaN, names code, a file
-            or a Hub kernel, or a size that no model has.
+        CheckpointError: if the file is not a JSON object, is too large or too deep, or contains duplicate keys, NaN,
+            code, a file name, a Hub kernel, or an invalid size.
     """
     text = _read_text(file, MAX_JSON)
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:
-        raise CheckpointError(f"{file} can't be parsed: lists and objects are nested too deep") from error
+        raise CheckpointError(f"{file} cannot be parsed: more than {MAX_DEPTH} nested lists and objects") from error
     except ValueError as error:
-        raise CheckpointError(f"{file} can't be parsed: {one_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be parsed: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold an object, not {type(content).__name__}")
+        raise CheckpointError(f"{file} must contain an object, not {type(content).__name__}")
     check_settings(content, file)
     return content
 
 
 def check_settings(content: dict[str, Any], file: Path) -> None:
-    """What `read_json` checks of the values; also for settings inside another file.
+    """Checks values for `read_json`, and for settings inside other files.
 
     Raises:
-        CheckpointError: naming the field.
+        CheckpointError: if a value is refused; the message names the field.
     """
     for key in CODE_OR_FILES.get(file.name, ()):
         if content.get(key):
             raise CheckpointError(f"{file}: {key} is not supported; remove it")
     if file.name == "tokenizer_config.json":
         for key, value in content.items():
-            # transformers opens none of its own path names; `special_tokens_map_file` is never read.
+            # transformers never opens `special_tokens_map_file`.
             if key.endswith("_file") and key != "special_tokens_map_file" and value is not None:
                 inside(file.parent, value, f"{file}: {key}")
     for path, key, value in _walk(content, file):
@@ -271,21 +277,21 @@ def _check_implementation(value: Any, source: str) -> None:
     for name in value.values() if isinstance(value, dict) else [value]:
         if name is not None and name not in IMPLEMENTATIONS and not (isinstance(name, str) and FLASH.fullmatch(name)):
             raise CheckpointError(
-                f"{source} is {one_line(name, 100)!r}, which is not part of transformers: a checkpoint can't choose "
-                "code from the Hub; remove it, and give attn_implementation to from_pretrained if you trust it"
+                f"{source} is {one_line(name, 100)!r}, not part of transformers; a checkpoint must not choose "
+                "code from the Hub: remove it, or, if you trust it, pass attn_implementation to from_pretrained"
             )
 
 
 def _walk(content: Any, file: Path) -> Iterator[tuple[str, str, Any]]:
-    """Path, key and value of every field, of nested ones too."""
+    """Yields path, key and value of every field, including nested fields."""
     stack: list[tuple[str, Any, int]] = [("", content, 1)]
     count = 0
     while stack:
         path, item, depth = stack.pop()
         if depth > MAX_DEPTH:
-            raise CheckpointError(f"{file} can't be parsed: lists and objects are nested too deep")
+            raise CheckpointError(f"{file} cannot be parsed: more than {MAX_DEPTH} nested lists and objects")
         if (count := count + len(item)) > MAX_VALUES:
-            raise CheckpointError(f"{file} has more than {MAX_VALUES:,} values")
+            raise CheckpointError(f"{file} has more than {MAX_VALUES:,} values, the maximum for settings")
         pairs = item.items() if isinstance(item, dict) else enumerate(item)
         for key, value in pairs:
             name = f"{path}.{key}" if path else str(key)
@@ -303,27 +309,27 @@ def _refuse_repeated(keys: list[str]) -> None:
     if len(set(keys)) < len(keys):
         seen: set[str] = set()
         repeated = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{one_line(repeated, 100)!r} is there twice")
+        raise ValueError(f"duplicate key {one_line(repeated, 100)!r}")
 
 
 def _no_constant(name: str) -> float:
-    # Infinity is a bound that transformers writes for some models.
+    # Infinity is allowed: transformers writes it as a bound for some models.
     if name == "NaN":
-        raise ValueError("NaN is not a setting")
+        raise ValueError("NaN is not allowed")
     return float(name)
 
 
 def _read_text(file: Path, most: int) -> str:
     if (size := file.stat().st_size) > most:
-        raise CheckpointError(f"{file} has {size:,} bytes; settings of a model have at most {most:,}")
+        raise CheckpointError(f"{file} has {size:,} bytes; the maximum for settings of a model is {most:,}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} can't be parsed: it is not UTF-8 text") from error
+        raise CheckpointError(f"{file} cannot be parsed: it is not UTF-8 text") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: a date stays the string that it looks like, as JSON has no dates."""
+    """A YAML loader for plain values. Dates stay strings, since JSON has no dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -334,11 +340,11 @@ PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "f
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """Reads settings from a YAML file.
 
     Raises:
-        CheckpointError: if it is no mapping of plain values, is too large or too deep, has a key twice, or aliases
-            that make it so.
+        CheckpointError: if the file is not a mapping of plain values, has duplicate keys, or is too large or too deep,
+            also after expansion of aliases.
     """
     loader = None
     try:
@@ -348,20 +354,20 @@ def read_yaml(file: Path) -> dict[str, Any]:
             _count(node, {}, 1)
         content = None if node is None else loader.construct_document(node)
     except RecursionError as error:
-        raise CheckpointError(f"{file} can't be parsed: lists and mappings are nested too deep") from error
+        raise CheckpointError(f"{file} cannot be parsed: more than {MAX_DEPTH} nested lists and mappings") from error
     except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{file} can't be parsed: {one_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be parsed: {one_line(error)}") from error
     finally:
         if loader is not None:
             loader.dispose()
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a mapping")
+        raise CheckpointError(f"{file} must contain a mapping")
     check_settings(content, file)
     return content
 
 
 def _count(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
-    """How many values a node has with its aliases written out."""
+    """Returns the number of values in a node after expansion of aliases."""
     if id(node) in sizes:
         size = sizes[id(node)]
         if size is None:
@@ -370,7 +376,7 @@ def _count(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
     if node.tag not in PLAIN_TAGS:
         raise ValueError(f"{node.tag} is not a plain value")
     if depth > MAX_DEPTH:
-        raise ValueError("lists and mappings are nested too deep")
+        raise ValueError(f"more than {MAX_DEPTH} nested lists and mappings")
     sizes[id(node)] = None
     size = 1
     if isinstance(node, yaml.MappingNode):
@@ -382,6 +388,6 @@ def _count(node: yaml.Node, sizes: dict[int, int | None], depth: int) -> int:
     elif isinstance(node, yaml.SequenceNode):
         size += sum(_count(value, sizes, depth + 1) for value in node.value)
     if size > MAX_VALUES:
-        raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        raise ValueError(f"more than {MAX_VALUES:,} values after expansion of aliases")
     sizes[id(node)] = size
     return size

@@ -41,7 +41,7 @@ def hub_id(name: str) -> str | None:
 def is_native(config: SpeechLLMConfig) -> bool:
     """Whether transformers' own `fun_asr_nano` class computes what this model does."""
     try:
-        native.refuse(config)
+        native.check_exportable(config)
     except CheckpointError:
         return False
     return True

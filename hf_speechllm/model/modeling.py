@@ -88,7 +88,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
         # Tensors of the checkpoint that the model does not use: FunASR's CTC branch.
-        self.side_tensors: dict[str, torch.Tensor] = {}
+        self.ctc_tensors: dict[str, torch.Tensor] = {}
         self.post_init()
         # Units that FSDP gathers: layers of the LLM, and encoder and adaptor as a whole, because one gather per small
         # layer makes the host the bottleneck. FSDP fails on the name of a class that the model does not contain.
@@ -125,7 +125,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             loading = pretrained.formats()
-            loading.write_side(self.side_tensors, Path(save_directory) / loading.SIDE_FILE)
+            loading.write_ctc_tensors(self.ctc_tensors, Path(save_directory) / loading.CTC_FILE)
             apply_umask(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):

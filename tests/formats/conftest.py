@@ -1,4 +1,4 @@
-"""Tiny checkpoints, made on the spot."""
+"""Fixtures that create tiny checkpoints."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def make_model(tokenizer):
             },
             tokenizer,
         )
-        for parameter in model.parameters():  # not the ones and zeros of a new model
+        for parameter in model.parameters():  # a new model has ones and zeros in some tensors
             torch.nn.init.normal_(parameter, std=0.3)
         return model.eval(), processor
 
@@ -59,7 +59,7 @@ def make_model(tokenizer):
 
 @pytest.fixture
 def make_checkpoint(make_model, tmp_path):
-    """Writes a tiny checkpoint in a layout and gives its folder."""
+    """Writes a tiny checkpoint in a layout and returns its folder."""
 
     def make(layout, name=None, model=None, processor=None, **options):
         if model is None:
@@ -73,7 +73,7 @@ def make_checkpoint(make_model, tmp_path):
 
 @pytest.fixture
 def logits():
-    """The logits of a model for a padded batch of two recordings, zero where padded."""
+    """Returns logits for a padded batch of two recordings; logits of padding are zero."""
 
     def compute(model: SpeechLLMForConditionalGeneration, processor):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Checkpoints that can't be read or written: one clear error from every entry point, and nothing half-written."""
+"""Checkpoints that cannot be read or written: a one-line error from every entry point, and no partial output."""
 
 import json
 import pickle
@@ -93,9 +93,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("layout", "damage", "message"), DAMAGE)
-def test_damage_is_told_in_one_line_by_all_that_read_it(
-    layout, damage, message, make_checkpoint, tmp_path, run_recipe
-):
+def test_damage_is_a_one_line_error_from_all_readers(layout, damage, message, make_checkpoint, tmp_path, run_recipe):
     folder = make_checkpoint(layout)
     damage(folder, layout)
     reader = SpeechLLMProcessor if damage is drop_a_special_token else SpeechLLMForConditionalGeneration
@@ -111,7 +109,7 @@ def test_damage_is_told_in_one_line_by_all_that_read_it(
     assert sorted(item.name for item in tmp_path.iterdir()) == [layout]
 
 
-def test_no_wall_of_text_from_the_command_line(make_checkpoint, tmp_path):
+def test_command_line_prints_one_line_on_damage(make_checkpoint, tmp_path):
     folder = make_checkpoint("funasr")
     truncate(folder, "funasr")
     command = [sys.executable, "recipes/convert_checkpoint.py", "--input", folder, "--output", tmp_path / "out"]
@@ -128,10 +126,10 @@ def test_no_wall_of_text_from_the_command_line(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-def test_output_folder_that_can_not_be_made(target, make_checkpoint, tmp_path, run_recipe):
+def test_output_folder_that_cannot_be_created(target, make_checkpoint, tmp_path, run_recipe):
     folder = make_checkpoint("speech_llm", adaptor={"use_low_frame_rate": False})
     (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "out"  # also for root, who may write anywhere
+    output = tmp_path / "file" / "out"  # fails also for root
     error = run_recipe("convert_checkpoint.py", "--input", folder, "--output", output, "--format", target)
     assert error.startswith("convert_checkpoint.py: error: ") and str(tmp_path / "file") in error
     assert "\n" not in error
@@ -139,7 +137,7 @@ def test_output_folder_that_can_not_be_made(target, make_checkpoint, tmp_path, r
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-def test_output_folder_with_something_in_it_is_left_alone(target, make_checkpoint, tmp_path, run_recipe, capsys):
+def test_existing_output_folder_is_refused_and_unchanged(target, make_checkpoint, tmp_path, run_recipe, capsys):
     folder, output = make_checkpoint("speech_llm"), tmp_path / "out"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
@@ -151,7 +149,7 @@ def test_output_folder_with_something_in_it_is_left_alone(target, make_checkpoin
 
 @contextmanager
 def files_no_larger_than(size):
-    """What a full disk does to a writer: it may write so many bytes, and no more."""
+    """Simulates a full disk: limits the size of written files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -161,8 +159,8 @@ def files_no_larger_than(size):
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
-@pytest.mark.parametrize("size", [200, 30_000])  # the config does not fit, the weights don't
-def test_disk_that_is_full(target, size, make_checkpoint, tmp_path, run_recipe):
+@pytest.mark.parametrize("size", [200, 30_000])  # too small for the config, too small for the weights
+def test_full_disk_is_an_error_without_partial_output(target, size, make_checkpoint, tmp_path, run_recipe):
     folder = make_checkpoint("speech_llm", adaptor={"use_low_frame_rate": False})
     arguments = ["--input", folder, "--output", tmp_path / "out", "--format", target]
     with files_no_larger_than(size):
@@ -170,4 +168,4 @@ def test_disk_that_is_full(target, size, make_checkpoint, tmp_path, run_recipe):
     assert isinstance(error, str) and error.startswith("convert_checkpoint.py: error: ")
     assert "\n" not in error
     assert sorted(item.name for item in tmp_path.iterdir()) == ["speech_llm"]
-    assert run_recipe("convert_checkpoint.py", *arguments) is None  # once there is room
+    assert run_recipe("convert_checkpoint.py", *arguments) is None  # succeeds with enough space

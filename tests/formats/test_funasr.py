@@ -1,4 +1,4 @@
-"""Our numbers against FunASR's own, on random tiny models; needs `pip install -e ".[funasr]"`."""
+"""Comparison with FunASR on random tiny models; needs `pip install -e ".[funasr]"`."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from hf_speechllm.model import chat
 
 funasr = pytest.importorskip("funasr")
 
-# What a config.yaml may say besides.
+# Additional settings of config.yaml.
 CONFIGS = {
     "plain": {},
     "tied head": {},
@@ -30,7 +30,7 @@ REQUESTS = [
 
 @pytest.fixture(params=CONFIGS)
 def pair(request, make_checkpoint):
-    """A checkpoint in FunASR, and the same one here."""
+    """The same checkpoint, loaded in FunASR and in this package."""
     folder = make_checkpoint("funasr", tied=request.param == "tied head")
     conf = yaml.safe_load((folder / "config.yaml").read_text())
     for section, values in CONFIGS[request.param].items():
@@ -75,8 +75,8 @@ def test_prompts_and_transcripts(pair, recordings):
             inputs = pair.processor.apply_transcription_request(path, **options)
             found = pair.model.generate(**inputs, max_new_tokens=8, do_sample=False)
             assert found[0, inputs["input_ids"].shape[1] :].tolist() == ids[-1][0].tolist()
-    if not pair.model.config.tie_word_embeddings:  # tied, a random model says its last token again and again
-        assert len({tuple(item[0].tolist()) for item in ids}) > 2  # the requests do matter
+    if not pair.model.config.tie_word_embeddings:  # with tied weights, a random model repeats its last token
+        assert len({tuple(item[0].tolist()) for item in ids}) > 2  # outputs depend on the requests
 
 
 def test_training_ids_labels_losses_and_gradients(pair, recordings, tmp_path):

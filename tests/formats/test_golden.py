@@ -1,4 +1,4 @@
-"""Our model against vectors that FunASR's own classes computed, in float32 on the CPU."""
+"""Comparison of the model with reference values computed by FunASR's classes, in float32 on the CPU."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_features_encoder_and_adaptor(row, model, processor, golden):
 
 
 @pytest.mark.parametrize("row", SINGLE, ids=row_id)
-def test_outputs_from_our_own_features(row, model, processor, golden):
+def test_outputs_from_computed_features(row, model, processor, golden):
     inputs = processor.apply_chat_template(row["messages"])
     with torch.no_grad():
         adapted, lengths = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])

@@ -1,4 +1,4 @@
-"""Every layout loads by itself, every pair converts without changing a bit, and damage is told."""
+"""Every layout loads, every conversion is bit-exact, and damage is reported."""
 
 import json
 import os
@@ -37,7 +37,7 @@ MODEL_FILES = {"speech_llm": "model.safetensors", "native": "model.safetensors",
 
 
 def edit_tensors(folder, layout, change):
-    """Lets `change` alter the stored tensors in place."""
+    """Applies `change` to the stored tensors."""
     file = folder / MODEL_FILES[layout]
     if layout == "funasr":
         state = torch.load(file, weights_only=True)["state_dict"]
@@ -50,10 +50,10 @@ def edit_tensors(folder, layout, change):
 
 
 def mixed_model(make_model, tied=True):
-    """A bfloat16 LLM behind a float32 encoder and adaptor, with a CTC branch and its vocabulary."""
+    """A bfloat16 LLM with a float32 encoder and adaptor, a CTC branch and its vocabulary."""
     model, processor = make_model(tied=tied)
     model.llm.to(torch.bfloat16)
-    model.side_tensors = {
+    model.ctc_tensors = {
         "ctc_decoder.linear1.weight": torch.randn(4, 16),
         "ctc.ctc_lo.bias": torch.randn(7, dtype=torch.bfloat16),
         "file:multilingual.tiktoken": torch.tensor(list(b"IQ== 0\n"), dtype=torch.uint8),
@@ -72,7 +72,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_conversion_there_and_back_changes_nothing(source, target, make_model, make_checkpoint, tmp_path, run_recipe):
+def test_conversion_and_back_is_bit_exact(source, target, make_model, make_checkpoint, tmp_path, run_recipe):
     model, processor = mixed_model(make_model)
     folder = make_checkpoint(source, "source", model, processor)
     there, back = tmp_path / "there", tmp_path / "back"
@@ -83,7 +83,7 @@ def test_conversion_there_and_back_changes_nothing(source, target, make_model, m
     start, middle, end = (read_checkpoint(item) for item in (folder, there, back))
     for checkpoint in (middle, end):
         assert same(start.tensors, checkpoint.tensors)
-        assert same(start.side, checkpoint.side)
+        assert same(start.ctc_tensors, checkpoint.ctc_tensors)
         assert checkpoint.generation_config.to_dict() == start.generation_config.to_dict()
         assert checkpoint.config.use_low_frame_rate
     if source != "funasr":
@@ -100,7 +100,7 @@ def test_conversion_there_and_back_changes_nothing(source, target, make_model, m
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_layout_gives_the_same_logits(layout, tied, make_model, make_checkpoint, logits):
+def test_all_layouts_give_the_same_logits(layout, tied, make_model, make_checkpoint, logits):
     model, processor = make_model(tied=tied)
     folder = make_checkpoint(layout, model=model, processor=processor)
     loaded, loaded_processor = load(folder), SpeechLLMProcessor.from_pretrained(folder)
@@ -123,7 +123,7 @@ def test_sharded_safetensors(layout, make_model, tmp_path, make_checkpoint, run_
         read_checkpoint(output)
 
 
-def test_existing_output_is_refused_and_left_alone(make_checkpoint, tmp_path, run_recipe):
+def test_existing_output_is_refused_and_unchanged(make_checkpoint, tmp_path, run_recipe):
     folder, output = make_checkpoint("funasr"), tmp_path / "taken"
     output.mkdir()
     arguments = ["--input", folder, "--output", output, "--format", "speech_llm"]
@@ -137,7 +137,7 @@ def test_existing_output_is_refused_and_left_alone(make_checkpoint, tmp_path, ru
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dtype_is_as_stored_or_as_asked(layout, make_model, make_checkpoint, logits):
+def test_dtype_is_the_stored_or_the_requested_one(layout, make_model, make_checkpoint, logits):
     folder = make_checkpoint(layout, None, *mixed_model(make_model))
     model = load(folder)
     assert {parameter.dtype for parameter in model.llm.parameters()} == {torch.bfloat16}
@@ -178,7 +178,7 @@ def test_hub_id(layout, make_checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_how_the_model_was_trained_is_known_in_every_layout(layout, make_checkpoint):
+def test_training_settings_are_kept_in_every_layout(layout, make_checkpoint):
     for flag in (True, False):
         folder = make_checkpoint(layout, f"{layout}{flag}", adaptor={"use_low_frame_rate": flag})
         assert SpeechLLMConfig.from_pretrained(folder).use_low_frame_rate == flag
@@ -187,7 +187,7 @@ def test_how_the_model_was_trained_is_known_in_every_layout(layout, make_checkpo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_how_dialogues_are_laid_out_is_known_in_every_layout(layout, make_model, make_checkpoint):
+def test_dialogue_settings_are_kept_in_every_layout(layout, make_model, make_checkpoint):
     model, processor = make_model(adaptor={"use_low_frame_rate": False})
     for think_block, system_prompt in ((True, True), (False, False), (True, False)):
         processor.think_block, processor.system_prompt = think_block, system_prompt
@@ -201,7 +201,7 @@ def test_how_dialogues_are_laid_out_is_known_in_every_layout(layout, make_model,
             assert torch.equal(stock.apply_transcription_request(torch.zeros(1600).numpy())["input_ids"], expected)
 
 
-def test_a_funasr_config_says_how_dialogues_are_laid_out(make_checkpoint):
+def test_dialogue_settings_are_read_from_a_funasr_config(make_checkpoint):
     folder = make_checkpoint("funasr")
     conf = yaml.safe_load((folder / "config.yaml").read_text())
     assert "dataset_conf" not in conf and conf["frontend_conf"]["dither"] == 0
@@ -214,10 +214,10 @@ def test_a_funasr_config_says_how_dialogues_are_laid_out(make_checkpoint):
     assert again["dataset_conf"] == conf["dataset_conf"]
 
 
-def test_a_native_release_is_taken_for_the_original(make_checkpoint):
+def test_a_native_release_gets_the_original_numerics(make_checkpoint):
     folder = make_checkpoint("native", adaptor={"use_low_frame_rate": False, "layer_norm_eps": 1e-5})
     adaptor = load(folder).config.audio_adaptor_config
-    assert (adaptor.use_low_frame_rate, adaptor.layer_norm_eps) == (False, 1e-5)  # our own marker says so
+    assert (adaptor.use_low_frame_rate, adaptor.layer_norm_eps) == (False, 1e-5)  # according to the marker
     config = json.loads((folder / "config.json").read_text())
     del config["use_low_frame_rate"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -231,7 +231,7 @@ def test_a_native_release_is_taken_for_the_original(make_checkpoint):
 
 @pytest.mark.parametrize("wrap", ["state_dict", None, "model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wrapped_or_bare_in_any_dtype(wrap, dtype, make_checkpoint):
+def test_model_pt_with_or_without_wrapper_in_any_dtype(wrap, dtype, make_checkpoint):
     folder = make_checkpoint("funasr")
     state = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
     state = {f"module.{name}": tensor.to(dtype) for name, tensor in state.items()}
@@ -241,7 +241,7 @@ def test_wrapped_or_bare_in_any_dtype(wrap, dtype, make_checkpoint):
     assert torch.equal(model.audio_adaptor.linear1.bias, state["module.audio_adaptor.linear1.bias"])
 
 
-def test_head_tied_untied_or_absent(make_checkpoint):
+def test_tied_untied_or_missing_head(make_checkpoint):
     folder = make_checkpoint("funasr")
     edit_tensors(folder, "funasr", lambda state: state.pop("llm.lm_head.weight"))
     model = load(folder)
@@ -255,7 +255,7 @@ def test_head_tied_untied_or_absent(make_checkpoint):
     assert not torch.equal(model.get_input_embeddings().weight, head)
 
 
-def test_ctc_branch_is_kept_aside(make_model, make_checkpoint, tmp_path):
+def test_ctc_branch_is_kept_outside_the_model(make_model, make_checkpoint, tmp_path):
     model, processor = mixed_model(make_model)
     folder = make_checkpoint("funasr", None, model, processor)
     assert (folder / "multilingual.tiktoken").read_bytes() == b"IQ== 0\n"
@@ -265,12 +265,12 @@ def test_ctc_branch_is_kept_aside(make_model, make_checkpoint, tmp_path):
     processor.save_pretrained(tmp_path / "own")
     assert (tmp_path / "own" / "ctc.safetensors").is_file()
     again = load(tmp_path / "own")
-    assert same(again.side_tensors, model.side_tensors)
+    assert same(again.ctc_tensors, model.ctc_tensors)
     save_native(again, processor, tmp_path / "native", force=True)
     assert not any("ctc" in name for name in load_file(tmp_path / "native" / "model.safetensors"))
     save_funasr(load(tmp_path / "native"), processor, tmp_path / "back")
     state = torch.load(tmp_path / "back" / "model.pt", weights_only=True)["state_dict"]
-    assert torch.equal(state["ctc.ctc_lo.bias"], model.side_tensors["ctc.ctc_lo.bias"])
+    assert torch.equal(state["ctc.ctc_lo.bias"], model.ctc_tensors["ctc.ctc_lo.bias"])
     assert (tmp_path / "back" / "multilingual.tiktoken").read_bytes() == b"IQ== 0\n"
 
 
@@ -303,7 +303,7 @@ def test_lora_of_funasr_is_merged(make_checkpoint, tmp_path):
     assert llm_conf["use_lora"] is False and "lora_conf" not in llm_conf
 
 
-def test_lora_of_funasr_with_the_wrong_rank_or_half_of_it(make_checkpoint):
+def test_lora_of_funasr_with_a_wrong_rank_or_a_missing_matrix(make_checkpoint):
     folder = make_checkpoint("funasr")
     add_funasr_lora(folder, 4, {"r": 8})
     with pytest.raises(CheckpointError, match="has rank 4, but llm_conf.lora_conf.r"):
@@ -339,7 +339,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(layout, reader, mak
 
 
 @pytest.mark.parametrize("layout", ["native", "funasr"])
-def test_shapes_that_do_not_fit(layout, make_checkpoint):
+def test_wrong_shapes_are_refused(layout, make_checkpoint):
     folder = make_checkpoint(layout)
     name = "model.language_model.norm.weight" if layout == "native" else "llm.model.norm.weight"
     edit_tensors(folder, layout, lambda state: state.update({name: torch.zeros(3)}))
@@ -391,14 +391,14 @@ def test_a_config_yaml_with_unknown_parts(key, value, message, make_checkpoint):
             reader(folder)
 
 
-def test_folders_that_hold_no_speech_llm(tmp_path, make_checkpoint):
-    with pytest.raises(CheckpointError, match="holds no model"):
+def test_folders_without_a_speech_llm_are_refused(tmp_path, make_checkpoint):
+    with pytest.raises(CheckpointError, match="contains no model"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(CheckpointError, match="is a qwen3 model"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="can't be parsed"):
+    with pytest.raises(CheckpointError, match="cannot be parsed"):
         load(tmp_path)
     folder = make_checkpoint("funasr")
     (folder / "Qwen3-0.6B").rename(folder / "elsewhere")
@@ -435,13 +435,13 @@ def test_native_export_of_a_low_frame_rate_model_is_refused(make_checkpoint, tmp
     [
         ("native", {"adaptor_type": "linear"}, True, "this one is linear"),
         ("native", {"downsample_rate": 2}, True, "stacks 2"),
-        ("native", {"intermediate_size": 8}, True, "quarter of the LLM wide"),
+        ("native", {"intermediate_size": 8}, True, "quarter of the LLM's width"),
         ("funasr", {"adaptor_type": "linear"}, True, "this one is linear"),
-        ("funasr", {"downsample_rate": 2}, False, "without regard to downsample_rate"),
+        ("funasr", {"downsample_rate": 2}, False, "ignores downsample_rate"),
         ("funasr", {"layer_norm_eps": 1e-5}, False, "LayerNorm epsilon"),
     ],
 )
-def test_exports_that_would_not_behave_the_same_are_refused(layout, adaptor, force, message, make_model, tmp_path):
+def test_exports_with_different_results_are_refused(layout, adaptor, force, message, make_model, tmp_path):
     model, processor = make_model(adaptor={"use_low_frame_rate": False, **adaptor})
     save = save_native if layout == "native" else save_funasr
     with pytest.raises(CheckpointError, match=message):
@@ -499,7 +499,7 @@ def test_native_export_in_transformers_without_this_package(make_model, make_che
         [*chat.transcription_messages("a.wav", "语音转写：", "hello")],
     ],
 )
-def test_native_chat_template_renders_our_prompts(messages, make_checkpoint):
+def test_native_chat_template_renders_the_same_prompts(messages, make_checkpoint):
     folder = make_checkpoint("native", adaptor={"use_low_frame_rate": False})
     ours = SpeechLLMProcessor.from_pretrained(folder)
     stock = FunAsrNanoProcessor.from_pretrained(folder)
@@ -513,7 +513,7 @@ def test_native_chat_template_renders_our_prompts(messages, make_checkpoint):
     assert stock.tokenizer.encode(text, add_special_tokens=False) == expected
 
 
-def test_native_chat_template_takes_context():
+def test_native_chat_template_accepts_context():
     content = [{"type": "audio"}, {"type": "text", "text": "About trains."}, {"type": "keywords", "keywords": ["ICE"]}]
     rendered, _ = render_jinja_template(
         conversations=[[{"role": "user", "content": content}]],
@@ -541,7 +541,7 @@ def test_funasr_export_in_funasr(make_model, make_wav, tmp_path):
 
 @pytest.fixture
 def adapter(make_model, make_checkpoint, tmp_path):
-    """A folder as LoRA training writes it, with the adaptor trained whole, and the trained model."""
+    """An adapter folder from LoRA training with a fully trained adaptor, and the trained model."""
     model, processor = make_model()
     base = load(make_checkpoint("funasr", "base", model, processor))
     base.audio_encoder.requires_grad_(False)
@@ -579,7 +579,7 @@ def test_processor_and_config_of_an_adapter(adapter, tmp_path):
     assert SpeechLLMProcessor.from_pretrained(folder).feature_extractor.dither == 0.5  # its own
 
 
-def test_parts_trained_whole_keep_their_dtype(adapter):
+def test_fully_trained_parts_keep_their_dtype(adapter):
     folder, trained, _ = adapter
     base = folder.parent / "base"
     edit_tensors(base, "funasr", lambda state: state.update({k: v.bfloat16() for k, v in state.items()}))
@@ -611,7 +611,7 @@ def test_adapter_of_the_embeddings(make_model, logits, tmp_path, tied):
 @pytest.mark.parametrize(
     ("names", "message"), [(["wq"], "no layers named wq"), (["embed_tokens"], "share their weights")]
 )
-def test_modules_that_get_no_adapters(make_model, names, message):
+def test_modules_without_adapter_support_are_refused(make_model, names, message):
     with pytest.raises(ValueError, match=message):
         add_lora(make_model()[0], target_modules=names)
 
@@ -646,19 +646,19 @@ def test_adapter_finds_its_base_model_from_any_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     torch.testing.assert_close(logits(load(folder), processor), expected, rtol=0, atol=0)
-    # Written by hand: relative to the adapter. Of older adapters: relative to the working directory, with a warning.
-    for name, place, told in (("../../base", "elsewhere", False), ("base", ".", True)):
+    # Manual edits: relative to the adapter. Older adapters: relative to the working directory, with a warning.
+    for name, place, warned in (("../../base", "elsewhere", False), ("base", ".", True)):
         (folder / "adapter_config.json").write_text(
             json.dumps({**config_of(folder), "base_model_name_or_path": name}), encoding="utf-8"
         )
         monkeypatch.chdir(tmp_path / place)
         caplog.clear()
         torch.testing.assert_close(logits(load(folder), processor), expected, rtol=0, atol=0)
-        assert ("taken from the working directory" in caplog.text) == told
+        assert ("from the working directory" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("name", ["{}/gone", "../gone", "gone", "."])
-def test_missing_base_model_is_told_with_the_adapter_that_needs_it(adapter, name, tmp_path):
+def test_missing_base_model_is_reported_with_the_adapter(adapter, name, tmp_path):
     folder, _, _ = adapter
     (folder / "adapter_config.json").write_text(
         json.dumps({**config_of(folder), "base_model_name_or_path": name.format(tmp_path)}), encoding="utf-8"
@@ -668,7 +668,7 @@ def test_missing_base_model_is_told_with_the_adapter_that_needs_it(adapter, name
             read(folder)
 
 
-def test_adapters_of_adapters_hold_both_updates(adapter, logits, tmp_path):
+def test_adapters_of_adapters_contain_both_updates(adapter, logits, tmp_path):
     folder, trained, processor = adapter
     second = add_lora(load(folder, dtype=torch.float32), r=2)
     second.save_pretrained(tmp_path / "second")

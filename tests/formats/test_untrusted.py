@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: nothing in them writes or reads a file outside, chooses code, or takes memory or time."""
+"""Untrusted checkpoints cannot access files outside their folder, choose code, or exhaust memory or time."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
 from hf_speechllm.formats.untrusted import check_name, inside, read_json, read_yaml
 
-# Each names, or could name, a file outside the folder that is read or written; {out} is a folder beside it.
+# Names that may refer to a file outside the folder; {out} is a folder beside it.
 HOSTILE = [
     "../escaped", "../../escaped", "a/../../escaped", "{out}/escaped", "/escaped", "~/escaped", "..", ".", "", "a/..",
     "..\\escaped", "C:\\escaped", "c:escaped", "\\\\host\\share", "//host/share", "a\0b", "a\nb", "a" * 5000,
@@ -27,7 +27,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, None, 3, ["a"]])
-def test_only_plain_relative_names_are_taken(name, tmp_path):
+def test_only_plain_relative_names_are_accepted(name, tmp_path):
     name = name.format(out=tmp_path) if isinstance(name, str) and "{" in name else name
     with pytest.raises(CheckpointError, match="^the source: ") as caught:
         check_name(name, "the source")
@@ -37,7 +37,7 @@ def test_only_plain_relative_names_are_taken(name, tmp_path):
 @pytest.mark.parametrize(
     "name", ["a.json", "Qwen3-0.6B/tokenizer.json", "./a", "文件.txt", "a b.txt", "..a", "folder/"]
 )
-def test_names_that_checkpoints_have_are_taken(name, tmp_path):
+def test_usual_names_are_accepted(name, tmp_path):
     assert inside(tmp_path, name, "it") == tmp_path / name
 
 
@@ -45,7 +45,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "secret.json").write_text("{}")
     (tmp_path / "model" / "a.json").symlink_to(tmp_path / "secret.json")
-    with pytest.raises(CheckpointError, match="link out of the checkpoint"):
+    with pytest.raises(CheckpointError, match="link to a target outside the checkpoint"):
         inside(tmp_path / "model", "a.json", "it")
 
 
@@ -70,7 +70,7 @@ def test_files_of_a_ctc_branch_are_not_written_elsewhere(make_checkpoint, tmp_pa
 
 
 def paths_of(value, path=()):
-    """Places of all strings in nested settings."""
+    """Returns the paths of all strings in nested settings."""
     if isinstance(value, str):
         yield path
     elif isinstance(value, (dict, list)):
@@ -87,19 +87,19 @@ def replaced(content, path, value):
     return content
 
 
-OPENED: list[str] = []  # paths that this process opens, while it is not empty
+OPENED: list[str] = []  # paths that this process opens; recorded while the list is not empty
 
 
 @pytest.fixture(scope="session")
 def opened():
-    """Paths that are opened from now on; an audit hook can't be removed, so there is one."""
+    """Records opened paths. An audit hook cannot be removed, so there is only one."""
     sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" and OPENED else None)
     return OPENED
 
 
 @pytest.mark.parametrize("layout", ["speech_llm", "native", "funasr"])
 def test_every_string_of_a_checkpoint_may_name_another_file(make_checkpoint, layout, tmp_path, opened):
-    """The model is loaded or refused in one line, and nothing outside of it is opened."""
+    """The model loads or raises a one-line error, and no file outside is opened."""
     folder = make_checkpoint(layout)
     secret = tmp_path / "secret" / "secret.json"
     secret.parent.mkdir()
@@ -125,7 +125,7 @@ def test_every_string_of_a_checkpoint_may_name_another_file(make_checkpoint, lay
             assert "Traceback" not in str(error), (file, path)
         finally:
             file.write_text(original)
-            assert any(str(folder) in name for name in opened)  # the hook sees what is opened
+            assert any(str(folder) in name for name in opened)  # the hook works
             assert not any("secret" in Path(name).name for name in opened), (file.name, path, value)
             opened.clear()
 
@@ -145,7 +145,7 @@ def test_every_string_of_a_checkpoint_may_name_another_file(make_checkpoint, lay
         (("auto_map",), {"AutoConfig": "evil.Config"}),
     ],
 )
-def test_senseless_settings_end_in_one_line_and_soon(make_checkpoint, field, value):
+def test_invalid_settings_raise_a_one_line_error_quickly(make_checkpoint, field, value):
     folder = make_checkpoint("speech_llm")
     file = folder / "config.json"
     file.write_text(json.dumps(replaced(json.loads(file.read_text()), field, value)))
@@ -181,7 +181,7 @@ def test_bombs_and_damaged_settings_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/../../x.safetensors"])
-def test_an_index_names_no_shard_outside(make_checkpoint, tmp_path, name):
+def test_index_with_a_shard_outside_is_refused(make_checkpoint, tmp_path, name):
     folder = make_checkpoint("speech_llm")
     weights = load_file(folder / "model.safetensors")
     shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")

@@ -128,7 +128,7 @@ def test_what_can_not_be_inspected_is_told_in_a_line(tiny_model, tiny_corpus, in
     message = run_recipe("inspect_data.py", *model, "--jsonl_file", tmp_path / "none.jsonl")
     assert message.startswith("inspect_data.py: error: ") and "none.jsonl" in message
     message = run_recipe("inspect_data.py", "--model_name_or_path", tmp_path, "--jsonl_file", tiny_corpus.jsonl)
-    assert "holds no model" in message
+    assert "contains no model" in message
     arguments = ["--jsonl_file", tiny_corpus.jsonl, "--inference", "--language", "klingon"]
     assert "unknown language 'klingon'" in run_recipe("inspect_data.py", *model, *arguments)
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n', encoding="utf-8")

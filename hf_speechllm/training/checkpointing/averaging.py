@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ...files import apply_umask
 from ...formats import peft_adapters as adapters
 from ...formats.checkpoint import INDEX_FILE, MAX_LISTED, WEIGHTS_FILE, CheckpointError, new_folder
-from ...formats.loading import SIDE_FILE
+from ...formats.loading import CTC_FILE
 
 # What is not the model's or the processor's: weights, states and results of a run.
 LEFT_FILES = (
@@ -109,7 +109,7 @@ def average_checkpoints(inputs: Sequence[str | Path], output: str | Path, exact_
             output.rmdir()
         with new_folder(output) as temporary:
             for path in sorted(folders[-1].iterdir()):
-                left = path.name != SIDE_FILE and any(fnmatch(path.name, pattern) for pattern in LEFT_FILES)
+                left = path.name != CTC_FILE and any(fnmatch(path.name, pattern) for pattern in LEFT_FILES)
                 if path.is_file() and not left:
                     shutil.copy(path, temporary)
             first = checkpoints[0]
@@ -133,9 +133,9 @@ def _check(checkpoints: list[_Weights], exact_lora: bool) -> None:
         if differing := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
             raise CheckpointError(f"{names} differ in their configs: {', '.join(differing)}")
         if differing := sorted(first.file_of.keys() ^ other.file_of.keys()):
-            raise CheckpointError(f"{names}: only one of them has {_listed(differing)}")
+            raise CheckpointError(f"{names}: only one of them has {_join_names(differing)}")
         if differing := [key for key in first.file_of if first.shape(key) != other.shape(key)]:
-            raise CheckpointError(f"{names} differ in the shapes of {_listed(differing)}")
+            raise CheckpointError(f"{names} differ in the shapes of {_join_names(differing)}")
     if exact_lora:
         if not first.is_adapter:
             raise CheckpointError("the exact mean of updates is for LoRA adapters; full models need no such option")
@@ -145,7 +145,7 @@ def _check(checkpoints: list[_Weights], exact_lora: bool) -> None:
             raise CheckpointError(f"{first.folder}: no exact mean for adapters with {', '.join(special)}")
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (" ..." if len(names) > MAX_LISTED else "")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.checkpoint import CheckpointError
-from hf_speechllm.formats.loading import SIDE_FILE
+from hf_speechllm.formats.loading import CTC_FILE
 from hf_speechllm.training.checkpointing.averaging import average_checkpoints
 from hf_speechllm.training.lora import add_lora
 
@@ -121,10 +121,10 @@ def test_integers_must_be_equal_and_side_tensors_come_along(make_checkpoints, tm
         save_file(
             {**load_file(folder / "model.safetensors"), "steps": torch.tensor(number)}, folder / "model.safetensors"
         )
-        save_file({"ctc": torch.ones(2)}, folder / SIDE_FILE)
+        save_file({"ctc": torch.ones(2)}, folder / CTC_FILE)
     average_checkpoints(folders, tmp_path / "mean")
     assert load_file(tmp_path / "mean/model.safetensors")["steps"].item() == 7
-    assert torch.equal(load_file(tmp_path / "mean" / SIDE_FILE)["ctc"], torch.ones(2))
+    assert torch.equal(load_file(tmp_path / "mean" / CTC_FILE)["ctc"], torch.ones(2))
     save_file(
         {**load_file(folders[0] / "model.safetensors"), "steps": torch.tensor(8)}, folders[0] / "model.safetensors"
     )
