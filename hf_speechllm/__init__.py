@@ -53,7 +53,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used."""
+    """Imports a public name at first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Imported, so that the Auto classes know them; but not for the command, whose `--help` should not load torch.
+# This import registers the classes with the Auto classes. The command line skips it, so `--help` does not load torch.
 _started_by_python = sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv
 if "hf_speechllm_command" not in sys.modules and not _started_by_python:
     from .model import modeling, processing  # noqa: F401

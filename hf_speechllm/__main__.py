@@ -1,4 +1,4 @@
-"""`python -m hf_speechllm VERB`: the same as `hf-speechllm VERB`."""
+"""Entry point of `python -m hf_speechllm VERB`, the same as `hf-speechllm VERB`."""
 
 from .cli.main import main
 

@@ -1,4 +1,4 @@
-"""The import path of the feature extractor in release 0.1, which cached features name; it is in `audio.fbank`."""
+"""Import path of the feature extractor in release 0.1, used in fingerprints of caches; now in `audio.fbank`."""
 
 from .audio.fbank import FbankFeatureExtractor
 

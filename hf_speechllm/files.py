@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the complete new one, never a part; reading real files."""
+"""Atomic writing of files (readers get the complete old or new content), and reading of regular files only."""
 
 import os
 import secrets
@@ -10,16 +10,16 @@ from typing import IO, Any, BinaryIO
 
 
 def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
-    """Opens a file for reading bytes; a FIFO or a device, which may have no end, is refused without waiting for it.
+    """Opens a file for reading bytes. Refuses FIFOs and devices, which may have no end, without blocking.
 
     Args:
-        buffering: as of `open`.
+        buffering: see `open`.
 
     Raises:
-        OSError: if the file is not a regular one, or can't be read.
-        ValueError: if the path holds a zero byte.
+        OSError: if the file is not a regular file, or cannot be read.
+        ValueError: if the path contains a zero byte.
     """
-    # Without O_NONBLOCK, opening a FIFO waits for a writer. It changes nothing for regular files; Windows lacks it.
+    # Without O_NONBLOCK, opening a FIFO waits for a writer. The flag has no effect on regular files; Windows lacks it.
     number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -29,43 +29,43 @@ def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = "utf-8") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` that takes its place once the block has ended without an exception.
+    """Opens a temporary file beside `path` and renames it to `path` if the block ends without an exception.
 
-    After any failure, KeyboardInterrupt included, the temporary file is removed and `path` is as it was. A symbolic
-    link is followed: the file it points to is replaced, the link stays. A replaced file keeps its permissions.
+    After any failure, including KeyboardInterrupt, the temporary file is removed and `path` is unchanged. If `path` is
+    a symbolic link, the target file is replaced and the link stays. A replaced file keeps its permissions.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; the folder must exist.
         mode: "w" for text, with "\\n" line ends on every system, or "wb" for bytes.
-        encoding: encoding of text; not used with "wb".
+        encoding: encoding of text; ignored with "wb".
 
     Raises:
         ValueError: if `mode` is neither "w" nor "wb".
         OSError: if `path` is a folder or a device, its folder is missing or not writable, or the disk is full.
     """
     if mode not in ("w", "wb"):
-        raise ValueError(f'mode must be "w" or "wb", not {mode!r}: a file is written whole')
+        raise ValueError(f'mode must be "w" or "wb", not {mode!r}')
     target = Path(path).resolve()
     replaced = target.exists()
     if replaced and not target.is_file():
         raise OSError(f"{path}: cannot be written: not a regular file; name a file in an existing folder")
-    # The random part keeps writers of the same file apart; the name stays short where that of the file is long.
+    # The random name separates writers of the same file and is short, even if the file name has the maximum length.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     text_options: dict[str, Any] = {} if mode == "wb" else {"encoding": encoding, "newline": "\n"}
     try:
         with open(temporary, mode.replace("w", "x"), **text_options) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the content must be on the disk before the name points to it
+            os.fsync(file.fileno())  # the content must be on the disk before the file is renamed
         if replaced:
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
-    finally:  # once it has taken its place, it is not there any more
+    finally:  # after the renaming, there is nothing to remove
         temporary.unlink(missing_ok=True)
 
 
 def apply_umask(folder: str | os.PathLike[str], pattern: str = "*.safetensors") -> None:
-    """Gives files the permissions that new files of their folder have; safetensors makes them private to the user."""
+    """Sets the permissions of files to the default for new files; safetensors creates files only the user can read."""
     probe = Path(folder) / f".{secrets.token_hex(8)}.tmp"
     try:
         with open(probe, "x"):

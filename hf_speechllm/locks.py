@@ -1,7 +1,7 @@
-"""One run for one output: locks on the folder of a training run and on the output file of a decoding run.
+"""Locks on the output folder of a training run and on the output file of a decoding run: one run per output.
 
-The locks are those of the operating system (`flock` on POSIX), which releases them however a process ends. They hold
-between the machines of a shared folder as far as its file system shares such locks; NFS under Linux does.
+The operating system provides the locks (`flock` on POSIX) and releases them when a process ends in any way. Locks work
+between machines if the file system of a shared folder supports it; NFS on Linux does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from filelock import FileLock, Timeout
 
 LOCK_FILE = ".run.lock"
 OWNER_FILE = ".run.json"
-GRACE_SECONDS = 20.0  # that loader processes may outlive a run that was killed
-OWNER_SECONDS = 1.0  # between taking a lock and naming its owner, or between both of these and their removal
+GRACE_SECONDS = 20.0  # wait for data loader processes of a killed run, which still have the lock
+OWNER_SECONDS = 1.0  # wait for the owner file, which is written after the lock is acquired and removed before release
 _held: dict[str, FileLock] = {}
 
 
 def acquire_output_lock(output_dir: str | Path) -> None:
-    """Takes an output folder for this process, up to its end; the system gives it back however the process ends.
+    """Locks an output folder until this process ends.
 
     Raises:
-        ValueError: if another run has it; the message names its host and process.
+        ValueError: if another run has locked the folder; the message names host and process.
     """
     folder = Path(output_dir).resolve()
     if str(folder) in _held:
@@ -37,18 +37,18 @@ def acquire_output_lock(output_dir: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def hold_file(path: str | os.PathLike[str], output: str, option: str) -> Iterator[None]:
-    """Holds a lock on a file while the block runs, for this process alone; the file itself need not exist.
+def output_file_lock(path: str | os.PathLike[str], output: str, option: str) -> Iterator[None]:
+    """Locks a file, which need not exist, while the block runs.
 
-    Beside it lie `.NAME.lock` and `.NAME.run.json`, which names the owner; both are removed at the end of the block.
+    Creates `.NAME.lock` and `.NAME.run.json` (names the owner) beside the file and removes both at the end.
 
     Args:
-        output: what is locked, for the error message.
-        option: that chooses another output, for the error message.
+        output: name of the output in the error message.
+        option: option that chooses another output, for the error message.
 
     Raises:
-        ValueError: if another run has it; the message names its host and process.
-        OSError: if the folder can't be written.
+        ValueError: if another run has locked the file; the message names host and process.
+        OSError: if the folder is not writable.
     """
     target = Path(path).resolve()
     lock_file, owner_file = (target.with_name(f".{target.name}.{ending}") for ending in ("lock", "run.json"))
@@ -56,8 +56,8 @@ def hold_file(path: str | os.PathLike[str], output: str, option: str) -> Iterato
     try:
         yield
     finally:
-        # Removed while the lock is held: who opened the file before finds it without a name, and does not take it.
-        # Windows removes no open file; there, it is removed on release.
+        # Removed before the release: a process that has already opened the lock file detects that it was removed and
+        # does not acquire it. Windows cannot remove an open file; there, the release removes it.
         with contextlib.suppress(OSError):
             owner_file.unlink()
             lock_file.unlink()
@@ -77,7 +77,7 @@ def _acquire(lock_file: Path, owner_file: Path, output: str, option: str) -> Fil
             if time.monotonic() - started >= patience:
                 raise ValueError(
                     f"{output} is in use by another run, process {owner.get('pid', '?')} on "
-                    f"{owner.get('host', 'an unknown host')}: wait for its end, or choose another {option}"
+                    f"{owner.get('host', 'an unknown host')}; wait until it ends, or choose another {option}"
                 ) from None
             time.sleep(0.1)
     owner_file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
@@ -93,8 +93,8 @@ def _read_owner(file: Path) -> dict:
 
 
 def _is_alive(owner: dict) -> bool:
-    """Whether the owner may still run: only a process of this host that is gone is known not to."""
-    if owner.get("host") != socket.gethostname() or os.name == "nt":  # there, signal 0 interrupts a process
+    """Returns whether the owner may still run: false only if the process is on this host and does not exist."""
+    if owner.get("host") != socket.gethostname() or os.name == "nt":  # on Windows, signal 0 interrupts a process
         return True
     try:
         os.kill(int(owner["pid"]), 0)

@@ -1,4 +1,4 @@
-"""Fields of options dataclasses; the modules that declare options import nothing heavy, so that `--help` is quick."""
+"""Fields of option dataclasses. Modules with options must not import large libraries, to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with a help text; a list as default is copied for every instance."""
+    """Returns a dataclass field with a help text; a list as default is copied for every instance."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

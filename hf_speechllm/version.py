@@ -1,3 +1,3 @@
-"""The version of the package, where modules find it without importing the package."""
+"""Version of the package, readable without importing the package."""
 
 __version__ = "0.2.0"

@@ -23,20 +23,20 @@ def test_bytes_and_other_encodings(tmp_path):
     assert (tmp_path / "c").read_bytes() == "中".encode("gb18030")
 
 
-def test_readers_see_the_old_content_until_the_end(tmp_path):
+def test_readers_get_the_old_content_until_the_block_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with atomic_write(path) as file:
         file.write("new")
         file.flush()
         assert path.read_text() == "old"
-        assert len(os.listdir(tmp_path)) == 2  # the temporary file lies beside, on the same file system
+        assert len(os.listdir(tmp_path)) == 2  # the temporary file is in the same folder, on the same file system
     assert path.read_text() == "new"
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existed", [True, False])
-def test_failure_leaves_everything_as_it_was(tmp_path, failure, existed):
+def test_failure_leaves_the_file_unchanged(tmp_path, failure, existed):
     path = tmp_path / "a.txt"
     if existed:
         path.write_text("old")
@@ -47,7 +47,7 @@ def test_failure_leaves_everything_as_it_was(tmp_path, failure, existed):
     assert not existed or path.read_text() == "old"
 
 
-def test_unencodable_text_leaves_everything_as_it_was(tmp_path):
+def test_unencodable_text_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError), atomic_write(path, encoding="ascii") as file:
@@ -84,7 +84,7 @@ def test_long_names_fit(tmp_path):
     assert path.read_text() == "x"
 
 
-def test_what_cannot_be_replaced_is_refused(tmp_path):
+def test_folders_and_devices_are_refused(tmp_path):
     with pytest.raises(OSError, match="not a regular file"), atomic_write(tmp_path):
         pass
     with pytest.raises(OSError, match="not a regular file"), atomic_write(os.devnull):

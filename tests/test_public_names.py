@@ -1,4 +1,4 @@
-"""A snapshot of the public names and their signatures: what is renamed keeps its old name for a release."""
+"""A snapshot of public names and signatures; a renamed object keeps its old name for one release."""
 
 import importlib
 import inspect
@@ -34,7 +34,7 @@ SIGNATURES = {
 }
 
 
-def test_public_names_and_signatures_are_those_of_the_snapshot():
+def test_public_names_and_signatures_equal_the_snapshot():
     assert hf_speechllm.__all__ == sorted(SIGNATURES)
     for name, expected in SIGNATURES.items():
         parameters = list(inspect.signature(getattr(hf_speechllm, name)).parameters)
@@ -45,7 +45,7 @@ def test_public_names_and_signatures_are_those_of_the_snapshot():
             assert parameters == expected.split(", "), name
 
 
-def test_names_for_type_checkers_are_those_that_are_imported():
+def test_names_for_type_checkers_equal_the_imported_names():
     for name in hf_speechllm.__all__:
         assert name in dir(hf_speechllm)
         home = importlib.import_module(f"hf_speechllm.{hf_speechllm._HOMES[name]}")

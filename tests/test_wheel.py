@@ -1,4 +1,4 @@
-"""The wheel in an empty directory, without a checkout: the command, the configurations by name, decoding."""
+"""The installed wheel, in an empty directory: command, configurations by name, decoding."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ SOURCES = ("hf_speechllm", "recipes/configs", "accelerate_configs", "tools", "se
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Builds the wheel from a copy of its sources and installs it into a folder, which is given."""
+    """Builds the wheel from a copy of the sources, installs it into a folder, and returns the folder."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in (*SOURCES, "MANIFEST.in", "hf_speechllm_command.py"):
         source, target = REPOSITORY / name, folder / "source" / name
@@ -59,7 +59,7 @@ def test_command_composes_decodes_and_finds_configurations_by_name(run, tiny_cor
     )  # fmt: skip
 
 
-def test_package_holds_the_configurations(installed):
+def test_package_contains_the_configurations(installed):
     for name in ("recipes/configs", "accelerate_configs"):
         files = {path.relative_to(REPOSITORY / name) for path in (REPOSITORY / name).rglob("*.yaml")}
         assert files == {path.relative_to(installed / "hf_speechllm" / name) for path in

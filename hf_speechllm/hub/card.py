@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was trained on and how, what it scored, and how to use it."""
+"""The model card: description, training data, settings, scores and usage of a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .upload import TAGS, hub_id, usage
 
 @dataclass
 class DataSummary:
-    """A set of recordings.
+    """A data set in the model card.
 
     Args:
-        name: of the set, or the name (not the path) of its file.
+        name: name of the set, or name (not path) of the file.
         use: `training` or `validation`.
-        rows: dialogues; `None` if they were streamed, and nobody has counted them.
-        seconds: of audio, or `None`.
+        rows: number of dialogues; `None` if they were streamed and not counted.
+        seconds: seconds of audio, or `None`.
     """
 
     name: str
@@ -43,18 +43,18 @@ def model_card(
     language: list[str] | None = None,
     licence: str | None = None,
 ) -> str:
-    """Writes the card of a trained model; it names files, but no folder of the machine, and no secret.
+    """Builds the card of a trained model. The card contains file names, but no local folders and no secrets.
 
     Args:
-        name: Hub id of the model, or the name of its folder.
+        name: Hub id or folder name of the model.
         source: Hub id or folder of the base model.
-        parameters: of each part, trained and in all; see `freezing.count_parameters`.
-        data: the sets.
-        settings: of training, names and values.
+        parameters: trained and total parameters of each part; see `freezing.count_parameters`.
+        data: training and validation sets.
+        settings: names and values of training options.
         lora: settings of the adapters, as text; `None` without LoRA.
-        log_history: of `TrainerState`; the validation at step 0, if there is one, gives the scores before training.
-        scores: metrics of the final weights; default those of the last validation in the log.
-        language, licence: ISO codes and SPDX id, where known.
+        log_history: see `TrainerState.log_history`; a validation at step 0 provides the scores before training.
+        scores: metrics of the final weights; default: metrics of the last validation in the log.
+        language, licence: ISO codes and SPDX id, if known.
 
     Returns:
         Markdown with a YAML front matter.
@@ -88,13 +88,13 @@ def _one_line(text: object) -> str:
 
 
 def _escape(text: object) -> str:
-    """Text as Markdown shows it, without markup, also in a table."""
+    """Escapes a text for Markdown, including table cells."""
     line = html.escape(_one_line(text), quote=False)
     return "".join(f"\\{char}" if char in "\\`*[]|~" else char for char in line)
 
 
 def _code(name: object) -> str:
-    """A name of a file or set, which may hold anything, as code."""
+    """Formats a name, which may contain any character, as Markdown code."""
     line = _one_line(name).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
@@ -111,9 +111,9 @@ def _trained(parameters: Mapping[str, tuple[int, int]], lora: str | None, base: 
     if lora:
         text += f"\n\nThe LLM was trained with low-rank adapters (LoRA, {lora}). "
         text += (
-            "The repository holds the adapters; they are merged into the base model when it is loaded."
+            "The repository contains the adapters; loading merges them into the base model."
             if base
-            else "The base model is not on the Hub, so they are merged into the model when it is published."
+            else "The base model is not on the Hub, so the published model contains the merged adapters."
         )
     return text
 

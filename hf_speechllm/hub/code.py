@@ -1,4 +1,4 @@
-"""The code that a model of our own layout is published with: what loads it and decodes, not what trains it."""
+"""The code that is published with a model in the layout of this package: for loading and decoding, not training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOTS = ("", "__main__", "cli.main", "cli.decode", "inference.transcriber")
 
 
 def write_code(folder: Path) -> None:
-    """Writes what loads a model and decodes into `code/` of a folder, as a package that readers can install."""
+    """Writes the code for loading and decoding to `code/` in a folder, as an installable package."""
     code = folder / CODE_FOLDER
     for source in needed_files():
         target = code / PACKAGE.name / source.relative_to(PACKAGE)
@@ -38,14 +38,14 @@ def write_code(folder: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """What decoding needs: the extra `decode`; an editable install itself asks for what training needs, too."""
+    """Returns the requirements of decoding: the extra `decode`; if it is missing, all requirements of the package."""
     declared = [item.partition(";") for item in metadata.requires(PACKAGE.name) or ()]
     needed = [name.strip() for name, _, marker in declared if marker.split() == ["extra", "==", '"decode"']]
     return needed or [name for name, _, marker in declared if "extra" not in marker]
 
 
 def needed_files() -> list[Path]:
-    """The modules of this package that decoding imports, at the top or in a function, with their packages."""
+    """Returns the files of all modules that decoding imports, directly or in functions, and of their packages."""
     found: set[Path] = set()
     waiting = [_file_of(tuple(filter(None, root.split(".")))) for root in ROOTS]
     while waiting:
@@ -62,7 +62,7 @@ def needed_files() -> list[Path]:
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
-    """Relative imports: dots, module and names; without those for type checkers alone."""
+    """Yields relative imports as (number of dots, module, names), except imports for type checkers."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -72,7 +72,7 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def _file_of(parts: tuple[str, ...]) -> Path | None:
-    """The file of a module, or of a package; `None` for a name that is neither."""
+    """Returns the file of a module or package; `None` for another name."""
     path = PACKAGE.joinpath(*parts)
     files = (path / "__init__.py", path.with_suffix(".py") if parts else path / "__init__.py")
     return next((file for file in files if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""Options about publishing: those of `TrainingArguments`, private by default and without checkpoints."""
+"""Options for publishing: a subset of `TrainingArguments`, private by default and without checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..options import option
 class PublishingOptions:
     """Publishing"""
 
-    push_to_hub: bool = option(False, "Publish the finished model on the Hub.")
-    hub_model_id: str | None = option(None, "USER/MODEL on the Hub (default: the name of --output_dir).")
-    hub_private_repo: bool | None = option(True, "Whether a repository that --push_to_hub creates is private.")
-    hub_strategy: str = option("end", "Must stay `end`: the finished model is pushed, checkpoints are not.")
+    push_to_hub: bool = option(False, "Upload the final model to the Hub.")
+    hub_model_id: str | None = option(None, "USER/MODEL on the Hub (default: name of --output_dir).")
+    hub_private_repo: bool | None = option(True, "Create private repositories with --push_to_hub.")
+    hub_strategy: str = option("end", "Only `end` is supported: upload the final model, no checkpoints.")
 
     def check_publishing(self) -> None:
-        """Refuses to publish checkpoints.
+        """Checks that only the final model is published.
 
         Raises:
             ValueError: if `hub_strategy` is not `end`.
@@ -25,5 +25,5 @@ class PublishingOptions:
         if self.hub_strategy != "end":
             raise ValueError(
                 f"--hub_strategy {self.hub_strategy} would publish optimizer states and pickled options with the "
-                "token and paths of this machine; only `end` is offered"
+                "token and paths of this machine; only `end` is supported"
             )

@@ -1,4 +1,4 @@
-"""Publishing of a trained model: what its readers need, and nothing that is private to the run."""
+"""Publishing of a trained model, without files that are private to the training run."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ def publish(
     revision: str | None = None,
     commit_message: str = "End of training",
 ) -> CommitInfo:
-    """Uploads model or adapters, processor, card and training curve; may be repeated if it breaks off.
+    """Uploads model or adapters, processor, card and training curve. After an interruption, call this again.
 
-    A model gets the layout of transformers' `fun_asr_nano` where that class computes the same, else ours, with this
-    package's code. Adapters of a base model that only this machine has are merged into it first: nobody else could
-    load them. Nothing else of the folder is published: it also holds optimizer states, `training_args.bin`, which
-    pickles paths of the machine and the token, and `trainer_state.json`, which names folders.
+    A model is uploaded in the layout of transformers' `fun_asr_nano` if it computes the same results there. Otherwise
+    it is uploaded in the layout of this package, with the package's code. Adapters of a local base model are merged
+    into it first, because no other machine could load them. Other files are not published: optimizer states,
+    `training_args.bin` (contains local paths and the token) and `trainer_state.json` (contains local paths).
 
     Args:
         folder: output folder of a training run, or a model in any layout.
-        repo_id: `USER/MODEL`; created if it is not there.
-        private: of a new repository; `None` as the account's default says.
-        token: default the one of `hf auth login`.
-        revision: branch, default `main`.
+        repo_id: `USER/MODEL`; created if missing.
+        private: visibility of a new repository; `None`: default of the account.
+        token: default: the token of `hf auth login`.
+        revision: branch; default: `main`.
+        commit_message: message of the commit.
+
+    Returns:
+        The commit, as returned by `HfApi.upload_folder`.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as temporary:
@@ -56,7 +60,7 @@ def publish(
             card = card or f"---\ntags: {json.dumps([*TAGS, 'lora'])}\n---\n"
         else:
             if (folder / adapters.CONFIG_FILE).is_file():
-                logger.info("%s: its base model is not on the Hub, so the merged model is published", folder)
+                logger.info("%s: the base model is not on the Hub; uploading the merged model", folder)
             checkpoint = read_checkpoint(folder)
             in_native = write_model(checkpoint, processor, stage)
             card = card or plain_card(repo_id, checkpoint, checkpoint.config.name_or_path)
@@ -67,7 +71,7 @@ def publish(
 
 
 def _base_is_on_hub(folder: Path) -> bool:
-    """Whether a folder holds adapters of a base model that everybody can load."""
+    """Returns whether a folder contains adapters of a base model on the Hub."""
     if not (folder / adapters.CONFIG_FILE).is_file():
         return False
     with base_model(folder / adapters.CONFIG_FILE) as name:

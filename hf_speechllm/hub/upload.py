@@ -1,4 +1,4 @@
-"""Publishing on the Hub: in the layout that most readers can load, with a card, and nothing that is private."""
+"""Upload to the Hub, in the most widely supported layout, with a model card and without private information."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .code import CODE_FOLDER, PACKAGE, write_code
 
 CARD_FILE = "README.md"
 TAGS = ["automatic-speech-recognition", "speech_llm"]
-# Of a FunASR config.yaml, what describes the model. The rest (data lists, output folder, trainer, trackers with their
-# tokens) is about somebody's run.
+# Sections of a FunASR config.yaml that describe the model. Other sections (data lists, output folder, trainer, tokens
+# of trackers) describe a training run and are private.
 MODEL_SECTIONS = (
     "model", "model_conf", "audio_encoder", "audio_encoder_conf", "audio_adaptor", "audio_adaptor_conf", "llm",
     "llm_conf", "frontend", "frontend_conf", "tokenizer", "tokenizer_conf", "ctc_decoder", "ctc_decoder_conf",
     "ctc_conf", "ctc_weight", "ctc_vocab_size", "ctc_tokenizer", "ctc_tokenizer_conf", "detach_ctc_decoder",
     "hf_speechllm",
 )  # fmt: skip
-DIALOGUE_KEYS = ("do_think", "sys_prompt", "ctc_tokenizer", "ctc_tokenizer_conf")  # of its `dataset_conf`
+DIALOGUE_KEYS = ("do_think", "sys_prompt", "ctc_tokenizer", "ctc_tokenizer_conf")  # public keys of `dataset_conf`
 ABSOLUTE_PATH = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:", re.IGNORECASE)
 
 
 def hub_id(name: str) -> str | None:
-    """The Hub id that a model was loaded by; `None` for a folder of this machine."""
+    """Returns the Hub id of a model name; `None` for a local folder."""
     return None if not name or os.path.exists(name) or os.path.isabs(name) or name.count("/") > 1 else name
 
 
 def is_native(config: SpeechLLMConfig) -> bool:
-    """Whether transformers' own `fun_asr_nano` class computes what this model does."""
+    """Returns whether transformers' `fun_asr_nano` class computes the same results as this model."""
     try:
         native.check_exportable(config)
     except CheckpointError:
@@ -48,7 +48,7 @@ def is_native(config: SpeechLLMConfig) -> bool:
 
 
 def without_paths(config: SpeechLLMConfig) -> SpeechLLMConfig:
-    """A copy without what a FunASR checkpoint's files tell of the machine and the run that they come from."""
+    """Returns a copy of a config without private settings of FunASR files: local paths and sections about a run."""
     config = SpeechLLMConfig.from_dict(config.to_dict())
     files = {}
     for file, content in (config.funasr_files or {}).items():
@@ -75,10 +75,10 @@ def _is_absolute(value: Any) -> bool:
 
 
 def usage(name: str) -> str:
-    """The section of a card that says how to transcribe with the model.
+    """Returns the section of a card about transcription with the model.
 
     Args:
-        name: Hub id, or the name of its folder.
+        name: Hub id or folder name of the model.
     """
     return f"""## Use
 ```python
@@ -96,16 +96,16 @@ With lists, on the command line:
 hf-speechllm decode --model_name_or_path {name} --scp_file wav.scp --output_file hyp.txt
 ```
 
-For stock transformers (`fun_asr_nano`) or FunASR, convert it: `hf-speechllm convert --input {name}
---output converted --format native` (or `funasr`). Where the model would behave differently there, this is refused, and
-the reason given."""
+For transformers without `hf_speechllm` (`fun_asr_nano`) or FunASR, convert the model: `hf-speechllm convert --input
+{name} --output converted --format native` (or `funasr`). If the model would give different results there, the
+conversion is refused with the reason."""
 
 
 def layout_note(repo_id: str, in_native: bool) -> str:
-    """The section of a card that says which layout the repository has, and what loads it."""
+    """Returns the section of a card about the repository's layout."""
     if in_native:
         return f"""## Layout
-This repository has the layout of transformers' own `fun_asr_nano`, so that it also loads without `hf_speechllm`:
+This repository has the layout of transformers' own `fun_asr_nano`, so it also loads without `hf_speechllm`:
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -114,11 +114,11 @@ model = AutoModelForMultimodalLM.from_pretrained("{repo_id}")
 processor = AutoProcessor.from_pretrained("{repo_id}")
 ```
 
-That class computes what the model was trained to do. Its feature extractor has a higher noise floor (it does not scale
-the waveform by 2^15 before the logarithm), so that transcripts of very quiet recordings may differ."""
+This class computes the same results. Its feature extractor has a higher noise floor (it does not scale the waveform by
+2^15 before the logarithm), so transcripts of very quiet recordings may differ."""
     return f"""## Layout
-This repository has the layout of `hf_speechllm`, which no class of transformers can hold. The package is in its folder
-`{CODE_FOLDER}`:
+This repository has the layout of `hf_speechllm`, because no class of transformers supports this model. The package is
+in the folder `{CODE_FOLDER}`:
 
 ```bash
 hf download {repo_id} --include "{CODE_FOLDER}/*" --local-dir speech_llm && pip install ./speech_llm/{CODE_FOLDER}
@@ -126,10 +126,10 @@ hf download {repo_id} --include "{CODE_FOLDER}/*" --local-dir speech_llm && pip 
 
 
 def plain_card(repo_id: str, checkpoint: Checkpoint, source: str) -> str:
-    """The card of a model of whose training nothing is known.
+    """Builds the card of a model without information about its training.
 
     Args:
-        source: what it was loaded from.
+        source: folder or Hub id from which the model was loaded.
     """
     base, config = hub_id(source), checkpoint.config
     front_matter = ModelCardData(library_name="transformers", base_model=base, tags=TAGS, pipeline_tag=TAGS[0])
@@ -139,27 +139,27 @@ def plain_card(repo_id: str, checkpoint: Checkpoint, source: str) -> str:
     types = [config.audio_encoder_config.model_type, config.audio_adaptor_config.adaptor_type]
     types.append(config.llm_config.model_type)
     rows = [f"| {part} | {kind} | {sizes[part] / 1e6:,.2f} |" for part, kind in zip(PARTS, types, strict=True)]
-    kept = " Of these, it reads the first eighth." if config.use_low_frame_rate else ""
+    kept = " The LLM receives only the first eighth of these tokens." if config.use_low_frame_rate else ""
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
         "A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech"
         + (f", from [{base}](https://huggingface.co/{base})." if base else "."),
         "## Parts\n| part | type | million parameters |\n| --- | --- | --- |\n" + "\n".join(rows),
-        f"The adaptor makes one audio token for the LLM of {config.downsample_rate} encoder frame(s).{kept}",
+        f"The adaptor converts {config.downsample_rate} encoder frame(s) to one audio token for the LLM.{kept}",
         usage(repo_id),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def write_model(checkpoint: Checkpoint, processor: SpeechLLMProcessor | None, folder: Path, **options: Any) -> bool:
-    """Writes what is published of a model into an existing folder: natively where it behaves the same there.
+    """Writes a model for publishing to an existing folder, in the native layout if `is_native`.
 
     Args:
-        processor: `None` if it is published by itself.
+        processor: `None` if the processor is published separately.
         options: `max_shard_size`.
 
     Returns:
-        Whether it was written natively.
+        Whether the native layout was used.
     """
     from ..formats.loading import NATIVE, OWN, write_files
 
@@ -172,10 +172,10 @@ def write_model(checkpoint: Checkpoint, processor: SpeechLLMProcessor | None, fo
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any) -> CommitInfo:
-    """Creates the repository if it is not there and uploads a folder in one commit; may be repeated.
+    """Creates a missing repository and uploads a folder in one commit. After an interruption, call this again.
 
     Args:
-        commit: `commit_message`, `revision` and the like of `HfApi.upload_folder`.
+        commit: options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
     """
     api = HfApi(library_name=PACKAGE.name, token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -190,7 +190,7 @@ def push_model(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     **commit: Any,
 ) -> CommitInfo:
-    """What `SpeechLLMForConditionalGeneration.push_to_hub` does."""
+    """Implements `SpeechLLMForConditionalGeneration.push_to_hub`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, checkpoint = Path(temporary), Checkpoint.of(model)
         in_native = write_model(checkpoint, None, folder, max_shard_size=max_shard_size)
@@ -203,7 +203,7 @@ def push_model(
 def push_processor(
     processor: SpeechLLMProcessor, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any
 ) -> CommitInfo:
-    """What `SpeechLLMProcessor.push_to_hub` does; ours reads both forms, whichever the model has."""
+    """Implements `SpeechLLMProcessor.push_to_hub`. `SpeechLLMProcessor` reads both layouts."""
     with tempfile.TemporaryDirectory() as temporary:
         stock = isinstance(processor.feature_extractor, FbankFeatureExtractor) and not processor.use_low_frame_rate
         stock = stock and processor.downsample_rate == 1
@@ -212,7 +212,7 @@ def push_processor(
 
 
 def read_card(folder: Path) -> str | None:
-    """The card that training wrote into a folder, if there is one."""
+    """Reads the card that training wrote to a folder, if any."""
     file = folder / CARD_FILE
     if not file.is_file():
         return None

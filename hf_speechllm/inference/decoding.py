@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..locks import hold_file
+from ..locks import output_file_lock
 from .distributed import Processes, shares
 from .journal import Journal, request_key
 from .pieces import Transcript
@@ -80,7 +80,7 @@ def claim_output(
     problem = None
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold_file(journal.path, os.fspath(output_file), "--output_file"))
+            stack.enter_context(output_file_lock(journal.path, os.fspath(output_file), "--output_file"))
         except (OSError, ValueError) as error:
             problem = str(error)
         # A run that has ended in the meantime has left its output, complete.

@@ -1,5 +1,7 @@
-"""A small Hub on this machine: what `huggingface_hub` asks of the real one to create, fill, list and read model
-repositories, large files (LFS) included. Clients use it with HF_ENDPOINT=URL and HF_HUB_DISABLE_XET=1."""
+"""A local Hub server with the API that `huggingface_hub` uses for model repositories, including large files (LFS).
+
+Clients use it with HF_ENDPOINT=URL and HF_HUB_DISABLE_XET=1.
+"""
 
 import base64
 import hashlib
@@ -16,19 +18,19 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png")
 
 @dataclass
 class File:
-    """A file of a commit; `oid` is its SHA-256 where it is an LFS file."""
+    """A file of a commit; `oid` is the SHA-256 of an LFS file, otherwise `None`."""
 
     content: bytes
     oid: str | None = None
 
     @property
     def blob_id(self) -> str:
-        """The file's id in git."""
+        """Id of the file in git."""
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
     def etag(self) -> str:
-        """What changes with the content."""
+        """HTTP ETag, which identifies the content."""
         return self.oid or self.blob_id
 
 
@@ -40,22 +42,22 @@ class Repository:
     commits: list[tuple[str, dict[str, File]]] = field(default_factory=lambda: [("0" * 39 + "1", {})])
 
     def files(self, revision: str = "main") -> dict[str, File] | None:
-        """The files of a commit, `None` if there is no such commit."""
+        """Returns the files of a commit; `None` if the commit does not exist."""
         return self.commits[-1][1] if revision == "main" else dict(self.commits).get(revision)
 
     def commit(self, files: dict[str, File]) -> str:
-        """Adds a commit and gives its id."""
+        """Adds a commit and returns its id."""
         self.commits.append((hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest(), files))
         return self.commits[-1][0]
 
 
 class HubServer:
-    """The server, in a thread; set `refused_uploads` to have so many further LFS uploads fail."""
+    """A server in a thread; `refused_uploads` is the number of next LFS uploads that fail."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # LFS objects by SHA-256
-        self.uploads: list[str] = []  # SHA-256 of every LFS upload that came through
+        self.uploads: list[str] = []  # SHA-256 of every successful LFS upload
         self.refused_uploads = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -104,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str, write: bool = False) -> Repository | None:
-        """The repository, or `None` after an error has been sent: it is as if private ones did not exist."""
+        """Returns the repository; otherwise sends an error and returns `None`, also for other users' private ones."""
         found = self.hub.repositories.get(name)
         if found is None or ((write or found.private) and not self.authorized()):
             self.fail(404 if self.authorized() else 401, "Repository not found", "RepoNotFound")
@@ -217,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         file = files[path]
         headers = {"X_Repo_Commit": commit, "ETag": f'"{file.etag}"'}
-        if file.oid:  # large files lie on another host, where the client does not send its token
+        if file.oid:  # large files are on another host, to which the client does not send its token
             headers |= {"X_Linked_ETag": f'"{file.oid}"', "X_Linked_Size": str(len(file.content))}
             location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/lfs/{file.oid}"
             return self.reply(b"", 302, Location=location, **headers)

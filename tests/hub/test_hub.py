@@ -1,4 +1,4 @@
-"""Publishing, against a Hub on this machine that speaks the real client's protocol."""
+"""Publishing to a local Hub server, with the real client."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from hf_speechllm.training.lora import add_lora
 REPOSITORY = Path(__file__).resolve().parents[2]
 _spec = spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
 hub_server = module_from_spec(_spec)
-sys.modules["hub_server"] = hub_server  # where its dataclasses look for their types
+sys.modules["hub_server"] = hub_server  # dataclasses look up their types there
 _spec.loader.exec_module(hub_server)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The server, which the client in this process uses, logged in and with an empty cache."""
+    """A server for the client in this process, which is logged in and has an empty cache."""
     server = hub_server.HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
@@ -86,7 +86,7 @@ def test_model_and_processor_come_back_from_the_hub(hub, tiny_model, inputs):
 
 
 def in_a_process_of_its_own(hub, tmp_path, script, *arguments):
-    """Runs a script that knows the server, from outside the checkout."""
+    """Runs a script that uses the server, outside the checkout."""
     environment = {
         **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
         "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
@@ -108,7 +108,7 @@ with torch.no_grad():
 """
 
 
-def test_what_behaves_the_same_in_transformers_is_pushed_in_its_layout(hub, tiny_model, inputs, tmp_path):
+def test_models_with_equal_results_are_pushed_in_the_native_layout(hub, tiny_model, inputs, tmp_path):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
     SpeechLLMProcessor.from_pretrained(tiny_model).push_to_hub("user/tiny")
     model.push_to_hub("user/tiny")
@@ -129,7 +129,7 @@ folder = snapshot_download("user/tiny", allow_patterns="code/*")
 sys.path.insert(0, folder + "/code")
 import hf_speechllm
 assert hf_speechllm.__file__.startswith(folder), hf_speechllm.__file__
-for root, _, names in os.walk(folder + "/code/hf_speechllm"):  # nothing that is left out is missed
+for root, _, names in os.walk(folder + "/code/hf_speechllm"):  # all imports of the published code work
     for name in names:
         importlib.import_module(os.path.relpath(os.path.join(root, name), folder + "/code")[:-3].replace("/", "."))
 model, processor = (
@@ -143,7 +143,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("adaptor", [{"use_low_frame_rate": True}, {"adaptor_type": "linear"}])
-def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
+def test_other_models_are_pushed_in_the_own_layout_with_the_code(
     adaptor, hub, compose_tiny, tiny_config, tone, tmp_path
 ):
     model, processor = compose_tiny(tiny_config(**adaptor))
@@ -164,7 +164,7 @@ def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
     torch.save(dict(inputs), tmp_path / "inputs.pt")
     if "adaptor_type" in adaptor:
         in_a_process_of_its_own(hub, tmp_path, OURS, tmp_path / "inputs.pt", tmp_path / "logits.pt")
-        # Another process may compute with another number of threads.
+        # Another process may use another number of threads.
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits_of(model, inputs), atol=1e-5, rtol=0)
     assert torch.equal(
         logits_of(SpeechLLMForConditionalGeneration.from_pretrained("user/tiny"), inputs), logits_of(model, inputs)
@@ -175,7 +175,7 @@ def test_what_no_class_of_transformers_holds_is_pushed_as_ours_with_the_code(
     assert all(torch.equal(again[key], inputs[key]) for key in inputs)
 
 
-def test_card_of_a_model_pushed_by_itself(hub, tiny_model, tmp_path):
+def test_card_of_a_model_pushed_without_training(hub, tiny_model, tmp_path):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
     model.push_to_hub("user/tiny")
     card = files_of(hub, "user/tiny")["README.md"].content.decode()
@@ -185,14 +185,14 @@ def test_card_of_a_model_pushed_by_itself(hub, tiny_model, tmp_path):
     again = SpeechLLMForConditionalGeneration.from_pretrained("user/tiny")
     again.push_to_hub("user/again")
     assert "base_model: user/tiny" in files_of(hub, "user/again")["README.md"].content.decode()
-    # Of a run, the card that training wrote tells more.
+    # After training, the card of the training run is used.
     model.save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "README.md").write_text("---\ntags:\n- speech_llm\n---\n\n# Run\n3 hours", encoding="utf-8")
     SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "run").push_to_hub("user/run")
     assert "# Run\n3 hours\n\n## Layout" in files_of(hub, "user/run")["README.md"].content.decode()
 
 
-def test_folders_and_secrets_of_a_funasr_run_stay_at_home(hub, tiny_model, inputs):
+def test_folders_and_secrets_of_a_funasr_run_are_not_published(hub, tiny_model, inputs):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
     secrets = ["/home/anna", "wandb-secret", "C:\\Users", "~/anna"]
     model.config.funasr_files = {
@@ -219,10 +219,10 @@ def test_folders_and_secrets_of_a_funasr_run_stay_at_home(hub, tiny_model, input
         },
         "configuration.json": {"file_path_metas": {"config": "config.yaml"}},
     }
-    assert "output_dir" in model.config.funasr_files["config.yaml"]  # the model in memory is as it was
+    assert "output_dir" in model.config.funasr_files["config.yaml"]  # the model in memory is unchanged
 
 
-def test_large_files_that_came_through_are_not_sent_again(hub, tiny_model, inputs):
+def test_uploaded_large_files_are_not_sent_again(hub, tiny_model, inputs):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
     hub.refused_uploads = 1
     with pytest.raises(RuntimeError, match="Error while uploading"):
@@ -240,11 +240,11 @@ def test_a_repository_is_public_only_on_request(hub, tiny_model):
     assert not hub.repositories["user/open"].private
 
 
-def test_a_push_that_broke_off_can_be_repeated(hub, tiny_model, inputs):
+def test_an_interrupted_push_can_be_repeated(hub, tiny_model, inputs):
     hub.refused_uploads = 1
     with pytest.raises(RuntimeError, match="Error while uploading 'model.safetensors'"):
         publish(tiny_model, "user/tiny")
-    assert "model.safetensors" not in files_of(hub, "user/tiny")  # no half a model for a reader to find
+    assert "model.safetensors" not in files_of(hub, "user/tiny")  # no incomplete model is visible
     publish(tiny_model, "user/tiny")
     uploads = len(hub.uploads)
     publish(tiny_model, "user/tiny")  # a third time: nothing is sent again
@@ -255,7 +255,7 @@ def test_a_push_that_broke_off_can_be_repeated(hub, tiny_model, inputs):
 
 
 @pytest.mark.parametrize("base_is_public", [True, False], ids=["adapters", "merged"])
-def test_a_lora_run_is_published_as_adapters_where_its_readers_find_the_base_model(
+def test_a_lora_run_is_published_as_adapters_if_the_base_model_is_on_the_hub(
     base_is_public, hub, tiny_model, inputs, tmp_path
 ):
     publish(tiny_model, "user/base")
@@ -312,7 +312,7 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
     front_matter, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
     assert "library_name: transformers" in front_matter
     assert "- automatic-speech-recognition" in front_matter and "- speech_llm" in front_matter
-    assert "base_model" not in front_matter and "license" not in front_matter  # neither is known
+    assert "base_model" not in front_matter and "license" not in front_matter  # both are unknown
     assert f"the local model `{tiny_model.name}`" in body
     assert "| training | `train.jsonl` | 24 |" in body and "| validation | `dev` | 24 |" in body
     assert "| learning rate, llm | 0.0003 |" in body and "| learning rate, audio_adaptor | 5e-05 |" in body
@@ -332,8 +332,8 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
     assert set(files_of(hub, "user/again")) == set(files)
 
 
-def test_checkpoints_are_not_published_on_the_way():
+def test_checkpoints_are_not_published():
     from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
 
-    with pytest.raises(ValueError, match="only `end` is offered"):
+    with pytest.raises(ValueError, match="only `end` is supported"):
         SpeechLLMTrainingArguments(output_dir="x", hub_strategy="every_save")

@@ -248,13 +248,13 @@ def test_a_second_run_is_refused_and_the_first_ends_with_all_texts(decode, tiny_
 
 def test_a_run_that_waited_for_another_does_not_replace_its_output(decode, tmp_path, monkeypatch):
     """The other one ends between a look at the output file and the lock."""
-    hold_file = decoding.hold_file
+    output_file_lock = decoding.output_file_lock
 
     def wait(*args):
         (tmp_path / "hyp.txt").write_text("a\tb\n")
-        return hold_file(*args)
+        return output_file_lock(*args)
 
-    monkeypatch.setattr(decoding, "hold_file", wait)
+    monkeypatch.setattr(decoding, "output_file_lock", wait)
     message, text = decode("--max_new_tokens", "1")
     assert "hyp.txt exists; remove it, or replace it with --overwrite" in message and text == "a\tb\n"
 
