@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..audio.downloads import redact
@@ -94,6 +94,7 @@ class BadRows:
             with atomic_write(self.report_file) as file:
                 file.writelines(f"{row}\n" for row in self._rows)
             named.append(f"  all of them: {os.fspath(self.report_file)}")
+        named += path_hint(row.reason for row in self._rows)
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
         if fraction > self.max_bad_fraction:
@@ -103,6 +104,12 @@ class BadRows:
                 + f"\nMend them, or leave them out with --max_bad_fraction {_rounded_up(fraction):g}"
             )
         logger.warning("%s and left out:\n%s", summary, "\n".join(named))
+
+
+def path_hint(reasons: Iterable[str]) -> list[str]:
+    """A line on relative paths, which FunASR takes from the working directory, if recordings are missing."""
+    missing = any("no such file" in reason for reason in reasons)
+    return ["Relative paths start at the folder of the list, not at the working directory."] if missing else []
 
 
 def _rounded_up(fraction: float) -> float:

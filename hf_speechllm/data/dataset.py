@@ -22,14 +22,16 @@ from ..audio.fbank import cacheable_features, num_encoder_input_frames
 from ..audio.waveform import MAX_SECONDS, AudioError, check_root, display_name, is_url, load_audio, source_stamp
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
+from .file_lists import expand
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
 from .options import DataOptions
-from .shards import Shard, as_columns, expand, is_archive, read_shard
+from .shards import Shard, as_columns, is_archive, read_shard
 
 logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1  # raise it when the numbers that `cacheable_features` gives change: old caches are then not used
+ROWS_VERSION = 2  # raise it when other rows are read from the same files
 FRAMES_PER_SECOND = 100  # of the cached features
 
 ROW_FEATURES = Features(
@@ -73,7 +75,10 @@ def load_rows(
             features=ROW_FEATURES,
             cache_dir=cache_dir,
             # One file a call: with several shards, `datasets` may read them in processes of their own.
-            gen_kwargs={"file": str(Path(file).resolve()), "stamp": f"{status.st_size}-{status.st_mtime_ns}"},
+            gen_kwargs={
+                "file": str(Path(file).resolve()),
+                "stamp": f"{ROWS_VERSION}-{status.st_size}-{status.st_mtime_ns}",
+            },
         )
         parts.append(part)
     rows = drop_bad_rows(concatenate_datasets(parts), bad_rows)

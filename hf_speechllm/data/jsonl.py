@@ -19,6 +19,8 @@ from ..model import chat
 from .bad_rows import BadDataError, BadRow
 
 KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written
+# Keys of Fun-ASR that say what is known of a recording, and its words for them.
+CONTEXT = {"hist_context": "历史转写结果：", "one_pass_result": "一遍解码结果："}
 LONGEST = 1 << 31  # frames or tokens; what is longer is a mistake
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _MARKED_PATH = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
@@ -146,6 +148,7 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
         raise BadDataError('no "messages": a row is {"messages": [...], ...}')
     hotwords = hotwords_of(record)
     messages = map_recordings(record["messages"], lambda source: resolve_source(source, folder))
+    messages = add_context(messages, record)
     dialogue = chat.parse_messages(messages, hotwords)
     if not dialogue.recordings:
         raise BadDataError(
@@ -201,21 +204,46 @@ def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:
     return [in_message(message) for message in messages] if isinstance(messages, list) else messages
 
 
+def add_context(messages: Any, record: dict) -> Any:
+    """Messages whose first prompt has the `hist_context` and `one_pass_result` of a row as its `context`.
+
+    Raises:
+        BadDataError: if one of them is no string.
+    """
+    lines = []
+    for key, title in CONTEXT.items():
+        text = record.get(key)
+        if not isinstance(text, (str, type(None))):
+            raise BadDataError(f'bad "{key}": must be a string')
+        lines += [f"{title}{text}"] if text else []
+    if not lines or not isinstance(messages, list):
+        return messages
+    first = next((i for i, item in enumerate(messages) if isinstance(item, dict) and item.get("role") == "user"), None)
+    return [
+        {**message, "context": "\n".join(lines)} if index == first else message
+        for index, message in enumerate(messages)
+    ]
+
+
 def hotwords_of(record: dict) -> list[str]:
-    """The hotwords of a row.
+    """The hotwords of a row: its `asr_hotwords`, as in Fun-ASR, or its `hotwords`.
 
     Raises:
         BadDataError: if they are neither strings nor a string, or hold a token that dialogues are made of.
     """
-    hotwords = record.get("hotwords")
+    return _parse_hotwords(record, "asr_hotwords") or _parse_hotwords(record, "hotwords")
+
+
+def _parse_hotwords(record: dict, key: str) -> list[str]:
+    hotwords = record.get(key)
     if isinstance(hotwords, list) and not all(isinstance(word, str) for word in hotwords):
-        raise BadDataError('bad "hotwords": each must be a string')
+        raise BadDataError(f'bad "{key}": each must be a string')
     if not isinstance(hotwords, (list, str, type(None))):
-        raise BadDataError('bad "hotwords": must be a list of strings, or a string with commas between them')
+        raise BadDataError(f'bad "{key}": must be a list of strings, or a string with commas between them')
     try:
         return chat.parse_hotwords(hotwords)
     except chat.ChatError as error:
-        raise BadDataError(f'bad "hotwords": {error}') from error
+        raise BadDataError(f'bad "{key}": {error}') from error
 
 
 def length_of(record: dict, key: str) -> int | None:

@@ -42,7 +42,7 @@ class PromptCollator:
             inputs = self.collator.row_inputs(row)
             dialogue = chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ())
             *before, last = dialogue.turns
-            question = chat.Dialogue(dialogue.system, (*before, chat.Turn(last.pieces, None)))
+            question = chat.Dialogue(dialogue.system, (*before, chat.Turn(last.pieces, None, last.prefix)))
             prompts.append(processor.tokenize(question, [len(item) for item in inputs]).input_ids)
             references.append(last.answer)
             features.extend(inputs)

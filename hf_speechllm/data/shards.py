@@ -7,24 +7,23 @@ Here a damaged sample is one bad row.
 from __future__ import annotations
 
 import codecs
-import glob
 import json
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ..audio.archives import AUDIO_COLUMN, parquet_member, tar_member
 from ..model import chat
 from .bad_rows import BadDataError, BadRow
-from .jsonl import Row, hotwords_of, length_of, map_recordings, parse_line, parse_object
+from .jsonl import CONTEXT, Row, add_context, hotwords_of, length_of, map_recordings, parse_line, parse_object
 
 BLOCK_SIZE = 1 << 18  # bytes of a JSONL that are one shard: some 800 rows
 AUDIO_SUFFIXES = ("wav", "flac", "ogg", "mp3", "opus", "m4a")
 TEXT_SUFFIXES = ("json", "txt")
 TEXT_COLUMNS = ("messages", "text", "sentence", "transcription")
+OTHER_COLUMNS = ("hotwords", "asr_hotwords", *CONTEXT, "language", "speech_length", "text_length")
 END = 1 << 62  # position after a shard that cannot be read further
 LARGEST_MEMBER = 1 << 30  # bytes of a recording in a tar file
 
@@ -55,25 +54,6 @@ class Item:
 
     row: dict[str, Any] | BadRow
     next: int
-
-
-def expand(patterns: Sequence[str]) -> list[list[str]]:
-    """The files that each pattern of a list stands for, as absolute paths in alphabetical order.
-
-    Raises:
-        FileNotFoundError: if a pattern matches nothing.
-        ValueError: if a file is named twice.
-    """
-    found = []
-    for pattern in patterns:
-        files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not files:
-            raise FileNotFoundError(f"{pattern}: no such file")
-        found.append([os.path.abspath(file) for file in files])
-    counts = Counter(file for files in found for file in files)
-    if twice := [file for file, count in counts.items() if count > 1]:
-        raise ValueError(f"{twice[0]} is named twice; name it once, with a higher weight")
-    return found
 
 
 def is_archive(file: str) -> bool:
@@ -326,6 +306,7 @@ def _archive_row(record: dict, name: str, recording: Any, file: str, number: int
         except ValueError as error:
             raise BadDataError(str(error)) from error
         messages = chat.transcription_messages(name, prompt, text)
+    messages = add_context(messages, record)
     dialogue = chat.parse_messages(messages, hotwords)
     if len(dialogue.recordings) != 1:
         raise BadDataError(f"the messages have {len(dialogue.recordings)} places for the one recording")
@@ -357,7 +338,7 @@ def _read_parquet(path: str, position: int, embed: bool) -> Iterator[Item]:
             text = next((name for name in TEXT_COLUMNS if name in names), None)
             if AUDIO_COLUMN not in names or text is None:
                 raise OSError(f"columns {names}; needs {AUDIO_COLUMN!r} and one of {', '.join(TEXT_COLUMNS)}")
-            others = [n for n in ("hotwords", "language", "speech_length", "text_length") if n in names]
+            others = [name for name in OTHER_COLUMNS if name in names]
             first = 0
             for group in range(file.metadata.num_row_groups):
                 count = file.metadata.row_group(group).num_rows

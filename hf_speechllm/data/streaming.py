@@ -16,10 +16,11 @@ from ..audio.waveform import AudioError, check_root, load_audio
 from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
 from .dataset import FRAMES_PER_SECOND, longest_usable, too_long
+from .file_lists import expand
 from .kaldi import measure_recording, speech_length
 from .options import DataOptions
 from .sampler import ROW_COST, BudgetBatchSampler
-from .shards import expand, read_shard, shards_of
+from .shards import read_shard, shards_of
 
 logger = logging.getLogger(__name__)
 

@@ -126,7 +126,8 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
                 "of lines `ID TEXT` instead"
             )
         lines[id_] = row.line
-        transcripts.texts[id_] = row.dialogue.turns[-1].answer or ""
+        last = row.dialogue.turns[-1]
+        transcripts.texts[id_] = last.prefix + (last.answer or "")
         transcripts.recordings[id_] = row.recordings[-1]
         transcripts.hotwords[id_] = row.hotwords
     return transcripts

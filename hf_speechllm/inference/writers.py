@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.bad_rows import NUM_NAMED
+from ..data.bad_rows import NUM_NAMED, path_hint
 from ..files import atomic_write
 from .pieces import Transcript
 from .segments import Segment
@@ -92,6 +92,7 @@ def write_failures(output_file: str | os.PathLike[str], failures: Sequence[str])
         with atomic_write(path) as file:
             file.writelines(f"{_line(failure)}\n" for failure in failures)
         named.append(f"and {len(failures) - NUM_NAMED} more; all of them are in {path}")
+    named += path_hint(failures)
     return "\n".join(named)
 
 

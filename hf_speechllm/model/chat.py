@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from .configuration import LOW_FRAME_RATE
+from .languages import language_name
 
 IGNORE_INDEX = -100  # label of a token that is not supervised
 AUDIO_TOKEN = "<|object_ref_start|>"  # placeholder in `input_ids`; a spare special token of the Qwen tokenizers
@@ -23,16 +24,6 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 THINK_BLOCK = "<think>\n\n</think>\n\n"
 _SILENCE = re.compile("/sil(?![a-z])")  # how Fun-ASR may write a pause
 _SPEECH = re.compile(f"({re.escape(SPEECH_START)}.*?{re.escape(SPEECH_END)})", re.DOTALL)
-
-# ISO 639 code -> language name in Fun-ASR's prompts.
-LANGUAGES = {
-    "zh": "中文", "en": "英文", "ja": "日文", "yue": "粤语", "ko": "韩文", "vi": "越南语", "id": "印尼语",
-    "th": "泰语", "ms": "马来语", "tl": "菲律宾语", "ar": "阿拉伯语", "hi": "印地语", "bg": "保加利亚语",
-    "hr": "克罗地亚语", "cs": "捷克语", "da": "丹麦语", "nl": "荷兰语", "et": "爱沙尼亚语", "fi": "芬兰语",
-    "el": "希腊语", "hu": "匈牙利语", "ga": "爱尔兰语", "lv": "拉脱维亚语", "lt": "立陶宛语",
-    "mt": "马耳他语", "pl": "波兰语", "pt": "葡萄牙语", "ro": "罗马尼亚语", "sk": "斯洛伐克语",
-    "sl": "斯洛文尼亚语", "sv": "瑞典语",
-}  # fmt: skip
 
 
 class ChatError(ValueError):
@@ -46,10 +37,12 @@ class Turn:
     Args:
         pieces: parts of the user's message, in order: text (`str`) or `Recording`.
         answer: the assistant's message; `None` if the model must generate one.
+        prefix: text before the answer in the assistant's message; given, and not supervised.
     """
 
     pieces: tuple[str | Recording, ...]
     answer: str | None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,24 +97,6 @@ def num_audio_tokens(
     tokens = -(-num_frames // encoder_downsample_rate)
     tokens = -(-tokens // downsample_rate)
     return -(-tokens // LOW_FRAME_RATE) if use_low_frame_rate else tokens
-
-
-def language_name(language: str) -> str:
-    """Returns the name of a language in the prompts. A name that is not ASCII (any Chinese name) is kept unchanged.
-
-    Args:
-        language: ISO 639 code from `LANGUAGES`, or the Chinese name.
-
-    Raises:
-        ValueError: if the language is neither a known code nor a Chinese name.
-    """
-    name = LANGUAGES.get(language.lower(), language)
-    if not name or name.isascii():
-        raise ValueError(
-            f"unknown language {language!r}; give the Chinese name, or one of: "
-            f"{', '.join(f'{k} ({v})' for k, v in LANGUAGES.items())}"
-        )
-    return name
 
 
 def transcription_prompt(
@@ -180,9 +155,7 @@ def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
         return []
     words = re.split("[,，]", hotwords) if isinstance(hotwords, str) else hotwords
     for word in words:
-        for token in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
-            if token in word:
-                raise ChatError(f"a hotword contains {token}; remove it")
+        _refuse_markers(word, "a hotword")
     return [word.strip() for word in words if word.strip()]
 
 
@@ -213,7 +186,9 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
     Args:
         messages: dicts with `role` (`system`, `user`, `assistant`) and `content`. The content is a list of
             `{"type": "text", "text": ...}` and `{"type": "audio", "audio": ...}`, or a string that marks recordings
-            with `<|startofspeech|>!PATH<|endofspeech|>`.
+            with `<|startofspeech|>!PATH<|endofspeech|>`. The first user message may have a `context`, which is
+            written before its prompt with the hotwords. An answer may have a `prev_content`, as in Fun-ASR: text
+            before it that is not supervised.
         hotwords: written before the first prompt, as in decoding.
 
     Raises:
@@ -235,10 +210,12 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
                 f'message {index + 1} after the system prompt has role {message.get("role")!r}; expected "{expected}"'
             )
         if expected == "user":
-            header = (hotword_context(hotwords),) if hotwords and not turns else ()
+            context = _optional_text(message, "context") if not turns else ""
+            header = (hotword_context(hotwords, context),) if (hotwords or context) and not turns else ()
             turns.append(Turn((*header, *_pieces_of(message)), None))
         else:
-            turns[-1] = Turn(turns[-1].pieces, _text_of(message, "assistant"))
+            prefix = _optional_text(message, "prev_content")
+            turns[-1] = Turn(turns[-1].pieces, _text_of(message, "assistant"), prefix)
     return Dialogue(system, tuple(turns))
 
 
@@ -248,12 +225,24 @@ def _text_of(message: dict, role: str) -> str:
         text = "".join(_text_of_part(part, role) for part in text)
     if not isinstance(text, str):
         raise ChatError(f'the "content" of the {role} message must be a string')
-    for marker in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
-        if marker in text:
-            raise ChatError(f"the {role} message contains {marker}; remove this special token")
+    _refuse_markers(text, f"the {role} message")
     if role == "assistant" and not text.strip():
         raise ChatError("the assistant message (the transcript) is empty; write a transcript or remove the row")
     return text
+
+
+def _optional_text(message: dict, key: str) -> str:
+    text = message.get(key)
+    if not isinstance(text, (str, type(None))):
+        raise ChatError(f'the "{key}" of the {message["role"]} message must be a string')
+    _refuse_markers(text or "", f'the "{key}" of the {message["role"]} message')
+    return text or ""
+
+
+def _refuse_markers(text: str, place: str) -> None:
+    for marker in (TURN_START, TURN_END, AUDIO_TOKEN, SPEECH_START, SPEECH_END):
+        if marker in text:
+            raise ChatError(f"{place} contains {marker}; remove this special token")
 
 
 def _text_of_part(part: Any, role: str) -> str:
@@ -343,7 +332,9 @@ def tokenize(
         if isinstance(piece, Recording):
             result.add([audio_token_id] * counts.pop(0))
         else:
-            result.add(_answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
+            result.add(_answer_ids(tokenizer, piece.prefix))
+            if piece.text is not None:
+                result.add(_answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
     result.add(_prompt_ids(tokenizer, len(tokenizer), text))
     return result
 
@@ -355,13 +346,15 @@ def render(dialogue: Dialogue, audio_token: str, think_block: bool = False) -> s
         if isinstance(piece, Recording):
             text += audio_token
         else:
-            text += piece if isinstance(piece, str) else piece.text + TURN_END
+            text += piece if isinstance(piece, str) else piece.prefix
+            text += piece.text + TURN_END if isinstance(piece, _Answer) and piece.text is not None else ""
     return text
 
 
 @dataclass(frozen=True)
 class _Answer:
-    text: str
+    prefix: str
+    text: str | None  # `None` where it is to be generated
 
 
 def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording | _Answer]:
@@ -373,10 +366,9 @@ def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording |
         yield f"{TURN_START}user\n"
         yield from turn.pieces
         yield f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
-        if turn.answer is not None:
-            yield _Answer(turn.answer)
-        elif number < len(dialogue.turns):
+        if turn.answer is None and number < len(dialogue.turns):
             raise ChatError(f"turn {number} has no assistant message")
+        yield _Answer(turn.prefix, turn.answer)
 
 
 @lru_cache(maxsize=64)

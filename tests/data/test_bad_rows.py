@@ -57,6 +57,16 @@ def test_twenty_are_named_and_the_others_counted():
     assert "and 3 more" in message
 
 
+def test_missing_recordings_say_where_relative_paths_start():
+    bad_rows = rows_with(1)
+    bad_rows.add("train.jsonl", 2, "/data/a.wav: no such file")
+    with pytest.raises(BadDataError, match="start at the folder of the list, not at the working directory"):
+        bad_rows.check(total=8)
+    with pytest.raises(BadDataError) as error:
+        rows_with(1).check(total=8)
+    assert "Relative" not in str(error.value)
+
+
 @pytest.mark.parametrize("allowed", [0, 1])
 def test_report_file_has_all_of_them(tmp_path, allowed):
     report = tmp_path / "bad.txt"

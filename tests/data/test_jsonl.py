@@ -47,6 +47,23 @@ def test_row_holds_what_the_line_says(jsonl, tmp_path):
     assert (row.file, row.line) == (str(path), 1)
 
 
+def test_keys_of_funasr_are_read(jsonl):
+    keys = {"hotwords": "a", "asr_hotwords": ["b", "c"], "hist_context": "before", "one_pass_result": "guess"}
+    dialogue = messages()
+    dialogue[-1]["prev_content"] = "现在"
+    (row,) = read_jsonl(jsonl({"messages": dialogue, **keys}))
+    assert row.hotwords == ["b", "c"]
+    (turn,) = row.dialogue.turns
+    assert turn.pieces[0] == chat.hotword_context(["b", "c"], "历史转写结果：before\n一遍解码结果：guess")
+    assert (turn.prefix, turn.answer) == ("现在", "几点了？")
+    assert chat.parse_messages(row.messages, row.hotwords) == row.dialogue  # what training reads
+
+
+@pytest.mark.parametrize("key", ["asr_hotwords", "hist_context", "one_pass_result"])
+def test_keys_of_funasr_of_a_wrong_type_are_bad(jsonl, key):
+    assert f'bad "{key}"' in reason(jsonl({"messages": messages(), key: {"a": 1}}))
+
+
 def test_missing_lengths_are_none(jsonl):
     (row,) = read_jsonl(jsonl({"messages": messages(), "text_length": None}))
     assert row.speech_length is None and row.text_length is None

@@ -9,7 +9,8 @@ import pytest
 from hf_speechllm.audio.archives import find_archive, read_member
 from hf_speechllm.audio.waveform import load_audio, probe_audio, source_stamp
 from hf_speechllm.data.bad_rows import BadDataError, BadRow
-from hf_speechllm.data.shards import Shard, expand, read_shard, shards_of
+from hf_speechllm.data.file_lists import expand
+from hf_speechllm.data.shards import Shard, read_shard, shards_of
 
 WAV = b"RIFF, or so"
 
@@ -212,6 +213,23 @@ def test_globs_stand_for_files_in_order(tmp_path):
         expand([f"{tmp_path}/none*"])
     with pytest.raises(ValueError, match="a.tar is named twice"):
         expand([f"{tmp_path}/*.tar", f"{tmp_path}/a.tar"])
+
+
+def test_list_of_files_stands_for_its_files(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    for name in ("a.jsonl", "sub/b.jsonl", "c.tar", "rows.txt"):
+        (tmp_path / name).write_text('{"messages": []}\n', encoding="utf-8")
+    names = tmp_path / "data.list"
+    names.write_text(f"a.jsonl\n\nsub/*.jsonl\n{tmp_path}/c.tar\n", encoding="utf-8")
+    rows = str(tmp_path / "rows.txt")  # of another name, but rows
+    assert expand([str(names), rows]) == [
+        [f"{tmp_path}/{name}" for name in ("a.jsonl", "sub/b.jsonl", "c.tar")],
+        [rows],
+    ]
+    names.write_text("a.jsonl\nb.jsonl\n", encoding="utf-8")  # is in the working directory
+    with pytest.raises(FileNotFoundError, match=r"data\.list:2: b\.jsonl \(relative paths start at the folder of"):
+        expand([str(names)])
 
 
 def test_compressed_file_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from hf_speechllm.inference.pieces import Transcript
 from hf_speechllm.inference.segments import Segment, join_texts
-from hf_speechllm.inference.writers import srt, vtt, write_results
+from hf_speechllm.inference.writers import srt, vtt, write_failures, write_results
 
 SEGMENTS = (
     Segment(0.0, 1.25, "Hello there."),
@@ -58,3 +58,8 @@ def test_files_beside_the_texts_are_written_as_asked(tmp_path):
         "a%2F1.srt", "a%2F1.vtt", "b.srt", "b.vtt",
     ]  # fmt: skip
     assert (tmp_path / "hyp.subtitles/a%2F1.vtt").read_text() == vtt(SEGMENTS)
+
+
+def test_missing_recordings_say_where_relative_paths_start(tmp_path):
+    named = write_failures(tmp_path / "hyp.txt", ["a: /data/a.wav: no such file"]).splitlines()
+    assert named[1] == "Relative paths start at the folder of the list, not at the working directory."

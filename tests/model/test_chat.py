@@ -88,6 +88,30 @@ def test_thinking_block_is_not_supervised():
     assert [decoded(ids) for ids in supervised_spans(result.labels)] == ["one<|im_end|>"]
 
 
+def test_beginning_of_an_answer_that_is_given_is_not_supervised():
+    messages = [user(SPEECH), {**assistant("two"), "prev_content": "one "}, user(SPEECH), assistant("three")]
+    result = example(messages, [1, 1])
+    assert "assistant\none two<|im_end|>" in decoded(result.input_ids)
+    assert [decoded(ids) for ids in supervised_stretches(result.labels)] == ["two<|im_end|>", "three<|im_end|>"]
+    ids = [TOKENIZER.encode(text, add_special_tokens=False) for text in ("one ", "two")]  # each by itself
+    assert str(ids[0] + ids[1])[1:-1] in str(result.input_ids)
+    dialogue = parse_messages(messages)
+    assert chat.render(dialogue, "*") == decoded(result.input_ids)
+    asked = chat.Dialogue(None, (chat.Turn(dialogue.turns[0].pieces, None, "one "),))
+    assert chat.render(asked, "*").endswith("assistant\none ")
+    with pytest.raises(ChatError, match='the "prev_content" of the assistant message contains <|im_end|>'):
+        parse_messages([user(SPEECH), {**assistant("two"), "prev_content": "<|im_end|>"}])
+    with pytest.raises(ChatError, match='the "prev_content" of the assistant message must be a string'):
+        parse_messages([user(SPEECH), {**assistant("two"), "prev_content": ["one"]}])
+
+
+def test_context_of_the_first_message_stands_before_its_prompt_with_the_hotwords():
+    messages = [{**user(SPEECH), "context": "known"}, assistant("one"), {**user(SPEECH), "context": "x"}]
+    dialogue = parse_messages(messages, ["word"])
+    assert dialogue.turns[0].pieces[0] == chat.hotword_context(["word"], "known")
+    assert len(dialogue.turns[1].pieces) == 1
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|"), max_size=12)
 TURNS = st.lists(
     st.tuples(TEXT, st.one_of(st.none(), st.integers(1, 9)), TEXT, TEXT.filter(str.strip)), min_size=1, max_size=4
