@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
         training = SpeechLLMTrainingArguments(**chosen(SpeechLLMTrainingArguments))
         return FinetuningOptions(model, data, parts, training)
     except ValueError as error:
-        return parser.error(str(error))
+        return parser.error(" ".join(str(error).split()))
 
 
 def check_command_line(argv: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     from ..training.errors import FaultError, Preempted
     from ..training.freezing import count_parameters, freeze_parts
     from ..training.lora import add_lora
-    from ..training.preemption import EXIT_STATUS
+    from ..training.preemption import EXIT_STATUS, interruptible
     from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from ..training.trainer import SpeechLLMTrainer
 
@@ -80,7 +80,7 @@ def main() -> None:
         bad = {"max_bad_fraction": args.max_bad_fraction}
         limits: dict[str, Any] = {"batch_seconds": args.per_device_train_batch_seconds, **bad}
         weights = None
-        with args.main_process_first(desc="preparing the data"):
+        with interruptible(), args.main_process_first(desc="preparing the data"):
             if data.streaming:
                 seed = args.seed if args.data_seed is None else args.data_seed
                 place = {"rank": args.process_index, "num_ranks": args.world_size}
@@ -105,31 +105,37 @@ def main() -> None:
         return
     describe_data(train_rows, validation_rows)
 
-    # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
-    model = SpeechLLMForConditionalGeneration.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=options.model.attn_implementation
-    )
-    freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
-    if parts.use_lora:
-        model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
-    if (level := choose_level(data, parts, args)) != "fbank":
-        train_rows = add_encoded(
-            train_rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
-            batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
-        )  # fmt: skip
-    for part, (trained, total) in count_parameters(model).items():
-        logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
+    try:
+        # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
+        model = SpeechLLMForConditionalGeneration.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=options.model.attn_implementation
+        )
+        freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
+        if parts.use_lora:
+            model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
+        if (level := choose_level(data, parts, args)) != "fbank":
+            train_rows = add_encoded(
+                train_rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
+                batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
+            )  # fmt: skip
+        for part, (trained, total) in count_parameters(model).items():
+            logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
 
-    trainer = SpeechLLMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows or None,
-        data_collator=collator,
-        eval_collator=SpeechLLMCollator(processor),
-        processing_class=processor,
-        train_weights=weights,
-    )
+        trainer = SpeechLLMTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows or None,
+            data_collator=collator,
+            eval_collator=SpeechLLMCollator(processor),
+            processing_class=processor,
+            train_weights=weights,
+        )
+        trainer.get_optimizer_cls_and_kwargs(args, model)  # --optim may need a package
+    except ModuleNotFoundError:
+        raise  # told by `main`
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"{prog()}: error: {' '.join(str(error).split())}")
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Preempted as end:

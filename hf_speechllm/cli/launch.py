@@ -53,6 +53,7 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.accelerator import is_available
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "config_file" in options:
@@ -71,5 +72,7 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
         launch_command(launch_command_parser().parse_args([*words, "--module", "hf_speechllm", verb, *argv]))
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
+    except SignalException as error:  # handed on to the processes, which say how to resume
+        sys.exit(128 + error.sigval)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

@@ -22,6 +22,7 @@ from ..audio.fbank import cacheable_features, num_encoder_input_frames
 from ..audio.waveform import MAX_SECONDS, AudioError, check_root, display_name, is_url, load_audio, source_stamp
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
+from .cache_files import naming_damage
 from .file_lists import expand
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
@@ -355,7 +356,8 @@ def prepare_rows(
     """
     bad_rows = BadRows(max_bad_fraction)
     found = expand(files)
-    rows = load_rows([file for group in found for file in group], bad_rows, options.cache_dir, options.audio_root)
+    with naming_damage(options.cache_dir):
+        rows = load_rows([file for group in found for file in group], bad_rows, options.cache_dir, options.audio_root)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
     if len(rows) == 0:
@@ -365,12 +367,13 @@ def prepare_rows(
         if lacking:
             logger.info("%s: %d of %d rows lack %s; it is computed", ", ".join(files), lacking, len(rows), key)
     workers = options.preprocessing_num_workers or os.cpu_count()
-    if options.feature_cache == "off":
-        rows = add_lengths(rows, bad_rows, workers)
-    else:
-        # Not the batch budget, which changes more often: the cache would be computed again.
-        limit = longest_usable(processor, max_feature_frames)
-        rows = add_features(rows, processor, bad_rows, options.feature_cache, workers, limit)
+    with naming_damage(options.cache_dir):
+        if options.feature_cache == "off":
+            rows = add_lengths(rows, bad_rows, workers)
+        else:
+            # Not the batch budget, which changes more often: the cache would be computed again.
+            limit = longest_usable(processor, max_feature_frames)
+            rows = add_features(rows, processor, bad_rows, options.feature_cache, workers, limit)
     budget = batch_seconds or math.inf
     rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)

@@ -11,7 +11,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
@@ -24,6 +23,7 @@ from ..files import atomic_write
 from ..formats.partial import hash_tensors
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor, pad_features
+from .cache_files import ENCODED_FOLDER, cache_root, naming_damage
 from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds
 from .sampler import BudgetBatchSampler
@@ -69,8 +69,7 @@ def add_encoded(
     starts = range(0, len(rows), ROWS_PER_FILE)
     local_rank, local_ranks = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESSES)
     with _gathered(model, level):
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "encoded"
-        folder /= _key(rows, model, level, dtype)
+        folder = cache_root(cache_dir) / ENCODED_FOLDER / _key(rows, model, level, dtype)
         folder.mkdir(parents=True, exist_ok=True)
         missing = [start for start in starts if not _file(folder, start).exists()]
         if missing:
@@ -84,8 +83,9 @@ def add_encoded(
             model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    encoded = concatenate_datasets([Dataset.from_file(str(_file(folder, start))) for start in starts])
-    return concatenate_datasets([rows.remove_columns("features").flatten_indices(), encoded], axis=1)
+    with naming_damage(cache_dir):
+        encoded = concatenate_datasets([Dataset.from_file(str(_file(folder, start))) for start in starts])
+        return concatenate_datasets([rows.remove_columns("features").flatten_indices(), encoded], axis=1)
 
 
 def _parts(model: SpeechLLMForConditionalGeneration, level: str) -> list[PreTrainedModel]:

@@ -33,6 +33,26 @@ _OTHER = (
     " jeg ikke og til af på som med har er och det att är inte jag"
     " nie się jest na że ve bir bu için çok ne değil"
 )
+# These are no words of the neighbours: each outweighs several borrowed words with accents.
+_ENGLISH_ALONE = frozenset(
+    [
+        "the",
+        "and",
+        "with",
+        "that",
+        "this",
+        "they",
+        "you",
+        "your",
+        "which",
+        "would",
+        "should",
+        "could",
+        "because",
+        "there",
+        "their",
+    ]
+)
 _ENGLISH_WORDS, _OTHER_WORDS = frozenset(_ENGLISH.split()), frozenset(_OTHER.split())
 
 _LANGUAGE_NAMES = {
@@ -50,12 +70,12 @@ _BY_NAME = {name: code for code, names in _LANGUAGE_NAMES.items() for name in [c
 def is_english(text: str) -> bool:
     """Whether lower-case text is English rather than another language written with spaces.
 
-    Each frequent English word is a vote for English, and each frequent word of another language is a vote against.
-    Each other word with letters outside a to z is half a vote against, because English borrows words (café, fiancée).
-    Text without any vote counts as English.
+    Each frequent English word is a vote for English, or three if no other language has it, and each frequent word of
+    another language is a vote against. Each other word with letters outside a to z is half a vote against, because
+    English borrows words (café, fiancée). Text without any vote counts as English.
     """
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text)
-    english = sum(word in _ENGLISH_WORDS for word in words)
+    english = sum(3 if word in _ENGLISH_ALONE else word in _ENGLISH_WORDS for word in words)
     other = sum(word in _OTHER_WORDS for word in words)
     return 2 * english >= 2 * other + sum(not word.isascii() for word in words if word not in _OTHER_WORDS)
 

@@ -68,7 +68,8 @@ class SpeechLLMTrainingArguments(
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
         elif not (alone or self.use_cpu or torch.accelerator.is_available()):
-            logger.warning("no GPU was found: all processes train on the CPU")
+            if int(os.environ.get("RANK", 0)) == 0:
+                logger.warning("no GPU was found: all processes train on the CPU")
             self.use_cpu = True
 
     def _settle_validation(self) -> None:

@@ -41,6 +41,8 @@ def check_options(options: FinetuningOptions) -> None:
         raise ValueError("--eval_cer decodes validation sets, but --validation_file is missing")
     if _evaluates(args) and not names:
         raise ValueError(f"--eval_strategy {_value(args.eval_strategy)} needs a set; add --validation_file")
+    if args.eval_on_start and not names:
+        raise ValueError("--eval_on_start needs a set; add --validation_file")
     metric = args.metric_for_best_model
     if metric is None or not data.validation_file:
         return

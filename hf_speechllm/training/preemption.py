@@ -21,6 +21,32 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises `KeyboardInterrupt` at the end of the block if Ctrl-C was pressed in it, but a library has caught it.
+
+    Raises:
+        KeyboardInterrupt: if so.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.default_int_handler(number, frame)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
 class Preemption(TrainerCallback):
     """Saves a checkpoint and ends training after a step once any rank has received a signal.
 

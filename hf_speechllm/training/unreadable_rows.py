@@ -1,8 +1,9 @@
-"""Rows whose recordings can no longer be read during training: left out, counted, and too many end the run."""
+"""Rows whose recordings can no longer be read during a run: left out and counted; in training, too many end the run."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +25,18 @@ class SkipUnreadableCollator:
     If a batch has no other row, silence without labels takes their place, so that all ranks do the same steps.
 
     Args:
-        collator: builds the batches.
+        collator: computes the features of a row.
+        build: builds batches by means of `collator`; default the collator itself.
     """
 
     collator: SpeechLLMCollator
+    build: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Builds a batch as `collator` does; with `unreadable_rows` if there are any."""
+        """Builds a batch as `build` does; with `unreadable_rows` if there are any."""
+        build = self.build or self.collator
         try:
-            return self.collator(rows)
+            return build(rows)
         except AudioError:
             unreadable, good = [], []
         for row in rows:
@@ -41,7 +45,7 @@ class SkipUnreadableCollator:
                 good.append(row)
             except AudioError as error:
                 unreadable.append(((row["file"], row["line"]), str(error)))
-        return {**self.collator(good or [self._silence(rows[0])]), UNREADABLE_ROWS: unreadable}
+        return {**build(good or [self._silence(rows[0])]), UNREADABLE_ROWS: unreadable}
 
     def _silence(self, row: dict[str, Any]) -> dict[str, Any]:
         size = self.collator.processor.feature_extractor.feature_size

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..data.collator import SpeechLLMCollator
+from ..data.bad_rows import BadRow
+from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.prompt_collator import PromptCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..evaluation.validation_metrics import COUNTS, metric_prefix
@@ -24,7 +26,10 @@ from .dataloaders import BudgetDataLoader, eval_loader
 from .device import to_device
 from .option_checks import MEASURES
 from .options import RETENTION_SET
+from .unreadable_rows import UNREADABLE_ROWS, SkipUnreadableCollator
 from .validation_files import SAMPLES_FOLDER, SAMPLES_SHOWN, Sample, write_samples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,6 +42,9 @@ class Validator:
         processor: decodes tokens.
         collator: builds batches, without augmentation.
         input_dtype: of floating-point inputs, where DeepSpeed computes in its own; default as they are.
+
+    Attributes:
+        unreadable: file, line and reason of the rows of the current set that this rank could not read.
     """
 
     args: SpeechLLMTrainingArguments
@@ -44,6 +52,7 @@ class Validator:
     processor: SpeechLLMProcessor
     collator: SpeechLLMCollator
     input_dtype: torch.dtype | None = None
+    unreadable: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
 
     def score(self, engine: Any, sets: Mapping[str, Any], prefix: str, step: int) -> dict[str, float]:
         """Scores several sets, adds their means, and writes some transcripts into `validation_samples`.
@@ -75,6 +84,7 @@ class Validator:
 
     def _score_set(self, engine: Any, rows: Any, prefix: str) -> tuple[dict[str, float], list[Sample]]:
         began = time.perf_counter()
+        self.unreadable.clear()
         metrics = self.losses(engine, self.loader(rows), prefix)
         samples: list[Sample] = []
         if self.args.eval_cer:
@@ -82,14 +92,29 @@ class Validator:
             counts, samples = self.decode(engine, rows if len(chosen) == len(rows) else rows.select(chosen))
             metrics[f"{prefix}_cer"] = counts.rate
             metrics.update({f"{prefix}_{name}": getattr(counts, name) for name in COUNTS})
+        metrics.update(self._left_out(rows, prefix))
         runtime = time.perf_counter() - began
         metrics[f"{prefix}_runtime"] = round(runtime, 4)
         metrics[f"{prefix}_samples_per_second"] = round(len(rows) / runtime, 3)
         return metrics, samples
 
+    def _left_out(self, rows: Any, prefix: str) -> dict[str, int]:
+        """Names and counts the rows of a set whose recordings can no longer be read, if there are any."""
+        if not {"features", *ENCODED_COLUMNS}.isdisjoint(rows.column_names):
+            return {}
+        for (file, line), reason in self.unreadable.items():
+            logger.warning("left out of %s: %s", prefix, BadRow(file, line, reason))
+        count = int(self.accelerator.reduce(torch.tensor(len(self.unreadable), device=self.args.device), "sum"))
+        return {f"{prefix}_bad_rows": count} if count else {}
+
+    def _readable(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            self.unreadable.update(batch.pop(UNREADABLE_ROWS, ()))
+            yield batch
+
     def loader(self, rows: Any) -> BudgetDataLoader:
-        """Builds the batches of this rank, sorted by length."""
-        return eval_loader(self.args, rows, self.collator)
+        """Builds the batches of this rank, sorted by length, without rows that can no longer be read."""
+        return eval_loader(self.args, rows, SkipUnreadableCollator(self.collator))
 
     def losses(self, engine: Any, batches: BudgetDataLoader, prefix: str) -> dict[str, float]:
         """Computes mean loss and accuracy over the supervised tokens (not over batches, which differ in size) of all
@@ -102,7 +127,7 @@ class Validator:
         """
         engine.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for batch in batches:
+        for batch in self._readable(batches):
             with torch.no_grad():
                 outputs = engine(**to_device(batch, self.args.device, self.input_dtype))
             count = outputs.num_label_tokens
@@ -128,7 +153,8 @@ class Validator:
         tokenizer = self.processor.tokenizer
         counts = ErrorCounts()
         samples: list[Sample] = []
-        for batch in eval_loader(self.args, rows, PromptCollator(self.collator)):
+        collator = SkipUnreadableCollator(self.collator, PromptCollator(self.collator))
+        for batch in self._readable(eval_loader(self.args, rows, collator)):
             inputs = to_device(batch["inputs"], self.args.device, self.input_dtype)
             # Not compiled: training may leave padding out, and its graphs are then of no use here.
             with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):

@@ -1,13 +1,15 @@
 """`finetune --num_processes N`: accelerate's options are taken out, and its configurations are found by name."""
 
+import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from hf_speechllm.cli.configurations import LAUNCHING, TRAINING, find_configuration
-from hf_speechllm.cli.launch import split_launch_options
+from hf_speechllm.cli.launch import launch, split_launch_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,3 +55,44 @@ def test_several_processes_train_and_errors_are_found_before_they_start(tiny_mod
     result = finetune(*launcher, *options)
     assert result.returncode == 0, result.stderr
     assert "x 2 device(s)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_signal_to_the_launcher_is_no_traceback(monkeypatch):
+    from accelerate.commands import launch as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def launch_command(arguments):
+        raise SignalException("got signal: 2", signal.SIGINT)
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which `launch` sets
+    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
+    with pytest.raises(SystemExit) as end:
+        launch("finetune", {"config_file": "cpu"}, [])
+    assert end.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--use_lora", "true", "--lora_target_modules", "nosuch"], "the LLM has no layers named nosuch"),
+        (["--attn_implementation", "flash_attention_2"], "FlashAttention2 has been toggled on"),
+        (["--optim", "adamw_bnb_8bit"], "You need to install `bitsandbytes`"),
+        (["--eval_on_start", "true"], "--eval_on_start needs a set; add --validation_file"),
+        (["--eval_strategy", "steps"], "--eval_strategy steps needs a set"),
+        (["--load_best_model_at_end", "true"], "--load_best_model_at_end requires the save and eval strategy"),
+        (["--report_to", "wandb"], "--report_to wandb: no such package"),
+    ],
+)
+def test_what_can_not_be_is_one_line_before_training(
+    run_recipe, tiny_model, tiny_corpus, tmp_path, capsys, options, message
+):
+    if any(find_spec(name) for name in ("bitsandbytes", "flash_attn", "wandb") if name[:4] in message.lower()):
+        pytest.skip("the package is installed")
+    end = run_recipe(
+        "finetune.py", "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir",
+        tmp_path / "out", "--use_cpu", "true", "--max_steps", 2, "--report_to", "none", "--cache_dir",
+        tmp_path / "cache", "--preprocessing_num_workers", 1, *options,
+    )  # fmt: skip
+    text = capsys.readouterr().err.splitlines()[-1] if end == 2 else str(end)
+    assert message in text and "\n" not in text
+    assert not (tmp_path / "out" / "trainer_state.json").exists()

@@ -319,3 +319,23 @@ def test_tokens_of_any_text_are_separated_by_single_spaces(text):
 def test_time_is_not_quadratic_in_the_length_of_a_line():
     for part in ("两", "一", "1", "1 ", "一点", "a1,", "0.", "(<[a"):
         normalize_text(part * 20_000)
+
+
+@pytest.mark.parametrize(
+    ("line", "spelled"),
+    [
+        ("Beyoncé and José ate jalapeño crème brûlée", "Beyonce and Jose ate jalapeno creme brulee"),
+        ("the café serves crème brûlée with jalapeño", "the cafe serves creme brulee with jalapeno"),
+        ("Zoë wrote that résumé", "Zoe wrote that resume"),
+        ("wake me at 7 a.m.", "wake me at 7 am"),
+        ("我有10 dollars", "我有ten dollars"),
+    ],
+)
+def test_spellings_of_one_line_are_the_same(line, spelled):
+    assert normalize_text(line) == normalize_text(spelled)
+
+
+def test_lines_of_other_languages_keep_their_accents():
+    lines = ["où est le café", "das schöne Mädchen läuft", "el niño pequeño", "příliš žluťoučký kůň", "az új ház szép"]
+    for line in lines:
+        assert normalize_text(line) == line.lower(), line

@@ -105,6 +105,23 @@ def test_too_many_vanished_recordings_end_the_run(make_trainer, uncached, own_co
         trainer.train()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_vanished_validation_recordings_are_left_out_named_and_counted(
+    make_trainer, uncached, own_corpus, caplog, workers
+):
+    """By all that is scored: the numbers are those of the set without them."""
+    rows = uncached["train_dataset"].select(range(5))
+    options = {**uncached, "eval_cer": True, "eval_strategy": "no", "eval_max_new_tokens": 4}
+    trainer = make_trainer(**options, eval_dataset=rows.select([0, 1, 2, 4]), dataloader_num_workers=workers)
+    expected = trainer.evaluate()
+    (own_corpus / "utt03.wav").unlink()
+    scores = make_trainer(**options, eval_dataset=rows, dataloader_num_workers=workers).evaluate()
+    assert scores.pop("eval_bad_rows") == 1
+    assert "left out of eval: " in caplog.text and "train.jsonl:4: " in caplog.text and "utt03.wav" in caplog.text
+    for key in ("eval_loss", "eval_cer", "eval_reference_tokens"):
+        assert scores[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
 def break_steps(trainer, steps, value=float("nan")):
     """Makes the loss of some steps not finite, in the model."""
     compute = trainer.compute_loss

@@ -1,0 +1,29 @@
+"""Ctrl-C: the first one saves, a second one ends at once, and none is lost."""
+
+import contextlib
+import signal
+
+import pytest
+
+from hf_speechllm.training.preemption import Preemption, interruptible
+
+
+def test_second_interruption_ends_at_once(caplog):
+    preemption, before = Preemption(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), preemption.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.received == signal.SIGINT
+        assert "Ctrl-C again ends the run at once" in caplog.text
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interruption_that_a_library_catches_ends_the_block():
+    done, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        with contextlib.suppress(BaseException):  # as the fingerprints of `datasets` do
+            signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is before
+    with interruptible():
+        pass
