@@ -26,7 +26,7 @@ from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model.options import ModelOptions
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
-from hf_speechllm.training.freezing import freeze_parts
+from hf_speechllm.training.freezing import freeze_parameters, freeze_parts
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.options import FinetuningOptions, TrainedPartsOptions
 from hf_speechllm.training.trainer import SpeechLLMTrainer
@@ -300,6 +300,7 @@ def make_trainer(split_options, tiny_rows):
         freeze_parts(model, tuned.freeze_audio_encoder, tuned.freeze_audio_adaptor, tuned.freeze_llm)
         if tuned.use_lora:
             model = add_lora(model, tuned.lora_r, tuned.lora_alpha, tuned.lora_dropout, tuned.lora_target_modules)
+        freeze_parameters(model, tuned.freeze_param)
         return SpeechLLMTrainer(
             model=model,
             args=args,

@@ -60,7 +60,7 @@ def main() -> None:
     from ..training.checkpointing.verification import VerificationError
     from ..training.checkpointing.writer import SaveError
     from ..training.errors import FaultError, Preempted
-    from ..training.freezing import count_parameters, freeze_parts
+    from ..training.freezing import count_parameters, freeze_parameters, freeze_parts
     from ..training.lora import add_lora
     from ..training.preemption import EXIT_STATUS, interruptible
     from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
@@ -113,6 +113,7 @@ def main() -> None:
         freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
         if parts.use_lora:
             model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
+        freeze_parameters(model, parts.freeze_param)
         if (level := choose_level(data, parts, args)) != "fbank":
             train_rows = add_encoded(
                 train_rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),

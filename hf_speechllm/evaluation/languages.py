@@ -33,27 +33,10 @@ _OTHER = (
     " jeg ikke og til af på som med har er och det att är inte jag"
     " nie się jest na że ve bir bu için çok ne değil"
 )
-# These are no words of the neighbours: each outweighs several borrowed words with accents.
-_ENGLISH_ALONE = frozenset(
-    [
-        "the",
-        "and",
-        "with",
-        "that",
-        "this",
-        "they",
-        "you",
-        "your",
-        "which",
-        "would",
-        "should",
-        "could",
-        "because",
-        "there",
-        "their",
-    ]
-)
+# No words of the neighbours: each outweighs several borrowed words with accents.
+_ENGLISH_ALONE = "the and with that this they you your which would should could because there their"
 _ENGLISH_WORDS, _OTHER_WORDS = frozenset(_ENGLISH.split()), frozenset(_OTHER.split())
+_ENGLISH_ALONE_WORDS = frozenset(_ENGLISH_ALONE.split())
 
 _LANGUAGE_NAMES = {
     "zh": "zho chi cmn yue wuu nan hak chinese mandarin cantonese 中文 汉语 普通话 国语 粤语",
@@ -75,7 +58,7 @@ def is_english(text: str) -> bool:
     English borrows words (café, fiancée). Text without any vote counts as English.
     """
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text)
-    english = sum(3 if word in _ENGLISH_ALONE else word in _ENGLISH_WORDS for word in words)
+    english = sum(3 if word in _ENGLISH_ALONE_WORDS else word in _ENGLISH_WORDS for word in words)
     other = sum(word in _OTHER_WORDS for word in words)
     return 2 * english >= 2 * other + sum(not word.isascii() for word in words if word not in _OTHER_WORDS)
 

@@ -91,8 +91,11 @@ def read_config(folder: Path) -> SpeechLLMConfig:
     return build_config(values, folder / CONFIG_FILE)
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path, weights: str | None = None) -> Checkpoint:
     """Reads a FunASR checkpoint, merges LoRA matrices, and stores the CTC branch in `ctc_tensors`.
+
+    Args:
+        weights: name of a file of weights in the folder, such as `model.pt.best`; default what the folder says.
 
     Raises:
         CheckpointError: if a file is missing, damaged or not a plain state dict, or tensors are missing, unexpected or
@@ -101,7 +104,8 @@ def read(folder: Path) -> Checkpoint:
     config = read_config(folder)
     files = config.funasr_files or {}
     metas = files.get(METAS_FILE, {}).get("file_path_metas") or {}
-    file = inside(folder, metas.get("init_param", WEIGHTS_FILE), f"{folder / METAS_FILE}: file_path_metas.init_param")
+    weights = weights or metas.get("init_param", WEIGHTS_FILE)
+    file = inside(folder, weights, f"{folder / METAS_FILE}: file_path_metas.init_param")
     state = load_state_dict(file)
     ctc_tensors = {name: state.pop(name) for name in list(state) if name.startswith(CTC_PREFIX)}
     for path in sorted(folder.glob("*.tiktoken")):  # the CTC branch's vocabulary

@@ -56,7 +56,9 @@ def read_files(folder: Path) -> dict[str, Any]:
             files[name] = parse(inside(folder, name, folder))
             check_types(files[name], TYPES[name], folder / name)
         elif name == CONFIG_FILE:  # FunASR does not require configuration.json either
-            raise CheckpointError(f"{folder / name} is missing; download or copy the checkpoint again")
+            raise CheckpointError(
+                f"{folder / name} is missing; copy it and the LLM's folder there from the model that was trained"
+            )
     return files
 
 

@@ -55,13 +55,15 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     """Detects the layout of a checkpoint from its files.
 
     Args:
-        name: folder or Hub id.
+        name: folder or Hub id; or a file of weights in a FunASR folder (`model.pt.best`, `model.pt.avg10`, ...).
         hub: options of transformers' `from_pretrained` (`cache_dir`, `token`, `revision`, ...).
 
     Raises:
         CheckpointError: if the folder or repository contains no model, or a model of another kind.
         OSError: if the folder or repository does not exist.
     """
+    if _names_weights(name):
+        return FUNASR
     if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
         return OWN
@@ -82,6 +84,17 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
         "or config.yaml (FunASR)"
     )
+
+
+def _names_weights(name: str | os.PathLike[str]) -> bool:
+    return os.path.basename(name).startswith(funasr.WEIGHTS_FILE) and os.path.isfile(name)
+
+
+def _read(name: str | os.PathLike[str], layout: str, folder: Path) -> Checkpoint:
+    with reading(folder):
+        if _names_weights(name):
+            return funasr.read(folder, os.path.basename(name))
+        return READERS[layout].read(folder)
 
 
 def _find(name: str | os.PathLike[str], file: str, hub: dict) -> str | None:
@@ -106,7 +119,7 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         name = snapshot_download(str(name), allow_patterns=patterns, **hub)
-    folder = Path(name) / subfolder
+    folder = Path(name).parent if _names_weights(name) else Path(name) / subfolder
     if folder.is_dir():
         check_folder(folder)
     return folder
@@ -160,8 +173,7 @@ def load_model(
         headers = _check_own(folder, options)
         stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
     else:
-        with reading(folder):
-            checkpoint = READERS[layout].read(folder)
+        checkpoint = _read(name, layout, folder)
         source, ctc_tensors = None, checkpoint.ctc_tensors
         stored = part_dtypes({key: tensor.dtype for key, tensor in checkpoint.tensors.items()})
         options.setdefault("generation_config", checkpoint.generation_config)
@@ -253,7 +265,8 @@ def load_processor(
     """
     hub = _hub_options(options)
     options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
-    written_by = _read_json(name, "processor_config.json", hub).get("processor_class")
+    is_folder = not _names_weights(name)
+    written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
     if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed without its model
@@ -290,8 +303,7 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
         return Checkpoint.of(SpeechLLMForConditionalGeneration.from_pretrained(name, **hub))
     folder = _fetch(name, layout, hub)
     if layout != OWN:
-        with reading(folder):
-            return READERS[layout].read(folder)
+        return _read(name, layout, folder)
     config = read_config(folder)
     tensors = read_safetensors(folder)
     ctc_tensors = read_ctc_tensors(folder / CTC_FILE)

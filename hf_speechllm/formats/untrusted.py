@@ -178,8 +178,8 @@ def base_model(file: Path) -> Iterator[str]:
 
 
 def stored_base(name: str | os.PathLike[str]) -> str:
-    """Returns the name of a base model to store in a checkpoint: a folder's absolute path, or the Hub id."""
-    return os.path.abspath(name) if os.path.isdir(name) else str(name)
+    """Returns the name of a base model to store in a checkpoint: an absolute path of a folder or file, or the Hub id."""
+    return os.path.abspath(name) if os.path.exists(name) else str(name)
 
 
 def find_base(folder: Path, file: str, name: str) -> str:
@@ -192,16 +192,16 @@ def find_base(folder: Path, file: str, name: str) -> str:
             checkpoints, is tried last and causes a warning.
 
     Raises:
-        CheckpointError: if the folder does not exist.
+        CheckpointError: if the folder or file does not exist.
     """
     beside = os.path.normpath(folder / name)  # `name` itself if it is absolute
-    if os.path.isdir(beside):
+    if os.path.exists(beside):
         if os.path.realpath(beside) == os.path.realpath(folder):
             raise CheckpointError(
                 f"{folder / file} names its own folder as the base model; write the model used in training"
             )
         return beside
-    if not os.path.isabs(name) and os.path.isdir(name):
+    if not os.path.isabs(name) and os.path.exists(name):
         logger.warning("%s: using the base model %s from the working directory %s", folder, name, os.getcwd())
         return name
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 
+from ..formats.funasr_tensors import to_funasr_name
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+
+# What peft adds to the name of a parameter.
+_PEFT = re.compile(r"^base_model\.model\.|\.(?:modules_to_save\.default|original_module|base_layer)(?=\.)")
 
 
 def freeze_parts(
@@ -21,6 +28,33 @@ def freeze_parts(
     for name, frozen in zip(PARTS, (audio_encoder, audio_adaptor, llm), strict=True):
         if frozen:
             getattr(model, name).requires_grad_(False)
+    model.train(model.training)
+
+
+def freeze_parameters(model, prefixes: Sequence[str]) -> None:
+    """Freezes parameters by the start of their names: no gradient and no optimizer state; dropout stays as it is.
+
+    Args:
+        model: with or without adapters.
+        prefixes: names of modules or parameters, here (`audio_encoder.layers.0`) or in FunASR
+            (`audio_encoder.encoders0`).
+
+    Raises:
+        ValueError: if a prefix fits no parameter, or nothing is left to train.
+    """
+    is_funasr = model.config.audio_encoder_config.model_type == "fun_asr_nano_encoder"
+    found = set()
+    for full_name, parameter in model.named_parameters():
+        name = _PEFT.sub("", full_name)
+        names = {name, to_funasr_name(name, model.config)} if is_funasr else {name}
+        for prefix in prefixes:
+            if any(f"{item}.".startswith(f"{prefix}.") for item in names):
+                parameter.requires_grad_(False)
+                found.add(prefix)
+    if unknown := [prefix for prefix in prefixes if prefix not in found]:
+        raise ValueError(f"--freeze_param: no parameter's name starts with {', '.join(unknown)}")
+    if prefixes and not trained_parts(model):
+        raise ValueError("nothing is left to train: --freeze_param and the other options freeze all parameters")
     model.train(model.training)
 
 

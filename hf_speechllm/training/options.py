@@ -23,6 +23,9 @@ class TrainedPartsOptions:
     freeze_audio_encoder: bool = option(False, "Leave the audio encoder as it is.")
     freeze_audio_adaptor: bool = option(False, "Leave the audio adaptor as it is.")
     freeze_llm: bool = option(False, "Leave the LLM as it is.")
+    freeze_param: list[str] = option(
+        [], "Leave parameters as they are whose names start so, e.g. audio_encoder.layers.0; FunASR's names work, too."
+    )
     use_lora: bool = option(False, "Train low-rank adapters (peft) of the LLM instead of its weights.")
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Scale of the adapters; they count lora_alpha / lora_r.")

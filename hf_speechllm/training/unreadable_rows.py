@@ -1,4 +1,4 @@
-"""Rows whose recordings can no longer be read during a run: left out and counted; in training, too many end the run."""
+"""Rows whose recordings can no longer be read: left out and counted; in training, too many end the run."""
 
 from __future__ import annotations
 

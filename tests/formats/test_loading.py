@@ -229,6 +229,22 @@ def test_a_native_release_gets_the_original_numerics(make_checkpoint):
 # FunASR's model.pt
 
 
+def test_weights_of_a_training_of_funasr_are_named_by_their_file(make_checkpoint, tmp_path, logits):
+    """`++init_param=exp/model.pt.best`, as its trainer writes it, with what a model needs beside it."""
+    folder, other = make_checkpoint("funasr"), make_checkpoint("funasr", "other", seed=1)
+    state = torch.load(other / "model.pt", weights_only=True)
+    file = folder / "model.pt.best"
+    torch.save({"state_dict": state, "optimizer": {"state": {}}, "epoch": 3, "val_acc_step_or_eopch": {}}, file)
+    model, processor = (kind.from_pretrained(file) for kind in (SpeechLLMForConditionalGeneration, SpeechLLMProcessor))
+    expected = SpeechLLMForConditionalGeneration.from_pretrained(other)
+    assert torch.equal(logits(model, processor), logits(expected, processor))
+    assert SpeechLLMConfig.from_pretrained(file).to_dict().keys() == expected.config.to_dict().keys()
+    assert model.name_or_path == str(file)  # what adapters name as their base model
+    (folder / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match="config.yaml is missing; copy it and the LLM's folder there from"):
+        SpeechLLMForConditionalGeneration.from_pretrained(file)
+
+
 @pytest.mark.parametrize("wrap", ["state_dict", None, "model"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model_pt_with_or_without_wrapper_in_any_dtype(wrap, dtype, make_checkpoint):

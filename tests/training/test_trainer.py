@@ -2,6 +2,7 @@
 happened."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from hf_speechllm.model.modeling import PARTS
 from hf_speechllm.training.checkpointing.weights import load_weights
 from hf_speechllm.training.checkpointing.writer import CheckpointWriter
 from hf_speechllm.training.flops import FlopCounter
-from hf_speechllm.training.freezing import count_parameters, freeze_parts, part_of
+from hf_speechllm.training.freezing import count_parameters, freeze_parameters, freeze_parts, part_of
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.run import find_checkpoint, save_final
 from hf_speechllm.training.trainer import SpeechLLMTrainer
@@ -114,6 +115,24 @@ def test_frozen_weights_stay_to_the_bit_and_trained_ones_move(make_trainer, froz
     assert {id(parameter) for parameter in trainer.optimizer.state} == trained
     assert rows_of_the_optimizer(trainer).keys() == {name for name in before if name.split(".")[0] not in frozen}
     assert all(parameter.grad is None for parameter in trainer.model.parameters() if id(parameter) not in trained)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_parameters_are_frozen_by_the_start_of_their_names(make_trainer, lora):
+    """By ours and FunASR's, whose encoders0.0 is our layers.0; whole components, so that layers.1 is not layers.10."""
+    prefixes = ["audio_encoder.layers.1", "audio_encoder.encoders0", "audio_adaptor.linear1", "llm.model.norm.weight"]
+    trainer = make_trainer(freeze_param=prefixes, use_lora=lora, weight_decay=0.1, max_steps=2)
+    before = weights_of(trainer.model)
+    trainer.train()
+    same = {name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])}
+    frozen = r"audio_encoder\.\S*layers\.[01]\.|audio_adaptor\.(\S*\.)?linear1\.|llm\.model\.norm\."
+    for name in before:
+        left = lora and (".original_module." in name or (part_of(name) == "llm" and "lora_" not in name))
+        assert (name in same) == (bool(re.search(frozen, name)) or left), name
+    with pytest.raises(ValueError, match="--freeze_param: no parameter's name starts with audio_enc, x"):
+        freeze_parameters(trainer.model, ["audio_enc", "llm", "x"])
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze_parameters(trainer.model, PARTS)
 
 
 @pytest.mark.parametrize("frozen", [(), ("audio_encoder",), ("audio_encoder", "audio_adaptor")], ids="+".join)
