@@ -92,7 +92,7 @@ def test_beginning_of_an_answer_that_is_given_is_not_supervised():
     messages = [user(SPEECH), {**assistant("two"), "prev_content": "one "}, user(SPEECH), assistant("three")]
     result = example(messages, [1, 1])
     assert "assistant\none two<|im_end|>" in decoded(result.input_ids)
-    assert [decoded(ids) for ids in supervised_stretches(result.labels)] == ["two<|im_end|>", "three<|im_end|>"]
+    assert [decoded(ids) for ids in supervised_spans(result.labels)] == ["two<|im_end|>", "three<|im_end|>"]
     ids = [TOKENIZER.encode(text, add_special_tokens=False) for text in ("one ", "two")]  # each by itself
     assert str(ids[0] + ids[1])[1:-1] in str(result.input_ids)
     dialogue = parse_messages(messages)
