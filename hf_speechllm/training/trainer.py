@@ -32,7 +32,7 @@ from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
 from .checkpointing.comparison import check_dependencies
 from .checkpointing.course import Course
-from .checkpointing.dependencies import describe_run, write_record
+from .checkpointing.dependencies import describe_engine, describe_run, write_record
 from .checkpointing.manifest import last_complete
 from .checkpointing.position import Position, ShiftedSchedule
 from .checkpointing.retention import RetentionGuard
@@ -355,12 +355,9 @@ class SpeechLLMTrainer(PublishingTrainer):
         return result
 
     def _check_dependencies(self) -> None:
-        engine = "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else "none"
-        if self.is_deepspeed_enabled:
-            engine += f", stage {self.accelerator.state.deepspeed_plugin.zero_stage}"
         self.dependencies = describe_run(
             self.args, self.model, self.processing_class, self.train_dataset, self.train_weights, self.eval_dataset,
-            engine,
+            describe_engine(self.accelerator),
         )  # fmt: skip
         self.course.checkpoint = Path(self._resumed_from) if self._resumed_from else None
         if self.course.checkpoint is not None:

@@ -42,6 +42,7 @@ REFUSED = {
     "model.config.use_cache": None,
     "model.*": MODEL,
     "engine": MODEL,
+    "dialogues.*": MODEL,
     "tokenizer.*": MODEL,
     "features.*": MODEL,
     "data.files.*": None,
@@ -142,18 +143,22 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], begins_epoch: bool
         rows: the rows of `now`, to name one that has changed.
     """
     changes = Changes()
+    other_release = saved.get("versions") != now.get("versions")
     has_optimizer = not saved["options"].get("save_only_model")
     before, after = dict(_flatten(_plain(saved))), dict(_flatten(_plain(now)))
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
-        if old == new:
+        if old == new or name.partition(".")[0] not in saved:  # a record of an earlier release has less
             continue
         option = name.removeprefix("options.")
         text = f"{f'--{option}' if option != name else name} {_shown(old)} -> {_shown(new)}"
         if has_optimizer and option != name and option in OPTIMIZER_OPTIONS:
             changes.kept[option] = (old, new)
             continue
-        _add(changes, _reason(name, old, new), text, begins_epoch)
+        # Releases add options and settings, whose defaults change nothing.
+        is_new = name not in before if option != name else other_release and not {name} <= before.keys() & after.keys()
+        reason = None if is_new and not name.startswith("data.") else _reason(name, old, new)
+        _add(changes, reason, text, begins_epoch)
     if "recordings" in saved and "recordings" in now:
         _compare_recordings(changes, saved["recordings"], now["recordings"], begins_epoch, rows)
     options = changes.refused.get(MODEL, [])

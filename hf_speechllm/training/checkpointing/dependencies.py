@@ -8,13 +8,16 @@
   (settings of LoRA, or null); `base` (SHA-256 of the weights that are not trained, where the checkpoint does not hold
   them or cached features were computed by them, otherwise null).
 - `tokenizer`: SHA-256 of its vocabulary and rules and of its chat template; its special tokens.
-- `features`: settings of the feature extractor.
+- `generation`: generation configuration, which validation decodes with.
+- `dialogues`: settings of the processor; `features`: of its feature extractor.
 - `data`: `rows`, `files` (rows of each), `order_seed`, and SHA-256 of `ids` (names of the recordings), `texts`
   (dialogues and hotwords) and `weights`; of a stream `shards` (sizes of the files).
 - `recordings`: CRC-32 of the sizes and of the modification times of the recordings (of a stream: of its files), of at
   most 10,000 blocks of consecutive rows.
-- `validation`: SHA-256 of the rows of each validation set; `hotword_file`: of that file.
-- `engine`: none, fsdp, or deepspeed with its stage; `processes`; `versions` of the libraries.
+- `validation`, `validation_recordings`: SHA-256 of the rows of each validation set, and of the stamps of its
+  recordings; `hotword_file`: of that file.
+- `device`: cpu, or the name of the GPU; `engine`: none, fsdp, or deepspeed with its stage; `engine_settings`: its
+  offloading, precision and the like; `processes`; `versions` of the libraries.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ...data.streaming import RowStream
@@ -47,20 +51,49 @@ VERSION = 1
 MAX_BLOCKS = 10_000
 BATCH_ROWS = 10_000  # rows that are hashed at a time
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
-# Options that say where things are, what is logged and published: no part of the result.
-PLACES = re.compile(
-    r"output_dir|resume_from_checkpoint|ignore_data_skip|(push_to_)?hub_.*|push_to_hub|log(ging)?_.*|report_to|run_name"
-    r"|project|trackio_.*|disable_tqdm|local_rank|cache_dir|preprocessing_num_workers|url_.*|do_.*|debug|_n_gpu"
-    r"|skip_memory_metrics|ddp_timeout|include_.*"
-)
+# Options that are not recorded, by pattern, with the reason why a run gives the same result with any value.
+HARMLESS = {
+    r"output_dir|cache_dir": "says where files are; the files themselves are compared",
+    r"resume_from_checkpoint|ignore_data_skip": "says how to resume",
+    r"(push_to_)?hub_.*|push_to_hub": "publishes the finished model",
+    r"log(ging)?_.*|report_to|run_name|project|trackio_.*|disable_tqdm|skip_memory_metrics|include_.*": "logging",
+    r"local_rank|_n_gpu|ddp_timeout": "set by the launcher; the number of processes is recorded",
+    r"preprocessing_num_workers": "features do not depend on the number of processes",
+    r"url_.*|allow_private_redirects": "limits of downloads: a recording is complete or an error",
+    r"do_.*": "refused, see inherited_options.py",
+    r"debug": "only finds overflows",
+}
+DEEPSPEED_SETTINGS = ("zero_optimization", "bf16", "fp16", "gradient_clipping")
+FSDP_SETTINGS = ("reshard_after_forward", "cpu_offload", "mixed_precision_policy", "auto_wrap_policy")
+DIALOGUE_FIELDS = (
+    "audio_token", "downsample_rate", "use_low_frame_rate", "encoder_downsample_rate", "think_block", "system_prompt",
+)  # fmt: skip
 CONFIG_NOTES = re.compile(  # the tokenizer has the tokens
     r"transformers_version|_?name_or_path|(torch_)?dtype|architectures|funasr_files|(bos|eos|pad)_token_id|_.*"
 )
+_HARMLESS = re.compile("|".join(HARMLESS))
 _RECORDING = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
 
 
+def describe_engine(accelerator: Accelerator) -> tuple[str, dict[str, Any]]:
+    """The engine, `none`, `fsdp`, or `deepspeed` with its stage, and its settings."""
+    state = accelerator.state
+    if (plugin := state.deepspeed_plugin) is not None:
+        config = plugin.deepspeed_config
+        return f"deepspeed, stage {plugin.zero_stage}", {name: config.get(name) for name in DEEPSPEED_SETTINGS}
+    if (plugin := getattr(state, "fsdp_plugin", None)) is not None:
+        return "fsdp", {name: str(getattr(plugin, name, None)) for name in FSDP_SETTINGS}
+    return "none", {}
+
+
 def describe_run(
-    args: SpeechLLMTrainingArguments, model, processor, train_rows, weights, validation, engine: str
+    args: SpeechLLMTrainingArguments,
+    model,
+    processor,
+    train_rows,
+    weights,
+    validation,
+    engine: tuple[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Collects what a run depends on; see the module. All ranks call it; the first one hashes and tells the others.
 
@@ -69,14 +102,15 @@ def describe_run(
         train_rows: a `datasets.Dataset` or a `RowStream`.
         weights: how often each row is seen in an epoch, shape = (rows,), or `None`.
         validation: rows, or a dict of them by name, or `None`.
-        engine: `none`, `fsdp`, or `deepspeed` with its stage.
+        engine: of `describe_engine`.
     """
     columns = getattr(train_rows, "column_names", None) or ()
     kept = args.save_only_trained or {"encoder_states", "audio_tokens"} & {*columns}
     base = _hash_untrained(model, args.process_index == 0) if kept or hasattr(model, "peft_config") else None
     record: list[Any] = [None]
     if args.process_index == 0:
-        record = [{**_describe(args, model, processor, train_rows, weights, validation), "engine": engine}]
+        record = [_describe(args, model, processor, train_rows, weights, validation)]
+        record[0]["engine"], record[0]["engine_settings"] = engine[0], _as_json(engine[1])
         record[0]["model"]["base"] = base
     if args.world_size > 1:
         broadcast_object_list(record)
@@ -98,12 +132,16 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
             "trained": {part: trained for part, (trained, _) in count_parameters(model).items()},
             "adapter": _describe_adapter(model),
         },
+        "generation": _without_notes(model.generation_config.to_dict()),
+        "dialogues": {name: getattr(processor, name) for name in DIALOGUE_FIELDS},
         "tokenizer": _describe_tokenizer(processor.tokenizer),
         "features": _without_notes(processor.feature_extractor.to_dict()),
         "data": data,
         "recordings": recordings,
         "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
+        "validation_recordings": {name: _hash_stamps(rows) for name, rows in sets.items()},
         "hotword_file": _hash_file(args.run_options.get("hotword_file")),
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
         "processes": args.world_size,
         "versions": {"hf_speechllm": __version__, **{name: version(name) for name in LIBRARIES}},
     }
@@ -113,7 +151,7 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
 def describe_options(args: SpeechLLMTrainingArguments) -> dict[str, Any]:
     """The options that can influence a result, by name."""
     every = {**args.run_options, **args.to_dict()}
-    options = {name: value for name, value in every.items() if not PLACES.fullmatch(name)}
+    options = {name: value for name, value in every.items() if not _HARMLESS.fullmatch(name)}
     if not options.get("use_lora"):
         options = {name: value for name, value in options.items() if not name.startswith("lora_")}
     return _as_json(options)
@@ -179,6 +217,10 @@ def _hash_texts(rows) -> str:
             batch["messages"] = [_RECORDING.sub("", text) for text in batch["messages"]]
         digest.update(json.dumps(batch).encode())
     return digest.hexdigest()
+
+
+def _hash_stamps(rows) -> str | None:
+    return _sha(json.dumps(rows["stamps"][:]).encode()) if "stamps" in rows.column_names else None
 
 
 def _batches(rows, columns: list[str]) -> Iterator[dict[str, list]]:
