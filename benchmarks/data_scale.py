@@ -92,7 +92,7 @@ def stream(pattern: str, model: str, batches: int) -> dict:
     result = {"first_batch": since(start)}
     for _ in range(batches - 1):
         next(iterator)
-    return {**result, "batches": batches, "passes": loader.places[0].epoch, "all": since(start)}
+    return {**result, "batches": batches, "passes": loader.states[0].epoch, "all": since(start)}
 
 
 def sampler(rows: int, epochs: int = 5) -> dict:

@@ -26,7 +26,7 @@ from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.data.sampler import Rows
+from hf_speechllm.data.sampler import KeyedRows
 from hf_speechllm.training.freezing import freeze_parts
 from hf_speechllm.training.lora import add_lora
 from hf_speechllm.training.trainer import SpeechLLMTrainer
@@ -99,7 +99,7 @@ def measure_naive(run, options, base, processor, rows) -> float:
     collator = SpeechLLMCollator(processor)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     loader = torch.utils.data.DataLoader(
-        Rows(rows), batch_sampler=[order[i : i + size] for i in range(0, len(order), size)], collate_fn=collator,
+        KeyedRows(rows), batch_sampler=[order[i : i + size] for i in range(0, len(order), size)], collate_fn=collator,
         num_workers=0 if options.device == "cpu" else 4,
     )  # fmt: skip
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
 CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of independent channels' energy
-LONGEST = 1e9  # seconds; the header of a stream without a length may contain 2^63 samples
+MAX_HEADER_SECONDS = 1e9  # seconds; the header of a stream without a length may contain 2^63 samples
 
 
 def resolve_source(source: str, folder: str) -> str:
@@ -205,7 +205,7 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
         with soundfile.SoundFile(path) as file:
             seconds = file.frames / file.samplerate
             reliable = (formats is None or file.format in formats) and not file.subtype.startswith("MPEG")
-            if reliable and MIN_RATE <= file.samplerate <= MAX_RATE and 0 < seconds < LONGEST:
+            if reliable and MIN_RATE <= file.samplerate <= MAX_RATE and 0 < seconds < MAX_HEADER_SECONDS:
                 return seconds
     except (OSError, ValueError, soundfile.LibsndfileError):
         pass  # not a format of libsndfile, or damaged: decoding reports the reason

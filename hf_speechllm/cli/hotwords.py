@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..data.hotword_lists import listed_words
+from ..data.hotword_lists import parse_word_list
 
 MAX_HOTWORDS = 1000  # the original is trained with lists of up to 900 words
 
@@ -16,7 +16,7 @@ def read_hotwords(hotwords: str | None) -> list[str]:
         ValueError: if there are more than `MAX_HOTWORDS`, or the file is missing or not UTF-8.
         OSError: if the file can't be read.
     """
-    words = listed_words(hotwords)
+    words = parse_word_list(hotwords)
     source = hotwords if hotwords and os.path.isfile(hotwords) else "--hotwords"
     if len(words) > MAX_HOTWORDS:
         raise ValueError(

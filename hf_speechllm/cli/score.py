@@ -65,7 +65,7 @@ def warn_of_ids(what: str, ids: list[str]) -> None:
 
 def score(args: argparse.Namespace) -> None:
     from ..data.bad_rows import BadRows
-    from ..data.hotword_lists import listed_words
+    from ..data.hotword_lists import parse_word_list
     from ..data.kaldi import read_scp
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report, scoring, statistics, transcripts
@@ -77,7 +77,7 @@ def score(args: argparse.Namespace) -> None:
     other_hypotheses = transcripts.read_transcripts(args.compare).texts if args.compare else {}
     datasets = transcripts.read_map(args.utt2dataset) if args.utt2dataset else {}
     languages = transcripts.read_map(args.utt2lang) if args.utt2lang else {}
-    words = listed_words(args.hotwords)
+    words = parse_word_list(args.hotwords)
     lists: dict[str | None, Mapping[str, Any]] = {args.hypothesis: hypotheses, args.compare: other_hypotheses}
     lists |= {args.utt2dataset: datasets, args.utt2lang: languages}
     sources = reference.recordings

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class TempoPerturb:
-    """Speaks faster or slower at the same pitch: features are stretched in time.
+    """Changes the speed of speech at constant pitch by stretching features in time.
 
-    On features rather than waveforms, so that it works on cached ones and costs next to nothing; its model is the
-    tempo perturbation of Ko et al. 2015 ("Audio augmentation for speech recognition"), which uses waveforms.
+    Works on features, so it is cheap and supports cached features. The original, the tempo perturbation of Ko et al.
+    2015 ("Audio augmentation for speech recognition"), works on waveforms.
 
     Args:
-        spread: durations are multiplied by a number drawn evenly from 1 - spread to 1 + spread.
+        spread: durations are multiplied by a uniform random number from 1 - spread to 1 + spread.
     """
 
     spread: float
@@ -30,14 +30,14 @@ class TempoPerturb:
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Masks stripes of the spectrogram: time and frequency masking of Park et al. 2019, without time warping.
+    """Applies SpecAugment (Park et al. 2019): time and frequency masking, without time warping.
 
     Args:
-        num_frequency_masks: number of stripes across frequency.
-        frequency_width: the widest, in mel bins.
-        num_time_masks: number of stripes across time.
-        time_width: the longest, in 10 ms frames.
-        time_fraction: the longest as a share of the recording.
+        num_frequency_masks: number of frequency masks.
+        frequency_width: maximum width of a frequency mask, in mel bins.
+        num_time_masks: number of time masks.
+        time_width: maximum length of a time mask, in 10 ms frames.
+        time_fraction: maximum length of a time mask, as a share of the recording.
     """
 
     num_frequency_masks: int = 2
@@ -47,7 +47,7 @@ class SpecAugment:
     time_fraction: float = 0.1
 
     def __call__(self, features: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """Masks features, shape = (frames, mel bins), with their mean; the input is left as it is."""
+        """Returns a copy of features, shape = (frames, mel bins), masked with their mean."""
         features = features.clone()
         frames, bins = features.shape
         fill = features.mean()
@@ -63,7 +63,7 @@ class SpecAugment:
 
 
 def augmentations(tempo_perturb: float = 0.0, spec_augment: bool = False) -> list[TempoPerturb | SpecAugment]:
-    """What the options of training ask for, in the order in which it is applied."""
+    """Returns the augmentations that the options select, in order of application."""
     return [
         *([TempoPerturb(tempo_perturb)] if tempo_perturb else []),
         *([SpecAugment()] if spec_augment else []),

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: collected with file, line and reason, and only left out as far as the user allows it."""
+"""Unusable rows: collected with file, line and reason, and skipped up to the share that the user allows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-NUM_NAMED = 20  # bad rows that are named in a message; the others are counted
+NUM_NAMED = 20  # bad rows listed in a message; the others are counted
 
 
 class BadDataError(ValueError):
-    """Data that cannot be used; the message says where, what is wrong and what to do."""
+    """Unusable data; the message says where, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used.
+    """An unusable row.
 
     Args:
-        file: list or JSONL that has it.
-        line: counted from 1; or another place in the file, as text.
-        reason: what is wrong, as "KIND: DETAILS", and how to mend it.
+        file: list or JSONL that contains the row.
+        line: line number, counted from 1; or another position in the file, as text.
+        reason: error as "KIND: DETAILS", and how to fix it.
     """
 
     file: str
@@ -35,7 +35,7 @@ class BadRow:
     reason: str
 
     def __post_init__(self):
-        # What comes from data must neither give away the password in a URL nor steer the terminal.
+        # Text from data must not reveal passwords in URLs or contain control characters for the terminal.
         object.__setattr__(self, "reason", _printable(redact(self.reason)))
         if isinstance(self.line, str):
             object.__setattr__(self, "line", _printable(self.line))
@@ -45,14 +45,14 @@ class BadRow:
 
 
 class BadRows:
-    """The bad rows of a run.
+    """Collects the bad rows of a run.
 
     Args:
-        max_bad_fraction: the share of all rows, from 0 to 1, that may be bad without stopping the run.
-        report_file: where `check` writes all of them, a line each; written only if there are any.
+        max_bad_fraction: allowed share of bad rows, from 0 to 1; above it, the run stops.
+        report_file: file to which `check` writes all bad rows, one per line; not written without bad rows.
 
     Raises:
-        ValueError: if the share is not between 0 and 1.
+        ValueError: if `max_bad_fraction` is not between 0 and 1.
     """
 
     def __init__(self, max_bad_fraction: float = 0.0, report_file: str | os.PathLike[str] | None = None):
@@ -63,7 +63,7 @@ class BadRows:
         self._rows: list[BadRow] = []
 
     def add(self, file: str | os.PathLike[str], line: int | str, reason: str) -> None:
-        """Notes a bad row; arguments as `BadRow`."""
+        """Adds a bad row; for arguments see `BadRow`."""
         self._rows.append(BadRow(os.fspath(file), line, reason))
 
     def __len__(self) -> int:
@@ -73,17 +73,17 @@ class BadRows:
         return iter(self._rows)
 
     def kinds(self) -> Counter[str]:
-        """How many there are of each kind, the words before the first colon of a reason."""
+        """Returns the number of bad rows of each kind; the kind is the text before the first colon of the reason."""
         return Counter(row.reason.partition(":")[0] for row in self._rows)
 
     def check(self, total: int) -> None:
-        """Names the bad rows, in a warning if they are few enough to go on.
+        """Reports the bad rows: in a warning up to `max_bad_fraction`, otherwise in an error.
 
         Args:
-            total: number of all rows, the bad ones included.
+            total: number of all rows, including bad rows.
 
         Raises:
-            BadDataError: if their share is over `max_bad_fraction`; the message names them.
+            BadDataError: if the share of bad rows exceeds `max_bad_fraction`; the message lists them.
         """
         if not self._rows:
             return
@@ -93,7 +93,7 @@ class BadRows:
         if self.report_file is not None:
             with atomic_write(self.report_file) as file:
                 file.writelines(f"{row}\n" for row in self._rows)
-            named.append(f"  all of them: {os.fspath(self.report_file)}")
+            named.append(f"  full list: {os.fspath(self.report_file)}")
         named += path_hint(row.reason for row in self._rows)
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
@@ -101,19 +101,19 @@ class BadRows:
             raise BadDataError(
                 f"{summary}; --max_bad_fraction allows {self.max_bad_fraction:.2%}:\n"
                 + "\n".join(named)
-                + f"\nMend them, or leave them out with --max_bad_fraction {_rounded_up(fraction):g}"
+                + f"\nFix these rows, or skip them with --max_bad_fraction {_rounded_up(fraction):g}"
             )
-        logger.warning("%s and left out:\n%s", summary, "\n".join(named))
+        logger.warning("%s and skipped:\n%s", summary, "\n".join(named))
 
 
 def path_hint(reasons: Iterable[str]) -> list[str]:
-    """A line on relative paths, which FunASR takes from the working directory, if recordings are missing."""
+    """Returns a hint on relative paths if recordings are missing; FunASR uses paths from the working directory."""
     missing = any("no such file" in reason for reason in reasons)
     return ["Relative paths start at the folder of the list, not at the working directory."] if missing else []
 
 
 def _rounded_up(fraction: float) -> float:
-    """To a number of few digits that is not smaller."""
+    """Rounds up to three decimal places."""
     return -(-fraction * 1000 // 1) / 1000
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of the caches of `datasets` and of `data.encoder_cache`, found after a read has failed."""
+"""Detection of damaged files in the caches of `datasets` and `data.encoder_cache`, after a failed read."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from .bad_rows import BadDataError
 
 ENCODED_FOLDER = "encoded"  # in a cache, beside `generator` of `datasets`
 FOLDERS = ("generator", ENCODED_FOLDER)
-MAPPED = "cache-*"  # files that `map` computes; the others of a folder of `datasets` belong together
+MAPPED = "cache-*"  # files written by `map`, which may be deleted one by one; other files of a folder belong together
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of the caches; by default that of `datasets`."""
+    """Returns the cache folder; default: the cache folder of `datasets`."""
     return Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
 
 
 @contextlib.contextmanager
-def naming_damage(cache_dir: str | None) -> Iterator[None]:
-    """Names the damaged file if reading the cache fails in the block.
+def report_damaged_cache(cache_dir: str | None) -> Iterator[None]:
+    """Reports the damaged file if reading the cache fails in the block.
 
     Raises:
-        BadDataError: with what to delete, so that it is computed again.
+        BadDataError: if a cache file is damaged; the message names the files to delete.
     """
     try:
         yield
     except BadDataError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
+    except (OSError, ValueError) as error:  # types of pyarrow's errors
         damaged = next(_find_damaged(cache_root(cache_dir)), None)
         if damaged is None:
             raise
         raise BadDataError(
-            f"the feature cache is damaged: {damaged[0]} ({' '.join(str(error).split())}); delete {damaged[1]}: it is "
-            "computed again"
+            f"the feature cache is damaged: {damaged[0]} ({' '.join(str(error).split())}); delete {damaged[1]} "
+            "to compute it again"
         ) from error
 
 
 def _find_damaged(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Damaged files, and what is to be deleted."""
+    """Yields damaged files, and the file or folder to delete."""
     for folder in FOLDERS:
         for file in sorted((root / folder).rglob("*")):
             try:

@@ -1,4 +1,4 @@
-"""Rows in, padded batches out."""
+"""Collator: converts rows to padded batches."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from ..model.packing import Positions, non_padding_positions
 from ..model.processing import SpeechLLMProcessor, pad_features
 from .hotword_lists import HotwordSampler, answers_of
 
-ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # of `data.encoder_cache`
-LONGER = 1.1  # how much longer than planned a recording may be, besides a second: lists count frames in several ways
+ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # columns written by `data.encoder_cache`
+# A recording may exceed the length in its row by this factor and one second, because tools count frames differently.
+LENGTH_TOLERANCE = 1.1
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
 @dataclass
 class SpeechLLMCollator:
-    """Builds the model's training inputs from rows of `data.dataset`.
+    """Builds the model's training inputs from rows; see `data.dataset`.
+
+    Augmentation, dither and hotword sampling use random numbers from each row's `seed`.
 
     Args:
-        processor: gives features, ids and labels.
-        augmentations: applied to the features in turn; their randomness comes from each row's `seed`.
-        dither: noise in the front-end, see `FbankFeatureExtractor`, where features are not cached; its randomness too
-            comes from each row's `seed`.
-        hotwords: draws each row's hotwords; `None` leaves those that it carries. Randomness as above.
-        padding_free: whether the model is told where there is no padding, and computes without it.
+        processor: processor of the model.
+        augmentations: functions applied to the features, in order.
+        dither: noise added to recordings without cached features; see `FbankFeatureExtractor`.
+        hotwords: samples the hotwords of each row; with `None`, each row keeps its own hotwords.
+        padding_free: whether to add the positions for padding-free computation.
 
     Raises:
-        ValueError: if the front-end has no dither.
+        ValueError: if the feature extractor does not support dither.
     """
 
     processor: SpeechLLMProcessor
@@ -55,7 +57,7 @@ class SpeechLLMCollator:
 
     def __post_init__(self):
         if self.dither and not isinstance(self.processor.feature_extractor, FbankFeatureExtractor):
-            raise ValueError("dither belongs to the fbank front-end; this model has another one")
+            raise ValueError("--dither requires fbank features; this model uses another feature extractor")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Pads a batch.
@@ -63,7 +65,7 @@ class SpeechLLMCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `positions`, see
             `model.packing.Positions`; `input_features_mask`, and `input_features`, shape = (recordings, frames,
-            feature size). Rows from `data.encoder_cache` give `encoder_states` or `audio_tokens` instead of
+            feature size). With rows from `data.encoder_cache`, `encoder_states` or `audio_tokens` replace
             `input_features`.
         """
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
@@ -92,7 +94,7 @@ class SpeechLLMCollator:
         if self.padding_free:
             positions["tokens"] = non_padding_positions(batch["attention_mask"])
         if level == "audio_tokens":
-            frames = torch.tensor(num_frames)  # the mask only tells how much audio there is
+            frames = torch.tensor(num_frames)  # the mask only provides the lengths
             batch["input_features_mask"] = torch.arange(int(frames.max())) < frames.unsqueeze(-1)
             return {**batch, "positions": positions, "audio_tokens": torch.cat(audio)}
         padded = pad_features(audio)
@@ -103,12 +105,11 @@ class SpeechLLMCollator:
         return {**batch, "positions": positions, **padded}
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:
-        """Encoder inputs of a row's recordings, each of shape = (frames, feature size)."""
+        """Returns encoder inputs of a row's recordings, each of shape = (frames, feature size)."""
         return [encoder_input(self.processor.feature_extractor, item) for item in self.row_features(row)]
 
     def row_features(self, row: dict[str, Any]) -> list[torch.Tensor]:
-        """Features of a row's recordings, each of shape = (10 ms frames, mel bins): from the cache, or from the
-        audio."""
+        """Returns features of a row's recordings, each of shape = (10 ms frames, mel bins), cached or computed."""
         if row.get("features") is not None:
             features = [
                 stored_features(data, frames, self.processor.feature_extractor.feature_size)
@@ -118,7 +119,7 @@ class SpeechLLMCollator:
             extractor = self.processor.feature_extractor
             with torch.random.fork_rng(devices=[], enabled=self.dither > 0):
                 if self.dither:
-                    extractor = copy.copy(extractor)  # the processor's own decodes and validates, without
+                    extractor = copy.copy(extractor)  # decoding and validation use the original, without dither
                     extractor.dither = self.dither
                     torch.manual_seed(int(np.random.default_rng(row["seed"]).integers(2**63)))
                 lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
@@ -133,19 +134,19 @@ class SpeechLLMCollator:
         return features
 
     def _load(self, source: Any, seconds: float) -> np.ndarray:
-        """A waveform that is not much longer than planned: batches are made for the lengths that were measured."""
+        """Loads a waveform. The length must agree with the row's length, for which the batch was built."""
         try:
-            limit = min(MAX_SECONDS, LONGER * seconds + 1.0)
+            limit = min(MAX_SECONDS, LENGTH_TOLERANCE * seconds + 1.0)
             return load_audio(source, self.processor.sampling_rate, limit)
         except TooLongError as error:
-            raise AudioError(f"{error}: by its row, or when it was measured, it had {seconds:.1f} s") from error
+            raise AudioError(f"{error}; the length in its row, or when it was measured, is {seconds:.1f} s") from error
 
 
 def stored_states(data: bytes) -> torch.Tensor:
-    """States of `data.encoder_cache` as a tensor, shape = (frames or tokens, width).
+    """Converts bytes of `data.encoder_cache` to a tensor, shape = (frames or tokens, width).
 
     Args:
-        data: the width and the bytes of a number, both as 32-bit integers, then the numbers: bfloat16 or float32.
+        data: width and bytes per number, both as 32-bit integers, then the numbers as bfloat16 or float32.
     """
     width, size = np.frombuffer(data[:8], dtype=np.int32)
     dtype = {2: torch.bfloat16, 4: torch.float32}[int(size)]
@@ -153,7 +154,6 @@ def stored_states(data: bytes) -> torch.Tensor:
 
 
 def stored_features(data: bytes, frames: int, feature_size: int) -> torch.Tensor:
-    """Cached features as a tensor, float32, shape = (frames, feature_size); stored as float16 or float32, told by the
-    size."""
+    """Converts cached features (float16 or float32, detected by size) to float32, shape = (frames, feature_size)."""
     dtype = {2: np.float16, 4: np.float32}[len(data) // (frames * feature_size)]
     return torch.from_numpy(np.frombuffer(data, dtype=dtype).astype(np.float32).reshape(frames, feature_size))

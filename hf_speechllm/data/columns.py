@@ -1,4 +1,4 @@
-"""Training rows from any `datasets.Dataset` with a column of recordings and one of transcripts."""
+"""Training rows from any `datasets.Dataset` with columns of recordings and transcripts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..audio.waveform import MAX_SECONDS, AudioError
 from ..model import chat
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRows
-from .dataset import ROW_FEATURES, FeatureMapper, drop_bad_rows, one_thread
+from .dataset import ROW_FEATURES, FeatureMapper, drop_bad_rows, single_thread
 from .jsonl import hotwords_of
 
 PREPARED_FEATURES = Features(
@@ -41,38 +41,36 @@ def prepare_dataset(
     feature_dtype: str = "float16",
     num_proc: int | None = None,
 ) -> Dataset:
-    """Turns a dataset of recordings and transcripts into rows for `SpeechLLMTrainer`, with their fbank features.
-
-    The features are cached by `map`, as those of JSONL files are.
+    """Converts a dataset of recordings and transcripts to rows for `SpeechLLMTrainer`, with cached fbank features.
 
     Args:
         dataset: one split.
-        processor: of the model that is trained.
+        processor: processor of the model.
         audio_column: recordings: a column of type `Audio`, paths, bytes, or structs with `array` and `sampling_rate`.
         text_column: transcripts.
-        language_column: ISO code or Chinese name of each row's language; without it, the prompt names no language.
-        hotwords_column: lists of words, or strings with commas between them.
-        max_seconds: the longest recording; a row with a longer one is bad. The model's limit is
+        language_column: ISO code or Chinese name of each row's language; by default, the prompt names no language.
+        hotwords_column: lists of words, or strings with commas between words.
+        max_seconds: maximum length of a recording; rows with longer recordings are bad. The model's limit is
             `config.max_feature_frames * processor.frame_seconds`.
-        max_bad_fraction: share of rows that may be bad. These are left out, with a warning.
+        max_bad_fraction: allowed share of bad rows, which are skipped with a warning.
         feature_dtype: `"float16"` or `"float32"`.
-        num_proc: processes.
+        num_proc: number of processes.
 
     Returns:
         A dataset with the columns of `load_rows`, `features` and `num_frames` (10 ms frames).
 
     Raises:
-        BadDataError: if more rows are bad than allowed, or none is left; the message says which row and why.
-        TypeError: if it is no `datasets.Dataset`.
+        BadDataError: if more rows are bad than allowed, or no rows are left; the message lists bad rows with reasons.
+        TypeError: if `dataset` is not a `datasets.Dataset`.
         ValueError: if a column is missing.
     """
     if not isinstance(dataset, Dataset):
-        hint = "; prepare each split" if isinstance(dataset, dict) else ""
-        raise TypeError(f"dataset is of the type {type(dataset).__name__}, a datasets.Dataset is needed{hint}")
+        hint = "; prepare each split separately" if isinstance(dataset, dict) else ""
+        raise TypeError(f"dataset must be a datasets.Dataset, not {type(dataset).__name__}{hint}")
     columns = [audio_column, text_column, *(name for name in (language_column, hotwords_column) if name is not None)]
     for name in columns:
         if name not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {name!r}; its columns are {', '.join(dataset.column_names)}")
+            raise ValueError(f"the dataset has no column {name!r}; columns: {', '.join(dataset.column_names)}")
     mapper = RowMapper(
         FeatureMapper(processor.feature_extractor, feature_dtype, max_seconds),
         str(dataset.info.dataset_name or dataset.info.builder_name or "dataset"),
@@ -83,7 +81,7 @@ def prepare_dataset(
     if isinstance(rows.features[audio_column], Audio):
         rows = rows.cast_column(audio_column, Audio(decode=False))
     bad_rows = BadRows(max_bad_fraction)
-    with one_thread():
+    with single_thread():
         prepared = rows.map(
             mapper,
             with_indices=True,
@@ -97,19 +95,19 @@ def prepare_dataset(
     prepared = drop_bad_rows(prepared, bad_rows)
     bad_rows.check(len(dataset))
     if len(prepared) == 0:
-        raise BadDataError("the dataset has no rows to train on")
+        raise BadDataError("the dataset has no usable rows")
     return prepared
 
 
 @dataclass
 class RowMapper:
-    """Makes a training row of the columns of a dataset; what `map` hashes to know whether its cache is still right.
+    """Builds a training row from the columns of a dataset. `map` hashes this object for the cache fingerprint.
 
     Args:
         features: computes the features of a recording.
-        name: of the dataset, for messages and the model card.
-        has_language: whether a language follows the text.
-        has_hotwords: whether hotwords come last.
+        name: name of the dataset, for messages and the model card.
+        has_language: whether the text is followed by a language.
+        has_hotwords: whether the last column contains hotwords.
     """
 
     features: FeatureMapper
@@ -118,7 +116,7 @@ class RowMapper:
     has_hotwords: bool
 
     def __call__(self, audio: Any, text: Any, *others: Any) -> dict[str, Any]:
-        """Returns the row's columns; those of a bad row are empty but for its place and the `error`."""
+        """Returns the columns of the row; a bad row has only `file`, `line` and `error`."""
         *others, index = others  # type: ignore[assignment]
         language = others[0] if self.has_language else None
         hotwords = others[-1] if self.has_hotwords else None
@@ -130,9 +128,9 @@ class RowMapper:
 
     def _row(self, audio: Any, text: Any, language: Any, hotwords: Any, name: str) -> dict[str, Any]:
         if not isinstance(text, str) or not text.strip():
-            raise BadDataError(f"bad transcript: {text!r}; a text is needed")
+            raise BadDataError(f"bad transcript: {text!r}; the transcript must be a text")
         if audio is None:
-            raise BadDataError("no recording")
+            raise BadDataError("no recording: the audio column is empty")
         words = hotwords_of({"hotwords": hotwords})
         messages = chat.transcription_messages(name, chat.transcription_prompt(language), text.strip())
         chat.parse_messages(messages, words)

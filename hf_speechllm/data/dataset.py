@@ -1,4 +1,4 @@
-"""From JSONL files to a `datasets.Dataset` of rows, with features cached by `map`."""
+"""Conversion of JSONL files to a `datasets.Dataset` of rows, with features cached by `map`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..audio.fbank import cacheable_features, num_encoder_input_frames
 from ..audio.waveform import MAX_SECONDS, AudioError, check_root, display_name, is_url, load_audio, source_stamp
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRow, BadRows
-from .cache_files import naming_damage
-from .file_lists import expand
+from .cache_files import report_damaged_cache
+from .file_lists import expand_paths
 from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
 from .options import DataOptions
@@ -31,13 +31,13 @@ from .shards import Shard, as_columns, is_archive, read_shard
 
 logger = logging.getLogger(__name__)
 
-FEATURES_VERSION = 1  # raise it when the numbers that `cacheable_features` gives change: old caches are then not used
-ROWS_VERSION = 2  # raise it when other rows are read from the same files
-FRAMES_PER_SECOND = 100  # of the cached features
+FEATURES_VERSION = 1  # increase if results of `cacheable_features` change, to invalidate old caches
+ROWS_VERSION = 2  # increase if other rows are read from the same files, to invalidate old caches
+FRAMES_PER_SECOND = 100  # frame rate of the cached features
 
 ROW_FEATURES = Features(
     {
-        "messages": Value("large_string"),  # JSON: dialogues of any shape fit one column
+        "messages": Value("large_string"),  # as JSON, so dialogues of any structure fit one column
         "recordings": List(Value("string")),
         "hotwords": List(Value("string")),
         "speech_length": Value("int64"),
@@ -52,18 +52,18 @@ ROW_FEATURES = Features(
 def load_rows(
     files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | None = None, audio_root: str | None = None
 ) -> Dataset:
-    """The rows of training files, one dialogue each.
+    """Reads the rows of training files, one dialogue per row.
 
     Args:
-        files: JSONL, tar or Parquet; what is read is kept in the cache until a file's size or time changes. The
-            recordings in tar and Parquet files stay there; see `archives`.
-        bad_rows: gets every row that cannot be used; call its `check` afterwards.
-        cache_dir: default that of `datasets`.
-        audio_root: folder that recordings must lie in.
+        files: JSONL, tar or Parquet files. Rows are cached until the size or time of a file changes. Recordings in tar
+            and Parquet files are not copied; see `archives`.
+        bad_rows: receives all unusable rows; call `bad_rows.check` afterwards.
+        cache_dir: default: the cache folder of `datasets`.
+        audio_root: folder that must contain all recordings.
 
     Returns:
-        A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (what changes when a recording
-        changes), `hotwords`, `speech_length`, `text_length`, `file`, `line`.
+        A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (size and time of recordings),
+        `hotwords`, `speech_length`, `text_length`, `file`, `line`.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -75,7 +75,7 @@ def load_rows(
             _generate_rows,
             features=ROW_FEATURES,
             cache_dir=cache_dir,
-            # One file a call: with several shards, `datasets` may read them in processes of their own.
+            # One file per call: `datasets` may read several files in separate processes.
             gen_kwargs={
                 "file": str(Path(file).resolve()),
                 "stamp": f"{ROWS_VERSION}-{status.st_size}-{status.st_mtime_ns}",
@@ -117,12 +117,12 @@ def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
         else:
             error = f"{row.line}: {row.reason}"
             yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": number, "error": error}
-    if empty:  # `datasets` has no dataset without rows
+    if empty:  # `datasets` does not support a generator without rows
         yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": 1, "error": "no rows: the file is empty"}
 
 
 def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
-    """Moves rows with an `error` from the dataset to `bad_rows`, and drops the column."""
+    """Moves rows with an `error` from the dataset to `bad_rows` and removes the column `error`."""
     errors = dataset.with_format("numpy", columns=["error"])["error"] if len(dataset) else []
     good = [index for index, error in enumerate(errors) if error is None]
     if len(good) < len(dataset):
@@ -135,12 +135,12 @@ def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
 
 @dataclass
 class FeatureMapper:
-    """Computes the features of a row; what `map` hashes to know whether its cache is still right.
+    """Computes the features of a row. `map` hashes this object for the cache fingerprint.
 
     Args:
-        extractor: the feature extractor.
+        extractor: feature extractor.
         dtype: `"float16"` or `"float32"`.
-        max_seconds: the longest recording; of a longer one nothing is computed.
+        max_seconds: maximum length of a recording; a longer recording is an error.
         version: `FEATURES_VERSION`.
     """
 
@@ -150,7 +150,7 @@ class FeatureMapper:
     version: int = FEATURES_VERSION
 
     def __getstate__(self) -> dict:
-        # The extractor by its settings: objects that hold caches or arrays would hash differently every time.
+        # Only the extractor's settings: an object with caches or arrays has a different hash in every process.
         return {
             "extractor": self.extractor.to_json_string(),
             "class": type(self.extractor),
@@ -164,7 +164,7 @@ class FeatureMapper:
         self.dtype, self.max_seconds, self.version = state["dtype"], state["max_seconds"], state["version"]
 
     def __call__(self, recordings: list[Any]) -> dict[str, Any]:
-        """Features of every recording of a row as bytes, and their frames; or the `error`."""
+        """Returns features (as bytes) and number of frames of each recording in a row; or the `error`."""
         features, num_frames = [], []
         try:
             for source in recordings:
@@ -189,15 +189,16 @@ def add_features(
 ) -> Dataset:
     """Adds `features` (bytes) and `num_frames` (10 ms frames) of every recording, cached by `map` in Arrow files.
 
-    The cache is used again as long as the rows, the recordings' size and time, the front-end and its options, and
-    `dtype` are the same.
+    The cache stays valid until the rows, the size or time of a recording, the feature extractor's settings, `dtype` or
+    `max_seconds` change.
 
     Args:
-        rows: from `load_rows`.
-        bad_rows: gets every row whose audio cannot be used.
+        rows: result of `load_rows`.
+        processor: processor of the model.
+        bad_rows: receives all rows with unusable audio.
         dtype: `"float16"` or `"float32"`.
-        num_proc: processes.
-        max_seconds: the longest recording; rows with a longer one are bad, and nothing is computed of them.
+        num_proc: number of processes.
+        max_seconds: maximum length of a recording; rows with longer recordings are bad.
     """
     features = Features(
         {
@@ -208,7 +209,7 @@ def add_features(
         }
     )
     num_proc = None if num_proc is None or num_proc < 2 else min(num_proc, len(rows))
-    with one_thread():
+    with single_thread():
         mapped = rows.map(
             FeatureMapper(processor.feature_extractor, dtype, max_seconds),
             input_columns=["recordings"],
@@ -221,11 +222,11 @@ def add_features(
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Lets `map`'s processes compute with a thread each.
+def single_thread() -> Iterator[None]:
+    """Limits torch to one thread while the block runs, for the processes of `map`.
 
-    More would fight over the cores, and hang if torch has computed in this process before: a fork takes no threads
-    along.
+    More threads would compete for the cores. They would also hang if torch has already used threads in this process,
+    because a forked process has no copies of these threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -236,15 +237,15 @@ def one_thread() -> Iterator[None]:
 
 
 def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -> Dataset:
-    """Adds `num_frames` as `add_features` does, for training without cached features.
+    """Adds `num_frames` (10 ms frames) of every recording, for training without cached features.
 
-    Only recordings of rows that lack `speech_length` or have several recordings are decoded; of the others it is only
-    seen to that they are there.
+    Decodes recordings of rows without `speech_length` or with several recordings. For other rows, only checks that the
+    recording exists.
 
     Args:
-        rows: from `load_rows`.
-        bad_rows: gets every row whose audio cannot be used.
-        num_proc: processes.
+        rows: result of `load_rows`.
+        bad_rows: receives all rows with unusable audio.
+        num_proc: number of processes.
     """
     features = Features({**rows.features, "num_frames": List(Value("int64")), "error": Value("string")})
     mapped = rows.map(
@@ -261,47 +262,47 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
             raise AudioError(f"{recordings[0]}: the file is empty")
     except AudioError as error:
         return {"num_frames": [], "error": str(error)}
-    except (OSError, ValueError) as error:  # the latter for a path with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: the path contains a zero byte
         reason = getattr(error, "strerror", None) or error
         return {"num_frames": [], "error": f"{recordings[0]}: cannot be read: {reason}"}
     return {"num_frames": [length], "error": None}
 
 
 def row_seconds(rows: Dataset) -> np.ndarray:
-    """Audio of each row in seconds, shape = (rows,)."""
+    """Returns the seconds of audio of each row, shape = (rows,)."""
     return np.array([sum(frames) for frames in rows["num_frames"]]) / FRAMES_PER_SECOND
 
 
-def longest_usable(processor: SpeechLLMProcessor, max_feature_frames: int) -> float:
-    """Seconds of audio beyond which nothing of a recording is decoded: what the encoder takes, and something more.
+def decoding_limit(processor: SpeechLLMProcessor, max_feature_frames: int) -> float:
+    """Returns the maximum length of a recording to decode, in seconds: somewhat more than the encoder's limit.
 
-    A power of two, so that a cache of features need not be computed again after a small change of that limit, which
-    is lower where the tempo is changed.
+    The result is a power of two, so small changes of the encoder's limit (for example through tempo perturbation) do
+    not invalidate a feature cache.
 
     Args:
-        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
+        max_feature_frames: maximum number of feature frames per recording, see `SpeechLLMConfig.max_feature_frames`.
     """
     return min(MAX_SECONDS, 2.0 ** math.ceil(math.log2(max_feature_frames * processor.frame_seconds + 1.0)))
 
 
-def too_long(
+def too_long_reason(
     feature_extractor: SequenceFeatureExtractor,
     num_frames: Sequence[int],
     max_feature_frames: int,
     batch_seconds: float,
 ) -> str | None:
-    """Why the encoder or the batch budget cannot take a row; `None` if both can.
+    """Returns the reason why a row is too long for the encoder or the batch budget; `None` if it is not.
 
     Args:
-        num_frames: 10 ms frames of each of its recordings.
-        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
-        batch_seconds: the batch budget, in seconds.
+        num_frames: 10 ms frames of each recording in the row.
+        max_feature_frames: maximum number of feature frames per recording, see `SpeechLLMConfig.max_feature_frames`.
+        batch_seconds: batch budget in seconds.
     """
     longest, seconds = max(num_frames), sum(num_frames) / FRAMES_PER_SECOND
     inputs = num_encoder_input_frames(feature_extractor, longest)
     if inputs > max_feature_frames:
         limit = max_feature_frames * longest / inputs / FRAMES_PER_SECOND
-        return f"a recording of {longest / FRAMES_PER_SECOND:.1f} s; the encoder takes at most {limit:.1f} s"
+        return f"recording of {longest / FRAMES_PER_SECOND:.1f} s; the encoder accepts at most {limit:.1f} s"
     if seconds > batch_seconds:
         return f"{seconds:.1f} s of audio; the batch budget is {batch_seconds:g} s (--per_device_train_batch_seconds)"
     return None
@@ -310,15 +311,10 @@ def too_long(
 def drop_too_long(
     rows: Dataset, bad_rows: BadRows, processor: SpeechLLMProcessor, max_feature_frames: int, batch_seconds: float
 ) -> Dataset:
-    """Moves rows that the encoder or the batch budget cannot take to `bad_rows`.
-
-    Args:
-        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
-        batch_seconds: the batch budget, in seconds.
-    """
+    """Moves rows that are too long for the encoder or the batch budget to `bad_rows`; see `too_long_reason`."""
     good = []
     for index, num_frames in enumerate(rows["num_frames"]):
-        reason = too_long(processor.feature_extractor, num_frames, max_feature_frames, batch_seconds)
+        reason = too_long_reason(processor.feature_extractor, num_frames, max_feature_frames, batch_seconds)
         if reason is None:
             good.append(index)
         else:
@@ -337,48 +333,49 @@ def prepare_rows(
     batch_seconds: float = math.inf,
     max_bad_fraction: float = 0.0,
 ) -> tuple[Dataset, np.ndarray | None]:
-    """Everything between files of rows and the trainer: rows, features or lengths, and the checks of both.
+    """Prepares training rows: reads files, adds features or lengths, and checks both.
 
     Args:
-        files: JSONL, tar or Parquet files; a glob stands for all that it matches.
-        max_feature_frames: the most frames of one recording that the encoder takes; of the model's config.
-        options: about caches, workers and where recordings may lie.
-        weights: one for each file.
-        batch_seconds: the batch budget, in seconds, which no row may exceed; 0 for one that is yet to be found.
-        max_bad_fraction: share of rows that may be bad.
+        files: JSONL, tar or Parquet files, or globs.
+        processor: processor of the model.
+        max_feature_frames: maximum number of feature frames per recording, see `SpeechLLMConfig.max_feature_frames`.
+        options: options for caches, workers and the folder of recordings.
+        weights: one weight per entry of `files`, or none.
+        batch_seconds: batch budget in seconds, the maximum length of a row; 0 if the budget is determined later.
+        max_bad_fraction: allowed share of bad rows.
 
     Returns:
-        The rows, and how often each is seen in an epoch, shape = (rows,), if there are weights.
+        The rows, and the weight of each row (times per epoch), shape = (rows,), or `None` without weights.
 
     Raises:
-        BadDataError: if more rows are bad than `max_bad_fraction` allows, or none is left.
+        BadDataError: if more rows are bad than `max_bad_fraction` allows, or no rows are left.
         FileNotFoundError: if a file is missing.
     """
     bad_rows = BadRows(max_bad_fraction)
-    found = expand(files)
-    with naming_damage(options.cache_dir):
+    found = expand_paths(files)
+    with report_damaged_cache(options.cache_dir):
         rows = load_rows([file for group in found for file in group], bad_rows, options.cache_dir, options.audio_root)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
     if len(rows) == 0:
-        raise BadDataError(f"{', '.join(files)}: no rows to train on")
+        raise BadDataError(f"{', '.join(files)}: no usable rows")
     for key in ("speech_length", "text_length"):
         lacking = sum(length is None for length in rows[key])
         if lacking:
-            logger.info("%s: %d of %d rows lack %s; it is computed", ", ".join(files), lacking, len(rows), key)
+            logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, len(rows), key)
     workers = options.preprocessing_num_workers or os.cpu_count()
-    with naming_damage(options.cache_dir):
+    with report_damaged_cache(options.cache_dir):
         if options.feature_cache == "off":
             rows = add_lengths(rows, bad_rows, workers)
         else:
-            # Not the batch budget, which changes more often: the cache would be computed again.
-            limit = longest_usable(processor, max_feature_frames)
+            # Independent of the batch budget, which changes often and would invalidate the cache.
+            limit = decoding_limit(processor, max_feature_frames)
             rows = add_features(rows, processor, bad_rows, options.feature_cache, workers, limit)
     budget = batch_seconds or math.inf
     rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)
     if len(rows) == 0:
-        raise BadDataError(f"{', '.join(files)}: no rows to train on")
+        raise BadDataError(f"{', '.join(files)}: no usable rows")
     if not weights:
         return rows, None
     by_file = {

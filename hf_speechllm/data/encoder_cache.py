@@ -1,7 +1,7 @@
-"""What frozen parts compute is computed once: encoder outputs or audio tokens of every row, in Arrow files.
+"""Cache of the outputs of frozen parts: encoder output or audio tokens of every row, in Arrow files.
 
-The ladder: fbank (`data.dataset`) -> encoder output -> audio tokens. A rung may be used where all before it is frozen
-and nothing changes the features from epoch to epoch.
+The cache stages are fbank (`data.dataset`), encoder output, and audio tokens. A stage requires that all earlier parts
+are frozen and that the features do not change between epochs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..files import atomic_write
 from ..formats.partial import hash_tensors
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor, pad_features
-from .cache_files import ENCODED_FOLDER, cache_root, naming_damage
+from .cache_files import ENCODED_FOLDER, cache_root, report_damaged_cache
 from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds
 from .sampler import BudgetBatchSampler
 
-CACHE_VERSION = 1  # raise it when what is stored changes
+CACHE_VERSION = 1  # increase if the stored values change
 ROWS_PER_FILE = 2000
-LOCAL_PROCESSES = (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # of this host, set by launchers; and without one
+LOCAL_PROCESSES = (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # set by launchers; default without launcher
 COLUMNS = dict(zip(("encoder", "adaptor"), ENCODED_COLUMNS, strict=True))
 
 
@@ -46,24 +46,24 @@ def add_encoded(
     batch_seconds: float = 240.0,
     show_progress: bool = True,
 ) -> Dataset:
-    """Replaces the features of rows by what the frozen parts make of them.
+    """Replaces the features of rows by outputs of the frozen parts.
 
-    Files are named after the rows, the weights and the precision, so that a change of any computes them again. They
-    hold what autocast hands on, bfloat16, or float32 where that is computed with. The processes of a host share the
-    work.
+    The folder name is a hash of rows, weights and precision, so a change of any of them computes the cache again. The
+    files contain bfloat16 with `bf16`, otherwise float32. All processes of a host share the work.
 
     Args:
-        rows: with `features`.
-        model: with or without adapters.
+        rows: rows with `features`.
+        model: model with or without adapters.
+        processor: processor of the model.
         level: `encoder` or `adaptor`.
-        cache_dir: where `datasets` keeps its caches; default that of `datasets`.
-        device: to compute on.
+        cache_dir: cache folder of `datasets`; default: the default of `datasets`.
+        device: device of the computation.
         bf16: whether training computes in bfloat16.
-        batch_seconds: padded audio seconds in a batch.
+        batch_seconds: padded audio seconds per batch.
         show_progress: whether this process shows a progress bar.
 
     Returns:
-        The rows, with `encoder_states` or `audio_tokens`: the bytes of every recording, see `collator.stored_states`.
+        The rows with `encoder_states` or `audio_tokens` instead of `features`, as bytes; see `collator.stored_states`.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     starts = range(0, len(rows), ROWS_PER_FILE)
@@ -83,7 +83,7 @@ def add_encoded(
             model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    with naming_damage(cache_dir):
+    with report_damaged_cache(cache_dir):
         encoded = concatenate_datasets([Dataset.from_file(str(_file(folder, start))) for start in starts])
         return concatenate_datasets([rows.remove_columns("features").flatten_indices(), encoded], axis=1)
 
@@ -94,14 +94,14 @@ def _parts(model: SpeechLLMForConditionalGeneration, level: str) -> list[PreTrai
 
 @contextlib.contextmanager
 def _gathered(model: SpeechLLMForConditionalGeneration, level: str):
-    """The parts with their weights, which DeepSpeed's stage 3 has spread over the ranks."""
-    spread = [item for part in _parts(model, level) for item in part.parameters() if hasattr(item, "ds_id")]
-    if not spread:
+    """Gathers the weights of the parts, which DeepSpeed ZeRO stage 3 shards over the ranks, while the block runs."""
+    sharded = [item for part in _parts(model, level) for item in part.parameters() if hasattr(item, "ds_id")]
+    if not sharded:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(spread):
+    with GatheredParameters(sharded):
         yield
 
 
@@ -120,7 +120,7 @@ def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dt
 def _encode(
     rows: Dataset, model, processor, level: str, dtype: torch.dtype, batch_seconds: float
 ) -> list[list[bytes]]:
-    """What the parts make of each row's recordings, in the order of the rows."""
+    """Computes the outputs of the parts for each row's recordings, in the order of the rows."""
     collator = SpeechLLMCollator(processor)
     result: list[list[bytes]] = [[] for _ in range(len(rows))]
     seconds = row_seconds(rows)

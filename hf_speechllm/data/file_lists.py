@@ -1,4 +1,4 @@
-"""Files of rows: as they are named, by globs, or in a list of files."""
+"""Expansion of file names, globs and lists of files to files of rows."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from .shards import is_archive
 ROW_SUFFIXES = (".jsonl", ".json")
 
 
-def expand(patterns: Sequence[str]) -> list[list[str]]:
-    """The files that each pattern of a list stands for, as absolute paths.
+def expand_paths(patterns: Sequence[str]) -> list[list[str]]:
+    """Returns the files of each pattern, as absolute paths.
 
     Args:
-        patterns: files of rows; globs, which stand for what they match in alphabetical order; and lists of such, a
-            line each, as FunASR's `data.list`. Paths in a list are relative to the folder of the list.
+        patterns: files of rows, globs (expanded in alphabetical order), or lists with one file or glob per line, as
+            FunASR's `data.list`. Paths in a list are relative to the folder of the list.
 
     Raises:
-        FileNotFoundError: if a pattern matches nothing.
-        ValueError: if a file is named twice.
+        FileNotFoundError: if a pattern matches no file.
+        ValueError: if a file is given twice.
     """
     found = [_expand(pattern, pattern) for pattern in patterns]
     found = [[path for file in files for path in (_read_list(file) if _is_list(file) else [file])] for files in found]
     counts = Counter(file for files in found for file in files)
     if twice := [file for file, count in counts.items() if count > 1]:
-        raise ValueError(f"{twice[0]} is named twice; name it once, with a higher weight")
+        raise ValueError(f"{twice[0]} is given twice; give it once, with a higher weight")
     return found
 
 
-def _expand(pattern: str, place: str) -> list[str]:
+def _expand(pattern: str, name: str) -> list[str]:
     files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not files:
-        raise FileNotFoundError(f"{place}: no such file")
+        raise FileNotFoundError(f"{name}: no such file")
     return [os.path.abspath(file) for file in files]
 
 
 def _is_list(file: str) -> bool:
-    """Whether a file is a list of files: text of another kind than rows, whose first line is no JSON object."""
+    """Returns whether a file is a list of files: a text file whose first line is not a JSON object."""
     if file.endswith(ROW_SUFFIXES) or is_archive(file) or not os.path.isfile(file):
         return False
     with open(file, "rb") as opened:
@@ -55,6 +55,6 @@ def _read_list(file: str) -> list[str]:
     with open(file, encoding="utf-8-sig", errors="replace") as opened:
         for number, line in enumerate(opened, start=1):
             if name := line.strip():
-                place = f"{file}:{number}: {name} (relative paths start at the folder of the list)"
-                found += _expand(os.path.join(folder, name), place)
+                source = f"{file}:{number}: {name} (relative paths start at the folder of the list)"
+                found += _expand(os.path.join(folder, name), source)
     return found

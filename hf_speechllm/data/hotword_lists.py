@@ -1,9 +1,9 @@
-"""Hotwords of training rows: true ones, distractors among them, and rows without any.
+"""Hotword lists of training rows: spoken hotwords, distractors, and rows without hotwords.
 
-A model that only ever sees lists whose words are all said learns to copy lists; one that never sees a list forgets how
-to use it. Rows therefore get lists as in decoding, where most words are not said. The method is that of Pundak et al.,
-"Deep context: end-to-end contextual speech recognition" (2018, arXiv:1808.02480), section 3.2: phrases of up to four
-words from the row's own transcript for a share of the rows (there 0.5), others' phrases as distractors.
+Training only with lists of spoken words teaches the model to copy lists; training without lists makes it ignore them.
+Therefore training lists resemble lists in decoding, where most words are not spoken. The method follows Pundak et al.,
+"Deep context: end-to-end contextual speech recognition" (2018, arXiv:1808.02480), section 3.2: a share of the rows
+(0.5 in the paper) gets a phrase of up to four words from the transcript; phrases of other rows are distractors.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 
     from .options import DataOptions
 
-MAX_UNITS = 4  # words or characters of a phrase taken from a transcript
-MIN_LETTERS = 4  # of such a phrase, a character of Chinese or Japanese counting as 2: "of the" is in every transcript
-MINED_ROWS = 20_000  # of a corpus whose phrases become distractors
-# Scripts without spaces, whose characters are units of their own: kana, Han and its extensions.
+MAX_UNITS = 4  # maximum of words or characters in a phrase from a transcript
+MIN_LETTERS = 4  # minimum of letters in a phrase, to exclude common words; a Chinese or Japanese character counts as 2
+MINED_ROWS = 20_000  # maximum of rows whose phrases become distractors
+# Scripts without spaces, whose characters are separate units: kana, Han and extensions.
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _LETTER = rf"[^\W_{_CHARACTERS}]"
 _UNIT = re.compile(rf"[{_CHARACTERS}]|{_LETTER}+(?:['’.-]{_LETTER}+)*")
-_STREAM = 1  # of a row's random numbers; augmentation draws from the others, which hotwords must not shift
+_STREAM = 1  # spawn key of the random numbers for hotwords, independent of the numbers for augmentation
 
 
 @dataclass
 class HotwordSampler:
-    """Draws the hotwords that a row has in training.
+    """Samples the hotwords of a row in training.
 
     Args:
-        known: words that are hotwords of every row whose answers hold them, if the row has none of its own.
-        distractors: what words that are not said are drawn from.
-        num_distractors: the most of them in a row; their number is drawn evenly from 0 to this.
-        dropout: share of rows that get no hotwords at all.
-        from_text: share of rows without a hotword that get one: a phrase of their own answers.
+        known: hotwords of all rows that have no hotwords and whose answers contain these words.
+        distractors: candidates for words that are not spoken.
+        num_distractors: maximum number of distractors per row; the number is uniform from 0 to this maximum.
+        dropout: share of rows that get no hotwords.
+        from_text: share of rows without hotwords that get a phrase of their answers as a hotword.
     """
 
     known: Sequence[str] = ()
@@ -57,19 +57,19 @@ class HotwordSampler:
         self._folded = [word.casefold() for word in self.known]
 
     def __call__(self, own: Sequence[str], answers: Sequence[str], seed: int | Sequence[int]) -> list[str]:
-        """The hotwords of a row, in random order.
+        """Returns the hotwords of a row, in random order.
 
         Args:
-            own: hotwords that the row carries; they all stay, unless the row is to have none.
-            answers: its transcripts.
-            seed: of the row in this epoch; the same seed gives the same hotwords.
+            own: hotwords of the row; all are kept unless dropout removes all hotwords.
+            answers: transcripts of the row.
+            seed: seed of the row in this epoch; the same seed returns the same hotwords.
         """
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM,)))
         if rng.random() < self.dropout:
             return []
         text = "\n".join(answers).casefold()
         words = list(own) or [
-            word for word, folded in zip(self.known, self._folded, strict=True) if says(text, folded)
+            word for word, folded in zip(self.known, self._folded, strict=True) if contains_word(text, folded)
         ]
         if not words and rng.random() < self.from_text:
             candidates = [phrase for answer in answers for phrase in phrases(answer)]
@@ -78,13 +78,13 @@ class HotwordSampler:
         number = min(int(rng.integers(self.num_distractors + 1)), len(self.distractors))
         for index in rng.choice(len(self.distractors), number, replace=False) if number else ():
             word = self.distractors[index]
-            if word not in words and not says(text, word.casefold()):
+            if word not in words and not contains_word(text, word.casefold()):
                 words.append(word)
         return [words[index] for index in rng.permutation(len(words))]
 
 
-def says(text: str, word: str) -> bool:
-    """Whether a text holds a word, not as a part of a longer one (`art` in `party`); both case-folded."""
+def contains_word(text: str, word: str) -> bool:
+    """Returns whether a text contains a word as a whole (not `art` in `party`); both must be case-folded."""
     if word not in text:
         return False
     before = rf"(?<!{_LETTER})" if re.match(_LETTER, word) else ""
@@ -93,8 +93,11 @@ def says(text: str, word: str) -> bool:
 
 
 def phrases(text: str) -> list[str]:
-    """All phrases of a transcript that could be hotwords: runs of up to `MAX_UNITS` words, or characters of Chinese or
-    Japanese, without punctuation between them, with `MIN_LETTERS` letters or more."""
+    """Returns all phrases of a transcript that can be hotwords.
+
+    A phrase has up to `MAX_UNITS` words (or Chinese or Japanese characters), at least `MIN_LETTERS` letters, and no
+    punctuation between words.
+    """
     units = list(_UNIT.finditer(text))
     found = []
     for first, unit in enumerate(units):
@@ -110,31 +113,31 @@ def phrases(text: str) -> list[str]:
 
 
 def read_words(path: str | Path) -> list[str]:
-    """The different words of a list with one in each line, in its order.
+    """Reads the unique words of a list with one word per line, in order.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8, or a word holds a token that dialogues are made of.
+        ValueError: if the file is not UTF-8, or a word contains a special token of the dialogue format.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: save the list as UTF-8") from error
+        raise ValueError(f"{path}: not UTF-8; save the list as UTF-8") from error
     try:
         return _different(chat.parse_hotwords(lines))
     except chat.ChatError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def listed_words(words_or_file: str | None) -> list[str]:
-    """The different words of an option: a file with one in each line, or the words themselves with commas between.
+def parse_word_list(words_or_file: str | None) -> list[str]:
+    """Returns the unique words of an option: a file with one word per line, or words separated by commas.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8, or what looks like a file's name is none.
+        ValueError: if the file is not UTF-8, or a name of a text file does not exist.
     """
     words = chat.parse_hotwords(words_or_file)
-    if words_or_file and os.path.isfile(words_or_file):  # Path.is_file raises where a list is too long for a name
+    if words_or_file and os.path.isfile(words_or_file):  # Path.is_file raises if a list is too long for a path
         return read_words(words_or_file)
     if len(words) == 1 and words[0].endswith((".txt", ".list")):
         raise ValueError(f"{words[0]}: no such file")
@@ -142,12 +145,12 @@ def listed_words(words_or_file: str | None) -> list[str]:
 
 
 def mine_words(rows: Dataset, with_phrases: bool, seed: int) -> list[str]:
-    """Distractors from training rows: the hotwords of all rows, and a random phrase of each row.
+    """Returns distractors from training rows: the hotwords of all rows, and a random phrase of each row.
 
     Args:
-        rows: from `dataset.prepare_rows`.
-        with_phrases: whether phrases are wanted too; of at most `MINED_ROWS` rows, spread over all.
-        seed: of the choice of phrases.
+        rows: result of `dataset.prepare_rows`.
+        with_phrases: whether to include phrases, from at most `MINED_ROWS` evenly spaced rows.
+        seed: seed of the choice of phrases.
     """
     words = [word for own in rows["hotwords"] for word in own or ()]
     if with_phrases:
@@ -161,21 +164,21 @@ def mine_words(rows: Dataset, with_phrases: bool, seed: int) -> list[str]:
 
 
 def answers_of(messages: str) -> list[str]:
-    """The answers of a row's `messages` (JSON)."""
+    """Returns the answers in a row's `messages` (JSON)."""
     return [turn.answer for turn in chat.parse_messages(json.loads(messages)).turns if turn.answer is not None]
 
 
 def hotword_sampler(options: DataOptions, rows: Dataset | None, seed: int = 0) -> HotwordSampler | None:
-    """What the options of training ask for; `None` if rows are to keep the hotwords they carry.
+    """Builds the hotword sampler according to the options; `None` if each row keeps its own hotwords.
 
     Args:
-        options: those about hotwords are used.
-        rows: training rows, from which distractors come without `--hotword_file`; `None` when streaming.
-        seed: of the choice of phrases.
+        options: training options; only options for hotwords are used.
+        rows: training rows, the source of distractors without `--hotword_file`; `None` with streaming.
+        seed: seed of the choice of phrases.
 
     Raises:
         OSError: if `--hotword_file` cannot be read.
-        ValueError: if it is not UTF-8, or there are no distractors.
+        ValueError: if `--hotword_file` is empty or not UTF-8, or there are no distractors.
     """
     if not (
         options.hotword_file or options.hotword_distractors or options.hotword_dropout or options.hotwords_from_text
@@ -185,13 +188,13 @@ def hotword_sampler(options: DataOptions, rows: Dataset | None, seed: int = 0) -
     if options.hotword_file is not None:
         known = distractors = read_words(options.hotword_file)
         if not known:
-            raise ValueError(f"{options.hotword_file}: no words; write one in each line")
+            raise ValueError(f"{options.hotword_file}: no words; write one word per line")
     elif options.hotword_distractors and rows is not None:
         distractors = mine_words(rows, options.hotwords_from_text > 0, seed)
         if not distractors:
             raise ValueError(
-                f'--hotword_distractors {options.hotword_distractors}: no row carries "hotwords"; give '
-                "--hotword_file, or --hotwords_from_text"
+                f'--hotword_distractors {options.hotword_distractors}: no row has "hotwords"; give --hotword_file or '
+                "--hotwords_from_text"
             )
     return HotwordSampler(
         known, distractors, options.hotword_distractors, options.hotword_dropout, options.hotwords_from_text

@@ -1,4 +1,4 @@
-"""Training data as JSONL: a dialogue a line, with its recordings' paths relative to the file."""
+"""Training data as JSONL: one dialogue per line; paths of recordings are relative to the file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..files import atomic_write
 from ..model import chat
 from .bad_rows import BadDataError, BadRow
 
-KEYS = ("messages", "speech_length", "text_length")  # of a row, in the order in which they are written
-# Keys of Fun-ASR that say what is known of a recording, and its words for them.
+KEYS = ("messages", "speech_length", "text_length")  # keys of a row that are written first, in this order
+# Fun-ASR's keys for the context of a recording, and their titles in the prompt.
 CONTEXT = {"hist_context": "历史转写结果：", "one_pass_result": "一遍解码结果："}
-LONGEST = 1 << 31  # frames or tokens; what is longer is a mistake
+MAX_LENGTH = 1 << 31  # frames or tokens; larger values are errors
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 _MARKED_PATH = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
 
@@ -31,14 +31,14 @@ class Row:
     """A row of a JSONL.
 
     Args:
-        dialogue: the messages, parsed, with the row's hotwords in the first prompt.
-        messages: as they stand in the file, with absolute paths.
-        recordings: absolute paths and URLs, in the order of their places.
-        hotwords: of this row alone.
-        speech_length: fbank frames of 10 ms of all recordings; `None` if the file does not say.
-        text_length: tokens of all answers; `None` if the file does not say.
-        file: the JSONL.
-        line: counted from 1.
+        dialogue: parsed messages, with the row's hotwords in the first prompt.
+        messages: messages in the file, with absolute paths.
+        recordings: absolute paths and URLs, in order of appearance.
+        hotwords: hotwords of this row.
+        speech_length: 10 ms fbank frames of all recordings; `None` if not in the file.
+        text_length: tokens of all answers; `None` if not in the file.
+        file: path of the JSONL.
+        line: line number, counted from 1.
     """
 
     dialogue: chat.Dialogue
@@ -52,19 +52,19 @@ class Row:
 
 
 def recording_id(source: str) -> str:
-    """The ID of a recording that has no other: the stem of its file name, without the query of a URL."""
+    """Returns the default ID of a recording: the stem of the file name, without the query of a URL."""
     return PurePosixPath(urlsplit(source).path if is_url(source) else source).stem
 
 
 def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:
-    """Reads a JSONL row by row, so that the memory needed does not grow with the file.
+    """Reads a JSONL row by row, with constant memory.
 
     Args:
-        path: UTF-8, with or without a byte order mark; empty lines are passed over.
-        require_answers: whether the last turn must have its answer, as training needs it and decoding does not.
+        path: UTF-8 file, with or without a byte order mark; empty lines are skipped.
+        require_answers: whether the last turn must have an answer: true for training, false for decoding.
 
     Yields:
-        A `Row`, or a `BadRow` for a line that cannot be used.
+        A `Row`, or a `BadRow` for an unusable line.
 
     Raises:
         OSError: if the file cannot be read.
@@ -81,13 +81,14 @@ def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> It
 
 
 def parse_line(line: bytes, folder: str, file: str, number: int, require_answers: bool = True) -> Row | BadRow:
-    """A line of a JSONL.
+    """Parses a line of a JSONL to a `Row`, or a `BadRow` if the line is unusable.
 
     Args:
-        folder: where relative paths start, absolute.
-        file: the JSONL, for messages.
-        number: of the line, for messages.
-        require_answers: as for `read_jsonl`.
+        line: content of the line.
+        folder: absolute path of the folder to which relative paths refer.
+        file: path of the JSONL, for messages.
+        number: line number, for messages.
+        require_answers: see `read_jsonl`.
     """
     try:
         return _parse_row(parse_object(line), require_answers, folder, file, number)
@@ -97,10 +98,11 @@ def parse_line(line: bytes, folder: str, file: str, number: int, require_answers
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Writes rows as JSONL, all or nothing.
+    """Writes rows as JSONL, atomically.
 
     Args:
-        rows: each with `messages`; `speech_length` and `text_length` follow unless they are `None`, then other keys.
+        rows: rows with `messages`, and optionally `speech_length`, `text_length` (left out if `None`) and other keys.
+        path: file to write.
 
     Raises:
         OSError: if the file cannot be written.
@@ -110,20 +112,20 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str])
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of a JSONL, with the line end; `row` is as for `write_jsonl`."""
+    """Returns a row as a line of a JSONL, with line end; for `row` see `write_jsonl`."""
     ordered = {key: row[key] for key in KEYS if row.get(key) is not None}
     return _ENCODER.encode({**ordered, **{k: row[k] for k in row if k not in KEYS}}) + "\n"
 
 
 def parse_object(line: bytes) -> dict:
-    """A JSON object in UTF-8.
+    """Parses a JSON object in UTF-8.
 
     Raises:
-        BadDataError: if it is none.
+        BadDataError: if the line is not a JSON object in UTF-8.
     """
     try:
         record = json.loads(line.decode("utf-8"))
-        # JSON may spell half a surrogate pair, which is no character: no tokenizer takes it.
+        # JSON can escape half a surrogate pair, which is not a character; tokenizers reject it.
         if b"\\ud" in line.lower():
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,7 +139,7 @@ def parse_object(line: bytes) -> dict:
     except ValueError as error:  # a number with thousands of digits
         raise BadDataError(f"not JSON: {str(error).partition(';')[0]}") from error
     except RecursionError as error:
-        raise BadDataError("not JSON: nested too deeply; a row is one object on one line") from error
+        raise BadDataError("not JSON: too many nested lists and objects; a row is one object on one line") from error
     if not isinstance(record, dict):
         raise BadDataError('not an object: a row is {"messages": [...], ...}')
     return record
@@ -152,10 +154,10 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
     dialogue = chat.parse_messages(messages, hotwords)
     if not dialogue.recordings:
         raise BadDataError(
-            f"no recording: write {chat.SPEECH_START}!PATH{chat.SPEECH_END} into the user message, '!' included"
+            f"no recording: write {chat.SPEECH_START}!PATH{chat.SPEECH_END} in the user message, including the '!'"
         )
     if not all(isinstance(source, str) for source in dialogue.recordings):
-        raise BadDataError("bad recording: must be a string, the path or URL")
+        raise BadDataError("bad recording: must be a path or URL, as a string")
     if require_answers and dialogue.turns[-1].answer is None:
         raise BadDataError("no answer: the last message must be the assistant's, with the transcript")
     return Row(
@@ -171,16 +173,16 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
 
 
 def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:
-    """A copy of messages in which the path of each recording, as a string, is replaced by `function(path)`.
+    """Returns a copy of messages in which each path of a recording is replaced by `function(path)`.
 
-    What is not well formed stays as it is, for `chat.parse_messages` to find.
+    Invalid messages stay unchanged; `chat.parse_messages` reports them.
 
     Raises:
         BadDataError: if a text part has no text.
     """
 
     def in_text(text: str) -> str:
-        # A path of spaces, or none, stays too: it must not become the folder's.
+        # An empty or blank path stays unchanged: it must not become the path of the folder.
         return _MARKED_PATH.sub(lambda match: function(match[0]) if match[0].strip() else match[0], text)
 
     def in_part(part: Any) -> Any:
@@ -205,10 +207,10 @@ def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:
 
 
 def add_context(messages: Any, record: dict) -> Any:
-    """Messages whose first prompt has the `hist_context` and `one_pass_result` of a row as its `context`.
+    """Adds `hist_context` and `one_pass_result` of a row as `context` to the first user message.
 
     Raises:
-        BadDataError: if one of them is no string.
+        BadDataError: if one of them is not a string.
     """
     lines = []
     for key, title in CONTEXT.items():
@@ -226,10 +228,10 @@ def add_context(messages: Any, record: dict) -> Any:
 
 
 def hotwords_of(record: dict) -> list[str]:
-    """The hotwords of a row: its `asr_hotwords`, as in Fun-ASR, or its `hotwords`.
+    """Returns the hotwords of a row: `asr_hotwords`, as in Fun-ASR, or `hotwords`.
 
     Raises:
-        BadDataError: if they are neither strings nor a string, or hold a token that dialogues are made of.
+        BadDataError: if they are neither a list of strings nor a string, or contain a special token of dialogues.
     """
     return _parse_hotwords(record, "asr_hotwords") or _parse_hotwords(record, "hotwords")
 
@@ -239,7 +241,7 @@ def _parse_hotwords(record: dict, key: str) -> list[str]:
     if isinstance(hotwords, list) and not all(isinstance(word, str) for word in hotwords):
         raise BadDataError(f'bad "{key}": each must be a string')
     if not isinstance(hotwords, (list, str, type(None))):
-        raise BadDataError(f'bad "{key}": must be a list of strings, or a string with commas between them')
+        raise BadDataError(f'bad "{key}": must be a list of strings, or a string with commas between hotwords')
     try:
         return chat.parse_hotwords(hotwords)
     except chat.ChatError as error:
@@ -247,14 +249,14 @@ def _parse_hotwords(record: dict, key: str) -> list[str]:
 
 
 def length_of(record: dict, key: str) -> int | None:
-    """A length that a row gives, or `None`.
+    """Returns a length from a row, or `None` if missing.
 
     Raises:
-        BadDataError: if it is no whole number, or beyond all measure.
+        BadDataError: if the length is not a whole number, or is too large.
     """
     length = record.get(key)
     if length is None:
         return None
-    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < LONGEST:
-        raise BadDataError(f'bad "{key}": {repr(length)[:40]}; must be a whole number, or left out')
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length < MAX_LENGTH:
+        raise BadDataError(f'bad "{key}": {repr(length)[:40]}; must be a whole number below 2^31, or left out')
     return length

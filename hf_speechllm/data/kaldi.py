@@ -1,4 +1,4 @@
-"""Kaldi's lists: `wav.scp` and `text`, an ID and a value a line, joined by ID; and lengths of both."""
+"""Kaldi lists (`wav.scp` and `text`: one ID and value per line), joined by ID, and lengths of speech and text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .bad_rows import BadRows
 
 FRAME_LENGTH = 25  # ms
 FRAME_SHIFT = 10  # ms
-TEXTS_AT_ONCE = 128  # of the tokenizer; all at once takes a third longer, and memory
+TEXTS_AT_ONCE = 128  # texts per call of the tokenizer; a single call for all texts takes 1/3 longer and more memory
 _SPACES = re.compile(rb"[ \t]+")
 _ARCHIVE = re.compile(r"\.ark(\.gz)?(:\d+)?(\[[^]]*\])?$")
 
 
 class Entry(NamedTuple):
-    """A line of a list: the ID, what follows it, and the line, counted from 1."""
+    """A line of a list: ID, value, and line number counted from 1."""
 
     id: str
     value: str
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class KaldiList:
-    """A list's entries in its order, and the IDs of the lines that were found bad and are not among them."""
+    """The entries of a list, in order, and the IDs of bad lines, which are not in `entries`."""
 
     file: str
     entries: list[Entry]
@@ -36,7 +36,7 @@ class KaldiList:
 
 
 class Utterance(NamedTuple):
-    """A recording (absolute path or URL) with its transcript, and their lines in the two lists, counted from 1."""
+    """A recording (absolute path or URL) and its transcript, with line numbers in both lists, counted from 1."""
 
     id: str
     recording: str
@@ -46,12 +46,12 @@ class Utterance(NamedTuple):
 
 
 def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "value") -> KaldiList:
-    """Reads a list: an ID, spaces or tabs, and a value in each line.
+    """Reads a list with an ID, spaces or tabs, and a value in each line.
 
     Args:
-        path: UTF-8, with or without a byte order mark, Unix or Windows line ends; empty lines are passed over.
-        bad_rows: gets the lines that are not UTF-8, lack the value, or repeat an ID (the first one stays).
-        content: what the values are, for the messages.
+        path: UTF-8 file, with or without a byte order mark, Unix or Windows line ends; empty lines are skipped.
+        bad_rows: receives lines that are not UTF-8, lack the value, or repeat an ID (the first line is kept).
+        content: name of the values in messages.
 
     Raises:
         OSError: if the file cannot be read.
@@ -62,7 +62,7 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
         for number, raw in enumerate(file, start=1):
             if number == 1:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
-            # No `split()`: it would take the spaces of Unicode, too, which a path or transcript may hold.
+            # `split()` would also split at Unicode spaces, which a path or transcript may contain.
             id_, value = (_SPACES.split(raw.strip(b" \t\r\n"), maxsplit=1) + [b""])[:2]
             if not id_:
                 continue
@@ -87,26 +87,27 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
 
 
 def require_transcripts(transcripts: KaldiList) -> None:
-    """Refuses a list of recordings in the place of one of transcripts.
+    """Checks that a list of transcripts is not a list of recordings.
 
     Raises:
-        ValueError: if the first values are all URLs or names of files.
+        ValueError: if the first values are all URLs or existing files.
     """
     folder = os.path.dirname(os.path.abspath(transcripts.file))
     values = [entry.value for entry in transcripts.entries[:10]]
     if values and all(is_url(value) or os.path.isfile(os.path.join(folder, value)) for value in values):
         raise ValueError(
-            f"{transcripts.file}: {values[0]} is a recording, not a transcript: are --scp_file and --transcript_file "
-            "swapped?"
+            f"{transcripts.file}: {values[0]} is a recording, not a transcript; check that --scp_file and "
+            "--transcript_file are not swapped"
         )
 
 
 def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | None = None) -> KaldiList:
-    """Reads a `wav.scp`; its paths, relative to its folder, become absolute.
+    """Reads a `wav.scp` and makes paths, which are relative to the list's folder, absolute.
 
     Args:
-        bad_rows: gets what `read_list` finds, and commands and archives, which only Kaldi can read.
-        audio_root: folder that the paths may not leave.
+        path: see `read_list`.
+        bad_rows: receives bad lines (see `read_list`), and commands and archives, which only Kaldi can read.
+        audio_root: folder that must contain all recordings.
 
     Raises:
         OSError: if the file cannot be read.
@@ -116,10 +117,10 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     entries = []
     for entry in scp.entries:
         if entry.value.startswith("|") or entry.value.endswith("|"):
-            reason = f'not a file: "{entry.value}" is a command; write what it gives to a file and name that'
+            reason = f'not a file: "{entry.value}" is a command; write its output to a file and give the file\'s path'
         elif _ARCHIVE.search(entry.value):
             reason = (
-                f'not a file: "{entry.value}" is a Kaldi archive; write its recordings to a file each and name those'
+                f'not a file: "{entry.value}" is a Kaldi archive; write each recording to a file and give its path'
             )
         else:
             source = resolve_source(entry.value, folder)
@@ -136,10 +137,12 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
 
 
 def join(scp: KaldiList, transcripts: KaldiList, bad_rows: BadRows) -> list[Utterance]:
-    """Recordings and transcripts of the same ID, in the order of the scp, whatever that of the transcripts.
+    """Joins recordings and transcripts with the same ID, in the order of the scp.
 
     Args:
-        bad_rows: gets the IDs that are in one list only; not those whose line in the other one is bad already.
+        scp: list of recordings.
+        transcripts: list of transcripts.
+        bad_rows: receives IDs that are only in one list, unless the line in the other list is already bad.
     """
     texts = {entry.id: entry for entry in transcripts.entries}
     recordings = {entry.id for entry in scp.entries}
@@ -157,11 +160,11 @@ def join(scp: KaldiList, transcripts: KaldiList, bad_rows: BadRows) -> list[Utte
 
 
 def speech_length(num_samples: int, sampling_rate: int) -> int:
-    """Fbank frames of a recording: `int((duration_ms - 25) // 10 + 1)`, as Fun-ASR's `tools/scp2jsonl.py` counts them.
+    """Returns the fbank frames of a recording: `int((duration_ms - 25) // 10 + 1)`, as Fun-ASR's `tools/scp2jsonl.py`.
 
     Args:
-        num_samples: of one channel.
-        sampling_rate: in Hz.
+        num_samples: samples per channel.
+        sampling_rate: rate in Hz.
 
     Returns:
         The number of frames; 0 or less if the recording is shorter than one frame, 25 ms.
@@ -171,10 +174,10 @@ def speech_length(num_samples: int, sampling_rate: int) -> int:
 
 
 def measure_recording(source: str) -> tuple[float, int]:
-    """Duration in seconds and `speech_length` of a recording that can be used.
+    """Returns the duration in seconds and the `speech_length` of a recording.
 
     Raises:
-        AudioError: if it cannot be decoded to its end, or is shorter than 25 ms.
+        AudioError: if the recording cannot be decoded to the end, or is shorter than 25 ms.
     """
     num_samples, sampling_rate = probe_audio(source)
     length = speech_length(num_samples, sampling_rate)
@@ -185,11 +188,11 @@ def measure_recording(source: str) -> tuple[float, int]:
 
 
 def add_text_lengths(rows: list[dict], tokenizer) -> None:
-    """Adds `text_length` to rows: tokens of their last message, as Fun-ASR's `tools/scp2jsonl.py` counts them.
+    """Adds `text_length` to rows: the tokens of the last message, as in Fun-ASR's `tools/scp2jsonl.py`.
 
     Args:
-        rows: with `messages`.
-        tokenizer: of the model.
+        rows: rows with `messages`; changed in place.
+        tokenizer: tokenizer of the model.
     """
     for start in range(0, len(rows), TEXTS_AT_ONCE):
         batch = rows[start : start + TEXTS_AT_ONCE]

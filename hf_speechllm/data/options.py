@@ -1,4 +1,4 @@
-"""Options about training data."""
+"""Options for training data."""
 
 from __future__ import annotations
 
@@ -13,49 +13,56 @@ class DataOptions:
     """Data
 
     Raises:
-        ValueError: if options contradict each other; the message names them.
+        ValueError: if an option is invalid or options contradict each other; the message names them.
     """
 
     train_file: list[str] = option(
-        [], "Training data: JSONL, .tar (WebDataset) or .parquet files, or globs of them ('data/*.tar')."
+        [], "Training data: JSONL, .tar (WebDataset) or .parquet files, or globs ('data/*.tar')."
     )
-    train_weight: list[float] = option([], "How often the rows of each --train_file are seen in an epoch (default 1).")
-    validation_file: list[str] = option([], "Validation data, one or several, each FILE or NAME=FILE.")
+    train_weight: list[float] = option([], "Times per epoch that the rows of each --train_file are used (default: 1).")
+    validation_file: list[str] = option([], "Validation data: one or several of FILE or NAME=FILE.")
     streaming: bool = option(
-        False, "Read training data on the way, without a cache and a list of all rows; needs --max_steps."
+        False, "Read training data during training, without a cache or a list of all rows; needs --max_steps."
     )
     shuffle_buffer: int = option(
-        2000, "Rows that each worker holds, sorts into batches and shuffles at a time, with --streaming."
+        2000, "With --streaming: rows per window, in which each worker builds and shuffles batches."
     )
-    audio_root: str | None = option(None, "Folder that recordings of a JSONL must lie in (default: anywhere).")
-    url_max_megabytes: float | None = option(None, "The largest recording to download (default 1000).")
-    url_timeout_seconds: float | None = option(None, "The longest download of a recording (default 600).")
+    audio_root: str | None = option(None, "Folder that must contain all recordings of a JSONL (default: any folder).")
+    url_max_megabytes: float | None = option(
+        None, "Maximum size of a downloaded recording in megabytes (default: 1000)."
+    )
+    url_timeout_seconds: float | None = option(None, "Maximum duration of a download in seconds (default: 600).")
     allow_private_redirects: bool | None = option(
-        None, "Whether URLs may redirect to private, loopback and link-local addresses (default: no)."
+        None, "Allow redirects of URLs to private, loopback and link-local addresses (default: no)."
     )
-    feature_cache: str = option("float16", "Cached fbank: float16, float32, or off (computed in every epoch).")
+    feature_cache: str = option(
+        "float16", "Dtype of cached fbank features: float16, float32, or off (computed in every epoch)."
+    )
     cache_level: str = option(
         "auto",
-        "What is cached: fbank, or what frozen parts make of it: encoder or adaptor; auto: the deepest, for more than "
-        "one epoch.",
+        "Cache stage: fbank, or outputs of frozen parts: encoder or adaptor; auto: the last possible stage, if there "
+        "is more than one epoch.",
     )
-    cache_dir: str | None = option(None, "Where datasets keeps its caches (default: that of datasets).")
+    cache_dir: str | None = option(None, "Cache folder of datasets (default: the default of datasets).")
     preprocessing_num_workers: int | None = option(None, "Processes that compute features (default: all cores).")
-    spec_augment: bool = option(False, "Mask stripes of the training spectrograms.")
-    tempo_perturb: float = option(0.0, "Stretch training recordings by up to this share, e.g. 0.1: 90 to 110 percent.")
+    spec_augment: bool = option(False, "Apply SpecAugment: mask time and frequency bands of training spectrograms.")
+    tempo_perturb: float = option(0.0, "Stretch training recordings by up to this share; 0.1: 90 to 110 percent.")
     dither: float = option(
-        0.0, "Noise added to training recordings, in 16-bit steps (the original's: 1.0); needs --feature_cache off."
+        0.0, "Noise added to training recordings, in 16-bit steps (original: 1.0); needs --feature_cache off."
     )
-    # Without these options, rows have the hotwords that they carry.
+    # Without these options, each row keeps its own hotwords.
     hotword_file: str | None = option(
         None,
-        "Words, one in each line: hotwords of the rows that say them and carry none, distractors elsewhere (default: "
-        "distractors are the hotwords of other rows and, with --hotwords_from_text, phrases of their transcripts).",
+        "List of words, one per line: hotwords of rows without hotwords whose transcript contains them, distractors "
+        "of other rows (default: distractors are hotwords of other rows and, with --hotwords_from_text, phrases of "
+        "their transcripts).",
     )
-    hotword_distractors: int = option(0, "The most hotwords that a training row gets besides its own; 0 to this.")
-    hotword_dropout: float = option(0.0, "Share of training rows that get no hotwords at all.")
+    hotword_distractors: int = option(
+        0, "Maximum number of distractors per training row; the number is random from 0 to this."
+    )
+    hotword_dropout: float = option(0.0, "Share of training rows that get no hotwords.")
     hotwords_from_text: float = option(
-        0.0, "Share of training rows without hotwords that get one: a phrase of their own transcript."
+        0.0, "Share of training rows without hotwords that get a phrase of their transcript as a hotword."
     )
 
     def __post_init__(self):
@@ -78,7 +85,8 @@ class DataOptions:
     def _check_files(self) -> None:
         if self.train_weight and len(self.train_weight) != len(self.train_file):
             raise ValueError(
-                f"--train_weight has {len(self.train_weight)} numbers for {len(self.train_file)} files of --train_file"
+                f"--train_weight has {len(self.train_weight)} numbers, but --train_file has {len(self.train_file)} "
+                "files; give one number per file"
             )
         if len(set(self.train_file)) < len(self.train_file):
             raise ValueError("--train_file names a file twice; give it once, with a higher --train_weight")
@@ -94,15 +102,15 @@ class DataOptions:
                 raise ValueError(f"--{name} is {value:g}; it must be between 0 and 1")
         if self.hotword_distractors and self.streaming and self.hotword_file is None:
             raise ValueError(
-                "--hotword_distractors are drawn from all training rows, which --streaming does not know; give "
+                "--hotword_distractors needs all training rows, which are not available with --streaming; give "
                 "--hotword_file"
             )
 
     def validation_files(self) -> dict[str, str]:
-        """Validation files by name; one without a name is called after the file.
+        """Returns validation files by name; the default name is the stem of the file.
 
         Raises:
-            ValueError: if two have the same name.
+            ValueError: if two files have the same name.
         """
         named: dict[str, str] = {}
         for item in self.validation_file:
@@ -110,6 +118,6 @@ class DataOptions:
             if not found:
                 name, path = Path(item).stem, item
             if name in named:
-                raise ValueError(f"two files of --validation_file are called {name!r}; name them: NAME=FILE")
+                raise ValueError(f"two files of --validation_file have the name {name!r}; give names: NAME=FILE")
             named[name] = path
         return named

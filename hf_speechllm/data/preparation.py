@@ -1,4 +1,4 @@
-"""Utterances become lines of a JSONL: recordings are measured and rows made by several processes at once."""
+"""Conversion of utterances to lines of a JSONL: measures recordings and builds rows in parallel."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ..model.chat import ChatError, parse_messages, transcription_messages
 from .jsonl import json_line
 from .kaldi import TEXTS_AT_ONCE, Utterance, add_text_lengths, measure_recording
 
-NUM_PER_PROCESS = 128  # utterances that make it pay to start a process
-HEADER_SIZE = 4096  # bytes, a page: it has the header of nearly every recording
-_maker: RowMaker  # of a worker process
+NUM_PER_PROCESS = 128  # utterances per worker above which processes are faster than threads
+HEADER_SIZE = 4096  # bytes (one page); contains the header of nearly every recording
+_maker: RowMaker  # set in each worker process
 
 
 class Prepared(NamedTuple):
-    """What became of some utterances.
+    """Result of the conversion of some utterances.
 
     Args:
-        lines: of the JSONL, with line ends, a good utterance each.
-        seconds: durations of their recordings.
-        num_tokens: of their transcripts; 0 without a tokenizer.
-        bad: file, line and reason of the others, for `BadRows.add`.
+        lines: lines of the JSONL with line ends, one per good utterance.
+        seconds: durations of the recordings of good utterances.
+        num_tokens: tokens of the transcripts of good utterances; 0 without a tokenizer.
+        bad: file, line and reason of bad utterances, for `BadRows.add`.
     """
 
     lines: list[str]
@@ -45,13 +45,13 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Makes rows of utterances.
+    """Converts utterances to rows.
 
     Args:
-        scp_file, transcript_file: the lists, for bad rows.
-        prompt: what `chat.transcription_prompt` gives.
-        tokenizer: of the model, to count `text_length`; `None` leaves that out.
-        folder: absolute; paths are written relative to it, or absolute if it is `None`.
+        scp_file, transcript_file: paths of the lists, for bad rows.
+        prompt: result of `chat.transcription_prompt`.
+        tokenizer: tokenizer of the model, to count `text_length`; with `None`, rows have no `text_length`.
+        folder: absolute path of the folder to which written paths are relative; `None` for absolute paths.
     """
 
     scp_file: str
@@ -61,7 +61,12 @@ class RowMaker:
     folder: str | None = None
 
     def make(self, utterances: Sequence[Utterance], measured: Iterable[tuple[float, int] | AudioError]) -> Prepared:
-        """Rows of utterances whose recordings have been measured: each as `measure` gives it."""
+        """Converts utterances to rows.
+
+        Args:
+            utterances: the utterances.
+            measured: result of `measure` for each utterance.
+        """
         rows: list[dict[str, Any]] = []
         seconds, bad = [], []
         for utterance, result in zip(utterances, measured, strict=True):
@@ -85,44 +90,47 @@ class RowMaker:
 
 
 def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) -> Generator[Prepared, None, None]:
-    """Measures recordings to their end and makes rows, in the order of the utterances.
+    """Measures recordings completely and builds rows, in the order of the utterances.
 
-    Threads measure short lists, which are done before processes have started. They wait for each other at Python's
-    lock, so that long ones take processes. Close the generator (`contextlib.closing`) if it may not be read to its
-    end: that ends them.
+    Short lists use threads, which finish before processes would start. Long lists use processes, because threads block
+    each other at Python's global lock. If the generator may not be exhausted, close it (`contextlib.closing`) to end
+    the processes.
 
     Args:
-        num_workers: recordings measured at once.
+        utterances: the utterances.
+        maker: converts utterances to rows.
+        num_workers: number of threads or processes.
 
     Yields:
-        What became of the next utterances.
+        Results of the next utterances.
 
     Raises:
         ChildProcessError: if a process was killed.
     """
     if len(utterances) < NUM_PER_PROCESS * num_workers:
-        with ThreadPool(num_workers) as threads:  # libsndfile and FFmpeg work outside Python's lock
+        with ThreadPool(num_workers) as threads:  # libsndfile and FFmpeg release Python's global lock
             for utterance, result in zip(utterances, threads.imap(measure, utterances), strict=True):
                 yield maker.make([utterance], [result])
         return
-    # Not one by one: to hand over a recording takes longer than to read a header. Not too many: some are hours long.
+    # Chunks, because the transfer of one recording to a process takes longer than reading a header. The size is
+    # limited because some recordings are hours long.
     size = max(1, min(TEXTS_AT_ONCE, len(utterances) // (16 * num_workers)))
     chunks = (utterances[start : start + size] for start in range(0, len(utterances), size))
-    # To fork takes milliseconds, and no process has to import anything; other systems than Linux cannot do it safely.
+    # A fork takes milliseconds, and processes need no imports. A fork is safe only on Linux.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    gc.freeze()  # a search for garbage would write to, and so copy, the memory that the processes share
+    gc.freeze()  # garbage collection would write to, and thereby copy, shared memory
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(num_workers, context, _start_worker, (maker,)) as pool:
         try:
-            # No `pool.map`: it cancels what waits, on which the pool stumbles when its processes end (Python 3.11).
+            # `pool.map` cancels waiting tasks, which makes the pool fail when its processes end (Python 3.11).
             futures = deque(pool.submit(_prepare_chunk, chunk) for chunk in chunks)
             while futures:
                 yield futures.popleft().result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a process that checks recordings was killed; if memory ran out, give fewer --num_workers"
+                "a process that checks recordings was killed; if memory ran out, reduce --num_workers"
             ) from error
-        except BaseException:  # of an interruption, too: a recording may take minutes, and would be waited for
+        except BaseException:  # including interruptions: otherwise the pool waits for recordings, possibly for minutes
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.terminate()
@@ -130,7 +138,7 @@ def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) 
 
 
 def measure(utterance: Utterance) -> tuple[float, int] | AudioError:
-    """What `measure_recording` gives or raises."""
+    """Returns the result of `measure_recording`, or its error."""
     try:
         return measure_recording(utterance.recording)
     except AudioError as error:
@@ -140,13 +148,13 @@ def measure(utterance: Utterance) -> tuple[float, int] | AudioError:
 def _start_worker(maker: RowMaker) -> None:
     global _maker
     _maker = maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends this process, whatever it does, when the one that started it has been killed."""
+    """Ends this process immediately when its parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -154,11 +162,11 @@ def _end_with_parent() -> None:
 
 
 def _read_ahead(source: str) -> None:
-    """Has the system read the start of a file in the background; what is wrong with it is told by measuring."""
+    """Makes the system read the start of a file in the background; ignores errors, which `measure` reports."""
     if not hasattr(os, "posix_fadvise"):  # macOS, Windows
         return
     with contextlib.suppress(OSError, ValueError):
-        file = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the other end of a FIFO
+        file = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a FIFO
         try:
             os.posix_fadvise(file, 0, HEADER_SIZE, os.POSIX_FADV_WILLNEED)
         finally:
@@ -166,7 +174,7 @@ def _read_ahead(source: str) -> None:
 
 
 def _prepare_chunk(utterances: Sequence[Utterance]) -> Prepared:
-    # A disk gives many files at once in the time of a few; to ask costs less than threads that wait for a file each.
+    # A disk reads many files in parallel nearly as fast as a few; read-ahead is cheaper than waiting threads.
     for utterance in utterances:
         _read_ahead(utterance.recording)
     return _maker.make(utterances, map(measure, utterances))

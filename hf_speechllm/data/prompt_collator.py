@@ -1,4 +1,4 @@
-"""Rows in, inputs of `generate` out: dialogues up to their last answer."""
+"""Collator for validation with `generate`: builds prompts from dialogues without the last answer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .collator import SpeechLLMCollator
 
 @dataclass
 class PromptCollator:
-    """Builds the inputs of `generate` from rows of `data.dataset`: their dialogues up to the last answer.
+    """Builds the inputs of `generate` from rows (see `data.dataset`): dialogues without the last answer.
 
-    In a dialogue of several turns, the last answer is decoded, given the true answers before it.
+    In a dialogue of several turns, the prompt contains the reference answers of the earlier turns.
 
     Args:
-        collator: of validation; computes the features.
+        collator: collator of validation, which computes the features.
     """
 
     collator: SpeechLLMCollator
@@ -31,8 +31,8 @@ class PromptCollator:
 
         Returns:
             `inputs`: `input_ids`, `attention_mask`, shape = (rows, tokens), padded on the left, `input_features`,
-            shape = (recordings, frames, feature size), `input_features_mask`; `references`: the last answers;
-            `names`, `positions`; and `counted`, false for rows that only keep the ranks in step.
+            shape = (recordings, frames, feature size), `input_features_mask`; `references`: the last answers; `names`:
+            FILE:LINE; `positions`: see below; `counted`: false for filler rows, see `BudgetBatchSampler`.
         """
         processor = self.collator.processor
         prompts: list[list[int]] = []

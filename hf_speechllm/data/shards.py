@@ -1,7 +1,7 @@
-"""Rows of tar shards (WebDataset's layout), Parquet files and blocks of a JSONL, read from any row on.
+"""Reading of tar shards (WebDataset's layout), Parquet files and blocks of a JSONL, from any row.
 
-`datasets` reads both kinds, too, but guesses columns from the first samples and ends at one that is not like them.
-Here a damaged sample is one bad row.
+`datasets` also reads tar and Parquet files, but infers columns from the first samples and fails at a different sample.
+Here, a damaged sample is one bad row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ..model import chat
 from .bad_rows import BadDataError, BadRow
 from .jsonl import CONTEXT, Row, add_context, hotwords_of, length_of, map_recordings, parse_line, parse_object
 
-BLOCK_SIZE = 1 << 18  # bytes of a JSONL that are one shard: some 800 rows
+BLOCK_SIZE = 1 << 18  # bytes per shard of a JSONL: about 800 rows
 AUDIO_SUFFIXES = ("wav", "flac", "ogg", "mp3", "opus", "m4a")
 TEXT_SUFFIXES = ("json", "txt")
 TEXT_COLUMNS = ("messages", "text", "sentence", "transcription")
 OTHER_COLUMNS = ("hotwords", "asr_hotwords", *CONTEXT, "language", "speech_length", "text_length")
 END = 1 << 62  # position after a shard that cannot be read further
-LARGEST_MEMBER = 1 << 30  # bytes of a recording in a tar file
+MAX_MEMBER_BYTES = 1 << 30  # bytes of a recording in a tar file
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one worker reads in one go.
+    """A part of a file that one worker reads sequentially.
 
     Args:
-        file: JSONL, tar or Parquet, an absolute path.
-        start: of a JSONL: the first byte; lines belong to the block in which they start.
-        stop: the byte after the last.
+        file: absolute path of a JSONL, tar or Parquet file.
+        start: first byte in a JSONL; a line belongs to the block in which it starts.
+        stop: byte after the last byte.
     """
 
     file: str
@@ -48,8 +48,8 @@ class Item:
     """A row of a shard.
 
     Args:
-        row: as the columns of `dataset.ROW_FEATURES`, without `error`; or what is wrong with it.
-        next: the position from which `read_shard` goes on after it.
+        row: columns of `dataset.ROW_FEATURES` without `error`, or a `BadRow`.
+        next: position from which `read_shard` resumes after this row.
     """
 
     row: dict[str, Any] | BadRow
@@ -57,31 +57,32 @@ class Item:
 
 
 def is_archive(file: str) -> bool:
-    """Whether a file holds its recordings itself: tar or Parquet."""
+    """Returns whether a file contains recordings: tar or Parquet."""
     return file.endswith((".tar", ".parquet"))
 
 
 def shards_of(file: str) -> list[Shard]:
-    """The shards of a file: blocks of a JSONL; a tar or Parquet file is one.
+    """Returns the shards of a file: blocks of a JSONL; a tar or Parquet file is one shard.
 
     Raises:
         OSError: if the file cannot be read.
-        BadDataError: if it is of another kind.
+        BadDataError: if the file is compressed.
     """
     size = os.path.getsize(file)
     if is_archive(file):
         return [Shard(file, 0, size)]
     if file.endswith((".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")):
-        raise BadDataError(f"{file}: compressed; give a JSONL, .tar or .parquet file (audio hardly gets smaller)")
+        raise BadDataError(f"{file}: compressed; decompress it to a JSONL, .tar or .parquet file")
     return [Shard(file, start, min(start + BLOCK_SIZE, size)) for start in range(0, max(size, 1), BLOCK_SIZE)]
 
 
 def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[Item]:
-    """The rows of a shard, the bad ones as `BadRow`; a shard that cannot be read is one bad row.
+    """Reads the rows of a shard. Bad rows, and a shard that cannot be read, are `BadRow` objects.
 
     Args:
-        position: 0 or an item's `next`.
-        embed: whether `recordings` of a tar or Parquet file are bytes; else names as of `archives`.
+        shard: the shard.
+        position: 0, or `next` of an item.
+        embed: whether `recordings` in tar and Parquet files are bytes; otherwise they are addresses, see `archives`.
     """
     if position == END:
         return
@@ -98,16 +99,16 @@ def read_shard(shard: Shard, position: int = 0, embed: bool = True) -> Iterator[
 
 
 def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
-    """The recordings of a tar or Parquet file, with or without transcripts, in their order.
+    """Finds the recordings in a tar or Parquet file, with or without transcripts, in order.
 
     Args:
-        file: an absolute path.
-        suffixes: of the members of a tar file that are recordings, in lower case, with the dot.
+        file: absolute path.
+        suffixes: suffixes of recordings in a tar file, in lower case, with the dot.
 
     Yields:
-        An ID and the recording's name as of `archives`. The ID is a member's name without the suffix; for a row of a
-        Parquet file the column `id`, the stem of the recording's path, or `FILE-ROW`. A `BadRow` reports what cannot
-        be read from there on, and for a file without recordings.
+        ID and address (see `archives`) of each recording. In a tar file, the ID is the member's name without suffix;
+        in a Parquet file, the column `id`, the stem of the recording's path, or `FILE-ROW`. A `BadRow` reports a file
+        without recordings, or the position from which a file cannot be read.
     """
     number = 0
     try:
@@ -118,12 +119,12 @@ def recordings_of_archive(file: str, suffixes: Collection[str]) -> Iterator[tupl
         number += 1
         yield BadRow(file, "archive", f"cannot be read: {error.strerror or error}")
     if not number:
-        yield BadRow(file, "archive", "no recordings in it")
+        yield BadRow(file, "archive", "no recordings in the file")
 
 
 def _tar_recordings(path: str, suffixes: Collection[str]) -> Iterator[tuple[str, str] | BadRow]:
     with open(path, "rb") as file, _open_tar(file, path) as tar:
-        tar.offset = 0  # opening has read the first member
+        tar.offset = 0  # opening the file has read the first member
         while True:
             start = tar.offset
             try:
@@ -148,7 +149,7 @@ def _parquet_recordings(path: str) -> Iterator[tuple[str, str] | BadRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             if AUDIO_COLUMN not in schema.names:
-                raise OSError(f"columns {schema.names}; needs {AUDIO_COLUMN!r}")
+                raise OSError(f"no column {AUDIO_COLUMN!r}; columns: {schema.names}")
             kind = schema.field(AUDIO_COLUMN).type
             has_path = pyarrow.types.is_struct(kind) and "path" in (field.name for field in kind)
             columns = ["id"] * ("id" in schema.names) + [f"{AUDIO_COLUMN}.path"] * has_path
@@ -170,7 +171,7 @@ def _read_block(shard: Shard, position: int) -> Iterator[Item]:
     with open(shard.file, "rb") as file:
         if position or not shard.start:
             file.seek(position)
-        else:  # a line that starts in the block before is that block's; one that starts right here is not
+        else:  # skips a line that starts in the previous block, but not a line that starts exactly at `start`
             file.seek(shard.start - 1)
             file.readline()
         while (start := file.tell()) < shard.stop:
@@ -185,7 +186,7 @@ def _read_block(shard: Shard, position: int) -> Iterator[Item]:
 
 
 def as_columns(row: Row) -> dict[str, Any]:
-    """A row of a JSONL as columns."""
+    """Converts a row of a JSONL to columns."""
     return {
         "messages": json.dumps(row.messages, ensure_ascii=False),
         "recordings": row.recordings,
@@ -198,10 +199,10 @@ def as_columns(row: Row) -> dict[str, Any]:
 
 
 def _read_tar(path: str, position: int, embed: bool) -> Iterator[Item]:
-    """Members are read one after the other, never unpacked; those of a name up to its last dot are a sample."""
+    """Reads members sequentially, without unpacking. Members with the same name up to the last dot form a sample."""
     key: str | None = None
     number = 0
-    members: dict[str, bytes | str | BadDataError] = {}  # by suffix: content, name as of `archives`, what is wrong
+    members: dict[str, bytes | str | BadDataError] = {}  # by suffix: content, address, or error
     with open(path, "rb") as file, _open_tar(file, path) as tar:
         tar.offset = position
         while True:
@@ -225,11 +226,11 @@ def _read_tar(path: str, position: int, embed: bool) -> Iterator[Item]:
                 continue
             key = stem
             if suffix in members:
-                members[suffix] = BadDataError(f"{name} is there twice")
+                members[suffix] = BadDataError(f"duplicate member {name}")
             elif not member.isreg():
                 members[suffix] = BadDataError(f"{name} is a link or device, not a file")
-            elif member.size > LARGEST_MEMBER:
-                members[suffix] = BadDataError(f"{name} has {member.size} bytes; at most {LARGEST_MEMBER} are read")
+            elif member.size > MAX_MEMBER_BYTES:
+                members[suffix] = BadDataError(f"{name} has {member.size} bytes; the maximum is {MAX_MEMBER_BYTES}")
             else:
                 members[suffix] = tar_member(path, name, member.offset_data, member.size)
                 if embed or suffix in TEXT_SUFFIXES:
@@ -249,9 +250,9 @@ def _open_tar(file: BinaryIO, path: str) -> tarfile.TarFile:
 
 
 def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The member at `tar.offset`; `None` at the end.
+    """Reads the member at `tar.offset`; returns `None` at the end.
 
-    Python's own iteration takes a damaged header for the end.
+    Python's iteration over a tar file silently stops at a damaged header.
     """
     start = tar.offset
     assert tar.fileobj is not None
@@ -263,9 +264,9 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     except (tarfile.TarError, ValueError, RecursionError, OverflowError, OSError) as error:
         if isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
             raise BadDataError("truncated: the archive has no end mark") from error
-        raise BadDataError(f"damaged: what follows this place cannot be read: {error}") from error
+        raise BadDataError(f"damaged: the rest of the file cannot be read: {error}") from error
     if member.size < 0 or tar.offset <= start:
-        raise BadDataError("damaged: what follows this place cannot be read: a member of negative size")
+        raise BadDataError("damaged: the rest of the file cannot be read: a member has a negative size")
     return member
 
 
@@ -277,7 +278,7 @@ def _tar_row(path: str, key: str, number: int, members: dict) -> dict[str, Any] 
         audio = [suffix for suffix in AUDIO_SUFFIXES if suffix in members]
         if len(audio) != 1:
             given = " and ".join(f"{key}.{suffix}" for suffix in audio) or "none"
-            raise BadDataError(f"one recording expected, found {given}")
+            raise BadDataError(f"a sample must have one recording, found {given}")
         if "json" in members:
             record = parse_object(members["json"])
         elif "txt" in members:
@@ -286,21 +287,21 @@ def _tar_row(path: str, key: str, number: int, members: dict) -> dict[str, Any] 
             except UnicodeDecodeError as error:
                 raise BadDataError(f"not UTF-8: {key}.txt") from error
         else:
-            raise BadDataError(f"no transcript: {key}.txt or {key}.json is missing; a sample's members stand together")
+            raise BadDataError(f"no transcript: {key}.txt or {key}.json must directly precede or follow the recording")
         return _archive_row(record, f"{key}.{audio[0]}", members[audio[0]], path, number)
     except (BadDataError, chat.ChatError) as error:
         return BadRow(path, key, str(error))
 
 
 def _archive_row(record: dict, name: str, recording: Any, file: str, number: int) -> dict[str, Any]:
-    """A row with one recording. Paths in its messages are not read: the sample's own recording stands there."""
+    """Builds a row with one recording, which replaces the path in the messages."""
     hotwords = hotwords_of(record)
     if "messages" in record:
         messages = map_recordings(record["messages"], lambda _: name)
     else:
         text, language = record.get("text"), record.get("language")
         if not isinstance(text, str) or not isinstance(language, (str, type(None))):
-            raise BadDataError('"text" must be a string, and "language", where it is given, too')
+            raise BadDataError('"text" must be a string, and "language" a string or missing')
         try:
             prompt = chat.transcription_prompt(language)
         except ValueError as error:
@@ -309,12 +310,12 @@ def _archive_row(record: dict, name: str, recording: Any, file: str, number: int
     messages = add_context(messages, record)
     dialogue = chat.parse_messages(messages, hotwords)
     if len(dialogue.recordings) != 1:
-        raise BadDataError(f"the messages have {len(dialogue.recordings)} places for the one recording")
+        raise BadDataError(f"the messages must contain exactly one recording, found {len(dialogue.recordings)}")
     if dialogue.turns[-1].answer is None:
         raise BadDataError("no answer: the last message must be the assistant's, with the transcript")
     try:
         text = json.dumps(messages, ensure_ascii=False)
-    except TypeError as error:  # Parquet's types are more than JSON's
+    except TypeError as error:  # Parquet has types that JSON does not have
         raise BadDataError(f"bad dialogue: {error}") from error
     return {
         "messages": text,
@@ -337,7 +338,7 @@ def _read_parquet(path: str, position: int, embed: bool) -> Iterator[Item]:
             names = file.schema_arrow.names
             text = next((name for name in TEXT_COLUMNS if name in names), None)
             if AUDIO_COLUMN not in names or text is None:
-                raise OSError(f"columns {names}; needs {AUDIO_COLUMN!r} and one of {', '.join(TEXT_COLUMNS)}")
+                raise OSError(f"no column {AUDIO_COLUMN!r} or none of {', '.join(TEXT_COLUMNS)}; columns: {names}")
             others = [name for name in OTHER_COLUMNS if name in names]
             first = 0
             for group in range(file.metadata.num_row_groups):
@@ -364,7 +365,7 @@ def _parquet_row(record: dict, text: str, path: str, row: int, embed: bool) -> d
         if embed:
             value = value.get("bytes") if isinstance(value, dict) else value
             if not isinstance(value, bytes) or not value:
-                raise BadDataError(f"no bytes in column {AUDIO_COLUMN!r}: embed the recordings")
+                raise BadDataError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings in the Parquet file")
         content = record.pop(text)
         if text != "messages":
             record["text"] = content

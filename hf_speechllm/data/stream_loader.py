@@ -1,4 +1,4 @@
-"""The loader of a stream: batches of a rank, and a state that a checkpoint can hold."""
+"""Data loader of a stream, with a state that is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -12,62 +12,62 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..files import atomic_write
-from .streaming import Place, RowStream
+from .streaming import RowStream, StreamState
 
-STATE_FILE = "stream_rank{rank}.json"  # in a checkpoint
+STATE_FILE = "stream_rank{rank}.json"  # in a checkpoint folder
 
 
-def _as_it_is(batch: Any) -> Any:
+def _return_unchanged(batch: Any) -> Any:
     return batch
 
 
 class StreamLoader(DataLoader):
-    """Batches of a rank from a `RowStream`, and how far it has come.
+    """Loads the batches of a rank from a `RowStream` and keeps track of the position.
 
     Args:
-        stream: the rows.
-        num_workers: processes that read and compute features.
-        **options: of `DataLoader`.
+        stream: stream of batches.
+        num_workers: number of processes that read rows and compute features.
+        **options: options of `DataLoader`.
     """
 
     def __init__(self, stream: RowStream, num_workers: int = 0, **options):
-        # A generator of its own: the default one is the model's, and must be left as a checkpoint has it.
+        # A separate generator: using the default generator would change the random state that a checkpoint restores.
         super().__init__(
             stream,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_return_unchanged,
             num_workers=num_workers,
             generator=torch.Generator(),
             **options,
         )
-        self.places = [Place()] * max(1, num_workers)
-        self.batches = 0  # handed out so far
+        self.states = [StreamState()] * max(1, num_workers)
+        self.batches = 0  # number of yielded batches
 
     def __iter__(self):
         stream: RowStream = self.dataset
-        stream.places, stream.first_worker = list(self.places), self.batches % len(self.places)
-        for batch, place in super().__iter__():
-            self.places[self.batches % len(self.places)] = place
+        stream.states, stream.first_worker = list(self.states), self.batches % len(self.states)
+        for batch, state in super().__iter__():
+            self.states[self.batches % len(self.states)] = state
             self.batches += 1
             yield batch
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the state of this rank into a checkpoint."""
+        """Writes the state of this rank to a checkpoint."""
         stream: RowStream = self.dataset
         state = {
             **self._identity(),
             "batches": self.batches,
-            "places": [asdict(place) for place in self.places],
+            "places": [asdict(state) for state in self.states],
         }
         with atomic_write(os.path.join(folder, STATE_FILE.format(rank=stream.rank))) as file:
             json.dump(state, file, indent=1)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Goes on from a checkpoint: the batches that follow are those of an uninterrupted run.
+        """Resumes from a checkpoint: the next batches equal those of an uninterrupted run.
 
         Raises:
-            ValueError: if the checkpoint has no state of a stream, or that of other data or another number of
-                processes.
+            ValueError: if the checkpoint has no stream state for this rank, or the state belongs to different data,
+                options or numbers of processes.
         """
         stream: RowStream = self.dataset
         path = os.path.join(folder, STATE_FILE.format(rank=stream.rank))
@@ -76,28 +76,28 @@ class StreamLoader(DataLoader):
                 state = json.load(file)
         except FileNotFoundError as error:
             raise ValueError(
-                f"{path} is missing: the run was not a streaming one, or had fewer processes; go on as it was begun"
+                f"{path} is missing: the run did not use --streaming, or had fewer processes; use the same options"
             ) from error
         differing = [key for key, value in self._identity().items() if state.get(key) != value]
         if differing:
-            told = ", ".join(f"{key} (was {state.get(key)}, is {self._identity()[key]})" for key in differing)
+            changes = ", ".join(f"{key} (was {state.get(key)}, is {self._identity()[key]})" for key in differing)
             raise ValueError(
-                f"{path}: a stream goes on only with the same data, options and processes; changed: {told}"
+                f"{path}: --streaming resumes only with the same data, options and processes; changed: {changes}"
             )
         self.batches = state["batches"]
-        self.places = [Place(**place) for place in state["places"]]
+        self.states = [StreamState(**item) for item in state["places"]]
 
     @property
     def bad_rows(self) -> int:
-        """Rows of this rank that were left out, up to the windows of the last batches."""
-        return sum(place.bad_rows + place.bad_recordings for place in self.places)
+        """Skipped rows of this rank, counted up to the windows of the last batches."""
+        return sum(state.bad_rows + state.bad_recordings for state in self.states)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for the state to mean the same."""
+        """Returns the settings that must be unchanged on resume."""
         stream: RowStream = self.dataset
         return {
             "ranks": stream.num_ranks,
-            "workers": len(self.places),
+            "workers": len(self.states),
             "seed": stream.seed,
             "window_rows": stream.window_rows,
             "batch_seconds": stream.batch_seconds,

@@ -1,4 +1,4 @@
-"""Training data that is read on the way: no cache, no list of all rows, memory that does not grow with the corpus."""
+"""Streaming of training data: no cache, no list of all rows, constant memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..audio.waveform import AudioError, check_root, load_audio
 from .bad_rows import NUM_NAMED, BadDataError, BadRow
 from .collator import SpeechLLMCollator
-from .dataset import FRAMES_PER_SECOND, longest_usable, too_long
-from .file_lists import expand
+from .dataset import FRAMES_PER_SECOND, decoding_limit, too_long_reason
+from .file_lists import expand_paths
 from .kaldi import measure_recording, speech_length
 from .options import DataOptions
 from .sampler import ROW_COST, BudgetBatchSampler
@@ -24,24 +24,24 @@ from .shards import read_shard, shards_of
 
 logger = logging.getLogger(__name__)
 
-MIN_ROWS = 1000  # of a worker, before its share of bad rows counts
-MAX_IDLE_PASSES = 10  # a weight below 1 may leave out all rows of a small file once
+MIN_ROWS = 1000  # rows of a worker on which the allowed number of bad rows is based at least
+MAX_IDLE_PASSES = 10  # consecutive passes without rows; a weight below 1 may skip all rows of a small file in a pass
 
 
 @dataclass(frozen=True)
-class Place:
-    """How far a worker has come: where its window begins, and what it has dealt of it.
+class StreamState:
+    """Position of a worker: start of the current window, and number of its completed batches.
 
     Args:
-        epoch: passes over the data that are complete.
-        shard: number of the shard within the worker's share.
-        position: within the shard; see `shards.read_shard`.
-        row: rows of the shard that were read.
-        window: number of the window.
-        batch: batches of the window that were dealt.
-        rows: read in all, before the window.
-        bad_rows: of these.
-        bad_recordings: found when they were decoded.
+        epoch: number of complete passes over the data.
+        shard: index of the shard within the worker's shards.
+        position: position within the shard; see `shards.read_shard`.
+        row: number of rows read from the shard.
+        window: index of the window.
+        batch: number of yielded batches of the window.
+        rows: total number of rows read before the window.
+        bad_rows: number of bad rows among these rows.
+        bad_recordings: number of recordings that could not be decoded.
     """
 
     epoch: int = 0
@@ -56,30 +56,29 @@ class Place:
 
 
 class RowStream(IterableDataset):
-    """Endless batches from sharded files, for the ranks and workers of a run.
+    """Yields endless batches from sharded files, for the ranks and workers of a run.
 
-    The shards of all files are put into a new order for every pass and dealt out to all workers of all ranks, each of
-    which reads its own; with fewer shards than workers, each worker reads all shards and takes every n-th row. A
-    worker reads a window of rows, makes batches of similar lengths of them by the same budget as `BudgetBatchSampler`,
-    deals them in random order, and reads the next window. It goes on to its next pass by itself, so that no rank waits
-    for another one's data.
+    Each pass shuffles the shards of all files and assigns them to all workers of all ranks. With fewer shards than
+    workers, each worker reads all shards and keeps every n-th row. A worker reads a window of rows, builds batches of
+    similar lengths with the budget of `BudgetBatchSampler`, yields them in random order, and reads the next window.
+    Workers start a new pass independently, so no rank waits for the data of another rank.
 
     Args:
-        files: JSONL, tar or Parquet files; a glob stands for all that it matches.
-        collator: makes the model's inputs of rows.
-        batch_seconds: the most padded seconds in a batch.
-        max_feature_frames: the most frames of one recording that the encoder takes.
-        window_rows: rows that a worker holds at a time.
-        weights: how often the rows of each entry of `files` are seen in a pass; default 1.
-        seed: of the order and of augmentation.
-        rank: of this process.
-        num_ranks: processes that train.
-        max_bad_fraction: the share of a worker's rows that may be bad.
-        audio_root: folder that paths in a JSONL may not leave.
+        files: JSONL, tar or Parquet files, or globs.
+        collator: converts rows to the model's inputs.
+        batch_seconds: maximum of padded seconds per batch.
+        max_feature_frames: maximum number of feature frames per recording, see `SpeechLLMConfig.max_feature_frames`.
+        window_rows: rows per window.
+        weights: times per pass that the rows of each entry of `files` are used; default: 1.
+        seed: seed of the order and of augmentation.
+        rank: rank of this process.
+        num_ranks: number of ranks.
+        max_bad_fraction: allowed share of bad rows per worker.
+        audio_root: folder that must contain all recordings of a JSONL.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        BadDataError: if a file is of a kind that cannot be read.
+        BadDataError: if a file is compressed.
     """
 
     def __init__(
@@ -107,111 +106,116 @@ class RowStream(IterableDataset):
         self.max_bad_fraction = max_bad_fraction
         self.audio_root = audio_root
         self.shards, shares = [], []
-        for names, weight in zip(expand(files), weights or [1.0] * len(files), strict=True):
+        for names, weight in zip(expand_paths(files), weights or [1.0] * len(files), strict=True):
             for name in names:
                 shards = shards_of(name)
                 self.shards += shards
                 shares += [weight] * len(shards)
-        # A weight of 2.5 reads a shard twice, and half of its rows once more.
+        # A weight of 2.5 reads a shard twice, and half of the rows a third time.
         self.parts = [
             (shard, copy, min(1.0, weight - copy))
             for shard, weight in enumerate(shares)
             for copy in range(int(np.ceil(weight)))
         ]
-        self.places: list[Place] = []  # where the workers go on; empty: from the start
-        self.first_worker = 0  # whose batch comes first
+        self.states: list[StreamState] = []  # positions from which workers resume; empty: from the start
+        self.first_worker = 0  # worker of the first batch
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], Place]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], StreamState]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         worker = (worker + self.first_worker) % workers
-        place = self.places[worker] if self.places else Place()
-        return self.batches(place, worker, workers)
+        state = self.states[worker] if self.states else StreamState()
+        return self.batches(state, worker, workers)
 
-    def batches(self, place: Place, worker: int, workers: int) -> Iterator[tuple[dict[str, torch.Tensor], Place]]:
-        """Batches of a worker from a place on, each with the place after it.
+    def batches(
+        self, state: StreamState, worker: int, workers: int
+    ) -> Iterator[tuple[dict[str, torch.Tensor], StreamState]]:
+        """Yields batches of a worker from a position, each with the position after the batch.
 
         Raises:
-            BadDataError: if too many rows are bad, or none is left.
+            BadDataError: if too many rows are bad, or no usable row is left.
         """
         reader = self.rank * workers + worker
         readers = self.num_ranks * workers
-        # The first windows differ in size, so that workers do not fill theirs at the same time later on.
-        size = max(1, self.window_rows * (worker + 1) // workers) if place.window == 0 else self.window_rows
-        rows = self._rows(place, reader, readers)
+        # First windows of workers have different sizes, so workers do not fill later windows at the same time.
+        size = max(1, self.window_rows * (worker + 1) // workers) if state.window == 0 else self.window_rows
+        rows = self._rows(state, reader, readers)
         while True:
             window: list[dict | None] = []
-            seconds, following = [], place
+            seconds, following = [], state
             while len(window) < size:
                 row, following = next(rows)
                 if row is not None:
                     window.append(row)
                     seconds.append(row["num_frames"] / FRAMES_PER_SECOND)
-            order = np.random.SeedSequence((self.seed, reader, place.window)).generate_state(1)[0]
-            dealt = BudgetBatchSampler(seconds, self.batch_seconds, seed=int(order), row_cost=ROW_COST).batches(0)
-            usable = place.batch > 0
-            for number in range(place.batch, len(dealt)):
-                place = replace(place, batch=number + 1)
+            order = np.random.SeedSequence((self.seed, reader, state.window)).generate_state(1)[0]
+            sampler = BudgetBatchSampler(seconds, self.batch_seconds, seed=int(order), row_cost=ROW_COST)
+            batches = sampler.batches(0)
+            usable = state.batch > 0
+            for number in range(state.batch, len(batches)):
+                state = replace(state, batch=number + 1)
                 batch = []
-                for index in dealt[number]:
+                for index in batches[number]:
                     row, window[index] = window[index], None
                     assert row is not None
                     try:
                         batch.append(self._decode(row))
                     except AudioError as error:
-                        place = replace(place, bad_recordings=place.bad_recordings + 1)
-                        counts = replace(following, bad_recordings=place.bad_recordings)
+                        state = replace(state, bad_recordings=state.bad_recordings + 1)
+                        counts = replace(following, bad_recordings=state.bad_recordings)
                         self._report(BadRow(row["file"], row["line"], str(error)), counts)
                 if batch:
                     usable = True
-                    yield self.collator(batch), place
+                    yield self.collator(batch), state
             if not usable:
                 raise BadDataError(
-                    f"{', '.join(self.files)}: of {len(seconds)} rows in a row no recording can be decoded"
+                    f"{', '.join(self.files)}: no recording of {len(seconds)} consecutive rows can be decoded"
                 )
-            place = replace(following, window=place.window + 1, batch=0, bad_recordings=place.bad_recordings)
+            state = replace(following, window=state.window + 1, batch=0, bad_recordings=state.bad_recordings)
             size = self.window_rows
 
-    def _rows(self, place: Place, reader: int, readers: int) -> Iterator[tuple[dict[str, Any] | None, Place]]:
-        """Rows that can be used, or `None` for one that cannot, with the place after each; without an end."""
+    def _rows(
+        self, state: StreamState, reader: int, readers: int
+    ) -> Iterator[tuple[dict[str, Any] | None, StreamState]]:
+        """Yields usable rows, or `None` for a bad row, with the position after each row; never ends."""
         shared = len(self.parts) < readers
-        idle = 0  # passes in a row that gave nothing
-        for epoch in itertools.count(place.epoch):
+        idle = 0  # consecutive passes without rows
+        for epoch in itertools.count(state.epoch):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.parts))
-            mine = order if shared else order[reader::readers]
-            before = place.rows
-            found = epoch == place.epoch and (place.shard, place.position) != (0, 0)
-            for number in range(place.shard, len(mine)):
-                shard, copy, keep = self.parts[mine[number]]
+            assigned = order if shared else order[reader::readers]
+            rows_before = state.rows
+            found = epoch == state.epoch and (state.shard, state.position) != (0, 0)
+            for number in range(state.shard, len(assigned)):
+                shard, copy, keep = self.parts[assigned[number]]
                 draws = np.random.default_rng((self.seed, epoch, shard, copy))
-                draws.bit_generator.advance(place.row)  # type: ignore[attr-defined]
-                for item in read_shard(self.shards[shard], place.position):
-                    row, key = item.row, place.row
-                    place = replace(place, position=item.next, row=place.row + 1)
+                draws.bit_generator.advance(state.row)  # type: ignore[attr-defined]
+                for item in read_shard(self.shards[shard], state.position):
+                    row, key = item.row, state.row
+                    state = replace(state, position=item.next, row=state.row + 1)
                     if draws.random() >= keep or (shared and key % readers != reader):
                         continue
-                    place = replace(place, rows=place.rows + 1)
+                    state = replace(state, rows=state.rows + 1)
                     row = row if isinstance(row, BadRow) else self._check(row)
                     if isinstance(row, BadRow):
-                        place = replace(place, bad_rows=place.bad_rows + 1)
-                        self._report(row, place)
-                        yield None, place
+                        state = replace(state, bad_rows=state.bad_rows + 1)
+                        self._report(row, state)
+                        yield None, state
                     else:
                         found = True
-                        yield {**row, "seed": (self.seed, epoch, shard, copy, key)}, place
-                place = replace(place, shard=number + 1, position=0, row=0)
+                        yield {**row, "seed": (self.seed, epoch, shard, copy, key)}, state
+                state = replace(state, shard=number + 1, position=0, row=0)
             idle = 0 if found else idle + 1
-            if not found and place.rows > before:
-                raise BadDataError(f"{', '.join(self.files)}: no row can be used")
+            if not found and state.rows > rows_before:
+                raise BadDataError(f"{', '.join(self.files)}: no usable rows")
             if idle == MAX_IDLE_PASSES:
                 raise BadDataError(
-                    f"{', '.join(self.files)}: no row for one of {readers} workers; give fewer "
-                    "--dataloader_num_workers, or more data"
+                    f"{', '.join(self.files)}: no row for one of {readers} workers; reduce --dataloader_num_workers "
+                    "or use more data"
                 )
-            place = replace(place, epoch=epoch + 1, shard=0)
+            state = replace(state, epoch=epoch + 1, shard=0)
 
     def _check(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """A row with `num_frames`, of all its recordings."""
+        """Checks a row and adds `num_frames`, the sum over all recordings."""
         try:
             if self.audio_root is not None:
                 for source in row["recordings"]:
@@ -227,28 +231,28 @@ class RowStream(IterableDataset):
 
     def _check_length(self, num_frames: Sequence[int]) -> None:
         extractor = self.collator.processor.feature_extractor
-        if reason := too_long(extractor, num_frames, self.max_feature_frames, self.batch_seconds):
+        if reason := too_long_reason(extractor, num_frames, self.max_feature_frames, self.batch_seconds):
             raise AudioError(reason)
 
     def _decode(self, row: dict[str, Any]) -> dict[str, Any]:
         rate = self.collator.processor.sampling_rate
-        limit = min(longest_usable(self.collator.processor, self.max_feature_frames), self.batch_seconds + 1.0)
+        limit = min(decoding_limit(self.collator.processor, self.max_feature_frames), self.batch_seconds + 1.0)
         waveforms = [load_audio(source, rate, limit) for source in row["recordings"]]
         lengths = [speech_length(len(waveform), rate) for waveform in waveforms]
         if min(lengths) < 1:
-            raise AudioError("a recording shorter than one frame of 25 ms")
+            raise AudioError("the recording is shorter than one frame of 25 ms")
         self._check_length(lengths)  # `speech_length` of the row may be wrong
         return {**row, "recordings": waveforms}
 
-    def _report(self, row: BadRow, place: Place) -> None:
-        bad = place.bad_rows + place.bad_recordings
+    def _report(self, row: BadRow, state: StreamState) -> None:
+        bad = state.bad_rows + state.bad_recordings
         if bad <= NUM_NAMED:
-            logger.warning("left out: %s", row)
-        # With fewer rows the share says little; where no row may be bad, the first one is too many.
-        if bad > self.max_bad_fraction * max(place.rows, MIN_ROWS):
+            logger.warning("skipped: %s", row)
+        # The share of few rows is not reliable. If no row may be bad, the first bad row is an error.
+        if bad > self.max_bad_fraction * max(state.rows, MIN_ROWS):
             raise BadDataError(
-                f"{bad} of {place.rows} rows that a worker read are bad, the last one: {row}\n"
-                f"Mend them, or raise --max_bad_fraction (now {self.max_bad_fraction:g}; of at least {MIN_ROWS} rows)"
+                f"{bad} of {state.rows} rows that a worker read are bad, the last one: {row}\n"
+                f"Fix them, or raise --max_bad_fraction (now {self.max_bad_fraction:g}, of at least {MIN_ROWS} rows)"
             )
 
 
@@ -258,17 +262,17 @@ def open_stream(
     batch_seconds: float,
     max_feature_frames: int,
     options: DataOptions,
-    **of_run: Any,
+    **run_options: Any,
 ) -> RowStream:
-    """The stream of this process, as the options ask for it.
+    """Builds the stream of this process according to the options.
 
     Args:
-        files, collator, batch_seconds, max_feature_frames: as for `RowStream`.
-        options: about windows and where recordings may lie.
-        **of_run: `weights`, `seed`, `rank`, `num_ranks`, `max_bad_fraction` of `RowStream`.
+        files, collator, batch_seconds, max_feature_frames: see `RowStream`.
+        options: options for the window size and the folder of recordings.
+        **run_options: `weights`, `seed`, `rank`, `num_ranks` and `max_bad_fraction`, see `RowStream`.
 
     Raises:
-        FileNotFoundError, BadDataError, ValueError: as `RowStream`.
+        FileNotFoundError, BadDataError, ValueError: see `RowStream`.
     """
     return RowStream(
         files,
@@ -277,5 +281,5 @@ def open_stream(
         max_feature_frames,
         window_rows=options.shuffle_buffer,
         audio_root=options.audio_root,
-        **of_run,
+        **run_options,
     )

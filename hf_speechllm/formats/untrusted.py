@@ -178,7 +178,7 @@ def base_model(file: Path) -> Iterator[str]:
 
 
 def stored_base(name: str | os.PathLike[str]) -> str:
-    """Returns the name of a base model to store in a checkpoint: an absolute path of a folder or file, or the Hub id."""
+    """Returns the name of a base model to store in a checkpoint: an absolute path, or the Hub id."""
     return os.path.abspath(name) if os.path.exists(name) else str(name)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
-from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
+from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows
 from ..files import atomic_write
 from .arguments import SpeechLLMTrainingArguments
 
@@ -78,7 +78,7 @@ def find_batch_seconds(
         def probe(batch_seconds: float) -> float:
             batches = BudgetBatchSampler(seconds, batch_seconds, shuffle=False, row_cost=ROW_COST).batches(0)
             chosen = sorted({0, len(batches) // 2, len(batches) - 1})
-            examples = Rows(rows)
+            examples = KeyedRows(rows)
             inputs = (collator(examples.__getitems__(batches[index].tolist())) for index in chosen)
             return _peak_memory(model, inputs, backward, device)
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data.dataset import row_seconds
-from ..data.sampler import ROW_COST, BudgetBatchSampler, Rows
+from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
 from .arguments import SpeechLLMTrainingArguments
@@ -68,7 +68,7 @@ def _loader(
     args: SpeechLLMTrainingArguments, rows, sampler: BudgetBatchSampler, collator: Callable
 ) -> BudgetDataLoader:
     return BudgetDataLoader(
-        Rows(rows, seed=sampler.seed),
+        KeyedRows(rows, seed=sampler.seed),
         batch_sampler=sampler,
         collate_fn=collator,
         persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,

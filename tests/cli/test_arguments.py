@@ -146,7 +146,7 @@ FROZEN = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true", "-
     [
         (FROZEN, ["nothing is left to train", "--freeze_llm", "--use_lora"]),
         (["--fp16", "true"], ["--fp16", "--bf16"]),
-        (["--train_weight", "1", "2"], ["--train_weight", "2 numbers for 1 files"]),
+        (["--train_weight", "1", "2"], ["--train_weight", "has 2 numbers, but --train_file has 1 files"]),
         (["--train_file", "a.jsonl", "a.jsonl"], ["--train_file", "twice"]),
         (["--train_weight", "0"], ["--train_weight", "above 0"]),
         (["--feature_cache", "int8"], ["--feature_cache", "float16, float32 or off"]),

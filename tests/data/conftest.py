@@ -14,7 +14,7 @@ from hf_speechllm import SpeechLLMProcessor
 
 @pytest.fixture
 def write_tar(tmp_path):
-    """Writes a tar file of (name, content) pairs."""
+    """Writes a tar file from (name, content) pairs."""
 
     def write(members, name="shard.tar"):
         path = tmp_path / name
@@ -47,7 +47,7 @@ def processor(tiny_model):
 
 @pytest.fixture(scope="session")
 def samples(tiny_corpus):
-    """Name, bytes of the WAV file and transcript of each recording of the corpus."""
+    """Name, WAV bytes and transcript of each recording in the corpus."""
     found = []
     for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]

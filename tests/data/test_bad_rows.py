@@ -16,7 +16,7 @@ def test_row_is_written_as_file_line_reason():
     assert str(BadRow("a/wav.scp", 7, "one field only")) == "a/wav.scp:7: one field only"
 
 
-def test_one_bad_row_stops_by_default_and_is_named_with_the_fix():
+def test_one_bad_row_is_an_error_by_default():
     with pytest.raises(BadDataError) as error:
         rows_with(1).check(total=8)
     message = str(error.value)
@@ -26,7 +26,7 @@ def test_one_bad_row_stops_by_default_and_is_named_with_the_fix():
 
 
 @pytest.mark.parametrize("bad, total, stops", [(1, 10, False), (2, 10, True), (0, 10, False), (0, 0, False)])
-def test_run_goes_on_up_to_the_allowed_fraction(bad, total, stops):
+def test_run_continues_up_to_the_allowed_fraction(bad, total, stops):
     bad_rows = rows_with(bad, max_bad_fraction=0.1)
     if stops:
         with pytest.raises(BadDataError):
@@ -35,21 +35,21 @@ def test_run_goes_on_up_to_the_allowed_fraction(bad, total, stops):
         bad_rows.check(total)
 
 
-def test_suggested_fraction_is_enough():
+def test_suggested_fraction_suffices():
     with pytest.raises(BadDataError) as error:
         rows_with(1).check(total=3)
     suggested = float(str(error.value).rpartition(" ")[2])
     rows_with(1, max_bad_fraction=suggested).check(total=3)
 
 
-def test_tolerated_rows_are_named_in_a_warning(caplog):
+def test_skipped_rows_are_listed_in_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         rows_with(2, max_bad_fraction=1).check(total=2)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "train.jsonl:1: " in caplog.text and "train.jsonl:2: " in caplog.text
 
 
-def test_twenty_are_named_and_the_others_counted():
+def test_twenty_rows_are_listed_and_the_others_counted():
     with pytest.raises(BadDataError) as error:
         rows_with(23).check(total=100)
     message = str(error.value)
@@ -68,7 +68,7 @@ def test_missing_recordings_say_where_relative_paths_start():
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_report_file_has_all_of_them(tmp_path, allowed):
+def test_report_file_contains_all_bad_rows(tmp_path, allowed):
     report = tmp_path / "bad.txt"
     bad_rows = rows_with(23, max_bad_fraction=allowed, report_file=report)
     if allowed:
@@ -97,6 +97,6 @@ def test_fraction_outside_zero_to_one_is_refused(fraction):
         BadRows(fraction)
 
 
-def test_reason_gives_no_secrets_away_and_steers_no_terminal():
+def test_reason_contains_no_secrets_and_no_control_characters():
     row = BadRow("a.jsonl", "\x1b[31mkey", "https://me:secret@host/a.wav?token=secret: gone \x1b[2J")
     assert str(row) == "a.jsonl:\ufffd[31mkey: https://***@host/a.wav?***: gone \ufffd[2J"

@@ -1,4 +1,4 @@
-"""Damaged caches are named with the way out, and the way out helps."""
+"""Damaged cache files are reported with the file to delete, and deleting it helps."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.bad_rows import BadDataError
-from hf_speechllm.data.cache_files import naming_damage
+from hf_speechllm.data.cache_files import report_damaged_cache
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.data.options import DataOptions
@@ -17,7 +17,7 @@ from hf_speechllm.data.options import DataOptions
 
 @pytest.fixture
 def use_cache(tiny_model, tiny_corpus, tmp_path):
-    """Reads rows with what the encoder makes of them, through a cache, and gives the number of their bytes."""
+    """Returns a function that reads encoder outputs of rows through a cache and returns their size in bytes."""
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
     options = DataOptions(cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=1)
@@ -33,7 +33,7 @@ def use_cache(tiny_model, tiny_corpus, tmp_path):
 @pytest.mark.parametrize(
     "pattern", ["generator-train.arrow", "dataset_info.json", "cache-*.arrow", "encoded/*/*.arrow"]
 )
-def test_damaged_file_is_named_and_computed_again_once_it_is_deleted(use_cache, tmp_path, pattern):
+def test_damaged_file_is_reported_and_computed_again_after_deletion(use_cache, tmp_path, pattern):
     size = use_cache()
     files = sorted((tmp_path / "cache").rglob(pattern))
     assert files
@@ -43,11 +43,11 @@ def test_damaged_file_is_named_and_computed_again_once_it_is_deleted(use_cache, 
             use_cache()
         message = str(error.value)
         assert "\n" not in message and f"the feature cache is damaged: {file} (" in message
-        path = Path(re.search(r"delete (.*): it is computed again", message)[1])
+        path = Path(re.search(r"delete (.*) to compute it again", message)[1])
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         assert use_cache() == size
 
 
-def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(OSError, match="disk"), naming_damage(str(tmp_path)):
+def test_other_errors_are_unchanged(tmp_path):
+    with pytest.raises(OSError, match="disk"), report_damaged_cache(str(tmp_path)):
         raise OSError("no space on the disk")

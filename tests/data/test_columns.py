@@ -56,7 +56,7 @@ def as_arrays(table):
 
 
 @pytest.mark.parametrize("make", [as_paths, as_audio, as_resampled_audio, as_bytes, as_arrays])
-def test_rows_are_those_of_a_jsonl(make, table, processor, tiny_rows):
+def test_rows_equal_those_of_a_jsonl(make, table, processor, tiny_rows):
     rows = prepare_dataset(make(table), processor)
     assert len(rows) == len(tiny_rows)
     expected = {json.loads(row["messages"])[-1]["content"]: row for row in tiny_rows}
@@ -100,7 +100,7 @@ def test_language_and_hotwords_are_in_the_prompt(table, processor):
         ("audio", "nowhere.wav", "nowhere.wav: no such file"),
     ],
 )
-def test_bad_rows_are_named_or_left_out(table, processor, column, value, message):
+def test_bad_rows_are_reported_or_skipped(table, processor, column, value, message):
     table[column][1] = value
     dataset = datasets.Dataset.from_dict(table)
     with pytest.raises(BadDataError, match=message):
@@ -108,14 +108,14 @@ def test_bad_rows_are_named_or_left_out(table, processor, column, value, message
     assert len(prepare_dataset(dataset, processor, max_bad_fraction=0.5)) == len(dataset) - 1
 
 
-def test_recordings_that_are_too_long(table, processor):
+def test_recordings_that_are_too_long_are_bad(table, processor):
     with pytest.raises(BadDataError, match="the maximum is 0.3 s"):
         prepare_dataset(as_paths(table), processor, max_seconds=0.3)
 
 
-def test_wrong_columns_and_types(table, processor):
+def test_wrong_columns_and_types_are_refused(table, processor):
     dataset = as_paths(table)
-    with pytest.raises(ValueError, match="no column 'sentence'; its columns are audio, text"):
+    with pytest.raises(ValueError, match="no column 'sentence'; columns: audio, text"):
         prepare_dataset(dataset, processor, text_column="sentence")
     with pytest.raises(TypeError, match="DatasetDict.*prepare each split"):
         prepare_dataset(datasets.DatasetDict(train=dataset), processor)

@@ -1,5 +1,4 @@
-"""From JSONL to rows: features are computed once, and again when something changed; bad rows are told with their
-line."""
+"""From JSONL to rows: features are cached until an input changes; bad rows are reported with file and line."""
 
 import json
 import logging
@@ -24,12 +23,12 @@ from hf_speechllm.data.dataset import FeatureMapper, prepare_rows, row_seconds
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model.loss import label_positions
 
-LIMIT = 2048  # frames of the encoder
+LIMIT = 2048  # maximum number of encoder frames
 
 
 @pytest.fixture
 def corpus(tiny_corpus, tmp_path):
-    """A copy of six recordings, for a test to spoil, and their JSONL with relative paths."""
+    """Copies of six recordings, which tests may damage, and their JSONL with relative paths."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:6]
@@ -42,7 +41,7 @@ def corpus(tiny_corpus, tmp_path):
 
 @pytest.fixture
 def edit(corpus):
-    """Changes rows of the JSONL: `edit(line=function)` with lines from 1; the function changes a row in place."""
+    """Changes rows of the JSONL: `edit(line=function)`; lines count from 1; the function changes a row in place."""
 
     def change(lines, function, name="train.jsonl"):
         rows = [json.loads(line) for line in (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -57,7 +56,7 @@ def edit(corpus):
 
 @pytest.fixture
 def prepare(corpus, processor, tmp_path):
-    """Runs `prepare_rows` on the corpus as the recipe does."""
+    """Runs `prepare_rows` on the corpus, as the recipe does."""
 
     def run(*files, limit=LIMIT, feature_extractor=None, weights=(), **options):
         files = [str(file) for file in files] or [str(corpus / "train.jsonl")]
@@ -73,7 +72,7 @@ def prepare(corpus, processor, tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Recordings whose features were computed, by name; cleared with `.clear()`."""
+    """Names of recordings whose features were computed; reset with `.clear()`."""
     names = []
 
     def load(source, rate, max_seconds):
@@ -87,7 +86,7 @@ def computed(monkeypatch):
 ALL = [f"utt{index:02d}.wav" for index in range(6)]
 
 
-def test_rows_have_what_the_model_needs(prepare, corpus, processor):
+def test_rows_contain_the_inputs_of_the_model(prepare, corpus, processor):
     rows, weights = prepare()
     assert weights is None
     assert len(rows) == 6
@@ -112,7 +111,7 @@ def test_second_run_computes_nothing(prepare, computed, tmp_path):
     assert second.to_dict() == first.to_dict()
 
 
-def test_processor_loaded_anew_uses_the_same_cache(prepare, computed, tiny_model):
+def test_reloaded_processor_uses_the_same_cache(prepare, computed, tiny_model):
     prepare()
     computed.clear()
     extractor = SpeechLLMProcessor.from_pretrained(tiny_model).feature_extractor
@@ -152,7 +151,7 @@ def test_changed_jsonl_is_read_again(prepare, edit):
     ],
     ids=["window", "scale", "shift"],
 )
-def test_changed_front_end_computes_all_again(prepare, computed, extractor):
+def test_changed_feature_extractor_computes_all_again(prepare, computed, extractor):
     before, _ = prepare()
     computed.clear()
     after, _ = prepare(feature_extractor=extractor)
@@ -168,12 +167,12 @@ def test_changed_dtype_computes_all_again(prepare, computed):
     assert len(full[0]["features"][0]) == 2 * len(half[0]["features"][0])
 
 
-def test_fingerprint_names_the_extractor_by_the_path_of_release_0_1():
-    """Otherwise caches of that release would be computed again."""
+def test_fingerprint_contains_the_import_path_of_release_0_1():
+    """Otherwise caches of release 0.1 would be computed again."""
     assert b"hf_speechllm.features" in pickle.dumps(FbankFeatureExtractor)
 
 
-def test_new_version_of_the_numbers_computes_all_again(processor):
+def test_new_features_version_computes_all_again(processor):
     from datasets.fingerprint import Hasher
 
     mapper = FeatureMapper(processor.feature_extractor, "float16")
@@ -189,14 +188,14 @@ def test_stored_and_computed_features_give_the_same_batches(prepare, processor):
     for key, expected in batches["off"].items():
         torch.testing.assert_close(batches["float32"][key], expected, rtol=0, atol=0)
         if key == "input_features":
-            # Log-mel energies are below 32: half precision is off by 2^-7 at most.
+            # Log-mel energies are below 32: the error of half precision is at most 2^-7.
             assert (batches["float16"][key] - expected).abs().max() <= 2**-7
             assert not torch.equal(batches["float16"][key], expected)
         else:
             torch.testing.assert_close(batches["float16"][key], expected, rtol=0, atol=0)
 
 
-def test_collated_batch_equals_that_of_the_processor(prepare, processor):
+def test_collated_batch_equals_the_processor_output(prepare, processor):
     rows, _ = prepare(feature_cache="float32")
     batch = SpeechLLMCollator(processor)([rows[index] for index in range(6)])
     expected = processor.apply_chat_template([json.loads(row["messages"]) for row in rows])
@@ -216,8 +215,8 @@ def test_unsupervised_rows_have_no_labels(prepare, processor):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_several_processes_give_the_same_rows_as_one(prepare, kind, tmp_path):
-    """Also after torch has computed with several threads, which a forked process lacks and would wait for."""
+def test_several_processes_return_the_same_rows_as_one(prepare, kind, tmp_path):
+    """Includes the case that torch has used several threads before the fork, where a forked process could hang."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -232,12 +231,12 @@ def test_several_processes_give_the_same_rows_as_one(prepare, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_more_processes_than_rows_are_no_error(prepare, kind):
+def test_more_processes_than_rows_are_accepted(prepare, kind):
     assert len(prepare(feature_cache=kind, preprocessing_num_workers=9)[0]) == 6
 
 
 def spoil(corpus):
-    """What can be wrong with a recording: line, file and the reason that is told."""
+    """Damages recordings; returns line, file and reason of each."""
     (corpus / "utt01.wav").unlink()
     (corpus / "utt02.wav").write_bytes(b"")
     (corpus / "utt03.wav").write_text("no audio at all")
@@ -247,7 +246,7 @@ def spoil(corpus):
     return {2: "no such file", 3: "empty", 4: "not audio", 5: "25 ms", 6: "truncated"}
 
 
-def test_missing_and_empty_recordings_are_told_even_if_their_lengths_are_known(prepare, corpus):
+def test_missing_and_empty_recordings_are_reported_even_with_known_lengths(prepare, corpus):
     (corpus / "utt01.wav").unlink()
     (corpus / "utt02.wav").write_bytes(b"")
     with pytest.raises(BadDataError, match="2 of 6 rows are bad") as error:
@@ -257,7 +256,7 @@ def test_missing_and_empty_recordings_are_told_even_if_their_lengths_are_known(p
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_bad_recordings_are_told_with_line_path_and_reason(prepare, corpus, edit, kind):
+def test_bad_recordings_are_reported_with_line_path_and_reason(prepare, corpus, edit, kind):
     edit(range(1, 7), lambda row: row.pop("speech_length"))
     reasons = spoil(corpus)
     with pytest.raises(BadDataError) as error:
@@ -269,12 +268,12 @@ def test_bad_recordings_are_told_with_line_path_and_reason(prepare, corpus, edit
         assert str(corpus / f"utt0{line - 1}.wav") in told and reason in told
 
 
-def test_allowed_share_of_bad_rows_is_left_out_with_a_warning(prepare, corpus, caplog):
+def test_allowed_share_of_bad_rows_is_skipped_with_a_warning(prepare, corpus, caplog):
     spoil(corpus)
     with caplog.at_level(logging.WARNING):
         rows, _ = prepare(max_bad_fraction=0.84)
     assert rows["line"] == [1]
-    assert "train.jsonl:2: " in caplog.text and "left out" in caplog.text
+    assert "train.jsonl:2: " in caplog.text and "skipped" in caplog.text
     with pytest.raises(BadDataError, match="allows 83.00%"):
         prepare(max_bad_fraction=0.83)
 
@@ -288,7 +287,7 @@ def test_bad_dialogues_and_bad_recordings_count_together(prepare, corpus, edit):
     assert prepare(max_bad_fraction=0.4)[0]["line"] == [2, 3, 4, 5]
 
 
-def test_mended_row_is_read_anew(prepare, corpus, edit):
+def test_fixed_row_is_read_again(prepare, corpus, edit):
     content = json.loads((corpus / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])["messages"][2]
     edit([1], lambda row: row["messages"][2].update(content=""))
     with pytest.raises(BadDataError):
@@ -297,7 +296,7 @@ def test_mended_row_is_read_anew(prepare, corpus, edit):
     assert len(prepare()[0]) == 6
 
 
-def test_mended_recording_is_read_anew(prepare, corpus):
+def test_fixed_recording_is_read_again(prepare, corpus):
     saved = (corpus / "utt02.wav").read_bytes()
     (corpus / "utt02.wav").unlink()
     with pytest.raises(BadDataError):
@@ -307,18 +306,18 @@ def test_mended_recording_is_read_anew(prepare, corpus):
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_recording_too_long_for_the_encoder_is_told_with_length_and_limit(prepare, corpus, kind, edit):
+def test_recording_too_long_for_the_encoder_is_reported_with_length_and_limit(prepare, corpus, kind, edit):
     soundfile.write(corpus / "utt02.wav", np.zeros(16000 * 3), 16000)
     edit([3], lambda row: row.update(speech_length=298))
     with pytest.raises(BadDataError) as error:
         prepare(limit=40, feature_cache=kind)  # 40 encoder frames of 60 ms
     told = [line for line in str(error.value).splitlines() if "train.jsonl:" in line]
     assert len(told) == 1
-    assert "train.jsonl:3: a recording of 3.0 s; the encoder takes at most 2.4 s" in told[0]
+    assert "train.jsonl:3: recording of 3.0 s; the encoder accepts at most 2.4 s" in told[0]
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_recording_too_long_for_the_budget_is_told_with_length_and_limit(prepare, corpus, kind, edit):
+def test_recording_too_long_for_the_budget_is_reported_with_length_and_limit(prepare, corpus, kind, edit):
     soundfile.write(corpus / "utt02.wav", np.zeros(16000 * 3), 16000)
     edit([3], lambda row: row.update(speech_length=298))
     with pytest.raises(BadDataError, match=r"train.jsonl:3: 3.0 s of audio; the batch budget is 2 s") as error:
@@ -326,7 +325,7 @@ def test_recording_too_long_for_the_budget_is_told_with_length_and_limit(prepare
     assert "--per_device_train_batch_seconds" in str(error.value)
 
 
-def test_recordings_of_a_dialogue_count_one_by_one_for_the_encoder_and_together_for_the_budget(prepare, edit, corpus):
+def test_encoder_limit_is_per_recording_and_budget_is_per_dialogue(prepare, edit, corpus):
     """Two turns of 1.5 s each fit an encoder of 2.4 s, but not a batch of 2.5 s."""
     soundfile.write(corpus / "utt00.wav", np.zeros(24000), 16000)
 
@@ -343,7 +342,7 @@ def test_recordings_of_a_dialogue_count_one_by_one_for_the_encoder_and_together_
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])
-def test_missing_speech_length_is_computed_with_a_notice(prepare, edit, caplog, kind):
+def test_missing_speech_length_is_computed_and_logged(prepare, edit, caplog, kind):
     expected = prepare(feature_cache=kind)[0]["speech_length"]
     edit([2, 5], lambda row: row.pop("speech_length"))
     with caplog.at_level(logging.INFO):
@@ -361,7 +360,7 @@ def test_several_files_with_weights(prepare, edit, corpus):
     assert weights.tolist() == [2.0] * 2 + [0.5] * 6
 
 
-def test_weights_follow_their_rows_when_rows_are_left_out(prepare, corpus):
+def test_weights_follow_their_rows_if_rows_are_skipped(prepare, corpus):
     shutil.copy(corpus / "train.jsonl", corpus / "more.jsonl")
     (corpus / "utt01.wav").unlink()
     rows, weights = prepare(corpus / "train.jsonl", corpus / "more.jsonl", weights=[3.0, 1.0], max_bad_fraction=0.2)
@@ -375,11 +374,11 @@ def test_missing_file_and_file_without_rows_are_errors(prepare, corpus):
     (corpus / "empty.jsonl").write_text("\n")
     with pytest.raises(BadDataError, match="empty.jsonl:1: no rows: the file is empty"):
         prepare(corpus / "train.jsonl", corpus / "empty.jsonl")
-    with pytest.raises(BadDataError, match="empty.jsonl: no rows to train on"):
+    with pytest.raises(BadDataError, match="empty.jsonl: no usable rows"):
         prepare(corpus / "empty.jsonl", max_bad_fraction=1.0)
 
 
-def test_glob_stands_for_its_files_and_shares_their_weight(prepare, corpus):
+def test_files_of_a_glob_share_one_weight(prepare, corpus):
     lines = (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name, part in (("part-b.jsonl", lines[2:4]), ("part-a.jsonl", lines[:2]), ("other.jsonl", lines[4:])):
         (corpus / name).write_text("".join(part), encoding="utf-8")
@@ -420,7 +419,7 @@ def test_changed_archive_is_read_again(prepare, computed, write_tar, samples):
     assert len(prepare(write(5))[0]) == 5
 
 
-def test_bad_sample_of_an_archive_is_told_with_its_key(prepare, write_tar, samples):
+def test_bad_sample_of_an_archive_is_reported_with_its_key(prepare, write_tar, samples):
     name, wav, _ = samples[0]
     path = write_tar([("x.wav", wav), ("y.wav", b"no sound"), ("y.txt", b"two")])
     with pytest.raises(BadDataError) as error:
@@ -443,7 +442,7 @@ def test_recordings_outside_the_root_are_bad(prepare, corpus, edit, make_wav):
     assert len(prepare()[0]) == 6
 
 
-def test_augmentation_depends_on_the_seed_of_the_row_alone(prepare, processor):
+def test_augmentation_depends_only_on_the_seed_of_the_row(prepare, processor):
     rows, _ = prepare()
     collator = SpeechLLMCollator(processor, augmentations(tempo_perturb=0.1, spec_augment=True))
     first = collator([{**rows[0], "seed": (0, 0)}, {**rows[1], "seed": (0, 1)}])
@@ -456,7 +455,7 @@ def test_augmentation_depends_on_the_seed_of_the_row_alone(prepare, processor):
     )
 
 
-def test_masks_cover_stripes_of_bounded_width_and_leave_the_input():
+def test_masks_have_bounded_width_and_do_not_change_the_input():
     features = torch.randn(200, 80)
     original = features.clone()
     augment = SpecAugment(

@@ -1,4 +1,4 @@
-"""Hotwords of training rows: true ones stay, distractors are not said, some rows get none, all by the row's seed."""
+"""Hotwords of training rows: own hotwords stay, distractors are not spoken, dropout, and seeds."""
 
 import json
 import pickle
@@ -18,11 +18,11 @@ from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.hotword_lists import (
     MINED_ROWS,
     HotwordSampler,
+    contains_word,
     hotword_sampler,
     mine_words,
     phrases,
     read_words,
-    says,
 )
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model import chat
@@ -34,13 +34,13 @@ SEEDS = [(0, number) for number in range(400)]
 
 @pytest.fixture
 def make_options(tmp_path):
-    """Options about data."""
+    """Returns data options."""
     return lambda **options: DataOptions(cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=1, **options)
 
 
 @pytest.fixture
 def write_list(tmp_path):
-    """Writes a list of words and gives its path."""
+    """Writes a list of words and returns its path."""
 
     def write(text, encoding="utf-8"):
         path = tmp_path / "words.txt"
@@ -51,7 +51,7 @@ def write_list(tmp_path):
 
 
 def dataset(*rows):
-    """Rows of (answer, hotwords)."""
+    """Builds rows from (answer, hotwords) pairs."""
     return Dataset.from_list(
         [
             {"messages": json.dumps(chat.transcription_messages("a.wav", "x", answer)), "hotwords": hotwords}
@@ -60,7 +60,7 @@ def dataset(*rows):
     )
 
 
-def test_own_hotwords_stay_among_distractors_in_random_order():
+def test_own_hotwords_and_distractors_are_in_random_order():
     sampler = HotwordSampler(distractors=NAMES, num_distractors=5)
     drawn = [sampler(["Ann", "Bob"], ["Ann met Bob"], seed) for seed in SEEDS]
     assert all({"Ann", "Bob"} <= set(words) and len(words) == len(set(words)) for words in drawn)
@@ -69,13 +69,13 @@ def test_own_hotwords_stay_among_distractors_in_random_order():
     assert {word for words in drawn for word in words} == {"Ann", "Bob", *NAMES}
 
 
-def test_no_distractor_is_said():
+def test_no_distractor_is_spoken():
     sampler = HotwordSampler(distractors=["art", "Name1", "北京", "ann"], num_distractors=4)
     drawn = {word for seed in SEEDS for word in sampler(["Ann"], ["Ann's party in NAME1, 在北京"], seed)}
     assert drawn == {"Ann", "art"}
 
 
-def test_a_share_of_the_rows_gets_none():
+def test_dropout_removes_all_hotwords_of_a_share_of_rows():
     sampler = HotwordSampler(distractors=NAMES, num_distractors=5, dropout=0.3)
     empty = [not sampler(["Ann"], ["Ann"], seed) for seed in SEEDS]
     assert np.mean(empty) == pytest.approx(0.3, abs=0.07)
@@ -89,12 +89,12 @@ def test_rows_without_hotwords_get_a_phrase_of_their_own_transcript():
     assert np.mean([len(words) for words in drawn]) == pytest.approx(0.5, abs=0.08)
     found = {word for words in drawn for word in words}
     assert found == set(phrases(text))
-    # A row's own are the truth; nothing is added to them, nor to a transcript without a phrase.
+    # Nothing is added to a row with hotwords, or to a transcript without a phrase.
     assert HotwordSampler(from_text=1.0)(["Phil"], [text], (0, 1)) == ["Phil"]
     assert HotwordSampler(from_text=1.0)([], ["of"], (0, 1)) == []
 
 
-def test_phrases_are_short_runs_without_punctuation_between():
+def test_phrases_are_short_and_contain_no_punctuation():
     assert phrases("I met Phil. Go on") == ["I met", "I met Phil", "met Phil", "Phil", "Go on"]
     assert "don't know" in phrases("I don't know") and max(phrases("a b c d e f"), key=len) == "a b c d"
     assert phrases("去北京，好") == ["去北", "去北京", "北京"]
@@ -102,7 +102,7 @@ def test_phrases_are_short_runs_without_punctuation_between():
     assert phrases("4 5") == phrases("") == []
 
 
-def test_listed_words_are_hotwords_of_rows_that_say_them_and_distractors_of_others():
+def test_listed_words_are_hotwords_of_rows_that_contain_them_and_distractors_of_others():
     words = ["Gregson", "art", "北京"]
     sampler = HotwordSampler(known=words, distractors=words, num_distractors=0)
     assert set(sampler([], ["In 北京, GREGSON's party"], (0, 1))) == {"Gregson", "北京"}
@@ -116,20 +116,20 @@ def test_listed_words_are_hotwords_of_rows_that_say_them_and_distractors_of_othe
     [("a party", "art", False), ("art!", "art", True), ("c++ code", "c++", True), ("在北京市", "北京", True),
      ("看art展", "art", True), ("a.i. lab", "a.i.", True), ("code", "art", False), ("smart art", "art", True)],
 )  # fmt: skip
-def test_a_word_is_said_as_a_whole(text, word, said):
-    assert says(text, word) is said
+def test_only_whole_words_are_contained(text, word, said):
+    assert contains_word(text, word) is said
 
 
-def test_hotwords_depend_on_the_seed_of_the_row_alone():
+def test_hotwords_depend_only_on_the_seed_of_the_row():
     sampler = HotwordSampler(NAMES[:3], NAMES, 5, 0.2, 0.5)
     drawn = [sampler([], ["Some words are here"], seed) for seed in SEEDS]
-    copy = pickle.loads(pickle.dumps(sampler))  # as a worker of the loader gets it
+    copy = pickle.loads(pickle.dumps(sampler))  # as in a worker process
     assert [copy([], ["Some words are here"], seed) for seed in reversed(SEEDS)] == drawn[::-1]
     assert len({tuple(words) for words in drawn}) > 200
     assert [sampler([], ["Some words are here"], (1, number)) for _, number in SEEDS] != drawn
 
 
-def test_batches_carry_them_as_decoding_does_and_are_else_the_same(make_options, tiny_corpus, processor):
+def test_prompts_of_batches_contain_hotwords_as_in_decoding(make_options, tiny_corpus, processor):
     rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, make_options())[0]
     rows = [{**rows[number], "hotwords": ["Ann"], "seed": (0, number)} for number in range(8)]
     augment = augmentations(tempo_perturb=0.1, spec_augment=True)
@@ -146,13 +146,13 @@ def test_batches_carry_them_as_decoding_does_and_are_else_the_same(make_options,
         assert labels[labels != -100].tolist() == plain["labels"][number][plain["labels"][number] != -100].tolist()
 
 
-def test_rows_keep_the_hotwords_that_they_carry_when_nothing_is_asked_for(make_options, processor):
+def test_rows_keep_their_own_hotwords_by_default(make_options, processor):
     options = make_options()
     assert hotword_sampler(options, dataset(("one two", ["one"]))) is None
     assert SpeechLLMCollator(processor).hotwords is None
 
 
-def test_distractors_are_other_rows_hotwords_and_phrases_unless_there_is_a_list(make_options, write_list):
+def test_default_distractors_are_hotwords_and_phrases_of_other_rows(make_options, write_list):
     rows = dataset(("Jane came", ["Phil"]), ("Gregson left", []), ("of", None))
     options = make_options(hotword_distractors=3)
     assert hotword_sampler(options, rows) == HotwordSampler([], ["Phil"], 3)
@@ -161,26 +161,26 @@ def test_distractors_are_other_rows_hotwords_and_phrases_unless_there_is_a_list(
     assert (sampler.num_distractors, sampler.dropout, sampler.from_text) == (3, 0.1, 0.5)
     first, second, third = sampler.distractors
     assert first == "Phil" and second in phrases("Jane came") and third in phrases("Gregson left")
-    assert hotword_sampler(options, rows) == sampler  # on every rank
+    assert hotword_sampler(options, rows) == sampler  # the same on every rank
     options = make_options(hotword_distractors=3, hotword_file=write_list("\ufeffAnn\n\n Bob \nAnn\n"))
     assert hotword_sampler(options, rows) == HotwordSampler(["Ann", "Bob"], ["Ann", "Bob"], 3)
-    with pytest.raises(ValueError, match='no row carries "hotwords"; give --hotword_file'):
+    with pytest.raises(ValueError, match='no row has "hotwords"; give --hotword_file'):
         hotword_sampler(make_options(hotword_distractors=1), dataset(("one two", [])))
 
 
-def test_phrases_of_a_large_corpus_are_taken_from_all_over_it():
+def test_phrases_of_a_large_corpus_come_from_evenly_spaced_rows():
     rows = dataset(*[(f"word{number}", []) for number in range(MINED_ROWS + 5000)])
     words = mine_words(rows, with_phrases=True, seed=0)
     assert len(words) == MINED_ROWS
     assert words[-1] == f"word{MINED_ROWS + 4999}" and words[0] == "word0"
 
 
-def test_unusable_lists_are_told(make_options, write_list):
-    with pytest.raises(ValueError, match="words.txt: not UTF-8: save the list as UTF-8"):
+def test_unusable_lists_are_errors(make_options, write_list):
+    with pytest.raises(ValueError, match="words.txt: not UTF-8; save the list as UTF-8"):
         read_words(write_list("北京\n", "gb18030"))
     with pytest.raises(ValueError, match=r"words.*: a hotword contains <\|im_end\|>"):
         read_words(write_list("北京\n上海<|im_end|>\n", "utf-8"))
-    with pytest.raises(ValueError, match="words.txt: no words; write one in each line"):
+    with pytest.raises(ValueError, match="words.txt: no words; write one word per line"):
         hotword_sampler(make_options(hotword_file=write_list("\n \n")), None)
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
         hotword_sampler(make_options(hotword_file="nowhere.txt"), None)

@@ -17,7 +17,7 @@ def messages(user=f"语音转写：{START}!a.wav{END}", answer="几点了？"):
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Writes lines (bytes, text, or objects) and gives the path."""
+    """Writes lines (bytes, text, or objects) and returns the path."""
 
     def write(*lines, name="train.jsonl"):
         path = tmp_path / name
@@ -29,14 +29,14 @@ def jsonl(tmp_path):
 
 
 def reason(path, **options):
-    """Of the only row, which is bad."""
+    """Returns the reason of the only row, which must be bad."""
     (row,) = read_jsonl(path, **options)
     assert isinstance(row, BadRow), row
     assert row.file == str(path) and row.line == 1
     return row.reason
 
 
-def test_row_holds_what_the_line_says(jsonl, tmp_path):
+def test_row_contains_the_content_of_the_line(jsonl, tmp_path):
     path = jsonl({"messages": messages(), "speech_length": 145, "text_length": 3})
     (row,) = read_jsonl(path)
     recording = str(tmp_path / "a.wav")
@@ -85,7 +85,7 @@ def test_paths_are_relative_to_the_file_and_urls_stay(jsonl, tmp_path, monkeypat
     assert row.recordings == [read.format(folder=tmp_path, parent=tmp_path.parent)]
 
 
-def test_parent_folder_of_a_linked_folder_is_that_of_its_target(jsonl, tmp_path):
+def test_parent_folder_of_a_linked_folder_is_the_parent_of_the_target(jsonl, tmp_path):
     (tmp_path / "real" / "train").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "train")
     path = jsonl({"messages": messages(f"{START}!../a.wav{END}")}, name="link/train.jsonl")
@@ -103,13 +103,13 @@ def test_several_turns_and_parts_keep_their_order(jsonl, tmp_path):
 
 
 @pytest.mark.parametrize("hotwords", [["开放时间", "Qwen"], "开放时间，Qwen", "开放时间, Qwen"])
-def test_hotwords_of_a_row_are_in_its_first_prompt(jsonl, hotwords):
+def test_hotwords_of_a_row_are_in_the_first_prompt(jsonl, hotwords):
     (row,) = read_jsonl(jsonl({"messages": messages(), "hotwords": hotwords}))
     assert row.hotwords == ["开放时间", "Qwen"]
     assert row.dialogue.turns[0].pieces[0] == chat.hotword_context(["开放时间", "Qwen"])
 
 
-def test_byte_order_mark_windows_line_ends_and_empty_lines_are_fine(jsonl):
+def test_byte_order_mark_windows_line_ends_and_empty_lines_are_accepted(jsonl):
     line = json.dumps({"messages": messages()}, ensure_ascii=False).encode()
     rows = list(read_jsonl(jsonl(b"\xef\xbb\xbf" + line + b"\r", b"", line, b"  ", b"")))
     assert [row.line for row in rows] == [1, 3]
@@ -167,7 +167,7 @@ def test_bad_lines_do_not_hide_the_good_ones(jsonl):
         ({"messages": messages(), "hotwords": ["a", "b<|im_end|>"]}, 'bad "hotwords": a hotword contains <|im_end|>'),
     ],
 )
-def test_bad_line_is_named_with_what_is_wrong(jsonl, line, expected):
+def test_bad_line_is_reported_with_the_reason(jsonl, line, expected):
     assert expected in reason(jsonl(line))
 
 
@@ -210,12 +210,12 @@ def test_written_rows_are_read_again(tmp_path):
     assert [row.speech_length for row in read_jsonl(path)] == [145, None]
 
 
-def test_lengths_that_are_none_are_left_out(tmp_path):
+def test_missing_lengths_are_not_written(tmp_path):
     write_jsonl([{"messages": messages(), "speech_length": 145, "text_length": None}], tmp_path / "train.jsonl")
     assert list(json.loads((tmp_path / "train.jsonl").read_text(encoding="utf-8"))) == ["messages", "speech_length"]
 
 
-def test_failure_while_writing_leaves_the_old_file(tmp_path):
+def test_failure_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("old")
 
@@ -237,7 +237,7 @@ def test_reads_the_reference_data(shared):
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "9" * 12, "1e9", "-1"])
-def test_lengths_beyond_all_measure_are_bad(jsonl, number):
+def test_excessive_lengths_are_bad(jsonl, number):
     line = json.dumps({"messages": messages()}, ensure_ascii=False)[:-1] + f', "speech_length": {number}}}'
     (row,) = read_jsonl(jsonl(line.encode()))
     assert isinstance(row, BadRow)

@@ -9,7 +9,7 @@ from hf_speechllm.data.kaldi import join, measure_recording, read_list, read_scp
 
 @pytest.fixture
 def lists(tmp_path):
-    """Writes wav.scp and text and gives the joined utterances and the bad rows."""
+    """Writes wav.scp and text, and returns the joined utterances and the bad rows."""
 
     def write(scp, text):
         bad_rows = BadRows()
@@ -26,7 +26,7 @@ def named(bad_rows, folder):
     return [str(row).replace(f"{folder}/", "") for row in bad_rows]
 
 
-def test_order_is_that_of_the_scp(lists, tmp_path):
+def test_order_follows_the_scp(lists, tmp_path):
     utterances, bad = lists("b b.wav\na a.wav\nc c.wav\n", "a one\nc three\nb two words\n")
     assert [(u.id, u.transcript) for u in utterances] == [("b", "two words"), ("a", "one"), ("c", "three")]
     assert [u.recording for u in utterances] == [str(tmp_path / name) for name in ("b.wav", "a.wav", "c.wav")]
@@ -34,7 +34,7 @@ def test_order_is_that_of_the_scp(lists, tmp_path):
     assert bad == []
 
 
-def test_tabs_spaces_windows_line_ends_byte_order_mark_and_empty_lines_are_fine(lists, tmp_path):
+def test_tabs_spaces_windows_line_ends_byte_order_mark_and_empty_lines_are_accepted(lists, tmp_path):
     scp = b"\xef\xbb\xbfa\ta.wav\r\n\r\n  b \t  my b.wav  \r\n   \n"
     utterances, bad = lists(scp, "b 你好  世界 \na one")
     assert [(u.id, u.recording, u.transcript) for u in utterances] == [
@@ -64,14 +64,14 @@ def test_paths_are_relative_to_the_list_and_urls_stay(lists, tmp_path, monkeypat
     assert utterances[0].recording == read.format(parent=tmp_path.parent)
 
 
-def test_ids_in_one_list_only_are_named_with_file_and_line(lists):
+def test_ids_in_one_list_only_are_reported_with_file_and_line(lists):
     utterances, bad = lists("a a.wav\nb b.wav\n", "c three\na one\n")
     assert [u.id for u in utterances] == ["a"]
     assert [line.partition(": ID")[0] for line in bad] == ["wav.scp:2", "text:1"]
     assert '"b" is not in' in bad[0] and '"c" is not in' in bad[1]
 
 
-def test_line_with_one_field_is_named_once(lists):
+def test_line_with_one_field_is_reported_once(lists):
     utterances, bad = lists("a\nb b.wav\nc c.wav\n", "a one\nb two\nc \t\n")
     assert [u.id for u in utterances] == ["b"]
     assert len(bad) == 2
@@ -85,13 +85,13 @@ def test_transcript_of_unicode_spaces_is_empty(lists):
     assert bad[0].startswith("text:1: ") and "empty transcript" in bad[0]
 
 
-def test_duplicate_id_names_the_first_line_and_the_first_stays(lists):
+def test_first_line_of_a_duplicate_id_is_kept_and_named(lists):
     utterances, bad = lists("a a.wav\nb b.wav\na c.wav\n", "a one\n\na two\nb three\n")
     assert [(u.recording[-5:], u.transcript) for u in utterances] == [("a.wav", "one"), ("b.wav", "three")]
     assert bad == ['wav.scp:3: duplicate ID: "a" is in line 1, too', 'text:3: duplicate ID: "a" is in line 1, too']
 
 
-def test_line_that_is_not_utf8_is_named_once(lists):
+def test_line_that_is_not_utf8_is_reported_once(lists):
     utterances, bad = lists("a a.wav\nb b.wav\n", b"a one\nb \xc4\xe3\xba\xc3\n")
     assert [u.id for u in utterances] == ["a"]
     assert [line.partition(" ")[0] for line in bad] == ["text:2:"]
@@ -108,28 +108,28 @@ def test_line_that_is_not_utf8_is_named_once(lists):
         ("x.ark", "archive"),
     ],
 )
-def test_kaldi_commands_and_archives_are_named_once(lists, value, what):
+def test_kaldi_commands_and_archives_are_reported_once(lists, value, what):
     utterances, bad = lists(f"a {value}\nb b.wav\n", "a one\nb two\n")
     assert [u.id for u in utterances] == ["b"]
     assert len(bad) == 1 and bad[0].startswith("wav.scp:1: not a file: ") and what in bad[0] and value in bad[0]
 
 
-def test_names_that_only_look_like_archives_are_fine(lists):
+def test_names_similar_to_archives_are_accepted(lists):
     utterances, bad = lists("a x.ark.wav\nb noah.ark/b:1.wav\n", "a one\nb two\n")
     assert len(utterances) == 2 and bad == []
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
-def test_speech_length_is_the_formula_in_milliseconds(rate):
+def test_speech_length_follows_the_formula_in_milliseconds(rate):
     for num_samples in [*range(rate // 40, rate // 5), 5 * rate, 3600 * rate + 1]:
         assert speech_length(num_samples, rate) == int((1000 * num_samples / rate - 25) // 10 + 1)
 
 
-def test_speech_length_is_the_number_of_fbank_frames():
+def test_speech_length_equals_the_number_of_fbank_frames():
     assert [speech_length(samples, 16000) for samples in (399, 400, 559, 560)] == [0, 1, 1, 2]
 
 
-def test_recording_of_25_ms_is_one_frame_and_a_shorter_one_is_named(tmp_path):
+def test_recording_of_25_ms_has_one_frame_and_a_shorter_one_is_an_error(tmp_path):
     path = tmp_path / "short.wav"
     soundfile.write(path, np.zeros(400), 16000)
     assert measure_recording(str(path)) == (0.025, 1)

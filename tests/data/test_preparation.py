@@ -13,7 +13,7 @@ NUM_UTTERANCES = 300
 
 
 class Tokenizer:
-    """As many tokens as characters."""
+    """A tokenizer with one token per character."""
 
     def __call__(self, texts, **options):
         return {"input_ids": [list(text) for text in texts]}
@@ -21,7 +21,7 @@ class Tokenizer:
 
 @pytest.fixture
 def utterances(make_wav, tmp_path):
-    """Good ones; every seventh recording is missing, every eleventh is no audio, every 13th transcript is unusable."""
+    """Utterances: every 7th recording is missing, every 11th is not audio, every 13th transcript is unusable."""
     (tmp_path / "words.wav").write_text("words\n" * 100)
     recordings = [str(make_wav(f"{number}.wav", seconds=0.1 + 0.05 * number)) for number in range(5)]
     result = []
@@ -38,7 +38,7 @@ def utterances(make_wav, tmp_path):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Makes lists long from one utterance a process on."""
+    """Enables processes for lists with at least one utterance per process."""
     monkeypatch.setattr(preparation, "NUM_PER_PROCESS", 1)
 
 
@@ -61,7 +61,7 @@ def measured_elsewhere(utterance):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
-def test_processes_give_what_threads_give_in_the_same_order(utterances, tmp_path, request, num_workers):
+def test_processes_and_threads_return_the_same_results_in_the_same_order(utterances, tmp_path, request, num_workers):
     threads = joined(prepare(utterances, maker(folder=str(tmp_path / "a")), 8))
     request.getfixturevalue("processes")
     assert joined(prepare(utterances, maker(folder=str(tmp_path / "a")), num_workers)) == threads
@@ -74,7 +74,7 @@ def test_processes_give_what_threads_give_in_the_same_order(utterances, tmp_path
     assert lines_of_lists == sorted(lines_of_lists)
 
 
-def test_only_long_lists_take_processes(utterances, request, monkeypatch):
+def test_only_long_lists_use_processes(utterances, request, monkeypatch):
     monkeypatch.setattr(preparation, "measure", measured_elsewhere)
     good = [utterance for utterance in utterances if utterance.transcript.startswith("text")]
     here = f"unusable recording: process {os.getpid()}"
@@ -84,7 +84,7 @@ def test_only_long_lists_take_processes(utterances, request, monkeypatch):
     assert here not in reasons and 1 <= len(reasons) <= 3
 
 
-def test_start_of_every_file_is_asked_for_before_the_first_is_measured(utterances, processes, monkeypatch):
+def test_read_ahead_of_all_files_precedes_the_first_measurement(utterances, processes, monkeypatch):
     asked = []
     monkeypatch.setattr(preparation, "_read_ahead", asked.append)
     monkeypatch.setattr(preparation, "measure", lambda utterance: AudioError(f"{len(asked)} asked for"))
@@ -102,7 +102,7 @@ def test_killed_process_is_an_error(utterances, processes, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_processes_end_with_who_gives_up(utterances, processes):
+def test_processes_end_if_the_generator_is_closed(utterances, processes):
     other = multiprocessing.get_context("fork").Process(target=signal.pause)
     other.start()
     try:

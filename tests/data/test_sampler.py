@@ -1,4 +1,4 @@
-"""Batches: within the budget, of like lengths, every row once an epoch, dealt evenly, the same for the same seed."""
+"""Batches: within the budget, similar lengths, every row once per epoch, the same number per rank, reproducible."""
 
 import time
 from collections import Counter
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler, Rows
+from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows
 
 
 def log_normal(rows, seed=0, longest=30.0):
-    """Lengths as they occur in speech corpora, in seconds."""
+    """Typical lengths in speech corpora, in seconds."""
     rng = np.random.default_rng(seed)
     return np.clip(rng.lognormal(np.log(5), 0.7, rows), 0.3, longest)
 
 
 def ranks_of(seconds, budget, num_replicas, epoch=0, **options):
-    """What each rank is dealt: lists of keys."""
+    """Returns the batches (lists of keys) of each rank."""
     dealt = []
     for rank in range(num_replicas):
         sampler = BudgetBatchSampler(seconds, budget, num_replicas, rank, **options)
@@ -35,14 +35,14 @@ def padded_seconds(seconds, batch):
 @pytest.mark.parametrize("row_cost", [0.0, ROW_COST])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("budget", [30.0, 60.0, 240.0])
-def test_no_batch_is_over_the_budget(budget, shuffle, row_cost):
+def test_no_batch_exceeds_the_budget(budget, shuffle, row_cost):
     seconds = log_normal(2000)
     sampler = BudgetBatchSampler(seconds, budget, shuffle=shuffle, row_cost=row_cost)
     for epoch in range(3):
         assert max(padded_seconds(seconds, batch) for batch in sampler.batches(epoch)) <= budget + 1e-9
 
 
-def test_rows_that_cost_something_make_batches_cost_alike():
+def test_row_cost_makes_the_cost_of_batches_similar():
     seconds = log_normal(20000)
 
     def spread(row_cost):
@@ -53,14 +53,14 @@ def test_rows_that_cost_something_make_batches_cost_alike():
     assert spread(ROW_COST) < 0.05 < 0.1 < spread(0.0)
 
 
-def test_batches_of_the_longest_rows_fill_the_budget_whatever_a_row_costs():
+def test_batches_of_the_longest_rows_fill_the_budget_with_any_row_cost():
     batches = BudgetBatchSampler(np.full(40, 30.0), 240.0, row_cost=ROW_COST).batches(0)
     assert [len(batch) for batch in batches] == [8] * 5
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 257, 1000])
-def test_every_row_is_seen_once_an_epoch_and_every_rank_does_as_many_steps(rows, num_replicas):
+def test_every_row_is_used_once_per_epoch_and_all_ranks_do_the_same_number_of_steps(rows, num_replicas):
     seconds = log_normal(rows, seed=rows)
     for epoch, row_cost in ((0, 0.0), (1, ROW_COST), (5, ROW_COST)):
         dealt = ranks_of(seconds, 40.0, num_replicas, epoch, row_cost=row_cost)
@@ -69,7 +69,7 @@ def test_every_row_is_seen_once_an_epoch_and_every_rank_does_as_many_steps(rows,
         seen = [key - epoch * rows for key in keys if key >= 0]
         assert sorted(seen) == list(range(rows))
         fillers = [key for key in keys if key < 0]
-        # A filler is a row of the same epoch, and only comes where there are fewer rows than ranks.
+        # A filler is a row of the same epoch, and exists only if there are fewer rows than ranks.
         assert all(0 <= -1 - key - epoch * rows < rows for key in fillers)
         assert len(fillers) == max(0, num_replicas - rows)
         for batch in (batch for batches in dealt for batch in batches):
@@ -78,9 +78,9 @@ def test_every_row_is_seen_once_an_epoch_and_every_rank_does_as_many_steps(rows,
 
 
 def test_filler_rows_are_not_supervised():
-    """With fewer rows than ranks, the others do a step without labels."""
+    """With fewer rows than ranks, some ranks do a step without labels."""
     dataset = Dataset.from_dict({"text": ["a", "b"]})
-    rows = Rows(dataset)
+    rows = KeyedRows(dataset)
     for epoch in (0, 3):
         dealt = ranks_of([1.0, 2.0], 10.0, 5, epoch)
         served = [row for batches in dealt for batch in batches for row in rows.__getitems__(batch)]
@@ -89,14 +89,14 @@ def test_filler_rows_are_not_supervised():
         assert sum(not row["supervised"] for row in served) == 3
 
 
-def test_rows_know_their_epoch_and_index():
+def test_seed_of_a_row_depends_on_epoch_and_index():
     dataset = Dataset.from_dict({"text": ["a", "b", "c"]})
-    rows = Rows(dataset, seed=7)
+    rows = KeyedRows(dataset, seed=7)
     assert len(rows) == 3
     assert rows[4] == {"text": "b", "seed": (7, 4), "supervised": True}
     assert [row["text"] for row in rows.__getitems__([2, 0, 5, -1 - 1])] == ["c", "a", "c", "b"]
     seeds = [row["seed"] for row in rows.__getitems__(list(range(9)))]
-    assert len(set(seeds)) == 9  # another one in every epoch
+    assert len(set(seeds)) == 9  # a different seed in every epoch
 
 
 @pytest.mark.parametrize("num_replicas", [2, 3, 4])
@@ -105,12 +105,12 @@ def test_order_of_batches_does_not_depend_on_the_number_of_ranks(num_replicas):
     (alone,) = ranks_of(seconds, 60.0, 1, epoch=2)
     dealt = ranks_of(seconds, 60.0, num_replicas, epoch=2)
     merged = [batch for step in zip(*dealt, strict=True) for batch in step]
-    # Where the number of batches is no multiple of the ranks, a few are split, in their place.
+    # If the number of batches is not a multiple of the number of ranks, some batches are split in place.
     assert [key for batch in merged for key in batch] == [key for batch in alone for key in batch]
     assert sum(batch in alone for batch in merged) >= len(alone) - (num_replicas - 1)
 
 
-def test_same_seed_gives_the_same_batches_and_another_epoch_or_seed_others():
+def test_batches_depend_on_seed_and_epoch():
     seconds = log_normal(500)
     batches = [[list(batch) for batch in BudgetBatchSampler(seconds, 60.0, seed=3).batches(0)] for _ in range(2)]
     assert batches[0] == batches[1]
@@ -121,15 +121,15 @@ def test_same_seed_gives_the_same_batches_and_another_epoch_or_seed_others():
         assert len(composition & {frozenset(batch) for batch in other}) < len(composition) / 2
 
 
-def test_batches_come_in_random_order_of_lengths():
-    """Not from short to long: a run would forget one while it learns the other."""
+def test_order_of_batches_is_independent_of_lengths():
+    """An order from short to long would make a run forget short rows while it learns long rows."""
     seconds = log_normal(5000)
     batches = BudgetBatchSampler(seconds, 60.0).batches(0)
     means = np.array([seconds[batch].mean() for batch in batches])
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.1
 
 
-def test_without_shuffling_rows_come_sorted_by_length():
+def test_without_shuffling_rows_are_sorted_by_length():
     seconds = log_normal(300)
     batches = BudgetBatchSampler(seconds, 60.0, shuffle=False).batches(0)
     order = np.concatenate(batches)
@@ -153,7 +153,7 @@ def test_batches_are_nearly_full():
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
-def test_weights_say_how_often_a_row_is_seen(num_replicas):
+def test_weights_set_how_often_a_row_is_used(num_replicas):
     seconds = log_normal(900)
     weights = np.repeat([2.0, 0.5, 1.0], 300)
     counts = Counter()
@@ -166,15 +166,15 @@ def test_weights_say_how_often_a_row_is_seen(num_replicas):
         assert all(seen[index] == 1 for index in range(600, 900))
         half = {index for index in range(300, 600) if seen[index]}
         assert all(seen[index] == 1 for index in half)
-        # A few may give way, so that all epochs are equally long.
+        # A few rows may be dropped, so all epochs have the same length.
         assert 140 <= len(half) <= 150
         halves.append(half)
         counts.update(keys)
-    assert len({frozenset(half) for half in halves}) == 4  # other ones each epoch
+    assert len({frozenset(half) for half in halves}) == 4  # different rows in each epoch
     assert sum(counts[index] for index in range(300, 600)) == pytest.approx(600, rel=0.05)
 
 
-def test_weight_beyond_one_with_a_fraction():
+def test_fractional_weight_above_one():
     seconds = log_normal(200)
     sampler = BudgetBatchSampler(seconds, 60.0, weights=np.full(200, 1.25))
     seen = Counter(np.concatenate(sampler.batches(0)).tolist())
@@ -184,7 +184,7 @@ def test_weight_beyond_one_with_a_fraction():
 
 @pytest.mark.parametrize("weights", [None, (2.0, 0.5), (0.3, 0.7)])
 @pytest.mark.parametrize("num_replicas", [1, 3])
-def test_all_epochs_are_equally_long(weights, num_replicas):
+def test_all_epochs_have_the_same_length(weights, num_replicas):
     seconds = log_normal(777)
     if weights is not None:
         weights = np.resize(weights, 777)
@@ -197,14 +197,14 @@ def test_all_epochs_are_equally_long(weights, num_replicas):
 
 @pytest.mark.parametrize("weight", [0.5, 0.99, 1.5])
 @pytest.mark.parametrize("num_replicas", [1, 3])
-def test_rows_that_fill_a_batch_each_are_dealt_evenly_whatever_their_weights(weight, num_replicas):
+def test_batches_of_one_row_are_assigned_evenly_with_any_weights(weight, num_replicas):
     seconds, weights = np.full(200, 30.0), np.full(200, weight)
     weights[:10] = 1.0
     for epoch in range(3):
         dealt = ranks_of(seconds, 30.0, num_replicas, epoch, weights=weights)
         assert len({len(batches) for batches in dealt}) == 1
         keys = [key - epoch * 200 for batches in dealt for batch in batches for key in batch]
-        assert min(keys) >= 0  # nothing unsupervised
+        assert min(keys) >= 0  # no fillers
         seen = Counter(keys)
         assert all(seen[index] == 1 for index in range(10))
         assert sum(seen[index] for index in range(10, 200)) == pytest.approx(190 * weight, rel=0.1)
@@ -215,7 +215,7 @@ def test_weights_that_leave_no_rows_are_an_error():
         BudgetBatchSampler([1.0, 2.0], 30.0, weights=[0.1, 0.1])
 
 
-def test_row_that_is_longer_than_the_budget_is_an_error():
+def test_row_longer_than_the_budget_is_an_error():
     with pytest.raises(ValueError, match=r"31\.0 s of audio, the batch budget is 30 s"):
         BudgetBatchSampler([1.0, 31.0], 30.0)
 
@@ -228,7 +228,7 @@ def test_no_rows_are_an_error():
 @pytest.mark.parametrize(
     ("rows", "limit"), [pytest.param(500_000, 2.0), pytest.param(5_000_000, 10.0, marks=pytest.mark.slow)]
 )
-def test_batches_of_many_rows_are_made_quickly(rows, limit):
+def test_batches_of_many_rows_are_built_quickly(rows, limit):
     seconds = log_normal(rows)
     start = time.process_time()
     sampler = BudgetBatchSampler(seconds, 240.0, num_replicas=7, rank=3)

@@ -1,4 +1,4 @@
-"""Tar and Parquet shards: what they hold comes out, from any sample on; what is wrong is named with its key."""
+"""Tar and Parquet shards: all samples are read, from any position; bad samples are reported with their key."""
 
 import json
 import tarfile
@@ -9,7 +9,7 @@ import pytest
 from hf_speechllm.audio.archives import find_archive, read_member
 from hf_speechllm.audio.waveform import load_audio, probe_audio, source_stamp
 from hf_speechllm.data.bad_rows import BadDataError, BadRow
-from hf_speechllm.data.file_lists import expand
+from hf_speechllm.data.file_lists import expand_paths
 from hf_speechllm.data.shards import Shard, read_shard, shards_of
 
 WAV = b"RIFF, or so"
@@ -42,14 +42,14 @@ def parquet(write_parquet, samples):
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_samples_come_out_as_they_went_in(request, kind, samples):
+def test_read_samples_equal_written_samples(request, kind, samples):
     rows = rows_of(request.getfixturevalue(kind))
     assert answers(rows) == [text for _, _, text in samples]
     assert [row["recordings"] for row in rows] == [[data] for _, data, _ in samples]
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_recordings_are_read_from_inside_the_file(request, kind, samples):
+def test_recordings_are_read_by_address(request, kind, samples):
     path = request.getfixturevalue(kind)
     rows = rows_of(path, embed=False)
     for row, (_, data, _) in zip(reversed(rows), reversed(samples), strict=True):
@@ -62,7 +62,7 @@ def test_recordings_are_read_from_inside_the_file(request, kind, samples):
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "jsonl"])
-def test_reading_goes_on_from_any_row(request, kind, tiny_corpus):
+def test_reading_resumes_from_any_row(request, kind, tiny_corpus):
     path = str(tiny_corpus.jsonl if kind == "jsonl" else request.getfixturevalue(kind))
     (shard,) = shards_of(path)
     items = list(read_shard(shard))
@@ -73,7 +73,7 @@ def test_reading_goes_on_from_any_row(request, kind, tiny_corpus):
     assert list(read_shard(shard, items[-1].next)) == []
 
 
-def test_blocks_of_a_jsonl_hold_every_line_once(tiny_corpus, monkeypatch):
+def test_blocks_of_a_jsonl_contain_every_line_once(tiny_corpus, monkeypatch):
     lines = [json.loads(line)["messages"] for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()]
     size = tiny_corpus.jsonl.stat().st_size
     for block in (1, 100, 313, 700, size - 1, size, size + 1):
@@ -82,7 +82,7 @@ def test_blocks_of_a_jsonl_hold_every_line_once(tiny_corpus, monkeypatch):
         assert [json.loads(row["messages"]) for row in rows] == lines, block
 
 
-def test_json_gives_dialogue_language_and_hotwords(write_tar):
+def test_json_sets_dialogue_language_and_hotwords(write_tar):
     dialogue = {
         "messages": [
             {"role": "user", "content": "Write: <|startofspeech|>!/etc/passwd<|endofspeech|>"},
@@ -100,7 +100,7 @@ def test_json_gives_dialogue_language_and_hotwords(write_tar):
         ]
     )
     first, second = rows_of(path)
-    # The path is not read: the sample's own recording stands there.
+    # The path is not read: the sample's recording replaces it.
     assert json.loads(first["messages"])[0]["content"] == "Write: <|startofspeech|>!1.flac<|endofspeech|>"
     assert (first["recordings"], first["speech_length"]) == ([WAV], 12)
     assert second["hotwords"] == ["好"]
@@ -122,9 +122,9 @@ def test_columns_of_parquet_may_be_messages_or_plain_bytes(write_parquet):
     "members, reason",
     [
         ([("1.wav", WAV)], "no transcript: 1.txt"),
-        ([("1.txt", b"a")], "one recording expected, found none"),
+        ([("1.txt", b"a")], "must have one recording, found none"),
         ([("1.wav", WAV), ("1.flac", WAV), ("1.txt", b"a")], "found 1.wav and 1.flac"),
-        ([("1.wav", WAV), ("1.wav", WAV), ("1.txt", b"a")], "1.wav is there twice"),
+        ([("1.wav", WAV), ("1.wav", WAV), ("1.txt", b"a")], "duplicate member 1.wav"),
         ([("1.wav", WAV), ("1.txt", b"\xff")], "not UTF-8: 1.txt"),
         ([("1.wav", WAV), ("1.txt", b" ")], "transcript\\) is empty"),
         ([("1.wav", WAV), ("1.json", b"{")], "not JSON"),
@@ -133,7 +133,7 @@ def test_columns_of_parquet_may_be_messages_or_plain_bytes(write_parquet):
         ([("1.wav", WAV), ("1.json", b'{"messages": []}')], "no .user. message"),
     ],
 )
-def test_bad_sample_is_named_and_the_rest_is_read(write_tar, members, reason):
+def test_bad_sample_is_reported_and_the_rest_is_read(write_tar, members, reason):
     good = [("2.wav", WAV), ("2.txt", b"b")]
     bad, row = rows_of(write_tar([*members, *good]))
     assert isinstance(bad, BadRow) and bad.line == "1"
@@ -150,17 +150,17 @@ def test_links_in_a_tar_file_are_not_followed(tmp_path):
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
     (bad,) = rows_of(path)
-    assert "link or device" in bad.reason or "twice" in bad.reason
+    assert "link or device" in bad.reason or "duplicate" in bad.reason
 
 
-def test_names_that_climb_are_only_names(write_tar, tmp_path):
+def test_member_names_with_parent_folders_are_only_names(write_tar, tmp_path):
     (row,) = rows_of(write_tar([("../../etc/x.wav", WAV), ("../../etc/x.txt", b"a")]))
     assert row["recordings"] == [WAV]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard.tar"]
 
 
 @pytest.mark.parametrize("cut, kept", [(600, 0), (1024 + 512 + 100, 1), (-1024 * 9, 2)])
-def test_truncated_tar_is_one_bad_row_after_the_whole_samples(write_tar, cut, kept):
+def test_truncated_tar_is_one_bad_row_after_the_complete_samples(write_tar, cut, kept):
     path = write_tar([(f"{n}.{end}", data) for n in (1, 2) for end, data in (("wav", WAV), ("txt", b"a"))])
     data = path.read_bytes()
     path.write_bytes(data[:cut] if cut > 0 else data[: 512 * 8])
@@ -170,7 +170,7 @@ def test_truncated_tar_is_one_bad_row_after_the_whole_samples(write_tar, cut, ke
     assert "truncated" in rows[-1].reason or "damaged" in rows[-1].reason
 
 
-def test_damaged_header_in_the_middle_is_told(tar):
+def test_damaged_header_in_the_middle_is_reported(tar):
     data = bytearray(tar.read_bytes())
     (shard,) = shards_of(str(tar))
     start = list(read_shard(shard))[9].next
@@ -183,36 +183,36 @@ def test_damaged_header_in_the_middle_is_told(tar):
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
 @pytest.mark.parametrize("content", [b"", b"no archive" * 500])
-def test_file_that_is_no_archive_is_one_bad_row(tmp_path, name, content):
+def test_file_that_is_not_an_archive_is_one_bad_row(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (bad,) = rows_of(tmp_path / name)
     assert isinstance(bad, BadRow) and "cannot be read" in bad.reason
 
 
-def test_shard_that_has_gone_is_one_bad_row(tmp_path):
+def test_missing_shard_is_one_bad_row(tmp_path):
     for name in ("a.tar", "a.parquet", "a.jsonl"):
         (item,) = read_shard(Shard(str(tmp_path / name), 0, 100))
         assert "cannot be read" in item.row.reason
 
 
-def test_parquet_without_bytes_or_columns_is_told(write_parquet):
+def test_parquet_without_bytes_or_columns_is_reported(write_parquet):
     audio = {"bytes": None, "path": "/etc/passwd"}
     bad = rows_of(write_parquet([{"audio": audio, "text": "a"}, {"audio": {"bytes": WAV, "path": "x"}, "text": None}]))
     assert [row.line for row in bad] == ["row 0", "row 1"]
     assert "embed the recordings" in bad[0].reason and "must be a string" in bad[1].reason
     (bad,) = rows_of(write_parquet([{"sound": WAV, "text": "a"}]))
-    assert "needs 'audio'" in bad.reason
+    assert "no column 'audio'" in bad.reason
 
 
-def test_globs_stand_for_files_in_order(tmp_path):
+def test_globs_expand_to_sorted_files(tmp_path):
     for name in ("b.tar", "a.tar", "c.jsonl", "odd[1].tar"):
         (tmp_path / name).touch()
-    found = expand([f"{tmp_path}/?.tar", f"{tmp_path}/odd[1].tar"])
+    found = expand_paths([f"{tmp_path}/?.tar", f"{tmp_path}/odd[1].tar"])
     assert found == [[f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"], [f"{tmp_path}/odd[1].tar"]]
     with pytest.raises(FileNotFoundError, match="none"):
-        expand([f"{tmp_path}/none*"])
-    with pytest.raises(ValueError, match="a.tar is named twice"):
-        expand([f"{tmp_path}/*.tar", f"{tmp_path}/a.tar"])
+        expand_paths([f"{tmp_path}/none*"])
+    with pytest.raises(ValueError, match="a.tar is given twice"):
+        expand_paths([f"{tmp_path}/*.tar", f"{tmp_path}/a.tar"])
 
 
 def test_list_of_files_stands_for_its_files(tmp_path, monkeypatch):
@@ -223,13 +223,13 @@ def test_list_of_files_stands_for_its_files(tmp_path, monkeypatch):
     names = tmp_path / "data.list"
     names.write_text(f"a.jsonl\n\nsub/*.jsonl\n{tmp_path}/c.tar\n", encoding="utf-8")
     rows = str(tmp_path / "rows.txt")  # of another name, but rows
-    assert expand([str(names), rows]) == [
+    assert expand_paths([str(names), rows]) == [
         [f"{tmp_path}/{name}" for name in ("a.jsonl", "sub/b.jsonl", "c.tar")],
         [rows],
     ]
     names.write_text("a.jsonl\nb.jsonl\n", encoding="utf-8")  # is in the working directory
     with pytest.raises(FileNotFoundError, match=r"data\.list:2: b\.jsonl \(relative paths start at the folder of"):
-        expand([str(names)])
+        expand_paths([str(names)])
 
 
 def test_compressed_file_is_refused(tmp_path):

@@ -1,5 +1,4 @@
-"""Streaming: every row once a pass over all ranks and workers, the token budget kept, an interruption leaves no trace,
-bad rows are told and stop the run."""
+"""Streaming: every row once per pass over all ranks and workers, batch budget, exact resume, bad rows."""
 
 import json
 import logging
@@ -12,14 +11,14 @@ from hf_speechllm.data.augmentation import SpecAugment
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.stream_loader import StreamLoader
-from hf_speechllm.data.streaming import Place, RowStream
+from hf_speechllm.data.streaming import RowStream, StreamState
 from hf_speechllm.model.loss import label_positions
 
 BUDGET = 4.0  # seconds
 
 
 class Naming(SpeechLLMCollator):
-    """Gives what the rows were, instead of tensors."""
+    """A collator that returns rows instead of tensors."""
 
     def __call__(self, rows):
         return [
@@ -30,7 +29,7 @@ class Naming(SpeechLLMCollator):
 
 @pytest.fixture
 def stream(processor, tiny_corpus, monkeypatch):
-    """A stream of the tiny corpus in blocks of about three rows."""
+    """Builds a stream of the tiny corpus in blocks of about three rows."""
     monkeypatch.setattr("hf_speechllm.data.shards.BLOCK_SIZE", 1000)
 
     def make(*files, collator=Naming, **options):
@@ -41,27 +40,27 @@ def stream(processor, tiny_corpus, monkeypatch):
     return make
 
 
-def take(stream, number, worker=0, workers=1, place=None):
-    batches = stream.batches(place or Place(), worker, workers)
+def take(stream, number, worker=0, workers=1, state=None):
+    batches = stream.batches(state or StreamState(), worker, workers)
     return [next(batches) for _ in range(number)]
 
 
 def passes(stream, epochs, workers=1):
-    """The keys of the rows of each pass, all workers of one rank together."""
+    """Returns the keys of the rows of each pass, from all workers of one rank."""
     found = [Counter() for _ in range(epochs)]
     for worker in range(workers):
-        for batch, place in stream.batches(Place(), worker, workers):
+        for batch, state in stream.batches(StreamState(), worker, workers):
             for row in batch:
                 _, epoch, shard, _, number = row["seed"]
                 if epoch < epochs:
                     found[epoch][shard, number] += 1
-            if place.epoch >= epochs:
+            if state.epoch >= epochs:
                 break
     return found
 
 
 @pytest.mark.parametrize("ranks, workers, window", [(1, 1, 5), (2, 2, 8), (3, 1, 100)])
-def test_every_row_is_seen_once_a_pass_by_one_worker(stream, ranks, workers, window):
+def test_every_row_is_used_once_per_pass_by_one_worker(stream, ranks, workers, window):
     total = [Counter(), Counter()]
     for rank in range(ranks):
         made = stream(rank=rank, num_ranks=ranks, window_rows=window)
@@ -72,14 +71,14 @@ def test_every_row_is_seen_once_a_pass_by_one_worker(stream, ranks, workers, win
     assert set(total[0].values()) == set(total[1].values()) == {1}
 
 
-def test_more_workers_than_rows_end_with_a_message(stream):
-    """Instead of waiting for each other without an end."""
+def test_more_workers_than_rows_are_an_error(stream):
+    """Otherwise workers would wait forever."""
     with pytest.raises(BadDataError, match="no row for one of 100 workers"):
         for worker in range(100):
             take(stream(), 1, worker, 100)
 
 
-def test_rows_are_shared_where_shards_are_few(stream, write_tar, samples):
+def test_workers_share_rows_if_there_are_few_shards(stream, write_tar, samples):
     path = write_tar([pair for n, data, text in samples for pair in ((f"{n}.wav", data), (f"{n}.txt", text.encode()))])
     total = Counter()
     for rank in range(3):
@@ -91,7 +90,7 @@ def test_rows_are_shared_where_shards_are_few(stream, write_tar, samples):
     assert len(total) == 24 and set(total.values()) == {1}
 
 
-def test_batches_keep_the_budget_and_hold_similar_lengths(stream):
+def test_batches_fit_the_budget_and_have_similar_lengths(stream):
     batches = [batch for batch, _ in take(stream(window_rows=24), 30)]
     assert max(len(batch) for batch in batches) > 2
     for batch in batches:
@@ -101,7 +100,7 @@ def test_batches_keep_the_budget_and_hold_similar_lengths(stream):
     assert sum(row["frames"] for batch in batches for row in batch) > 0.8 * padded
 
 
-def test_order_depends_on_seed_pass_and_rank_alone(stream):
+def test_order_depends_only_on_seed_pass_and_rank(stream):
     def seeds(**options):
         return [row["seed"][1:] for batch, _ in take(stream(**options), 20) for row in batch]
 
@@ -114,7 +113,7 @@ def test_order_depends_on_seed_pass_and_rank_alone(stream):
 
 @pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet"])
 @pytest.mark.parametrize("cut", [1, 2, 5, 11, 19])
-def test_going_on_from_any_place_gives_the_same_batches(stream, write_tar, write_parquet, samples, kind, cut):
+def test_resuming_from_any_state_gives_the_same_batches(stream, write_tar, write_parquet, samples, kind, cut):
     files = ()
     if kind == "tar":
         files = [
@@ -125,11 +124,11 @@ def test_going_on_from_any_place_gives_the_same_batches(stream, write_tar, write
     elif kind == "parquet":
         files = [write_parquet([{"audio": data, "text": text} for _, data, text in samples])]
     whole = take(stream(*files), 20)
-    rest = take(stream(*files), 20 - cut, place=whole[cut - 1][1])
+    rest = take(stream(*files), 20 - cut, state=whole[cut - 1][1])
     assert rest == whole[cut:]
 
 
-def test_weights_say_how_often_rows_are_seen_in_a_pass(stream, write_tar, samples):
+def test_weights_set_how_often_rows_are_used_in_a_pass(stream, write_tar, samples):
     made = write_tar(
         [(f"{n}.{e}", d) for n, data, text in samples for e, d in (("wav", data), ("txt", text.encode()))]
     )
@@ -143,7 +142,7 @@ def test_weights_say_how_often_rows_are_seen_in_a_pass(stream, write_tar, sample
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_goes_on_where_a_checkpoint_was_made(stream, tmp_path, workers):
+def test_loader_resumes_from_a_checkpoint(stream, tmp_path, workers):
     whole = StreamLoader(stream(), workers)
     batches = iter(whole)
     expected = []
@@ -172,7 +171,7 @@ def test_state_of_other_data_or_processes_is_refused(stream, tmp_path):
         StreamLoader(stream(rank=1, num_ranks=2)).load(tmp_path)
 
 
-def test_batches_equal_those_of_the_processor(stream, processor, tiny_corpus):
+def test_batches_equal_the_processor_output(stream, processor, tiny_corpus):
     names = take(stream(), 3)
     rows = {
         json.loads(line)["messages"][2]["content"] + str(json.loads(line)["speech_length"]): json.loads(line)[
@@ -188,17 +187,17 @@ def test_batches_equal_those_of_the_processor(stream, processor, tiny_corpus):
             assert torch.equal(batch[key], expected[key]), key
 
 
-def test_augmentation_differs_between_passes_and_not_after_a_resume(stream, processor):
+def test_augmentation_differs_between_passes_but_not_after_resume(stream, processor):
     collator = SpeechLLMCollator(processor, [SpecAugment()])
     whole = take(stream(collator=collator), 12)
-    rest = take(stream(collator=collator), 6, place=whole[5][1])
+    rest = take(stream(collator=collator), 6, state=whole[5][1])
     for (batch, _), (again, _) in zip(whole[6:], rest, strict=True):
         assert torch.equal(batch["input_features"], again["input_features"])
 
 
 @pytest.fixture
 def spoiled(tiny_corpus, tmp_path):
-    """The corpus with a bad second row and a vanished recording in the third."""
+    """The corpus with a bad second row and a missing recording in the third row."""
     lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()
     start = len(lines[0].encode()) + 1
     lines[1] = "{"
@@ -208,26 +207,26 @@ def spoiled(tiny_corpus, tmp_path):
     return path, start
 
 
-def test_first_bad_row_stops_the_run_unless_some_may_be_bad(stream, spoiled):
+def test_first_bad_row_stops_the_run_by_default(stream, spoiled):
     path, start = spoiled
     with pytest.raises(BadDataError, match=rf"spoiled.jsonl:byte {start}: not JSON|gone.wav: no such file"):
         take(stream(path), 30)
 
 
-def test_bad_rows_are_told_counted_and_left_out(stream, spoiled, caplog):
+def test_bad_rows_are_reported_counted_and_skipped(stream, spoiled, caplog):
     path, start = spoiled
     with caplog.at_level(logging.WARNING):
         batches = take(stream(path, max_bad_fraction=0.1), 40)
-    place = batches[-1][1]
-    assert place.epoch > 1
-    assert abs(place.bad_rows + place.bad_recordings - place.rows / 12) < 4
+    state = batches[-1][1]
+    assert state.epoch > 1
+    assert abs(state.bad_rows + state.bad_recordings - state.rows / 12) < 4
     assert f"spoiled.jsonl:byte {start}: not JSON" in caplog.text
     assert "gone.wav: no such file" in caplog.text
     assert len({row["seed"][2:] for batch, _ in batches for row in batch}) == 22
 
 
 def test_too_many_bad_rows_stop_the_run_after_the_minimum(stream, spoiled, monkeypatch):
-    made = stream(spoiled[0], max_bad_fraction=0.05)  # a twelfth is bad
+    made = stream(spoiled[0], max_bad_fraction=0.05)  # 1 of 12 rows is bad
     with pytest.raises(BadDataError, match=r"of \d{3} rows that a worker read are bad.*\n.*--max_bad_fraction"):
         take(made, 10_000)
     monkeypatch.setattr("hf_speechllm.data.streaming.MIN_ROWS", 50)
@@ -235,12 +234,12 @@ def test_too_many_bad_rows_stop_the_run_after_the_minimum(stream, spoiled, monke
         take(made, 10_000)
 
 
-def test_data_that_can_not_be_used_at_all_ends_with_a_message(stream, tmp_path, tiny_corpus):
+def test_data_without_usable_rows_are_an_error(stream, tmp_path, tiny_corpus):
     (tmp_path / "a.jsonl").write_text("{\n" * 5)
-    with pytest.raises(BadDataError, match="no row can be used"):
+    with pytest.raises(BadDataError, match="no usable rows"):
         take(stream(tmp_path / "a.jsonl", max_bad_fraction=1), 1)
     (tmp_path / "b.jsonl").write_text(tiny_corpus.jsonl.read_text().replace(str(tiny_corpus.folder), "/gone"))
-    with pytest.raises(BadDataError, match="no recording can be decoded"):
+    with pytest.raises(BadDataError, match="no recording of .* rows can be decoded"):
         take(stream(tmp_path / "b.jsonl", max_bad_fraction=1), 1)
     (tmp_path / "c.jsonl").write_text("")
     with pytest.raises(BadDataError, match="no row for one of 1 workers"):
@@ -257,7 +256,7 @@ def test_too_long_recordings_and_those_outside_the_root_are_bad(stream, tiny_cor
     assert take(stream(audio_root=str(tiny_corpus.folder)), 1)
 
 
-def test_wrong_length_in_a_row_does_not_break_the_budget(stream, tmp_path, make_wav, tiny_corpus):
+def test_wrong_length_in_a_row_does_not_exceed_the_budget(stream, tmp_path, make_wav, tiny_corpus):
     row = json.loads(tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[0])
     path = str(make_wav(seconds=5))
     row["messages"][1]["content"] = f"x<|startofspeech|>!{path}<|endofspeech|>"

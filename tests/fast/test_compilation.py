@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.data.sampler import Rows
+from hf_speechllm.data.sampler import KeyedRows
 from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.fast.compilation import LayerGroup, compile_layers
 from hf_speechllm.model.kv_cache import CACHE
@@ -25,7 +25,7 @@ def model(tiny_model):
 def batches(tiny_model, tiny_rows):
     """Batches of several shapes; one batch has a single row."""
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model))
-    rows = Rows(tiny_rows)
+    rows = KeyedRows(tiny_rows)
     return [collator(rows.__getitems__(list(keys))) for keys in (range(3), range(3, 8), range(8, 9), range(9, 13))]
 
 
@@ -70,7 +70,7 @@ def test_packed_rows_have_the_same_losses_and_gradients(model, batches, tiny_mod
     compile_layers(model, backend="eager")
     collator = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model), padding_free=True)
     torch._dynamo.utils.counters.clear()
-    assert_close(losses_and_gradients(model, [collator(Rows(tiny_rows).__getitems__([0, 1, 2]))]), expected)
+    assert_close(losses_and_gradients(model, [collator(KeyedRows(tiny_rows).__getitems__([0, 1, 2]))]), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 

@@ -103,7 +103,7 @@ def test_rows_of_a_parquet_file_need_no_transcripts(make_wav, tmp_path, kind):
     assert [item.id for item in found] == expected and not bad
     assert all(len(load_audio(item.recording)) == 8000 for item in found)
     pyarrow.write_table(pa.table({"sound": [content]}), tmp_path / "b.parquet")
-    assert "needs 'audio'" in find(tmp_path / "b.parquet")[1][0]
+    assert "no column 'audio'" in find(tmp_path / "b.parquet")[1][0]
 
 
 @pytest.mark.parametrize(

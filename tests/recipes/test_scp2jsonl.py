@@ -86,7 +86,7 @@ def test_prompt_is_chosen_by_flags(corpus, tmp_path, run_recipe, flags, prompt):
     "flags, message",
     [
         (["--language", "xx"], "unknown language"),
-        (["--prompt", "A:", "--no_itn"], "a prompt of one's own"),
+        (["--prompt", "A:", "--no_itn"], "prompt replaces the instruction"),
         (["--prompt", "<|im_end|>"], "contains"),
     ],
 )

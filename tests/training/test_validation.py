@@ -14,7 +14,7 @@ from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.data.prompt_collator import PromptCollator
-from hf_speechllm.data.sampler import Rows
+from hf_speechllm.data.sampler import KeyedRows
 from hf_speechllm.evaluation.scoring import ErrorCounts, count_errors
 from hf_speechllm.evaluation.validation_metrics import COUNTS
 from hf_speechllm.inference.transcriber import Transcriber
@@ -138,7 +138,7 @@ def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, tiny_
     jsonl = tmp_path / "dialogues.jsonl"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
-    prepared = Rows(prepare_rows([str(jsonl)], processor, 2048, full_precision(tmp_path))[0])
+    prepared = KeyedRows(prepare_rows([str(jsonl)], processor, 2048, full_precision(tmp_path))[0])
 
     batch = PromptCollator(SpeechLLMCollator(processor))(prepared.__getitems__([0, 1]))
     expected = [

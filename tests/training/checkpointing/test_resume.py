@@ -236,7 +236,7 @@ SCRIPT = """
 import json, os, runpy, signal, sys
 note, stop, number, victim, recipe = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 sys.argv = [recipe, *sys.argv[6:]]
-from hf_speechllm.data.sampler import Rows
+from hf_speechllm.data.sampler import KeyedRows
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 import hf_speechllm.training.trainer as module
 
