@@ -287,7 +287,7 @@ def test_compiled_layers_follow_the_course_of_one_process(engine, train, one_pro
 
 @pytest.mark.slow
 def test_layers_are_not_compiled_for_zero_3(train):
-    with pytest.raises(AssertionError, match="--compile_layers is not for ZeRO-3"):
+    with pytest.raises(AssertionError, match="--compile_layers is not supported with ZeRO-3"):
         train("deepspeed_zero3", "--compile_layers", "true")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.options import DataOptions
 from ..hub.options import PublishingOptions
 from ..model.options import ModelOptions
-from ..training.inherited_options import WITHOUT_EFFECT, check_given
+from ..training.inherited_options import WITHOUT_EFFECT, check_inherited_options
 from ..training.options import (
     BatchOptions,
     FaultOptions,
@@ -103,7 +103,7 @@ def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
         values = vars(parser.parse_args([*from_file, *argv]))
         given = [item.partition("=")[0] for item in (*from_file, *argv) if item.startswith("--")]
         given = [item[2:].replace("-", "_") for item in given]
-        check_given((name if name in values else name.removeprefix("no_") for name in given), own)
+        check_inherited_options((name if name in values else name.removeprefix("no_") for name in given), own)
     except ValueError as error:
         parser.error(str(error))
     return values

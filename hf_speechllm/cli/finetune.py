@@ -54,8 +54,8 @@ def main() -> None:
     from ..data.hotword_lists import hotword_sampler
     from ..data.streaming import open_stream
     from ..formats.checkpoint import CheckpointError
-    from ..training.cache_stage import choose_level
-    from ..training.checkpointing.course import RunFinished
+    from ..training.cache_stage import choose_cache_level
+    from ..training.checkpointing.lineage import RunFinished
     from ..training.checkpointing.selection import RetentionError
     from ..training.checkpointing.verification import VerificationError
     from ..training.checkpointing.writer import SaveError
@@ -106,7 +106,7 @@ def main() -> None:
     describe_data(train_rows, validation_rows)
 
     try:
-        # Master weights are float32 whatever the checkpoint holds: bfloat16 ones would lose most small updates.
+        # Master weights are float32 for every checkpoint: bfloat16 weights would lose most small updates.
         model = SpeechLLMForConditionalGeneration.from_pretrained(
             name, dtype=torch.float32, attn_implementation=options.model.attn_implementation
         )
@@ -114,7 +114,7 @@ def main() -> None:
         if parts.use_lora:
             model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
         freeze_parameters(model, parts.freeze_param)
-        if (level := choose_level(data, parts, args)) != "fbank":
+        if (level := choose_cache_level(data, parts, args)) != "fbank":
             train_rows = add_encoded(
                 train_rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
                 batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
@@ -134,7 +134,7 @@ def main() -> None:
         )
         trainer.get_optimizer_cls_and_kwargs(args, model)  # --optim may need a package
     except ModuleNotFoundError:
-        raise  # told by `main`
+        raise  # `main` reports this error
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {' '.join(str(error).split())}")
     try:

@@ -1,1 +1,1 @@
-"""Training: arguments, freezing, LoRA, the trainer and its callbacks."""
+"""Training: trainer, options, freezing, LoRA, data loaders, validation, faults of a run."""

@@ -1,4 +1,4 @@
-"""Arguments of the trainer: all of `TrainingArguments` and what a speech LLM needs besides."""
+"""Arguments of the trainer: `TrainingArguments` and the options of speech LLMs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..hub.options import PublishingOptions
-from .inherited_options import changed, check_given
+from .inherited_options import changed_without_effect, check_inherited_options
 from .option_checks import check_training
 from .options import BatchOptions, FaultOptions, OptimizationOptions, ValidationOptions
 
@@ -24,31 +24,31 @@ logger = logging.getLogger(__name__)
 class SpeechLLMTrainingArguments(
     OptimizationOptions, BatchOptions, ValidationOptions, FaultOptions, PublishingOptions, TrainingArguments
 ):
-    """`TrainingArguments`, with batches by audio seconds, validation by decoding, and what the trainer needs besides.
+    """`TrainingArguments` with batches by audio seconds, validation by decoding, and other options of the trainer.
 
     Attributes:
-        run_options: options of the run about model, data and adapters, by name, where the command line knows them:
-            checkpoints record them, so that a resumed run with others is noticed.
+        run_options: options about model, data and adapters by name, set by the command line. Checkpoints record these
+            options, so that a resumed run reports changes.
 
     Raises:
-        ValueError: where options contradict each other; the message names them.
+        ValueError: if options contradict each other; the message names the options.
     """
 
     run_options: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self.per_device_train_batch_seconds = batch_seconds(self.per_device_train_batch_seconds)
-        check_given(changed(self))
+        check_inherited_options(changed_without_effect(self))
         self.check_publishing()
         check_training(self)
         self._check_trackers()
-        self._settle_device()
+        self._set_device()
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
-        for option in ("gradient_checkpointing", "activation_checkpointing"):  # the same, of older and newer releases
+        for option in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same option
             if getattr(self, option, None) and getattr(self, f"{option}_kwargs") is None:
                 setattr(self, f"{option}_kwargs", {"use_reentrant": False})
-        self._settle_validation()
+        self._set_validation()
         super().__post_init__()
 
     def _check_trackers(self) -> None:
@@ -61,21 +61,21 @@ class SpeechLLMTrainingArguments(
                     f"{', '.join(['none', *installed])}"
                 )
 
-    def _settle_device(self) -> None:
-        """Takes `use_cpu` from accelerate, too; transformers itself looks at its own option alone."""
-        # The launcher does not pass it on to several processes.
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    def _set_device(self) -> None:
+        """Sets `use_cpu` if accelerate uses the CPU; transformers ignores the setting of accelerate."""
+        # The launcher does not pass the setting to several processes.
+        single_process = int(os.environ.get("WORLD_SIZE", 1)) == 1
         if parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True
-        elif not (alone or self.use_cpu or torch.accelerator.is_available()):
+        elif not (single_process or self.use_cpu or torch.accelerator.is_available()):
             if int(os.environ.get("RANK", 0)) == 0:
                 logger.warning("no GPU was found: all processes train on the CPU")
             self.use_cpu = True
 
-    def _settle_validation(self) -> None:
-        """What the options on validation mean for those of transformers."""
+    def _set_validation(self) -> None:
+        """Sets options of transformers that follow from the options of validation."""
         if self.eval_cer:
-            self.eval_on_start = True  # the base model is what training has to beat
+            self.eval_on_start = True  # the scores of the base model, for comparison
         if self.metric_for_best_model is None and (self.eval_cer or self.chooses_checkpoints):
             self.metric_for_best_model = "cer" if self.eval_cer else "loss"
         if self.greater_is_better is None and self.metric_for_best_model is not None:
@@ -84,23 +84,23 @@ class SpeechLLMTrainingArguments(
             self.load_best_model_at_end = True
             self.save_total_limit = None
         if self.early_stopping_patience is not None:
-            self.restore_callback_states_from_checkpoint = True  # patience goes on counting after an interruption
+            self.restore_callback_states_from_checkpoint = True  # a resumed run keeps the count of evaluations
 
     @property
     def chooses_checkpoints(self) -> bool:
-        """Whether anything depends on which evaluation was the best."""
+        """Whether an option depends on the best evaluation."""
         return self.early_stopping_patience is not None or self.keep_best_checkpoints is not None
 
     @property
     def stops_at_retention_loss(self) -> bool:
-        """Whether training ends where the CER of --retention_file has risen too far."""
+        """Whether training ends if the CER of --retention_file exceeds the limit."""
         return self.retention_file is not None and self.retention_action == "stop"
 
 
 def batch_seconds(text: str | float) -> float:
-    """A batch budget; 0 for `auto`.
+    """Parses a batch budget; returns 0 for `auto`.
 
     Raises:
-        ValueError: if it is neither a number nor `auto`.
+        ValueError: if the text is neither a number nor `auto`.
     """
     return 0.0 if text == "auto" else float(text)

@@ -1,4 +1,4 @@
-"""The batch budget that `--per_device_train_batch_seconds auto` measures: the largest that a GPU's memory takes."""
+"""Measures the largest batch budget that fits into GPU memory, for `--per_device_train_batch_seconds auto`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .arguments import SpeechLLMTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-USED_SHARE = 0.88  # of the memory; the rest is for fragmentation and for what the driver needs
+USED_SHARE = 0.88  # share of the GPU memory; fragmentation and the driver need the rest
 FIRST_PROBE = 60.0  # seconds of audio
-LARGEST = 4800.0  # seconds of audio; the GPU is busy long before
-STEPS_PER_EPOCH = 20  # at least, where the data allow it
-OPTIMIZER_BYTES = 8  # per trained parameter: AdamW's two moments in float32
+LARGEST = 4800.0  # seconds of audio; smaller batches already use the GPU fully
+STEPS_PER_EPOCH = 20  # minimum, if the data are sufficient
+OPTIMIZER_BYTES = 8  # per trained parameter: two float32 moments of AdamW
 MEMORY_FILE = "batch_seconds.json"
 
 
@@ -37,17 +37,17 @@ def find_batch_seconds(
     backward: Callable[[dict], None],
     sharded: bool = False,
 ) -> float:
-    """Measures the largest budget, in padded seconds of audio, whose batches fit into the memory of every rank's GPU.
+    """Measures the largest budget, in padded seconds of audio, whose batches fit into the GPU memory of every rank.
 
-    Batches of the shortest, the median and the longest rows run forward and backward at growing budgets; memory grows
-    linearly with them. The result is stored in the output folder and the cache folder, for the same model, options,
-    rows and kind of GPU.
+    Runs forward and backward passes of batches with the shortest, median and longest rows at growing budgets; memory
+    grows linearly with the budget. Stores the result in the output folder and the cache folder, for runs with the same
+    model, options, rows and GPU type.
 
     Args:
         args: of the run.
         model: to be trained.
         rows: training rows, a `datasets.Dataset`.
-        collator: of training.
+        collator: training collator.
         backward: runs the forward and backward pass of a batch of the collator.
         sharded: whether DeepSpeed or FSDP will shard the model.
 
@@ -59,21 +59,23 @@ def find_batch_seconds(
     """
     device = args.device
     if device.type != "cuda":
-        raise ValueError("--per_device_train_batch_seconds auto measures a GPU's memory; on a CPU give a number")
+        raise ValueError("--per_device_train_batch_seconds auto measures GPU memory; set a number of seconds on a CPU")
     if sharded:
         raise ValueError(
-            "--per_device_train_batch_seconds auto can't see what DeepSpeed or FSDP will shard: give a number"
+            "--per_device_train_batch_seconds auto cannot measure a model that DeepSpeed or FSDP shards; set a number "
+            "of seconds"
         )
     seconds = row_seconds(rows)
     total = torch.cuda.get_device_properties(device).total_memory
     key = _key(args, model, rows, collator, seconds, total)
-    # The output folder first: a resumed run must cut the same batches.
+    # The output folder comes first: a resumed run must form the same batches.
     folders = [Path(args.output_dir), *(Path(file["filename"]).parent for file in rows.cache_files[:1])]
-    budget = next((known[key] for folder in folders if key in (known := _read_known(folder))), None)
+    budget = next((stored[key] for folder in folders if key in (stored := _read_stored(folder))), None)
     if budget is None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        later = trained * (OPTIMIZER_BYTES + (4 if args.world_size > 1 else 0))  # moments; DDP's buckets
-        epoch = float(seconds.sum()) / (STEPS_PER_EPOCH * args.world_size * args.gradient_accumulation_steps)
+        # Allocated later: moments of the optimizer, buckets of DDP.
+        reserved = trained * (OPTIMIZER_BYTES + (4 if args.world_size > 1 else 0))
+        per_step = float(seconds.sum()) / (STEPS_PER_EPOCH * args.world_size * args.gradient_accumulation_steps)
 
         def probe(batch_seconds: float) -> float:
             batches = BudgetBatchSampler(seconds, batch_seconds, shuffle=False, row_cost=ROW_COST).batches(0)
@@ -84,9 +86,9 @@ def find_batch_seconds(
 
         budget = largest_budget(
             probe,
-            room=USED_SHARE * total - later,
+            available=USED_SHARE * total - reserved,
             longest=float(seconds.max()),
-            most=min(LARGEST, max(epoch, float(seconds.max()))),
+            limit=min(LARGEST, max(per_step, float(seconds.max()))),
         )
     smallest = torch.tensor(budget, device=device, dtype=torch.float64)
     if args.world_size > 1:
@@ -96,40 +98,40 @@ def find_batch_seconds(
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / MEMORY_FILE) as file:
-                json.dump({**_read_known(folder), key: budget}, file)
-    logger.info("batches of up to %.0f padded seconds of audio fit into memory", budget)
+                json.dump({**_read_stored(folder), key: budget}, file)
+    logger.info("batches of up to %.0f padded seconds of audio fit into GPU memory", budget)
     return budget
 
 
-def _read_known(folder: Path) -> dict[str, float]:
+def _read_stored(folder: Path) -> dict[str, float]:
     file = folder / MEMORY_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def largest_budget(probe: Callable[[float], float], room: float, longest: float, most: float) -> float:
-    """Searches the largest budget that fits: each probe is chosen by the line through the two before it.
+def largest_budget(probe: Callable[[float], float], available: float, longest: float, limit: float) -> float:
+    """Searches the largest budget that fits; extrapolates the memory of the two previous probes linearly.
 
     Args:
-        probe: returns the peak memory of a budget (seconds), in bytes; raises `torch.OutOfMemoryError` if it does not
-            fit.
-        room: available memory, in bytes.
-        longest: duration of the longest row, in seconds, below which no budget can be.
-        most: largest wanted budget, in seconds.
+        probe: returns the peak memory in bytes for a budget in seconds; raises `torch.OutOfMemoryError` if the budget
+            does not fit.
+        available: available memory, in bytes.
+        longest: duration of the longest row, in seconds: the smallest possible budget.
+        limit: largest budget to return, in seconds.
 
     Returns:
         Seconds.
 
     Raises:
-        ValueError: if the longest row alone does not fit.
+        ValueError: if the longest row does not fit.
     """
-    small = min(max(longest, FIRST_PROBE), max(most, longest))
+    small = min(max(longest, FIRST_PROBE), max(limit, longest))
 
     def fits(budget: float) -> float | None:
         try:
             used = probe(budget)
         except torch.OutOfMemoryError:
             return None
-        return used if used <= room else None
+        return used if used <= available else None
 
     used = fits(small)
     while used is None and small > longest:
@@ -137,10 +139,10 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
         used = fits(small)
     if used is None:
         raise ValueError(
-            f"the longest row ({longest:.1f} s) does not fit into the GPU's memory: set --gradient_checkpointing "
-            "true, train fewer parts, or remove the row"
+            f"the longest row ({longest:.1f} s) does not fit into the GPU memory: set --gradient_checkpointing true, "
+            "train fewer parts, or remove the row"
         )
-    budget = min(most, 2 * small)
+    budget = min(limit, 2 * small)
     while budget > small:
         more = fits(budget)
         if more is None:
@@ -148,10 +150,10 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
             if budget - small < 0.05 * small:
                 return small
             continue
-        if budget >= most:
+        if budget >= limit:
             return budget
         slope = max((more - used) / (budget - small), 1e-9)
-        target = min(most, budget + 0.97 * (room - more) / slope)
+        target = min(limit, budget + 0.97 * (available - more) / slope)
         if target < 1.05 * budget:
             return budget
         small, used, budget = budget, more, target
@@ -159,7 +161,7 @@ def largest_budget(probe: Callable[[float], float], room: float, longest: float,
 
 
 def _peak_memory(model: nn.Module, batches: Any, backward: Callable[[dict], None], device: torch.device) -> float:
-    """Peak memory of forward and backward passes, in bytes; gradients and random numbers are as before."""
+    """Measures the peak memory of forward and backward passes, in bytes; restores gradients and random state."""
     peak = 0
     state = torch.cuda.get_rng_state(device)
     try:
@@ -184,10 +186,10 @@ def _key(
     memory: int,
 ) -> str:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    facts = [
+    values = [
         model.config.to_json_string(), trained, args.bf16, args.gradient_checkpointing, args.world_size > 1,
         args.run_options.get("attn_implementation"),
         torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
         round(float(seconds.sum()), 1), round(float(seconds.max()), 2), rows.column_names, collator.padding_free,
     ]  # fmt: skip
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

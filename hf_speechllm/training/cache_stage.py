@@ -1,4 +1,4 @@
-"""Which rung of the cache's ladder is right: fbank -> encoder output -> audio tokens (`data.encoder_cache`)."""
+"""Chooses what to cache: fbank, encoder output or adaptor output (`data.encoder_cache`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEVELS = ("fbank", "encoder", "adaptor")
 
 
 def _refusal(level: str, data: DataOptions, parts: TrainedPartsOptions) -> str | None:
-    """Why a rung of the ladder would give wrong results; `None` if it would not.
+    """Returns why a cache level would give wrong results, or `None`.
 
     Args:
         level: `fbank`, `encoder` or `adaptor`.
@@ -21,26 +21,31 @@ def _refusal(level: str, data: DataOptions, parts: TrainedPartsOptions) -> str |
     if level == "fbank":
         return None
     if data.spec_augment or data.tempo_perturb or data.dither:
-        return "--spec_augment, --tempo_perturb and --dither change the features in every epoch"
+        return (
+            "--spec_augment, --tempo_perturb and --dither change the features in every epoch; leave these out or use "
+            "--cache_level fbank"
+        )
     if not parts.freeze_audio_encoder:
-        return "the encoder is trained; give --freeze_audio_encoder"
+        return "the encoder is trained; set --freeze_audio_encoder"
     if level == "adaptor" and not parts.freeze_audio_adaptor:
-        return "the adaptor is trained; give --freeze_audio_adaptor"
+        return "the adaptor is trained; set --freeze_audio_adaptor"
     if data.feature_cache == "off" or data.streaming:
-        return "it needs cached features: no --streaming, no --feature_cache off"
+        return "requires cached features; leave out --streaming and --feature_cache off"
     return None
 
 
-def choose_level(data: DataOptions, parts: TrainedPartsOptions, args: SpeechLLMTrainingArguments) -> str:
-    """The rung for `--cache_level`; for `auto` the deepest that is right, where more than an epoch is trained.
+def choose_cache_level(data: DataOptions, parts: TrainedPartsOptions, args: SpeechLLMTrainingArguments) -> str:
+    """Returns the cache level for `--cache_level`; for `auto` the last level that gives correct results.
+
+    For runs of up to one epoch, `auto` is `fbank`: other caches might never be read.
 
     Raises:
-        ValueError: if there is no such rung, or the one that was asked for would give wrong results.
+        ValueError: if the level is unknown or would give wrong results.
     """
     if data.cache_level not in ("auto", *LEVELS):
         raise ValueError(f"--cache_level is {data.cache_level!r}; choose auto, {', '.join(LEVELS)}")
     if data.cache_level == "auto":
-        if args.max_steps > 0 or args.num_train_epochs <= 1:  # stored for nothing, perhaps
+        if args.max_steps > 0 or args.num_train_epochs <= 1:
             return "fbank"
         return next(level for level in LEVELS[::-1] if _refusal(level, data, parts) is None)
     reason = _refusal(data.cache_level, data, parts)

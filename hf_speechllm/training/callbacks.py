@@ -1,4 +1,4 @@
-"""What happens beside the training loop: pictures and tables."""
+"""Callbacks that write the training curve and the table of evaluations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TITLES = {
     "token_accuracy": "Token accuracy (teacher forcing)",
     "cer": "CER of decoded validation sets, %",
 }
-_HIGHEST_CER = 105  # percent; an untrained model's may be anything, and would flatten the rest
+_HIGHEST_CER = 105  # percent; the CER of an untrained model has no limit and would flatten the other curves
 
 
 class TrainingCurve(TrainerCallback):
@@ -25,22 +25,22 @@ class TrainingCurve(TrainerCallback):
         self._drawn_step = -1
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Loads what draws. That leaves exceptions with their frames behind; loaded while an epoch runs, it would keep
-        the epoch's loader processes alive with them."""
+        """Loads matplotlib. The import leaves exceptions with frames in memory; during an epoch, these frames would
+        keep the loader processes alive."""
         if state.is_world_process_zero:
             _load_matplotlib()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """Redraws the picture, so that a long run can be looked at."""
+        """Draws the curve, so that users can watch a long run."""
         self._draw(args, state)
 
     def on_save(self, args, state, control, **kwargs):
-        """Redraws the picture, unless an evaluation has just done so."""
+        """Draws the curve, unless an evaluation at the same step has drawn the curve."""
         if state.global_step != self._drawn_step:
             self._draw(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Draws the final picture."""
+        """Draws the final curve."""
         self._draw(args, state)
 
     def _draw(self, args, state) -> None:
@@ -50,7 +50,7 @@ class TrainingCurve(TrainerCallback):
 
 
 class ValidationTable(TrainerCallback):
-    """Writes all evaluations of a run that decodes its validation sets into a table, anew each time."""
+    """Writes a table of all evaluations, with `--eval_cer`; each evaluation replaces the file."""
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Writes the table."""
@@ -59,18 +59,18 @@ class ValidationTable(TrainerCallback):
 
 
 def draw_curve(log_history: list[dict], path: Path) -> None:
-    """Writes a picture of a run.
+    """Draws the curves of a run into a PNG file.
 
     Args:
         log_history: of `TrainerState`: dicts with `step`, and `loss`, `token_accuracy`, or `eval_..._loss`, ...; with
-            any `eval_..._cer` there is a third panel.
-        path: of the PNG; its folder is made.
+            an `eval_..._cer`, the picture has a third panel.
+        path: of the PNG file; the folder is created.
     """
     Figure, FigureCanvasAgg = _load_matplotlib()
     curves = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
     quantities = [quantity for quantity in _TITLES if quantity != "cer" or curves["cer"]]
     labels = dict.fromkeys(label for quantity in _TITLES for label in curves[quantity])
-    colours = {label: f"C{index}" for index, label in enumerate(labels)}  # a set has the same one in every panel
+    colours = {label: f"C{index}" for index, label in enumerate(labels)}  # a set has the same colour in every panel
     figure = Figure(figsize=(5 * len(quantities), 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
@@ -95,7 +95,7 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
 
 
 def _load_matplotlib() -> tuple[Any, Any]:
-    # Not at the top: takes a second, and most processes never draw.
+    # Not at the top: the import takes a second, and most processes never draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -103,7 +103,7 @@ def _load_matplotlib() -> tuple[Any, Any]:
 
 
 def _curves(log_history: list[dict], quantity: str) -> dict[str, list[tuple[int, float]]]:
-    """Points of training, of every validation set, and, if there are several sets, of their mean, by label."""
+    """Returns points by label: of training, of every validation set, and of the mean of several sets."""
     keys = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith(f"_{quantity}")}
     mean = f"eval_{quantity}"
     labels = {key: key.removeprefix("eval_").removesuffix(f"_{quantity}") for key in sorted(keys - {mean})}

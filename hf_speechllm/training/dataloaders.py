@@ -1,4 +1,4 @@
-"""Data loaders of a run: the sampler or the stream assigns batches to the ranks, not accelerate."""
+"""Data loaders of a run. The sampler or the stream assigns batches to the ranks, not accelerate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .loader_workers import ignore_signals, kill_workers_at_exit, worker_context
 
 
 class BudgetDataLoader(DataLoader):
-    """A loader that passes the epoch to its batch sampler: the `Trainer` calls `set_epoch` on loaders only."""
+    """A loader that passes the epoch to the batch sampler: the `Trainer` calls `set_epoch` on loaders only."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order is used next."""
+        """Sets the epoch, which determines the order of batches."""
         self.batch_sampler.set_epoch(epoch)
 
 
@@ -29,9 +29,9 @@ def train_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable, wei
 
     Args:
         args: of the run.
-        rows: `datasets.Dataset` of `data.dataset`.
-        collator: rows to a batch.
-        weights: how often each row is seen in an epoch, shape = (rows,); default 1.
+        rows: a `datasets.Dataset`, see `data.dataset`.
+        collator: builds a batch from rows.
+        weights: how often an epoch uses each row, shape = (rows,); default 1.
     """
     sampler = BudgetBatchSampler(
         row_seconds(rows),
@@ -46,7 +46,7 @@ def train_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable, wei
 
 
 def eval_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable) -> BudgetDataLoader:
-    """Builds the loader of this rank for validation, sorted by length; the arguments are as for `train_loader`."""
+    """Builds the loader of this rank for validation, sorted by length; arguments as for `train_loader`."""
     seconds = row_seconds(rows)
     budget = args.per_device_eval_batch_seconds or args.per_device_train_batch_seconds
     sampler = BudgetBatchSampler(
@@ -72,7 +72,7 @@ def _loader(
         batch_sampler=sampler,
         collate_fn=collator,
         persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
-        # The default generator is the model's, and must be left as a checkpoint has it.
+        # A loader must not use the default generator, whose state a checkpoint restores.
         generator=torch.Generator(),
         **_options(args),
     )

@@ -10,13 +10,12 @@ import torch
 def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Copies the tensors of a batch to a device.
 
-    Pinned tensors are copied without a host-device sync: a plain copy waits until the GPU has done all work queued
-    before it.
+    Pinned tensors are copied without a host-device sync. Other copies wait until the GPU has finished all queued work.
 
     Args:
-        batch: tensors by name, or dicts of them; other values are passed through.
-        device: to copy to.
-        dtype: of floating-point tensors; default as they are.
+        batch: tensors by name, or dicts of tensors; other values do not change.
+        device: target device.
+        dtype: target dtype of floating-point tensors; default unchanged.
     """
     copies = {}
     for name, value in batch.items():

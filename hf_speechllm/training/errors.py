@@ -1,4 +1,4 @@
-"""Errors that end a training run with a reason and a way on."""
+"""Errors that end a training run; messages give the reason and say how to resume."""
 
 
 class FaultError(RuntimeError):
@@ -6,4 +6,4 @@ class FaultError(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The run was asked to end by a signal, and has saved a checkpoint."""
+    """The run ended because of a signal, after saving a checkpoint."""

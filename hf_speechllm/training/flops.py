@@ -1,4 +1,4 @@
-"""Floating-point operations of training and decoding, for the share of the hardware's speed that a run reaches."""
+"""Floating-point operations of training steps, for MFU (model FLOP utilization)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..model.modeling import PARTS
 from .freezing import part_of, size_of, trained_parts
 
-# Dense bf16 matrix products, TFLOP/s, by a word of the device's name; NVIDIA's data sheets.
+# Peak speed of dense bf16 matrix products in TFLOP/s, by a word of the device name; from NVIDIA's data sheets.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -27,7 +27,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that a device can do in bf16; `None` if it isn't known."""
+    """Returns the peak bf16 speed of a device in FLOP/s; `None` if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -35,24 +35,24 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class FlopCounter:
-    """Counts the operations that training steps need: matrix products alone, padding left out.
+    """Counts the operations of training steps: matrix products only, without padding.
 
-    A product of a weight matrix with n tokens takes 2 n operations a weight forward, as many for the gradient of its
-    input, and as many for that of the weight; attention is counted whole, causal or not (Chowdhery et al. 2022,
-    "PaLM", appendix B). The gradient of an input is counted where it, or something before it, is trained.
-    Recomputation (gradient checkpointing) is not counted: it is not needed work.
+    A weight matrix and n tokens need 2 n operations per weight in the forward pass, 2 n for the gradient of the input
+    and 2 n for the gradient of the weight. Attention counts fully, even if causal (Chowdhery et al. 2022, "PaLM",
+    appendix B). The gradient of the input counts if this part or an earlier part is trained. Recomputation of gradient
+    checkpointing does not count.
 
     Args:
-        model: as it is trained: frozen, with or without adapters.
-        cached: parts whose output comes from `data.encoder_cache`, so that they don't run.
+        model: as trained: with frozen parts and adapters.
+        cached: parts that do not run, because `data.encoder_cache` contains the output.
     """
 
     def __init__(self, model: Any, cached: Collection[str] = ()):
-        weights = dict.fromkeys(PARTS, 0)  # those that multiply
+        weights = dict.fromkeys(PARTS, 0)  # weights of matrix products
         trained = dict.fromkeys(PARTS, 0)
         self.head = 0
         for name, module in model.named_modules():
-            if ".original_module." in f"{name}.":  # what peft keeps of a part that is trained whole
+            if ".original_module." in f"{name}.":  # peft's copy of a fully trained part
                 continue
             if isinstance(module, (nn.Linear, nn.Conv1d)):
                 part, count = part_of(name), size_of(module.weight)
@@ -63,7 +63,7 @@ class FlopCounter:
                 trained[part] += count if module.weight.requires_grad else 0
         config = model.config
         encoder, llm = config.audio_encoder_config, config.llm_config
-        # Forward, per token and token attended to: scores and weighted sum.
+        # Forward pass, per pair of tokens: scores and weighted sum.
         self._attention = {
             "audio_encoder": 4 * encoder.hidden_size * _layers(encoder),
             "audio_adaptor": 4 * config.audio_adaptor_config.hidden_size * _layers(config.audio_adaptor_config),
@@ -71,26 +71,26 @@ class FlopCounter:
         }
         self._weights, self._trained = weights, trained
         learning = trained_parts(model)
-        # Whether gradients flow through a part: where it, or one before it, is trained.
-        self._flows = {part: not learning.isdisjoint(PARTS[: index + 1]) for index, part in enumerate(PARTS)}
+        # Gradients flow through a part if this part or an earlier part is trained.
+        self._has_gradient = {part: not learning.isdisjoint(PARTS[: index + 1]) for index, part in enumerate(PARTS)}
         self._parts = [part for part in PARTS if part not in cached]
         self._head_trained = model.get_output_embeddings().weight.requires_grad
 
-    def step(self, frames: torch.Tensor, tokens: torch.Tensor, num_labels: int) -> float:
-        """Operations of one batch.
+    def count(self, frames: torch.Tensor, tokens: torch.Tensor, num_labels: int) -> float:
+        """Counts the operations of one batch.
 
         Args:
-            frames: encoder frames of each recording, shape = (recordings,).
-            tokens: tokens of each row, shape = (rows,).
-            num_labels: supervised tokens, where logits are computed.
+            frames: number of encoder frames of each recording, shape = (recordings,).
+            tokens: number of tokens of each row, shape = (rows,).
+            num_labels: number of supervised tokens, for which logits are computed.
         """
         lengths = {"audio_encoder": frames.double(), "audio_adaptor": frames.double(), "llm": tokens.double()}
         total = 0.0
         for part in self._parts:
             number, squares = float(lengths[part].sum()), float(lengths[part].square().sum())
-            passes = 2 if self._flows[part] else 1
+            passes = 2 if self._has_gradient[part] else 1
             total += 2 * number * (self._weights[part] * passes + self._trained[part])
-            total += self._attention[part] * squares * (3 if self._flows[part] else 1)
+            total += self._attention[part] * squares * (3 if self._has_gradient[part] else 1)
         return total + 2 * num_labels * self.head * (3 if self._head_trained else 2)
 
 

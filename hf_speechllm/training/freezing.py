@@ -1,4 +1,4 @@
-"""Freeze flags, mapped onto `requires_grad`."""
+"""Freezing and counting of the parts of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..formats.funasr_tensors import to_funasr_name
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 
-# What peft adds to the name of a parameter.
+# Parts of parameter names that peft adds.
 _PEFT = re.compile(r"^base_model\.model\.|\.(?:modules_to_save\.default|original_module|base_layer)(?=\.)")
 
 
@@ -23,7 +23,7 @@ def freeze_parts(
     """Freezes whole parts: no gradient, no optimizer state, and eval mode even after `model.train()`.
 
     Args:
-        audio_encoder, audio_adaptor, llm: which parts to leave as they are.
+        audio_encoder, audio_adaptor, llm: whether to freeze the part.
     """
     for name, frozen in zip(PARTS, (audio_encoder, audio_adaptor, llm), strict=True):
         if frozen:
@@ -32,15 +32,15 @@ def freeze_parts(
 
 
 def freeze_parameters(model, prefixes: Sequence[str]) -> None:
-    """Freezes parameters by the start of their names: no gradient and no optimizer state; dropout stays as it is.
+    """Freezes parameters by prefixes of their names: no gradient and no optimizer state; dropout does not change.
 
     Args:
         model: with or without adapters.
-        prefixes: names of modules or parameters, here (`audio_encoder.layers.0`) or in FunASR
+        prefixes: names of modules or parameters, in this project (`audio_encoder.layers.0`) or in FunASR
             (`audio_encoder.encoders0`).
 
     Raises:
-        ValueError: if a prefix fits no parameter, or nothing is left to train.
+        ValueError: if a prefix matches no parameter, or no trained parameters are left.
     """
     is_funasr = model.config.audio_encoder_config.model_type == "fun_asr_nano_encoder"
     found = set()
@@ -52,17 +52,19 @@ def freeze_parameters(model, prefixes: Sequence[str]) -> None:
                 parameter.requires_grad_(False)
                 found.add(prefix)
     if unknown := [prefix for prefix in prefixes if prefix not in found]:
-        raise ValueError(f"--freeze_param: no parameter's name starts with {', '.join(unknown)}")
+        raise ValueError(
+            f"--freeze_param: no parameter name starts with {', '.join(unknown)}; an example is audio_encoder.layers.0"
+        )
     if prefixes and not trained_parts(model):
-        raise ValueError("nothing is left to train: --freeze_param and the other options freeze all parameters")
+        raise ValueError("--freeze_param and the other options freeze all parameters; freeze fewer parameters")
     model.train(model.training)
 
 
 def count_parameters(model) -> dict[str, tuple[int, int]]:
-    """Parameters of each part: trained and in all."""
+    """Counts the parameters of each part: (trained, total)."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
-        if ".original_module." in name:  # what peft keeps of a part that is trained whole
+        if ".original_module." in name:  # peft's copy of a fully trained part
             continue
         part = part_of(name)
         trained, total = counts[part]
@@ -72,12 +74,12 @@ def count_parameters(model) -> dict[str, tuple[int, int]]:
 
 
 def size_of(parameter: torch.Tensor) -> int:
-    """Elements of a parameter, also of one that DeepSpeed's stage 3 has spread over the ranks."""
+    """Returns the number of elements of a parameter, including the shards of other ranks (ZeRO-3)."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a parameter belongs to, whatever wraps the model (peft, DDP, FSDP)."""
+    """Returns the part of a parameter; the model may be wrapped (peft, DDP, FSDP)."""
     for piece in parameter_name.split("."):
         if piece in PARTS:
             return piece
@@ -85,5 +87,5 @@ def part_of(parameter_name: str) -> str:
 
 
 def trained_parts(model) -> set[str]:
-    """The parts that have anything to train."""
+    """Returns the parts with trained parameters."""
     return {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Which options of `TrainingArguments` have an effect here, and what replaces the others."""
+"""Options of `TrainingArguments` with and without effect, and the options that replace the latter."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SORTED = "batches always hold recordings of similar lengths, in random order; leave it out"
+_SORTED = "batches always contain recordings of similar lengths, in random order; leave it out"
 _METRICS = "validation computes loss, token accuracy and, with --eval_cer, error rates; leave it out"
-# Name of the option, and what to do instead.
+# Option without effect: reason and alternative.
 WITHOUT_EFFECT = {
-    "per_device_train_batch_size": "batches are measured in audio seconds; give --per_device_train_batch_seconds",
-    "per_device_eval_batch_size": "batches are measured in audio seconds; give --per_device_eval_batch_seconds",
-    "auto_find_batch_size": "give --per_device_train_batch_seconds auto",
+    "per_device_train_batch_size": "batches are measured in audio seconds; use --per_device_train_batch_seconds",
+    "per_device_eval_batch_size": "batches are measured in audio seconds; use --per_device_eval_batch_seconds",
+    "auto_find_batch_size": "use --per_device_train_batch_seconds auto",
     "train_sampling_strategy": _SORTED,
     "group_by_length": _SORTED,
     "length_column_name": _SORTED,
     "label_smoothing_factor": "the loss has no label smoothing; leave it out",
     "do_train": "finetune always trains; leave it out",
-    "do_eval": "give --validation_file and --eval_strategy",
-    "do_predict": "decode the recordings with `hf-speechllm decode` afterwards",
-    "dataloader_drop_last": "every row is seen in every epoch; leave it out",
-    "dataloader_multiprocessing_context": "loader processes start as the platform starts them; leave it out",
-    "dataloader_in_order": "batches always keep their order, so that a run can be resumed; leave it out",
+    "do_eval": "use --validation_file and --eval_strategy",
+    "do_predict": "decode recordings with `hf-speechllm decode` after training",
+    "dataloader_drop_last": "every epoch uses all rows; leave it out",
+    "dataloader_multiprocessing_context": "loader processes use the platform's default start method; leave it out",
+    "dataloader_in_order": "batches always keep the order, so that a run can be resumed; leave it out",
     "remove_unused_columns": "the collator reads columns that the model does not; leave it out",
-    "logging_nan_inf_filter": "steps that are not finite are left out and counted; see --max_bad_steps",
-    "bf16_full_eval": "validation computes in the precision of training; see --bf16",
-    "fp16_full_eval": "validation computes in the precision of training; see --bf16",
+    "logging_nan_inf_filter": "non-finite steps are skipped and counted; see --max_bad_steps",
+    "bf16_full_eval": "validation uses the precision of training; see --bf16",
+    "fp16_full_eval": "validation uses the precision of training; see --bf16",
     "prediction_loss_only": _METRICS,
     "eval_do_concat_batches": _METRICS,
     "eval_use_gather_object": _METRICS,
@@ -41,13 +41,13 @@ WITHOUT_EFFECT = {
     "batch_eval_metrics": _METRICS,
     "label_names": _METRICS,
     "use_cache": "training has no key-value cache; leave it out",
-    "use_liger_kernel": "give --compile_layers true",
-    "liger_kernel_config": "give --compile_layers true",
+    "use_liger_kernel": "use --compile_layers true",
+    "liger_kernel_config": "use --compile_layers true",
     "optim_target_modules": "choose what is trained with --freeze_audio_encoder, --freeze_llm, --use_lora, ...",
     "enable_jit_checkpoint": "SIGTERM always saves a checkpoint; leave it out",
     "hub_always_push": "the finished model is pushed, checkpoints are not; see --push_to_hub",
 }
-# Those that work as in transformers, of all releases that are supported.
+# Options that work as in transformers, of all supported releases.
 EFFECTIVE = frozenset(
     """
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
@@ -68,15 +68,15 @@ EFFECTIVE = frozenset(
 )
 
 
-def check_given(names: Iterable[str], own: Collection[str] = ()) -> None:
-    """Refuses options without effect, and warns of those that this release does not know.
+def check_inherited_options(names: Iterable[str], own: Collection[str] = ()) -> None:
+    """Refuses options without effect, and warns about unknown options.
 
     Args:
-        names: of the options that were given.
-        own: the options of this project, which are no matter of transformers.
+        names: names of the options that the user has set.
+        own: names of the options that this project defines.
 
     Raises:
-        ValueError: with the option and what to do instead.
+        ValueError: names the option and the alternative.
     """
     for name in names:
         if name in own:
@@ -84,11 +84,11 @@ def check_given(names: Iterable[str], own: Collection[str] = ()) -> None:
         if name in WITHOUT_EFFECT:
             raise ValueError(f"--{name} has no effect here: {WITHOUT_EFFECT[name]}")
         if name not in EFFECTIVE:
-            logger.warning("--%s is newer than this release, which has not been tested with it", name)
+            logger.warning("--%s is newer than this release of hf_speechllm and not tested", name)
 
 
-def changed(args: TrainingArguments) -> list[str]:
-    """The options without effect whose values differ from the defaults."""
+def changed_without_effect(args: TrainingArguments) -> list[str]:
+    """Returns the options without effect whose values differ from the defaults."""
     fields = {item.name: item for item in dataclasses.fields(args)}
     return [name for name in WITHOUT_EFFECT if name in fields and getattr(args, name) != _default(fields[name])]
 

@@ -1,4 +1,4 @@
-"""Worker processes of the data loaders: their signals, their end, and what to report if one dies or hangs."""
+"""Worker processes of the data loaders: signals, termination, and errors for dead or hanging workers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .preemption import SIGNALS
 
 
 class LoaderWorker:
-    """Marks a process that a data loader of this run has started."""
+    """Base class of the worker processes that this run's data loaders start."""
 
 
 def _context(method: str) -> BaseContext:
     base = multiprocessing.get_context(method)
     name = f"{method.capitalize()}LoaderWorker"
     process = type(name, (LoaderWorker, base.Process), {"__module__": __name__})  # type: ignore[attr-defined]
-    globals()[name] = process  # a spawned process looks its class up by name
+    globals()[name] = process  # a spawned process finds the class by name
     return type(f"{method.capitalize()}LoaderContext", (type(base),), {"Process": process})()
 
 
@@ -33,13 +33,13 @@ _CONTEXTS = {method: _context(method) for method in multiprocessing.get_all_star
 
 
 def worker_context() -> BaseContext:
-    """Returns the start method for `DataLoader`, whose processes `kill_workers` tells from other child processes."""
+    """Returns a start method for `DataLoader`, whose processes `kill_workers` can identify."""
     methods = multiprocessing.get_all_start_methods()  # the first is the default
     return _CONTEXTS[multiprocessing.get_start_method(allow_none=True) or methods[0]]
 
 
 def ignore_signals(worker: int) -> None:
-    """Leaves preemption signals to the main process, which still needs its workers; for `worker_init_fn`.
+    """Ignores preemption signals in a worker, as `worker_init_fn`: the main process still needs the workers.
 
     `kill_workers_at_exit` must be called in the main process.
 
@@ -52,18 +52,18 @@ def ignore_signals(worker: int) -> None:
 
 @functools.cache
 def kill_workers_at_exit() -> None:
-    """Kills the workers that are left when this process ends.
+    """Kills the remaining workers when this process ends.
 
-    Otherwise multiprocessing asks them to end by SIGTERM, which they ignore, and waits for them without end. Workers
-    are left where something still holds the iterator of a loader: an exception's frames, or persistent workers.
+    Otherwise multiprocessing sends SIGTERM, which workers ignore, and waits forever. Workers remain if an object still
+    references the iterator of a loader: frames of an exception, or a loader with persistent workers.
     """
-    atexit.register(kill_workers)  # runs before multiprocessing's own function, which was registered earlier
+    atexit.register(kill_workers)  # runs before the function of multiprocessing, which was registered earlier
 
 
 @contextmanager
 def _without_child_signals() -> Iterator[None]:
-    """Keeps torch's SIGCHLD handler, which raises an error for a dead worker, from running in the block."""
-    # Only the main thread can set handlers; Windows has no such signal.
+    """Disables torch's SIGCHLD handler, which raises an error for a dead worker, while the block runs."""
+    # Only the main thread can set handlers. Windows has no SIGCHLD.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -75,7 +75,7 @@ def _without_child_signals() -> Iterator[None]:
 
 
 def kill_workers() -> None:
-    """Kills the workers that this run's data loaders have started, and waits for their end."""
+    """Kills the workers of this run's data loaders, and waits until the processes have ended."""
     with _without_child_signals():
         for process in multiprocessing.active_children():
             if isinstance(process, LoaderWorker):
@@ -83,19 +83,33 @@ def kill_workers() -> None:
                 process.join()
 
 
-def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
-    """Explains an error of a data loader, and kills the workers that are left: one that hangs would block the end.
+@contextmanager
+def explain_loader_faults(timeout_seconds: float) -> Iterator[None]:
+    """Replaces errors that a dead or hanging worker causes in the block by a `FaultError`; other errors pass.
 
     Args:
-        error: raised anywhere in training; torch reports a dead worker at any place.
-        timeout_seconds: how long a batch was waited for.
+        timeout_seconds: timeout of the loader for a batch.
+
+    Raises:
+        FaultError: if a worker died or hung.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:  # torch can report a dead worker anywhere in the block
+        if (fault := _loader_fault(error, timeout_seconds)) is None:
+            raise
+        raise fault from error
+
+
+def _loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
+    """Explains an error that a worker caused; kills the other workers, because a hanging worker would block the exit.
 
     Returns:
-        The error to raise instead; `None` if no worker died or hung.
+        `None` if no worker died or hung.
     """
     with _without_child_signals():
         text = f"{type(error).__name__}: {error}"
-        # A batch may be in transit whose memory the dead process would have handed over.
+        # A dead worker may have shared the memory of a batch that is in transit.
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
         in_transit = any(Path(file).parts[-2:] == ("multiprocessing", "reductions.py") for file in files)
         if "DataLoader worker" not in text and "DataLoader timed out" not in text and not in_transit:
@@ -103,10 +117,10 @@ def loader_fault(error: Exception, timeout_seconds: float) -> FaultError | None:
         kill_workers()
     if "timed out" in text:
         return FaultError(
-            f"no batch came from the loader's processes for {timeout_seconds:g} s: a file system or server may hang. "
-            "Resume with --resume_from_checkpoint last; --dataloader_timeout_seconds sets how long to wait"
+            f"no batch from the loader processes for {timeout_seconds:g} s: a file system or server may hang. Resume "
+            "with --resume_from_checkpoint last; --dataloader_timeout_seconds sets the timeout"
         )
     return FaultError(
-        f"a process of the loader died: {text}. If the machine ran out of memory, lower --dataloader_num_workers or "
+        f"a loader process died: {text}. If the machine ran out of memory, lower --dataloader_num_workers or "
         "--dataloader_prefetch_factor. Resume with --resume_from_checkpoint last"
     )

@@ -1,9 +1,11 @@
-"""LoRA, by peft, on the LLM; together with any other part that is trained whole."""
+"""LoRA (peft) on the LLM, together with fully trained parts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from torch import nn
 
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 
@@ -17,12 +19,12 @@ def add_lora(
 ):
     """Wraps a model for LoRA training.
 
-    Parts that are trained whole go through peft's `modules_to_save`, so that stock peft loads the result.
+    Fully trained parts are in peft's `modules_to_save`, so that peft loads the result without this project.
 
     Args:
-        model: with its parts frozen as wanted; the LLM's own weights are frozen by peft.
+        model: after freezing; peft freezes the weights of the LLM.
         r: rank.
-        alpha: scale; the update counts `alpha / r`.
+        alpha: scale; the update is multiplied by `alpha / r`.
         dropout: before the low-rank matrices.
         target_modules: names of linear layers of the LLM.
 
@@ -30,20 +32,25 @@ def add_lora(
         A `peft.PeftModel`.
 
     Raises:
-        ValueError: if the LLM has no layer of such a name, or it is one whose adapter can't be merged.
+        ValueError: if the LLM has no layer of a name, or if an adapter of the layer cannot be merged.
     """
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.llm.named_modules()}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
-        raise ValueError(f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}")
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.llm.named_modules() if isinstance(module, nn.Linear)}
+        )
+        raise ValueError(
+            f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}; choose from {', '.join(linear)}"
+        )
     if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(target_modules):
         raise ValueError(
-            "--lora_target_modules: the LLM's embeddings and its head share their weights, so that adapters of one of "
-            "them can't be merged; leave out embed_tokens and lm_head"
+            "--lora_target_modules: embeddings and head of the LLM share their weights, so adapters of one of them "
+            "cannot be merged; leave out embed_tokens and lm_head"
         )
-    trained_whole = [
+    fully_trained = [
         name for name in PARTS if name != "llm" and any(p.requires_grad for p in getattr(model, name).parameters())
     ]
     config = LoraConfig(
@@ -51,11 +58,11 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=rf"llm\..*\.({'|'.join(re.escape(name) for name in target_modules)})",
-        modules_to_save=trained_whole or None,
+        modules_to_save=fully_trained or None,
     )
     return get_peft_model(model, config)
 
 
 def uses_lora(model) -> bool:
-    """Whether a model has adapters of peft."""
+    """Whether a model has peft adapters."""
     return bool(getattr(model, "peft_config", None))

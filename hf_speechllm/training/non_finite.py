@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on all ranks, counted, described, and too many end the run."""
+"""Non-finite steps (loss or gradient): skipped on all ranks, counted and described; too many end the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class _Step:
-    """A step whose gradient norm the host has not read yet."""
+    """A step whose gradient norm the host has not read."""
 
     number: int
     norm: torch.Tensor
@@ -36,19 +36,19 @@ class _Step:
 
 @dataclass
 class NonFiniteStepGuard:
-    """Skips steps whose loss or gradient is not finite, on all ranks alike, since the ranks share the gradient norm.
+    """Skips steps with a non-finite loss or gradient on all ranks; all ranks have the same gradient norm.
 
-    A fused optimizer skips the step by a flag that stays on the device; the host reads the norm when the next step is
-    launched, and so never waits for the GPU. DeepSpeed also skips such steps by itself, and counts them.
+    A fused optimizer skips the step according to a flag on the device. The host reads the norm after the launch of the
+    next step, which avoids a host-device sync. DeepSpeed skips and counts non-finite steps without this class.
 
     Args:
-        output_dir: folder of the run; descriptions of skipped steps go into its `bad_steps`.
+        output_dir: folder of the run; descriptions of skipped steps are in the subfolder `bad_steps`.
         rank: of this process.
-        max_in_a_row: the run ends after more consecutive skipped steps.
+        max_in_a_row: largest number of consecutive skipped steps; one more ends the run.
         collator: computes the features of the described rows.
 
     Attributes:
-        count: skipped steps that are known so far.
+        count: number of known skipped steps.
         losses: losses of the current step's batches.
     """
 
@@ -60,23 +60,23 @@ class NonFiniteStepGuard:
     losses: list[torch.Tensor] = field(default_factory=list)
     _in_a_row: int = 0
     _unread: _Step | None = None
-    _optimizer: tuple[torch.optim.Optimizer, bool] | None = None  # and whether it can skip a step by itself
+    _optimizer: tuple[torch.optim.Optimizer, bool] | None = None  # optimizer, and whether it supports `found_inf`
     _skipped_by_deepspeed: int = 0  # before the current step
 
     def add_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Notes the loss of a batch.
+        """Records the loss of a batch.
 
         Returns:
-            The loss, or 0 if it is not finite: otherwise the mean in the log would be NaN.
+            The loss, or 0 for a non-finite loss: otherwise the mean in the log would be NaN.
         """
         self.losses.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
-    def begin_batch(self, engine: Any) -> None:
-        """Notes what DeepSpeed has skipped so far; to be called before a batch.
+    def start_batch(self, engine: Any) -> None:
+        """Records the number of steps that DeepSpeed has skipped; must be called before each batch.
 
         Args:
-            engine: the model as it is trained.
+            engine: the trained model, as wrapped by the engine.
         """
         self._skipped_by_deepspeed = getattr(engine, "skipped_steps", 0)
 
@@ -92,21 +92,21 @@ class NonFiniteStepGuard:
 
         Args:
             step: number of the step.
-            norm: gradient norm over all ranks; `None` where DeepSpeed has skipped the first step.
-            engine: the model as it is trained.
+            norm: gradient norm over all ranks; `None` if DeepSpeed has skipped the first step.
+            engine: the trained model, as wrapped by the engine.
             optimizer: of the trainer, wrapped or not.
-            batches: gives the rows of the step's batches, for the description.
+            batches: returns the rows of the step's batches, for the description.
 
         Raises:
-            FaultError: after more than `max_in_a_row` such steps in a row.
+            FaultError: after more than `max_in_a_row` skipped steps in a row.
         """
         self.resolve()
         norm = torch.as_tensor(0.0 if norm is None else norm).detach()
-        if isinstance(norm, DTensor):  # FSDP's
+        if isinstance(norm, DTensor):  # with FSDP
             norm = norm.full_tensor()
         current = _Step(step, norm, self.losses, batches)
         self.losses = []
-        if hasattr(engine, "skipped_steps"):  # DeepSpeed, whose step is over
+        if hasattr(engine, "skipped_steps"):  # DeepSpeed, which has already done the step
             self._check_deepspeed(engine, current)
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -126,7 +126,7 @@ class NonFiniteStepGuard:
         """Reads the norm of the last step, and counts the step if it was skipped.
 
         Raises:
-            FaultError: as `check`.
+            FaultError: see `check`.
         """
         if self._unread is None:
             return
@@ -137,17 +137,17 @@ class NonFiniteStepGuard:
 
     def _check_deepspeed(self, engine: Any, step: _Step) -> None:
         if engine.skipped_steps > self._skipped_by_deepspeed:
-            step.norm = torch.tensor(torch.inf)  # some stages give that of the step before
+            step.norm = torch.tensor(torch.inf)  # some stages return the norm of the previous step
         elif not torch.isfinite(step.norm):
             raise FaultError(
-                f"DeepSpeed has taken step {step.number} although its gradient is not finite: resume from the last "
-                "checkpoint with --resume_from_checkpoint last and a newer DeepSpeed (0.19.8 skips such steps)"
+                f"DeepSpeed did not skip step {step.number} with a non-finite gradient: install DeepSpeed 0.19.8 or "
+                "newer and resume with --resume_from_checkpoint last"
             )
         self._close(step)
 
     def _can_skip(self, optimizer: torch.optim.Optimizer) -> bool:
-        if self._optimizer is None or self._optimizer[0] is not optimizer:  # not in each step: looks at all parameters
-            self._optimizer = optimizer, _heeds_found_inf(optimizer)
+        if self._optimizer is None or self._optimizer[0] is not optimizer:  # cached: the check reads all parameters
+            self._optimizer = optimizer, _supports_found_inf(optimizer)
         return self._optimizer[1]
 
     def _close(self, step: _Step) -> None:
@@ -158,14 +158,12 @@ class NonFiniteStepGuard:
         self.count += 1
         self._in_a_row += 1
         path = self._describe_step(step, norm)
-        logger.warning(
-            "step %d is skipped: its gradient is not finite; its batches are described in %s", step.number, path
-        )
+        logger.warning("step %d is skipped: non-finite gradient; %s describes the batches", step.number, path)
         if self._in_a_row > self.max_in_a_row:
             raise FaultError(
-                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite (--max_bad_steps "
-                f"{self.max_in_a_row}); their batches are described in {path.parent}. Resume from the last checkpoint "
-                "with --resume_from_checkpoint last and a lower learning rate, or correct the rows"
+                f"{self._in_a_row} steps in a row had a non-finite loss or gradient (--max_bad_steps "
+                f"{self.max_in_a_row}); files in {path.parent} describe the batches. Correct the rows or lower the "
+                "learning rate, and resume with --resume_from_checkpoint last"
             )
 
     def _describe_step(self, step: _Step, norm: float) -> Path:
@@ -199,8 +197,8 @@ class NonFiniteStepGuard:
         return description
 
 
-def _heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is a fused Adam of plain tensors or FSDP's, which skips a step by its attribute `found_inf`."""
+def _supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is a fused Adam, with or without FSDP, which skips a step if `found_inf` is 1."""
     groups = optimizer.param_groups
     return (
         isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

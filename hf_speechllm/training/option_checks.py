@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .cache_stage import choose_level
+from .cache_stage import choose_cache_level
 
 if TYPE_CHECKING:
     from .arguments import SpeechLLMTrainingArguments
@@ -35,7 +35,7 @@ def check_options(options: FinetuningOptions) -> None:
         )
     if data.streaming and args.per_device_train_batch_seconds == 0:
         raise ValueError("--per_device_train_batch_seconds auto must know the rows; with --streaming give a number")
-    choose_level(data, parts, args)
+    choose_cache_level(data, parts, args)
     names = options.validation_files
     if args.eval_cer and not data.validation_file:
         raise ValueError("--eval_cer decodes validation sets, but --validation_file is missing")

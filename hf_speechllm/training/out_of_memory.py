@@ -1,4 +1,4 @@
-"""A training batch that does not fit into memory is computed in halves."""
+"""Splits training batches that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def run_in_halves(
     clear_gradients: Callable[[], None],
     may_split: bool,
 ) -> torch.Tensor:
-    """Runs a training step; without enough memory, as the sum of its halves, and so on down to single rows.
+    """Runs a training step; splits the batch in halves, if necessary down to single rows, if memory is insufficient.
 
     Args:
-        step: adds a batch's gradients and returns its share of the loss.
+        step: accumulates the gradients of a batch and returns the share of the loss.
         batch: of `SpeechLLMCollator`.
-        processor: knows how many audio tokens a recording has.
-        clear_gradients: clears the gradients before another try.
-        may_split: false where gradients would be lost or ranks would fall out of step: with several processes, or with
-            gradients of earlier batches accumulated.
+        processor: computes the number of audio tokens of a recording.
+        clear_gradients: clears the gradients before another attempt.
+        may_split: must be false with several processes, which would do different numbers of steps, and with gradient
+            accumulation, because the gradients of earlier batches would be lost.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        torch.OutOfMemoryError: with advice, if a single row does not fit or the batch may not be split.
+        torch.OutOfMemoryError: with advice, if a single row does not fit or the batch must not be split.
     """
     parts = [batch]
     while True:
@@ -49,13 +49,13 @@ def run_in_halves(
                     frames = part["input_features_mask"].shape[1]
                     raise torch.OutOfMemoryError(
                         f"a batch of {rows} rows of up to {frames} frames does not fit into memory: lower "
-                        "--per_device_train_batch_seconds (or give auto), or set --gradient_checkpointing true"
+                        "--per_device_train_batch_seconds (or set auto), or set --gradient_checkpointing true"
                     ) from error
-                break  # leaves the handler: the error holds on to the tensors of the failed step
+                break  # leaves the handler: the error keeps the tensors of the failed step in memory
         else:
             return torch.stack(losses).sum()
-        logger.warning("%d rows do not fit into memory and are halved; lower --per_device_train_batch_seconds", rows)
-        clear_gradients()  # starts again: some of the failed step's gradients may be there
+        logger.warning("%d rows do not fit into memory and are split; lower --per_device_train_batch_seconds", rows)
+        clear_gradients()  # the failed step may have added some gradients
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         at = len(losses)
@@ -63,11 +63,11 @@ def run_in_halves(
 
 
 def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[dict]:
-    """Halves of a batch of `SpeechLLMCollator`, whose losses and gradients add up to those of the whole.
+    """Splits a batch of `SpeechLLMCollator` in halves; losses and gradients of the halves sum to those of the batch.
 
     Args:
-        batch: of at least two rows.
-        processor: knows how many audio tokens a recording has.
+        batch: at least two rows.
+        processor: computes the number of audio tokens of a recording.
     """
     half, width = len(batch["input_ids"]) // 2, batch["input_ids"].shape[1]
     placeholders = int((batch["input_ids"][:half] == processor.audio_token_id).sum())

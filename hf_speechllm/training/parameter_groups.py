@@ -1,4 +1,4 @@
-"""What the optimizer trains, at which learning rate."""
+"""Parameter groups of the optimizer: learning rates of the parts, weight decay."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .freezing import part_of
 
 
 def parameter_groups(model, args: SpeechLLMTrainingArguments, decayed: Collection[str]) -> list[dict]:
-    """Groups of an optimizer: for each part of the model one with and one without weight decay.
+    """Returns parameter groups: for each part of the model, one with and one without weight decay.
 
     Args:
-        args: learning rates, weight decay.
+        args: learning rates and weight decay.
         decayed: names of the parameters with weight decay.
     """
     decayed = set(decayed)

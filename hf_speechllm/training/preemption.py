@@ -1,4 +1,4 @@
-"""Signals that ask a run to end (Ctrl-C, SIGTERM, SIGUSR1): it saves a checkpoint and says how to resume."""
+"""Preemption by a signal (Ctrl-C, SIGTERM, SIGUSR1): the run saves a checkpoint, ends, and reports how to resume."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 # Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+EXIT_STATUS = 75  # EX_TEMPFAIL in sysexits.h: temporary failure
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises `KeyboardInterrupt` at the end of the block if Ctrl-C was pressed in it, but a library has caught it.
+    """Raises `KeyboardInterrupt` at the end of the block if a library has caught a Ctrl-C within the block.
 
     Raises:
-        KeyboardInterrupt: if so.
+        KeyboardInterrupt: after Ctrl-C.
     """
     received: list[int] = []
 
@@ -48,13 +48,13 @@ def interruptible() -> Iterator[None]:
 
 
 class Preemption(TrainerCallback):
-    """Saves a checkpoint and ends training after a step once any rank has received a signal.
+    """Saves a checkpoint and ends training after a rank has received a signal.
 
-    The ranks agree through a sum that each step starts and the next step reads, so that no step waits for the sum: all
-    ranks end after the same step, at the latest the second one after the signal.
+    Each step starts an all-reduce and the next step reads the result, so that no step waits. All ranks end after the
+    same step, at most two steps after the signal.
 
     Attributes:
-        stopped: whether training was ended.
+        stopped: whether a signal has ended training.
     """
 
     def __init__(self):
@@ -64,11 +64,11 @@ class Preemption(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles the signals while the block runs, and restores the previous handlers after it.
+    def handle_signals(self) -> Iterator[None]:
+        """Handles the signals while the block runs, and restores the previous handlers afterwards.
 
-        Only the main thread can set handlers. A signal that the parent process ignores, as a shell does with SIGINT
-        for a background job, stays ignored.
+        Only the main thread can set handlers. SIGINT stays ignored if the parent process ignores SIGINT, as a shell
+        does for background jobs.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -89,26 +89,26 @@ class Preemption(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         if number == signal.SIGINT:
-            logger.warning("interrupted: a checkpoint is saved after this step; Ctrl-C again ends the run at once")
+            logger.warning("interrupted: saving a checkpoint after this step; press Ctrl-C again to end immediately")
             signal.signal(number, self._previous[number])
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ends training, unless this is its last step anyway. An evaluation that is due is left out."""
-        if not self._agreed(args) or state.global_step >= state.max_steps:
+        """Ends training after a signal, unless this is the last step; skips the evaluation of this step."""
+        if not self._received_by_any_rank(args) or state.global_step >= state.max_steps:
             return
-        logger.warning("a signal asks this run to end: saving checkpoint %d", state.global_step)
+        logger.warning("ending the run after a signal: saving checkpoint %d", state.global_step)
         self.stopped = True
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False
 
-    def _agreed(self, args) -> bool:
+    def _received_by_any_rank(self, args) -> bool:
         if args.world_size == 1:
             return self.received is not None
-        agreed = False
+        received = False
         if self._pending is not None:
             flag, work = self._pending
             work.wait()
-            agreed = bool(flag.item())
+            received = bool(flag.item())
         flag = torch.tensor(int(self.received is not None), device=args.device)
         self._pending = (flag, torch.distributed.all_reduce(flag, async_op=True))
-        return agreed
+        return received

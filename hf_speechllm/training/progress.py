@@ -1,36 +1,42 @@
-"""How fast and how well training goes, between two lines of the log."""
+"""Throughput, MFU and token accuracy between two log lines."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from ..model.modeling import PARTS
+from ..model.processing import SpeechLLMProcessor
 from .flops import FlopCounter, peak_flops
 
 
 class Progress:
-    """Counts audio, padding, waiting and right tokens: on the device, so that no step waits for it.
+    """Counts audio, padding, waiting time and correct tokens; counts tokens on the device, without host-device syncs.
 
     Args:
-        accelerator: gives the device and sums over ranks.
-        frame_seconds: between two frames of the model's input.
-        flops: counts operations.
+        accelerator: of the trainer.
+        model: to be trained, with frozen parts and adapters.
+        processor: of the model.
+        columns: columns of the training rows, which show what is cached.
     """
 
-    def __init__(self, accelerator: Accelerator, frame_seconds: float, flops: FlopCounter):
+    def __init__(self, accelerator: Accelerator, model: Any, processor: SpeechLLMProcessor, columns: Collection[str]):
         self.accelerator = accelerator
-        self.frame_seconds = frame_seconds
-        self.flops = flops
+        rate = processor.encoder_downsample_rate if "encoder_states" in columns else 1
+        self.frame_seconds = rate * processor.frame_seconds  # between two frames of the model's input
+        cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
+        self.flops = FlopCounter(model, cached)
         self.peak_flops = peak_flops(accelerator.device)
-        self.rows = 0  # since the run was started
+        self.rows = 0  # since the start of this process
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new line."""
+        """Resets the counts of a log line."""
         self._correct = torch.zeros((), device=self.accelerator.device)
         self._tokens = torch.zeros((), device=self.accelerator.device)
         self._audio_seconds = 0.0
@@ -41,7 +47,7 @@ class Progress:
         self._started = time.perf_counter()
 
     def add_batches(self, batches: Iterable[dict], waited_seconds: float) -> float:
-        """Counts what one step reads, and how long it waited for it; gives the floating-point operations it needs."""
+        """Counts the batches of one step and the time of waiting for these; returns the floating-point operations."""
         self._waited_seconds += waited_seconds
         operations = 0.0
         for batch in batches:
@@ -52,29 +58,29 @@ class Progress:
             tokens = batch["attention_mask"].sum(-1)
             self._read_tokens += int(tokens.sum())
             self.rows += len(tokens)
-            operations += self.flops.step(mask.sum(-1), tokens, len(batch["positions"]["labels"]))
+            operations += self.flops.count(mask.sum(-1), tokens, len(batch["positions"]["labels"]))
         self._operations += operations
         return operations
 
     def add_tokens(self, outputs) -> None:
-        """Counts what a `SpeechLLMOutput` with a loss predicts right."""
+        """Counts the correct tokens of a `SpeechLLMOutput` with a loss."""
         self._tokens += outputs.num_label_tokens
         self._correct += outputs.token_accuracy * outputs.num_label_tokens
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Takes the time of what is not training, such as validation and saving, out of the speed."""
+        """Excludes the time of the block, such as validation or saving, from the throughput."""
         if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)  # steps that are still being computed count
-        began = time.perf_counter()
+            torch.cuda.synchronize(self.accelerator.device)  # queued training steps count
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self._started += time.perf_counter() - began
+            self._started += time.perf_counter() - started
 
     def summary(self) -> dict[str, float]:
-        """Token accuracy, audio seconds and tokens per second (all ranks), shares of padding and of waiting for data,
-        and, where the device's speed is known, the share of it that is used; begins a new line."""
+        """Returns the values of a log line and resets the counts: token accuracy, audio seconds and tokens per second
+        (all ranks), shares of padding and of waiting for data, and MFU if the peak speed of the device is known."""
         elapsed = time.perf_counter() - self._started
         host = [
             self._audio_seconds, self._padded_seconds, self._waited_seconds, self._read_tokens, self._operations,

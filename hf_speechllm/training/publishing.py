@@ -1,4 +1,4 @@
-"""The trainer's model card and upload."""
+"""Model card and upload of the trainer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class PublishingTrainer(Trainer):
-    """A `Trainer` that publishes a model with its card, and nothing that is private to the run."""
+    """A `Trainer` that publishes the model and the model card, without private files of the run."""
 
     args: SpeechLLMTrainingArguments
     current_scores: dict[str, float] | None
     selection: str | None
 
     def create_model_card(self, language=None, license=None, **kwargs) -> None:
-        """Writes our model card into the output folder; other options of the parent are ignored.
+        """Writes our model card into the output folder; ignores other options of the parent class.
 
-        A card that can't be written is reported, and does not end the run.
+        Logs a warning if the card cannot be written.
         """
         if self.is_world_process_zero():
             model = self.accelerator.unwrap_model(self.model)
@@ -43,7 +43,7 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs,
     ) -> CommitInfo | None:
-        """Saves and publishes the model; unlike the parent's, without optimizer states and `training_args.bin`.
+        """Saves and publishes the model without optimizer states and `training_args.bin`, unlike the parent class.
 
         Args:
             blocking: must be true.
@@ -51,7 +51,7 @@ class PublishingTrainer(Trainer):
             **kwargs: for `create_model_card`.
         """
         if not blocking:
-            raise ValueError("push_to_hub returns only when everything is uploaded; leave `blocking` true")
+            raise ValueError("push_to_hub(blocking=False) is not supported; leave `blocking` true")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
@@ -63,7 +63,7 @@ class PublishingTrainer(Trainer):
             return None
         folder = self.args.output_dir
         logger.info(
-            "publishing %s as %s; if this breaks off: hf-speechllm push --input %s --hub_model_id %s",
+            "publishing %s as %s; to retry after an error: hf-speechllm push --input %s --hub_model_id %s",
             folder, self.hub_model_id, folder, self.hub_model_id,
         )  # fmt: skip
         revision = revision or self.args.hub_revision

@@ -1,4 +1,4 @@
-"""The model card of a run: its data, settings and scores as plain values for `hub.card`."""
+"""Model card of a run: passes data, settings and scores as plain values to `hub.card`."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def write_card(
     language: list[str] | None = None,
     licence: str | None = None,
 ) -> None:
-    """Writes the model card of a run into its output folder; if that is not possible, there is a warning.
+    """Writes the model card of a run into the output folder; logs a warning if the card cannot be written.
 
     Args:
         args: of the run.
-        model: as it was trained.
-        train_rows: rows of `data.dataset`, or a stream.
-        eval_rows: the same, or a dict of them by name, or `None`.
+        model: trained model.
+        train_rows: training rows, see `data.dataset`, or a stream.
+        eval_rows: validation rows, a dict of rows by name, or `None`.
         state: of the run.
-        name: Hub id; default that of the arguments, or the name of the output folder.
-        scores: metrics of the final weights; `None` if they were not evaluated.
-        selection: which weights these are, as text; `None` if they are simply the last.
-        language, licence: ISO codes and SPDX id, where known.
+        name: Hub id; default `args.hub_model_id`, or the name of the output folder.
+        scores: metrics of the final weights; `None` without evaluation.
+        selection: text that says which weights are saved; `None` for the last weights.
+        language, licence: ISO codes and SPDX id, if known.
     """
     lora = None
     if uses_lora(model):
@@ -73,21 +73,21 @@ def write_card(
     try:
         path.write_text(card, encoding="utf-8")
     except OSError as error:
-        logger.warning("%s can't be written: %s", path, error)
+        logger.warning("%s: the model card cannot be written: %s", path, error)
 
 
 def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
     """Counts rows and seconds of the training files and the validation sets.
 
     Args:
-        train_dataset: rows of `data.dataset`, or a stream.
-        eval_dataset: the same, or a dict of them by name, or `None`.
+        train_dataset: training rows, see `data.dataset`, or a stream.
+        eval_dataset: validation rows, a dict of rows by name, or `None`.
     """
     if isinstance(train_dataset, RowStream):
         sets = [DataSummary(Path(file).name, "training", None, None) for file in train_dataset.files]
     else:
-        known = "file" in train_dataset.column_names
-        files = train_dataset["file"] if known else ["training"] * len(train_dataset)
+        has_files = "file" in train_dataset.column_names
+        files = train_dataset["file"] if has_files else ["training"] * len(train_dataset)
         seconds = defaultdict(list)
         for file, duration in zip(files, row_seconds(train_dataset), strict=True):
             seconds[file].append(float(duration))
@@ -105,13 +105,13 @@ def run_settings(
     steps: int | None,
     selection: str | None,
 ) -> list[tuple[str, object]]:
-    """Lists the settings of a run, names and values, for its card.
+    """Lists names and values of the settings of a run, for the model card.
 
     Args:
         args: of the run.
-        parameters: of each part, trained and in all.
-        epochs, steps: that were trained.
-        selection: which weights remained, as text.
+        parameters: numbers of trained and of all parameters, by part.
+        epochs, steps: numbers of trained epochs and steps.
+        selection: text that says which weights are saved.
     """
     rows: list[tuple[str, object]] = []
     for part, (trained, _) in parameters.items():

@@ -1,4 +1,4 @@
-"""Fast paths of a run: which are used, by its options and device."""
+"""Enables the fast paths of a run according to options and device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..fast.engines import set_up_engine
 from .arguments import SpeechLLMTrainingArguments
 
 
-def set_up_speed(
+def enable_fast_paths(
     args: SpeechLLMTrainingArguments, model: Any, accelerator: Accelerator, collators: Sequence[SpeechLLMCollator]
 ) -> None:
-    """Sets model, engine and collators up for speed, before the engine takes the model.
+    """Prepares model, engine and collators for fast paths, before the engine wraps the model.
 
     Args:
-        args: of the run; `--fast off` leaves all as it is.
+        args: of the run; `--fast off` disables all fast paths.
         model: to be trained.
         accelerator: of the trainer.
-        collators: of training and validation; they learn whether batches are computed padding-free.
+        collators: of training and validation; `padding_free` is set for padding-free batches.
 
     Raises:
-        ValueError: for `--compile_layers` with ZeRO-3, or `--padding_free` where it is not possible.
+        ValueError: for `--compile_layers` with ZeRO-3, or if `--padding_free` is not supported.
     """
     on_gpu = _on_gpu(args)
     if on_gpu:
@@ -45,13 +45,13 @@ def set_up_speed(
     if args.compile_layers and args.fast == "auto":
         deepspeed = accelerator.state.deepspeed_plugin
         if deepspeed is not None and deepspeed.zero_stage == 3:
-            raise ValueError("--compile_layers is not for ZeRO-3: its parameters have no size while they are away")
+            raise ValueError("--compile_layers is not supported with ZeRO-3, which removes parameters; leave it out")
         gathered = model._no_split_modules if accelerator.distributed_type == DistributedType.FSDP else ()
         compile_layers(model, single_layer_classes=gathered)
 
 
-def attention_setting(args: SpeechLLMTrainingArguments) -> AbstractContextManager:
-    """The process-wide setting of attention that training and validation run with."""
+def attention_context(args: SpeechLLMTrainingArguments) -> AbstractContextManager:
+    """Returns the context in which training and validation run: without cuDNN's attention on a GPU."""
     return without_cudnn_attention() if _on_gpu(args) else nullcontext()
 
 

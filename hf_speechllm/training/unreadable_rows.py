@@ -1,4 +1,4 @@
-"""Rows whose recordings can no longer be read: left out and counted; in training, too many end the run."""
+"""Rows whose recordings become unreadable: skipped and counted; in training, too many end the run."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from ..data.collator import SpeechLLMCollator
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE_ROWS = "unreadable_rows"  # key of a batch: rows that were left out, pairs of ((file, line), reason)
+UNREADABLE_ROWS = "unreadable_rows"  # key of a batch: skipped rows, pairs of ((file, line), reason)
 
 
 @dataclass
 class SkipUnreadableCollator:
-    """A collator that leaves out rows whose recordings can no longer be read, and names them in the batch.
+    """A collator that skips rows with unreadable recordings and lists these rows in the batch.
 
-    If a batch has no other row, silence without labels takes their place, so that all ranks do the same steps.
+    If all rows of a batch are unreadable, the batch contains silence without labels, so that all ranks do the same
+    steps.
 
     Args:
         collator: computes the features of a row.
-        build: builds batches by means of `collator`; default the collator itself.
+        build: builds batches with `collator`; default the collator.
     """
 
     collator: SpeechLLMCollator
     build: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Builds a batch as `build` does; with `unreadable_rows` if there are any."""
+        """Builds a batch with `build`; the batch has `unreadable_rows` if rows are unreadable."""
         build = self.build or self.collator
         try:
             return build(rows)
@@ -55,10 +56,10 @@ class SkipUnreadableCollator:
 
 @dataclass
 class UnreadableRows:
-    """Counts the rows that this rank could not read.
+    """Counts the unreadable rows of this rank.
 
     Args:
-        max_bad_fraction: share of all rows that may be unreadable.
+        max_bad_fraction: largest share of unreadable rows.
         total: number of all rows.
 
     Attributes:
@@ -69,25 +70,25 @@ class UnreadableRows:
     total: int
     places: set[tuple[str, int]] = field(default_factory=set)
 
-    def take(self, batch: dict[str, Any]) -> None:
-        """Moves the unreadable rows from a batch into the count.
+    def collect(self, batch: dict[str, Any]) -> None:
+        """Removes `unreadable_rows` from a batch and counts these rows.
 
         Raises:
-            BadDataError: if this rank alone has too many.
+            BadDataError: if this rank has too many unreadable rows.
         """
         for place, reason in batch.pop(UNREADABLE_ROWS, ()):
             if place not in self.places:
                 self.places.add(place)
                 row = BadRow(place[0], place[1], reason)
-                logger.warning("left out: %s", row)
+                logger.warning("skipped an unreadable row: %s", row)
                 self.check(len(self.places), f", the last one: {row}")
 
     def check(self, count: int, last: str = "") -> None:
-        """Ends the run if more rows are unreadable than allowed.
+        """Checks the number of unreadable rows.
 
         Args:
-            count: unreadable rows, of this rank or of all.
-            last: text about the last one, for the message.
+            count: number of unreadable rows, of this rank or of all ranks.
+            last: text about the last row, for the message.
 
         Raises:
             BadDataError: if `count` is above the limit.

@@ -1,4 +1,4 @@
-"""Validation: loss, token accuracy and, by decoding, the error rates of validation sets."""
+"""Validation: loss, token accuracy and, with decoding, error rates of validation sets."""
 
 from __future__ import annotations
 
@@ -34,36 +34,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Validator:
-    """Scores validation sets, each rank its share.
+    """Scores validation sets; each rank scores a share.
 
     Args:
         args: of the run.
         accelerator: sums over the ranks.
         processor: decodes tokens.
         collator: builds batches, without augmentation.
-        input_dtype: of floating-point inputs, where DeepSpeed computes in its own; default as they are.
 
     Attributes:
-        unreadable: file, line and reason of the rows of the current set that this rank could not read.
+        unreadable: file, line and error of the unreadable rows in the current set, on this rank.
     """
 
     args: SpeechLLMTrainingArguments
     accelerator: Accelerator
     processor: SpeechLLMProcessor
     collator: SpeechLLMCollator
-    input_dtype: torch.dtype | None = None
     unreadable: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
 
-    def score(self, engine: Any, sets: Mapping[str, Any], prefix: str, step: int) -> dict[str, float]:
-        """Scores several sets, adds their means, and writes some transcripts into `validation_samples`.
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Dtype of floating-point inputs with DeepSpeed, which does not convert inputs; otherwise `None`."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return None if plugin is None else plugin.hf_ds_config.dtype()
 
-        The random numbers of training are left as they were.
+    def score(self, engine: Any, sets: Mapping[str, Any], prefix: str, step: int) -> dict[str, float]:
+        """Scores several sets, adds the means, and writes some transcripts into `validation_samples`.
+
+        Restores the random state of training.
 
         Args:
-            engine: the model as it is trained, wrapped by Accelerate or not.
-            sets: rows of `data.dataset` by name; a single set may be called `""`.
+            engine: the trained model, wrapped by Accelerate or not.
+            sets: rows by name, see `data.dataset`; the name of a single set may be `""`.
             prefix: of the metric names.
-            step: of training, for the file of transcripts.
+            step: training step, for the file name of transcripts.
 
         Returns:
             Metrics (`PREFIX_loss`, ...; rates as fractions).
@@ -71,7 +75,7 @@ class Validator:
         metrics: dict[str, float] = {}
         samples = {}
         device = self.args.device
-        # Each loader draws a seed for its workers.
+        # Each loader draws a random seed for the workers.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for name, rows in sets.items():
                 scores, samples[name] = self._score_set(engine, rows, metric_prefix(prefix, name))
@@ -83,7 +87,7 @@ class Validator:
         return metrics
 
     def _score_set(self, engine: Any, rows: Any, prefix: str) -> tuple[dict[str, float], list[Sample]]:
-        began = time.perf_counter()
+        started = time.perf_counter()
         self.unreadable.clear()
         metrics = self.losses(engine, self.loader(rows), prefix)
         samples: list[Sample] = []
@@ -92,18 +96,18 @@ class Validator:
             counts, samples = self.decode(engine, rows if len(chosen) == len(rows) else rows.select(chosen))
             metrics[f"{prefix}_cer"] = counts.rate
             metrics.update({f"{prefix}_{name}": getattr(counts, name) for name in COUNTS})
-        metrics.update(self._left_out(rows, prefix))
-        runtime = time.perf_counter() - began
+        metrics.update(self._report_unreadable(rows, prefix))
+        runtime = time.perf_counter() - started
         metrics[f"{prefix}_runtime"] = round(runtime, 4)
         metrics[f"{prefix}_samples_per_second"] = round(len(rows) / runtime, 3)
         return metrics, samples
 
-    def _left_out(self, rows: Any, prefix: str) -> dict[str, int]:
-        """Names and counts the rows of a set whose recordings can no longer be read, if there are any."""
+    def _report_unreadable(self, rows: Any, prefix: str) -> dict[str, int]:
+        """Logs and counts the unreadable rows of a set; returns an empty dict without unreadable rows."""
         if not {"features", *ENCODED_COLUMNS}.isdisjoint(rows.column_names):
             return {}
         for (file, line), reason in self.unreadable.items():
-            logger.warning("left out of %s: %s", prefix, BadRow(file, line, reason))
+            logger.warning("skipped an unreadable row of %s: %s", prefix, BadRow(file, line, reason))
         count = int(self.accelerator.reduce(torch.tensor(len(self.unreadable), device=self.args.device), "sum"))
         return {f"{prefix}_bad_rows": count} if count else {}
 
@@ -113,15 +117,15 @@ class Validator:
             yield batch
 
     def loader(self, rows: Any) -> BudgetDataLoader:
-        """Builds the batches of this rank, sorted by length, without rows that can no longer be read."""
+        """Builds the batches of this rank, sorted by length, without unreadable rows."""
         return eval_loader(self.args, rows, SkipUnreadableCollator(self.collator))
 
     def losses(self, engine: Any, batches: BudgetDataLoader, prefix: str) -> dict[str, float]:
-        """Computes mean loss and accuracy over the supervised tokens (not over batches, which differ in size) of all
-        ranks.
+        """Computes mean loss and accuracy over the supervised tokens of all ranks (not over batches, which differ in
+        size).
 
         Args:
-            engine: the model as it is trained.
+            engine: the trained model.
             batches: of this rank.
             prefix: of the metric names.
         """
@@ -139,16 +143,16 @@ class Validator:
         """Decodes a set greedily, in the precision of training.
 
         Args:
-            engine: the model as it is trained.
-            rows: of `data.dataset`.
+            engine: the trained model.
+            rows: see `data.dataset`.
 
         Returns:
-            The errors of all ranks, and some transcripts, the same rows every time.
+            Error counts of all ranks, and some transcripts, always of the same rows.
         """
         shown = set(spread_rows(len(rows), SAMPLES_SHOWN).tolist())
-        # Not the wrapper of several processes: generation exchanges nothing between them.
+        # Without the wrapper of several processes: generation needs no communication.
         model = self.accelerator.unwrap_model(engine, keep_torch_compile=False)
-        model.eval()  # no dropout, no gradient checkpointing, which would forbid the key-value cache
+        model.eval()  # disables dropout and gradient checkpointing, which does not support the key-value cache
         limit = self.args.eval_max_new_tokens
         tokenizer = self.processor.tokenizer
         counts = ErrorCounts()
@@ -156,7 +160,7 @@ class Validator:
         collator = SkipUnreadableCollator(self.collator, PromptCollator(self.collator))
         for batch in self._readable(eval_loader(self.args, rows, collator)):
             inputs = to_device(batch["inputs"], self.args.device, self.input_dtype)
-            # Not compiled: training may leave padding out, and its graphs are then of no use here.
+            # Not compiled: graphs of padding-free training do not fit padded batches.
             with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1, use_cache=True)
             answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -174,26 +178,27 @@ class Validator:
 
 
 def add_means(metrics: dict[str, float], names: Sequence[str], prefix: str) -> None:
-    """Adds `PREFIX_loss`, `PREFIX_token_accuracy` and `PREFIX_cer`: means over the sets, each with the same weight.
+    """Adds `PREFIX_loss`, `PREFIX_token_accuracy` and `PREFIX_cer`: means over the sets with equal weights.
 
-    The set of `--retention_file` is left out: it is there to be kept, not to be improved.
+    The means leave out the set of `--retention_file`, on which training should not improve.
 
     Args:
         metrics: of all sets.
         names: of the sets.
         prefix: of the metric names.
     """
-    wanted = [name for name in names if name != RETENTION_SET]
+    averaged = [name for name in names if name != RETENTION_SET]
     for measure in MEASURES:
-        values = [metrics[key] for name in wanted if (key := f"{prefix}_{name}_{measure}") in metrics]
+        values = [metrics[key] for name in averaged if (key := f"{prefix}_{name}_{measure}") in metrics]
         if values:
             metrics[f"{prefix}_{measure}"] = sum(values) / len(values)
 
 
 def spread_rows(rows: int, number: int | None) -> np.ndarray:
-    """Chooses a fixed sample of row indices, one from each of `number` equal ranges; all if there are no more.
+    """Chooses a fixed sample of row indices: one from each of `number` equal ranges, or all rows if there are fewer.
 
-    The index inside a range is drawn (with a fixed seed), so that a regular order of the rows does no harm.
+    The index within a range is random (with a fixed seed), so that a regular order of the rows does not bias the
+    sample.
     """
     if number is None or number >= rows:
         return np.arange(rows)

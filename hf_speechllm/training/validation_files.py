@@ -1,4 +1,4 @@
-"""Files that validation writes: the table of all evaluations, and transcripts."""
+"""Files that validation writes: a table of all evaluations, and transcripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..evaluation.validation_metrics import COUNTS, metric_prefix, set_names
 from ..files import atomic_write
 
 TABLE_FILE, SAMPLES_FOLDER = "validation.tsv", "validation_samples"  # in the output folder
-SAMPLES_SHOWN = 10  # transcripts of each set that are written
+SAMPLES_SHOWN = 10  # written transcripts per set
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Sample:
     """A decoded row.
 
     Args:
-        position: in its set.
-        name: where the row stands: `FILE:LINE`.
-        reference, hypothesis: what was said, and what the model wrote.
+        position: index of the row in the set.
+        name: `FILE:LINE` of the row.
+        reference, hypothesis: correct and recognised transcript.
     """
 
     position: int
@@ -31,7 +31,7 @@ class Sample:
 
 
 def write_table(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Writes all evaluations of a run as a table, tabs between columns, all or nothing.
+    """Writes all evaluations of a run into a tab-separated table, atomically.
 
     Args:
         log_history: of `TrainerState`.
@@ -54,11 +54,11 @@ def write_table(log_history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def write_samples(samples: dict[str, list[Sample]], path: Path) -> None:
-    """Writes references and hypotheses below each other.
+    """Writes references and hypotheses into a text file.
 
     Args:
-        samples: by set.
-        path: of the text file.
+        samples: samples by name of the set.
+        path: of the file.
     """
     blocks = []
     for set_name, rows in samples.items():

@@ -1,10 +1,10 @@
-"""The command that averages checkpoints."""
+"""The command `average`."""
 
 import torch
 from safetensors.torch import load_file
 
 
-def test_checkpoints_are_averaged_and_nothing_is_written_over(compose_tiny, run_recipe, tmp_path, capsys):
+def test_checkpoints_are_averaged_and_nothing_is_overwritten(compose_tiny, run_recipe, tmp_path, capsys):
     inputs = [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
     for seed, folder in enumerate(inputs):
         for part in compose_tiny(seed=seed):
@@ -22,4 +22,4 @@ def test_checkpoints_are_averaged_and_nothing_is_written_over(compose_tiny, run_
     assert message.startswith("average_checkpoints.py: error: ") and "exists" in message
     assert (output / "model.safetensors").stat().st_mtime_ns == written
     message = run_recipe("average_checkpoints.py", "--inputs", *inputs, "--output", tmp_path / "x", "--exact_lora")
-    assert "full models need no such option" in message
+    assert "leave the option out for full models" in message

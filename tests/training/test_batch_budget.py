@@ -1,4 +1,4 @@
-"""The batch budget that fits into memory, and batches that don't."""
+"""Batch budgets that fit into memory, and splitting of batches that do not fit."""
 
 import pytest
 import torch
@@ -13,39 +13,41 @@ from hf_speechllm.training.batch_budget import largest_budget
 from hf_speechllm.training.out_of_memory import run_in_halves, split_batch
 
 
-@pytest.mark.parametrize(("fixed", "per_second", "room"), [(10, 0.5, 400), (0, 1, 61), (300, 0.01, 400), (5, 3, 190)])
-def test_largest_budget_fits_and_uses_most_of_the_room(fixed, per_second, room):
+@pytest.mark.parametrize(
+    ("fixed", "per_second", "available"), [(10, 0.5, 400), (0, 1, 61), (300, 0.01, 400), (5, 3, 190)]
+)
+def test_largest_budget_fits_and_uses_most_of_the_memory(fixed, per_second, available):
     probes = []
 
     def probe(seconds):
         probes.append(seconds)
         used = fixed + per_second * seconds
-        if used > 1.1 * room:
+        if used > 1.1 * available:
             raise torch.OutOfMemoryError
         return used
 
-    budget = largest_budget(probe, room, longest=20, most=100_000)
-    ideal = (room - fixed) / per_second
+    budget = largest_budget(probe, available, longest=20, limit=100_000)
+    ideal = (available - fixed) / per_second
     assert 0.85 * ideal <= budget <= ideal
     assert len(probes) <= 12
 
 
-def test_budget_stays_within_what_is_wanted():
-    assert largest_budget(lambda seconds: seconds, room=1e9, longest=20, most=500) == 500
-    assert largest_budget(lambda seconds: seconds, room=1e9, longest=20, most=30) == 30
+def test_budget_does_not_exceed_the_limit():
+    assert largest_budget(lambda seconds: seconds, available=1e9, longest=20, limit=500) == 500
+    assert largest_budget(lambda seconds: seconds, available=1e9, longest=20, limit=30) == 30
 
 
-def test_a_row_that_does_not_fit_alone_is_an_error():
+def test_row_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"longest row \(25.0 s\) does not fit"):
-        largest_budget(lambda seconds: seconds, room=10, longest=25, most=500)
+        largest_budget(lambda seconds: seconds, available=10, longest=25, limit=500)
 
 
-def test_auto_is_taken_from_the_command_line_and_refused_on_a_cpu(make_trainer, make_options, tmp_path):
+def test_auto_is_an_option_and_refused_on_a_cpu(make_trainer, make_options, tmp_path):
     options = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     args = parse_arguments([*options, "--per_device_train_batch_seconds", "auto"]).training
     assert args.per_device_train_batch_seconds == 0
     trainer = make_trainer(per_device_train_batch_seconds="auto")
-    with pytest.raises(ValueError, match="on a CPU give a number"):
+    with pytest.raises(ValueError, match="set a number of seconds on a CPU"):
         trainer.train()
     with pytest.raises(ValueError, match="auto must know the rows"):
         make_options(per_device_train_batch_seconds="auto", streaming=True, max_steps=3)
@@ -61,7 +63,7 @@ def parts(tiny_model):
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("level", ["fbank", "encoder", "adaptor"])
-def test_halves_of_a_batch_add_up_to_the_whole(level, padding_free, parts, tiny_rows, tmp_path):
+def test_halves_of_a_batch_sum_to_the_batch(level, padding_free, parts, tiny_rows, tmp_path):
     model, processor = parts
     rows = tiny_rows
     if level != "fbank":
@@ -88,7 +90,7 @@ def test_rows_of_several_recordings_stay_together(parts, tiny_rows):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])
-def test_training_goes_on_where_memory_does_not_suffice(limit, make_trainer, monkeypatch):
+def test_training_continues_if_memory_is_insufficient(limit, make_trainer, monkeypatch):
     losses = []
     for most_rows in (100, limit):
         trainer = make_trainer(max_steps=3)
@@ -97,7 +99,7 @@ def test_training_goes_on_where_memory_does_not_suffice(limit, make_trainer, mon
         def tight(input_ids, forward=forward, most_rows=most_rows, **inputs):
             output = forward(input_ids=input_ids, **inputs)
             if len(input_ids) > most_rows:
-                output.loss.backward()  # as if the error came late, with gradients already there
+                output.loss.backward()  # as if the error came late, after gradients were computed
                 raise torch.OutOfMemoryError
             return output
 
@@ -109,7 +111,7 @@ def test_training_goes_on_where_memory_does_not_suffice(limit, make_trainer, mon
 
 
 @pytest.mark.parametrize("indices, may_split", [([0, 1], False), ([0], True)])
-def test_an_error_that_cannot_be_helped_says_what_to_do(parts, tiny_rows, indices, may_split):
+def test_out_of_memory_error_says_what_to_do(parts, tiny_rows, indices, may_split):
     processor = parts[1]
     batch = SpeechLLMCollator(processor)([tiny_rows[index] for index in indices])
 

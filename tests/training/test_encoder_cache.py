@@ -1,4 +1,4 @@
-"""What frozen parts compute, cached: the same losses, and never where it would be wrong."""
+"""Cached outputs of frozen parts: the same losses, and refused if results would be wrong."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data import encoder_cache
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
-from hf_speechllm.training.cache_stage import choose_level
+from hf_speechllm.training.cache_stage import choose_cache_level
 
 FROZEN = {"freeze_audio_encoder": True, "freeze_audio_adaptor": True}
 
@@ -21,7 +21,7 @@ def parts(tiny_model):
 
 
 @pytest.mark.parametrize("level", ["encoder", "adaptor"])
-def test_cached_rows_give_the_loss_and_gradients_of_features(level, parts, tiny_rows, tmp_path, monkeypatch):
+def test_cached_rows_have_the_same_loss_and_gradients(level, parts, tiny_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_cache, "ROWS_PER_FILE", 7)  # several files
     model, processor = parts
     cached = add_encoded(tiny_rows, model, processor, level, str(tmp_path))
@@ -80,9 +80,9 @@ def test_states_are_computed_again_only_when_weights_or_rows_change(parts, tiny_
         ({**FROZEN, "cache_level": "fbank"}, "fbank"),
     ],
 )
-def test_the_deepest_right_level_is_chosen(options, level, split_options):
+def test_auto_chooses_the_last_correct_level(options, level, split_options):
     _, *found = split_options(**{"max_steps": -1, "num_train_epochs": 3, **options})
-    assert choose_level(*found) == level
+    assert choose_cache_level(*found) == level
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_the_deepest_right_level_is_chosen(options, level, split_options):
         ({"cache_level": "deep"}, "choose auto, fbank, encoder, adaptor"),
     ],
 )
-def test_a_wrong_level_is_refused_with_the_reason(options, reason, make_options):
+def test_wrong_level_is_refused_with_the_reason(options, reason, make_options):
     with pytest.raises(ValueError, match=reason):
         make_options(**options)
 
 
-def test_training_from_cached_tokens_takes_the_same_course(make_trainer, parts, tiny_rows, tmp_path):
+def test_training_from_cached_tokens_has_the_same_losses(make_trainer, parts, tiny_rows, tmp_path):
     model, processor = parts
     cached = add_encoded(tiny_rows, model, processor, "adaptor", str(tmp_path))
     logs = []

@@ -1,4 +1,4 @@
-"""Training from a stream: as long as it was asked to, and the same after an interruption."""
+"""Training from a stream: the requested number of steps, and the same result after an interruption."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ OPTIONS = {"streaming": True, "shuffle_buffer": 7, "max_steps": 6, "save_steps":
 
 @pytest.fixture
 def train(make_trainer, split_options, tiny_corpus, monkeypatch):
-    """Trains on the tiny corpus as the recipe does with --streaming."""
+    """Trains on the tiny corpus in the same way as the recipe with --streaming."""
     monkeypatch.setattr("hf_speechllm.data.shards.BLOCK_SIZE", 1000)
 
     def run(checkpoint=None, **options):
@@ -44,7 +44,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     train, compose_tiny, tiny_config, tmp_path, options
 ):
     config = tiny_config()
-    config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters, too
+    config["llm_config"]["attention_dropout"] = 0.2  # makes the random state matter
     for part in compose_tiny(config):
         part.save_pretrained(tmp_path / "model")
     options = {**options, "model_name_or_path": str(tmp_path / "model"), "spec_augment": True}
@@ -62,7 +62,7 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     )
 
 
-def test_run_that_was_interrupted_after_its_last_step_does_no_further_one(train, tmp_path):
+def test_run_interrupted_after_the_last_step_does_no_further_step(train, tmp_path):
     expected = train().model.llm.model.norm.weight.detach().clone()
     again = train(str(tmp_path / "run" / "checkpoint-6"))
     assert again.state.global_step == 6
@@ -74,7 +74,7 @@ def test_card_says_that_rows_were_not_counted(train, tmp_path):
     assert "| training | `train.jsonl` | streamed | not counted |" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_streaming_without_an_end_is_refused(make_options):
+def test_streaming_without_max_steps_is_refused(make_options):
     with pytest.raises(ValueError, match="--max_steps"):
         make_options(streaming=True, max_steps=-1)
 
@@ -89,7 +89,7 @@ def test_state_is_part_of_every_checkpoint(train, tmp_path):
 # Two processes
 
 SCRIPT = """
-# recipes/finetune.py, with a note of each step's rows at each rank, and a process that is killed in a step.
+# recipes/finetune.py, with a log of the rows of each step and rank, and a process that is killed in a step.
 import json, os, runpy, signal, sys
 note, stop, recipe = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 sys.argv = [recipe, *sys.argv[4:]]
@@ -118,7 +118,7 @@ STEPS = 12
 
 
 class Names(SpeechLLMCollator):
-    """Gives the names of a batch's rows instead of inputs: (seed, pass, shard, copy, row of the shard)."""
+    """Returns names of the rows instead of inputs: (seed, pass, shard, copy, row of the shard)."""
 
     def __call__(self, rows):
         return [list(row["seed"]) for row in rows]
@@ -126,7 +126,7 @@ class Names(SpeechLLMCollator):
 
 @pytest.fixture
 def train_in_two(launch, tmp_path, tiny_model):
-    """Streams in two processes, of which the second may be killed in a step; gives the launcher's result."""
+    """Trains on a stream in two processes, and may kill the second in a step; returns the result of the launcher."""
     script, config = tmp_path / "run.py", tmp_path / "two.yaml"
     script.write_text(SCRIPT, encoding="utf-8")
     setup = yaml.safe_load((REPOSITORY / "accelerate_configs/multi_gpu.yaml").read_text())
@@ -148,13 +148,13 @@ def train_in_two(launch, tmp_path, tiny_model):
 
 
 def check_rows(folder, files, sizes, collator, workers=0):
-    """Compares what the ranks have seen with two streams that nothing interrupts, and these with the files."""
+    """Compares the rows of the ranks with two uninterrupted streams, and these streams with the files."""
     passes = {}
     for rank in (0, 1):
         stream = RowStream(files, collator, 3.0, 2048, window_rows=7, seed=5, rank=rank, num_ranks=2)
         expected = list(itertools.islice(StreamLoader(stream, num_workers=workers), STEPS))
         notes = [json.loads(line) for line in (folder / f"note.{rank}").read_text().splitlines()]
-        # Killed in the eighth step: the sixth and seventh are done again.
+        # The kill in step 8 repeats steps 6 and 7.
         assert [step for step, *_ in notes] == [*range(1, 9), *range(6, STEPS + 1)]
         assert {(world, wrapper) for _, world, wrapper, _ in notes} == {(2, "DistributedDataParallel")}
         assert all(rows == expected[step - 1] for step, _, _, rows in notes)
@@ -165,12 +165,10 @@ def check_rows(folder, files, sizes, collator, workers=0):
     assert 1 in passes and all(set(seen) <= every and set(seen.values()) == {1} for seen in passes.values())
 
 
-def test_two_ranks_share_the_rows_of_each_pass_and_see_the_same_ones_after_a_kill(
-    train_in_two, tmp_path, tiny_corpus, tiny_model
-):
+def test_two_ranks_share_the_rows_and_repeat_steps_after_a_kill(train_in_two, tmp_path, tiny_corpus, tiny_model):
     lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines(keepends=True)
     sizes, files = [3, 9, 7, 5], []
-    for size in sizes:  # two for each rank, of unlike sizes
+    for size in sizes:  # two for each rank, of different sizes
         files.append(str(tmp_path / f"{len(files)}.jsonl"))
         Path(files[-1]).write_text("".join(lines[:size]), encoding="utf-8")
         del lines[:size]
@@ -183,9 +181,7 @@ def test_two_ranks_share_the_rows_of_each_pass_and_see_the_same_ones_after_a_kil
 
 
 @pytest.mark.slow
-def test_two_ranks_with_two_workers_each_share_one_file_and_end_with_the_weights_of_an_uninterrupted_run(
-    train_in_two, tmp_path, tiny_corpus, tiny_model
-):
+def test_two_ranks_with_two_workers_share_one_file_and_resume(train_in_two, tmp_path, tiny_corpus, tiny_model):
     files, folder = [str(tiny_corpus.jsonl)], tmp_path / "run"
     whole = train_in_two(tmp_path / "whole", files, workers=2)
     assert whole.returncode == 0, whole.stderr[-4000:]

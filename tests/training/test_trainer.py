@@ -1,5 +1,4 @@
-"""Training: what is frozen stays, what is trained moves, an interruption leaves no trace, the log tells what
-happened."""
+"""Training: frozen and trained weights, learning rates, interruption, the log, validation losses."""
 
 import json
 import re
@@ -48,8 +47,8 @@ def weights_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def rows_of_the_optimizer(trainer):
-    """Learning rate and weight decay by parameter name."""
+def optimizer_settings(trainer):
+    """Returns learning rate and weight decay by parameter name."""
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -60,7 +59,7 @@ def rows_of_the_optimizer(trainer):
 
 @pytest.fixture
 def logits(tiny_rows, tiny_model):
-    """Logits of a model on a batch of the corpus."""
+    """Computes logits of a model on a batch of the corpus."""
     batch = SpeechLLMCollator(SpeechLLMProcessor.from_pretrained(tiny_model))([tiny_rows[index] for index in range(6)])
 
     def compute(model):
@@ -76,7 +75,7 @@ def test_every_part_has_its_own_learning_rate(make_trainer):
         learning_rate=0.1, audio_encoder_learning_rate=0.2, llm_learning_rate=0.3, weight_decay=0.05
     )
     trainer.create_optimizer()
-    rates = rows_of_the_optimizer(trainer)
+    rates = optimizer_settings(trainer)
     assert rates.keys() == dict(trainer.model.named_parameters()).keys()
     expected = {"audio_encoder": 0.2, "audio_adaptor": 0.1, "llm": 0.3}
     for name, (rate, decay) in rates.items():
@@ -84,10 +83,10 @@ def test_every_part_has_its_own_learning_rate(make_trainer):
         assert decay == (0.0 if name.endswith("bias") or "norm" in name else 0.05), name
 
 
-def test_learning_rate_of_zero_is_not_taken_for_none(make_trainer):
+def test_learning_rate_of_zero_is_not_none(make_trainer):
     trainer = make_trainer(learning_rate=0.1, audio_adaptor_learning_rate=0.0)
     trainer.create_optimizer()
-    rates = {name.split(".")[0]: rate for name, (rate, _) in rows_of_the_optimizer(trainer).items()}
+    rates = {name.split(".")[0]: rate for name, (rate, _) in optimizer_settings(trainer).items()}
     assert rates == {"audio_encoder": 0.1, "audio_adaptor": 0.0, "llm": 0.1}
 
 
@@ -97,13 +96,13 @@ def test_adapters_train_at_the_rate_of_the_llm(make_trainer):
         llm_learning_rate=0.3,
     )  # fmt: skip
     trainer.create_optimizer()
-    rates = rows_of_the_optimizer(trainer)
+    rates = optimizer_settings(trainer)
     assert {rate for name, (rate, _) in rates.items() if "lora_" in name} == {0.3}
     assert {rate for name, (rate, _) in rates.items() if "lora_" not in name} == {0.2}
 
 
 @pytest.mark.parametrize("frozen", FREEZES, ids="+".join)
-def test_frozen_weights_stay_to_the_bit_and_trained_ones_move(make_trainer, frozen):
+def test_frozen_weights_stay_bit_identical_and_trained_weights_change(make_trainer, frozen):
     trainer = make_trainer(**flags(frozen), weight_decay=0.1, max_steps=3)
     before = weights_of(trainer.model)
     trainer.train()
@@ -113,7 +112,7 @@ def test_frozen_weights_stay_to_the_bit_and_trained_ones_move(make_trainer, froz
         assert same == (name.split(".")[0] in frozen), name
     trained = {id(p) for name, p in trainer.model.named_parameters() if name.split(".")[0] not in frozen}
     assert {id(parameter) for parameter in trainer.optimizer.state} == trained
-    assert rows_of_the_optimizer(trainer).keys() == {name for name in before if name.split(".")[0] not in frozen}
+    assert optimizer_settings(trainer).keys() == {name for name in before if name.split(".")[0] not in frozen}
     assert all(parameter.grad is None for parameter in trainer.model.parameters() if id(parameter) not in trained)
 
 
@@ -129,14 +128,14 @@ def test_parameters_are_frozen_by_the_start_of_their_names(make_trainer, lora):
     for name in before:
         left = lora and (".original_module." in name or (part_of(name) == "llm" and "lora_" not in name))
         assert (name in same) == (bool(re.search(frozen, name)) or left), name
-    with pytest.raises(ValueError, match="--freeze_param: no parameter's name starts with audio_enc, x"):
+    with pytest.raises(ValueError, match="--freeze_param: no parameter name starts with audio_enc, x"):
         freeze_parameters(trainer.model, ["audio_enc", "llm", "x"])
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze_parameters(trainer.model, PARTS)
 
 
 @pytest.mark.parametrize("frozen", [(), ("audio_encoder",), ("audio_encoder", "audio_adaptor")], ids="+".join)
-def test_lora_moves_adapters_and_unfrozen_parts_and_nothing_else(make_trainer, frozen):
+def test_lora_changes_only_adapters_and_unfrozen_parts(make_trainer, frozen):
     trainer = make_trainer(
         **flags(frozen), use_lora=True, lora_target_modules=LORA_TARGETS, weight_decay=0.1, max_steps=3
     )
@@ -173,7 +172,7 @@ def test_unknown_lora_layers_are_named(compose_tiny):
 
 
 @pytest.mark.parametrize("frozen", [("audio_encoder",), ("audio_encoder", "audio_adaptor"), ()], ids="+".join)
-def test_lora_saved_loaded_by_stock_peft_and_merged_gives_the_same_logits(
+def test_saved_lora_loads_with_peft_and_merges_to_the_same_logits(
     make_trainer, logits, tiny_model, tmp_path, run_recipe, frozen
 ):
     from peft import PeftModel
@@ -220,14 +219,14 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(
     make_trainer, compose_tiny, tiny_config, tmp_path, checkpoint, lora, workers, interrupt
 ):
     config = tiny_config()
-    config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters, too
+    config["llm_config"]["attention_dropout"] = 0.2  # makes the random state matter
     model, processor = compose_tiny(config)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     options = {
         "model_name_or_path": str(tmp_path / "model"),
         "use_lora": lora,
-        "per_device_train_batch_seconds": 4.5,  # 7 batches, the last step of an epoch has but one
+        "per_device_train_batch_seconds": 4.5,  # 7 batches; the last step of an epoch has a single batch
         "gradient_accumulation_steps": 2,
         "spec_augment": True,
         "tempo_perturb": 0.1,
@@ -260,7 +259,7 @@ def test_interrupted_and_resumed_training_gives_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_missing_weights_are_an_error_and_tied_ones_are_not_missing(make_trainer, monkeypatch, tmp_path):
+def test_missing_weights_are_an_error_and_tied_weights_are_not(make_trainer, monkeypatch, tmp_path):
     warnings = []
     monkeypatch.setattr("transformers.trainer.logger.warning", lambda text, *args, **kwargs: warnings.append(text))
     options = {"save_strategy": "steps", "save_steps": 1}
@@ -276,7 +275,7 @@ def test_missing_weights_are_an_error_and_tied_ones_are_not_missing(make_trainer
         load_weights(trainer.model, tmp_path / "run" / "checkpoint-1")
 
 
-def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arguments, tmp_path):
+def test_earlier_checkpoints_are_not_overwritten_without_a_request(make_trainer, make_arguments, tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint"):
         find_checkpoint(make_arguments(resume_from_checkpoint="true"))
     make_trainer(save_strategy="steps", save_steps=1, max_steps=2, freeze_audio_encoder=True, freeze_llm=True).train()
@@ -289,7 +288,7 @@ def test_earlier_checkpoints_are_not_written_over_unasked(make_trainer, make_arg
     assert find_checkpoint(make_arguments(**frozen, resume_from_checkpoint=first)) == first
 
 
-def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows):
+def test_log_lines_have_loss_accuracy_throughput_and_padding(make_trainer, tiny_rows):
     budget = 4.0
     trainer = make_trainer(max_steps=3, per_device_train_batch_seconds=budget, learning_rate=0.0)
     trainer.train()
@@ -309,13 +308,13 @@ def test_log_lines_tell_loss_accuracy_speed_and_padding(make_trainer, tiny_rows)
         assert 0 <= line["data_wait_share"] <= 1
         assert {"learning_rate", "grad_norm", "epoch"} <= line.keys()
         rows += len(indices)
-        operations += counter.step(mask.sum(-1), batch["attention_mask"].sum(-1), len(batch["positions"]["labels"]))
+        operations += counter.count(mask.sum(-1), batch["attention_mask"].sum(-1), len(batch["positions"]["labels"]))
     end = trainer.state.log_history[-1]
     assert end["train_samples_per_second"] * end["train_runtime"] == pytest.approx(rows, rel=0.01)
     assert end["total_flos"] == pytest.approx(operations)
 
 
-def test_speed_is_that_of_training_alone(make_trainer, tiny_rows, monkeypatch):
+def test_throughput_excludes_validation_and_saving(make_trainer, tiny_rows, monkeypatch):
     clock, hours = time.perf_counter, []
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * len(hours))
     monkeypatch.setattr(CheckpointWriter, "save", lambda writer: hours.append("saving"))
@@ -336,7 +335,7 @@ def test_loss_is_learned(make_trainer):
 
 
 def test_loss_with_gradient_accumulation_is_weighted_by_tokens(make_trainer):
-    """Two batches of unlike size in one step have the gradient of one batch that holds both."""
+    """Two batches of different sizes in one step have the gradient of one batch with the same rows."""
     gradients = []
     for budget, accumulation in ((100.0, 1), (4.0, 100)):
         trainer = make_trainer(
@@ -355,7 +354,7 @@ def test_loss_with_gradient_accumulation_is_weighted_by_tokens(make_trainer):
 
 @pytest.mark.parametrize("frozen", FREEZES, ids="+".join)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_gradient_checkpointing_gives_the_same_gradients(make_trainer, frozen, lora):
+def test_gradient_checkpointing_has_the_same_gradients(make_trainer, frozen, lora):
     if lora and "llm" in frozen:
         pytest.skip("peft freezes the LLM")
     weights = []
@@ -409,13 +408,13 @@ def test_validation_loss_does_not_depend_on_the_batches(make_trainer, tiny_rows,
     assert metrics["eval_runtime"] > 0
 
 
-def test_validation_takes_rows_that_are_longer_than_its_budget(make_trainer, tiny_rows):
+def test_validation_accepts_rows_longer_than_the_budget(make_trainer, tiny_rows):
     trainer = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=0.5)
     wide = make_trainer(eval_dataset=tiny_rows, per_device_eval_batch_seconds=50.0)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(wide.evaluate()["eval_loss"], rel=1e-5)
 
 
-def test_validation_sets_are_reported_by_name_and_leave_training_as_it_is(make_trainer, tiny_rows, tmp_path):
+def test_validation_sets_are_reported_by_name_and_do_not_change_training(make_trainer, tiny_rows, tmp_path):
     sets = {"near": tiny_rows.select(range(8)), "far": tiny_rows.select(range(8, 16))}
     options = {"max_steps": 4, "freeze_audio_encoder": True}
     with_sets = make_trainer(
@@ -451,7 +450,7 @@ def test_training_curve_is_drawn(make_trainer, tiny_rows):
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10  # not blank
 
 
-def test_trainer_is_the_one_of_transformers(make_trainer):
+def test_trainer_is_a_transformers_trainer(make_trainer):
     from transformers import Trainer
 
     assert issubclass(SpeechLLMTrainer, Trainer)

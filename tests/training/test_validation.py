@@ -1,4 +1,4 @@
-"""Validation by decoding, and what hangs on it: best checkpoint, early stopping, retention guard, averaging."""
+"""Validation by decoding, best checkpoints, early stopping, retention guard, averaging."""
 
 import json
 from pathlib import Path
@@ -33,14 +33,14 @@ QUICK = {"freeze_audio_encoder": True, "freeze_llm": True}
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """Draws only where a test looks at it: that takes longer than the training."""
+    """Disables drawing, which takes longer than training, except in tests of the curve."""
     if "drawn" not in request.node.name:
         monkeypatch.setattr(callbacks, "draw_curve", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def talkative_model(compose_tiny, tmp_path_factory):
-    """Folder of a random model that writes something, and other things for other recordings."""
+    """Folder of a random model that decodes different texts for different recordings."""
     folder = tmp_path_factory.mktemp("talkative")
     model, processor = compose_tiny(seed=3)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def talkative_model(compose_tiny, tmp_path_factory):
 
 @pytest.fixture
 def sets(tiny_rows):
-    """Validation sets of 3 and 2 rows, and general speech of 4."""
+    """Validation sets of 3 and 2 rows, and general speech of 4 rows."""
     return {
         "near": tiny_rows.select(range(3)),
         "far": tiny_rows.select(range(3, 5)),
@@ -63,7 +63,7 @@ def sets(tiny_rows):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Replaces decoding by CERs in percent that are set for each step: `{rows of the set: {step: CER}}`."""
+    """Replaces decoding by CERs in percent: `{rows of the set: {step: CER}}`."""
 
     def script(by_size, averaged=None):
         trainers, score = [], SpeechLLMTrainer.score
@@ -106,7 +106,7 @@ def full_precision(folder):
     return DataOptions(feature_cache="float32", cache_dir=str(folder / "cache"), preprocessing_num_workers=1)
 
 
-def test_cer_is_that_of_the_transcripts_of_the_recordings(make_trainer, tiny_corpus, talkative_model, tmp_path):
+def test_cer_equals_that_of_decoded_recordings(make_trainer, tiny_corpus, talkative_model, tmp_path):
     processor = SpeechLLMProcessor.from_pretrained(talkative_model)
     rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, full_precision(tmp_path))[0]
     options = {"model_name_or_path": talkative_model, "per_device_eval_batch_seconds": 4.0}
@@ -131,7 +131,7 @@ def test_gradient_checkpointing_and_adapters_do_not_change_the_cer(make_trainer,
     assert [other.evaluate()[f"eval_{name}"] for name in COUNTS] == [plain[f"eval_{name}"] for name in COUNTS]
 
 
-def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, tiny_model, tmp_path):
+def test_last_answer_is_decoded_with_the_previous_dialogue(tiny_corpus, tiny_model, tmp_path):
     turns = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[:3]]
     messages = turns[0]["messages"] + turns[1]["messages"][1:]
     rows = [{"messages": messages, "hotwords": ["Qwen"]}, {"messages": turns[2]["messages"]}]
@@ -159,7 +159,7 @@ def test_last_answer_is_asked_for_with_the_dialogue_before_it(tiny_corpus, tiny_
 
 
 @pytest.mark.parametrize(("rows", "number"), [(24, 5), (1000, 10), (7, 6), (5, 5), (5, 9), (5, None), (3, 1)])
-def test_sample_is_the_same_every_time_and_spread_over_the_set(rows, number):
+def test_sample_is_fixed_and_spread_over_the_set(rows, number):
     chosen = spread_rows(rows, number)
     assert np.array_equal(chosen, spread_rows(rows, number))
     if number is None or number >= rows:
@@ -178,13 +178,13 @@ def test_only_the_sample_is_decoded(make_trainer, tiny_rows):
     assert metrics["eval_loss"] == whole["eval_loss"] and "eval_cer" not in whole
 
 
-# What it leaves alone
+# Effects on training
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_decoding_leaves_training_as_it_is(make_trainer, compose_tiny, tiny_config, sets, tmp_path, lora):
+def test_decoding_does_not_change_training(make_trainer, compose_tiny, tiny_config, sets, tmp_path, lora):
     config = tiny_config()
-    config["llm_config"]["attention_dropout"] = 0.2  # so that the state of the random numbers matters
+    config["llm_config"]["attention_dropout"] = 0.2  # makes the random state matter
     for part in compose_tiny(config):
         part.save_pretrained(tmp_path / "model")
     options = {
@@ -223,10 +223,10 @@ def test_resumed_run_has_the_same_weights_and_the_same_log(make_trainer, sets, t
     assert tables[0] == tables[1]
 
 
-# What is told
+# Results
 
 
-def test_scores_of_all_sets_are_logged_tabled_and_drawn(make_trainer, sets):
+def test_scores_of_all_sets_are_in_log_table_and_curve(make_trainer, sets):
     trainer = make_trainer(
         eval_dataset=sets, retention_file="data/general.jsonl", max_retention_loss=900.0, max_steps=2,
         eval_strategy="steps", eval_steps=2, **DECODING, **QUICK,
@@ -243,7 +243,7 @@ def test_scores_of_all_sets_are_logged_tabled_and_drawn(make_trainer, sets):
         assert entry["eval_far_cer"] == errors / entry["eval_far_reference_tokens"]
 
     save_final(trainer, result)
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_cer" in entry] == [0, 2]  # not once more
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_cer" in entry] == [0, 2]  # no third one
     folder = Path(trainer.args.output_dir)
     lines = [line.split("\t") for line in (folder / "validation.tsv").read_text().splitlines()]
     assert lines[0] == ["step", "set", "loss", "token_accuracy", "cer_percent", *COUNTS]
@@ -265,12 +265,12 @@ def test_scores_of_all_sets_are_logged_tabled_and_drawn(make_trainer, sets):
     assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (480, 1800)
 
 
-def test_curve_has_no_panel_for_cer_without_any(tmp_path):
+def test_curve_without_cer_has_no_cer_panel(tmp_path):
     draw_curve([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}], tmp_path / "new" / "curve.png")
     assert matplotlib.image.imread(tmp_path / "new" / "curve.png").shape[:2] == (480, 1200)
 
 
-# What is chosen
+# Selection of checkpoints
 
 
 def test_best_checkpoint_is_the_one_with_the_lowest_mean_cer(make_trainer, sets, scripted):
@@ -284,7 +284,7 @@ def test_best_checkpoint_is_the_one_with_the_lowest_mean_cer(make_trainer, sets,
     assert trainer.current_scores["eval_near_cer"] == 0.1
 
 
-def test_best_checkpoint_may_be_chosen_by_one_set_or_another_measure(make_arguments, make_trainer, sets, scripted):
+def test_best_checkpoint_may_be_selected_by_one_set_or_another_metric(make_arguments, make_trainer, sets, scripted):
     scripted({3: {0: 90, 1: 40, 2: 10}, 2: {0: 90, 1: 5, 2: 20}})
     sets.pop("retention")
     options = {**DECODING, **EVERY_STEP, **QUICK, "max_steps": 2, "validation_file": ["near=a.jsonl", "far=b.jsonl"]}
@@ -296,7 +296,7 @@ def test_best_checkpoint_may_be_chosen_by_one_set_or_another_measure(make_argume
     assert make_arguments(**options, metric_for_best_model="near_token_accuracy").greater_is_better
 
 
-def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer, sets, scripted, tmp_path, interrupt):
+def test_early_stopping_keeps_the_count_after_an_interruption(make_trainer, sets, scripted, tmp_path, interrupt):
     scripted({3: {0: 90, 1: 40, 2: 50, 3: 60, 4: 1}})
     options = {**DECODING, **EVERY_STEP, **QUICK, "early_stopping_patience": 2, "max_steps": 4}
     trainer = make_trainer(eval_dataset={"near": sets["near"]}, **options)
@@ -311,13 +311,13 @@ def test_training_stops_early_and_patience_outlives_an_interruption(make_trainer
     assert cers_of(resumed) == cers_of(trainer)
 
 
-# What is kept
+# Retention guard
 
 
 RETENTION = {"retention_file": "general.jsonl", "max_retention_loss": 2.0}
 
 
-def test_retention_loss_is_warned_of(make_trainer, sets, scripted, caplog):
+def test_retention_guard_warns(make_trainer, sets, scripted, caplog):
     scripted({3: {0: 50, 1: 40, 2: 30}, 4: {0: 10, 1: 12, 2: 13}})
     sets.pop("far")
     trainer = make_trainer(eval_dataset=sets, max_steps=2, **DECODING, **EVERY_STEP, **QUICK, **RETENTION)
@@ -331,18 +331,18 @@ def test_retention_loss_is_warned_of(make_trainer, sets, scripted, caplog):
 @pytest.mark.parametrize(
     ("options", "expected", "kept", "cer"),
     [
-        # The best of those that are good: step 2, though step 3 decodes better.
+        # The best good checkpoint is step 2, although step 3 has a lower CER.
         ({"load_best_model_at_end": True}, 2, [1, 2], 40),
         ({}, 2, [1, 2], 40),
         ({"save_total_limit": 2}, 2, [1, 2], 40),
-        # Saved between evaluations: the latest that is not younger than a good evaluation; it is scored at the end.
+        # Saved between evaluations: the latest checkpoint before a good evaluation, scored at the end.
         ({"eval_steps": 3, "save_steps": 2}, 2, [2, 4], 44),
-        # Neither the best (step 2) nor the latest: the limit spares it.
+        # Neither the best (step 2) nor the latest: --save_total_limit keeps the last good checkpoint.
         ({"eval_steps": 2, "save_total_limit": 2}, 4, [2, 4, 5], 45),
     ],
     ids=["best", "last", "limit", "between", "often"],
 )
-def test_training_that_forgets_goes_back_to_the_last_good_checkpoint(
+def test_training_above_the_retention_limit_returns_to_the_last_good_checkpoint(
     make_trainer, sets, scripted, caplog, options, expected, kept, cer
 ):
     sets.pop("far")
@@ -354,32 +354,31 @@ def test_training_that_forgets_goes_back_to_the_last_good_checkpoint(
     result = trainer.train()
     assert trainer.state.global_step == forgets_at
     assert steps_kept(trainer) == kept
-    assert trainer.state.best_metric in (0.4, 0.42)  # not that of the model that has forgotten
+    assert trainer.state.best_metric in (0.4, 0.42)  # not the metric of the last evaluation
     assert same_weights(trainer, Path(trainer.args.output_dir) / f"checkpoint-{expected}")
-    assert "training ends" in caplog.text and f"that of {trainer.args.output_dir}/checkpoint-{expected}" in caplog.text
-    scripted({3: {forgets_at: 44}, 4: {forgets_at: 11}})  # what remains is scored where it was not
+    assert "training ends" in caplog.text
+    assert f"the final weights are those of {trainer.args.output_dir}/checkpoint-{expected}" in caplog.text
+    scripted({3: {forgets_at: 44}, 4: {forgets_at: 11}})  # for a final checkpoint without scores
     save_final(trainer, result)
     assert same_weights(trainer, trainer.args.output_dir)
     folder = Path(trainer.args.output_dir)
     assert round(100 * json.loads((folder / "eval_results.json").read_text())["eval_cer"]) == cer
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"checkpoint-{expected}, since later ones lost too much" in card
+    assert f"checkpoint-{expected}, because later ones exceed the limit" in card
 
 
-def test_training_that_forgets_at_once_saves_nothing(make_trainer, sets, scripted):
+def test_training_above_the_retention_limit_from_the_start_saves_nothing(make_trainer, sets, scripted):
     scripted({3: {0: 50, 1: 4}, 4: {0: 10, 1: 50}})
     sets.pop("far")
     trainer = make_trainer(
         eval_dataset=sets, max_steps=2, retention_action="stop", **DECODING, **EVERY_STEP, **QUICK, **RETENTION
     )
-    with pytest.raises(RetentionError, match="ended at step 1, before there was a checkpoint.*remains the best model"):
+    with pytest.raises(RetentionError, match="ended at step 1, before a checkpoint within.*remains the best model"):
         trainer.train()
     assert steps_kept(trainer) == []
 
 
-def test_retention_limit_is_that_of_the_base_model_after_a_resumption(
-    make_trainer, sets, scripted, tmp_path, interrupt
-):
+def test_resumed_run_keeps_the_retention_limit_of_the_base_model(make_trainer, sets, scripted, tmp_path, interrupt):
     scripted({3: dict.fromkeys(range(5), 20), 4: {0: 10, 1: 12, 2: 12, 3: 14, 4: 14}})
     sets.pop("far")
     options = {**DECODING, **EVERY_STEP, **QUICK, "max_steps": 4, "eval_dataset": sets}
@@ -391,12 +390,10 @@ def test_retention_limit_is_that_of_the_base_model_after_a_resumption(
     assert same_weights(resumed, tmp_path / "run" / "checkpoint-2")
 
 
-def test_run_without_the_base_models_score_can_not_be_resumed_with_a_guard(
-    make_trainer, make_arguments, sets, scripted
-):
+def test_run_without_the_base_models_score_cannot_resume_with_a_guard(make_trainer, make_arguments, sets, scripted):
     scripted({3: {0: 50, 1: 4}})
     make_trainer(eval_dataset={"near": sets["near"]}, max_steps=1, **DECODING, **EVERY_STEP, **QUICK).train()
-    with pytest.raises(ValueError, match="began without --retention_file"):
+    with pytest.raises(ValueError, match="started without --retention_file"):
         find_checkpoint(
             make_arguments(resume_from_checkpoint="true", max_steps=2, **DECODING, **EVERY_STEP, **QUICK, **RETENTION)
         )
@@ -415,7 +412,7 @@ def test_best_checkpoints_and_the_latest_are_kept(make_trainer, sets, scripted):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(("averaged", "won"), [(9, True), (10, False), (12, False)])
-def test_mean_of_the_best_checkpoints_remains_if_it_is_better(make_trainer, sets, scripted, averaged, won, lora):
+def test_mean_of_the_best_checkpoints_is_final_if_better(make_trainer, sets, scripted, averaged, won, lora):
     scripted({3: dict(enumerate((90, 30, 10, 20)))}, averaged={3: averaged})
     trainer = make_trainer(
         eval_dataset={"near": sets["near"]}, keep_best_checkpoints=2, average_best=True, max_steps=3, use_lora=lora,
@@ -440,7 +437,7 @@ def test_mean_of_the_best_checkpoints_remains_if_it_is_better(make_trainer, sets
     assert "mean of the checkpoints of steps 2, 3" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_mean_that_has_forgotten_does_not_remain(make_trainer, sets, scripted):
+def test_mean_above_the_retention_limit_is_not_final(make_trainer, sets, scripted):
     scripted({3: dict(enumerate((90, 30, 20))), 4: dict.fromkeys(range(3), 10)}, averaged={3: 5, 4: 40})
     sets.pop("far")
     trainer = make_trainer(
@@ -469,7 +466,7 @@ def test_mean_that_has_forgotten_does_not_remain(make_trainer, sets, scripted):
         ({**DECODING, **EVERY_STEP, "save_steps": 3, "eval_steps": 2, "keep_best_checkpoints": 2}, "multiple"),
     ],
 )  # fmt: skip
-def test_contradictions_are_found_before_anything_is_loaded(make_options, options, message):
+def test_contradictions_are_found_before_loading(make_options, options, message):
     with pytest.raises(ValueError, match=message):
         make_options(**options)
 
@@ -486,7 +483,7 @@ from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.training import callbacks
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
-callbacks.draw_curve = lambda *_: None  # takes longer than the training
+callbacks.draw_curve = lambda *_: None  # takes longer than training
 options = parse_arguments(sys.argv[2:])
 args, name = options.training, options.model.model_name_or_path
 set_seed(args.seed)
@@ -512,7 +509,7 @@ def test_two_processes_count_the_same_errors_as_one(
 ):
     options = {
         "model_name_or_path": talkative_model, "validation_file": ["many=a", "few=b"], "eval_max_new_tokens": 4,
-        # Batches of a row each: of three, two processes get two and two, one of them a repeated row.
+        # Batches of one row. Of three rows, both processes get two: one row is repeated.
         "per_device_eval_batch_seconds": 0.1, "per_device_train_batch_seconds": 4.1, "learning_rate": 3e-3,
         "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
         "keep_best_checkpoints": 2, "max_steps": 2, "report_to": "none",
@@ -539,7 +536,7 @@ def test_two_processes_count_the_same_errors_as_one(
 
     assert [run["world_size"] for run in two] == [2, 2] and one.args.world_size == 1
     log = [line for line in one.state.log_history if "eval_cer" in line or "averaged_cer" in line]
-    assert [line["step"] for line in log] == [0, 1, 2, 2]  # and the mean
+    assert [line["step"] for line in log] == [0, 1, 2, 2]  # the last one is the mean
     keys = [f"{name}_{key}" for name in sets for key in ("cer", *COUNTS)]
     for run in two:
         assert [line["step"] for line in run["log"]] == [0, 1, 2, 2]

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: writing, verification, resuming, selection and averaging."""
+"""Checkpoints of a run: writing, verification, resuming, selection, averaging."""

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of one run, full models or LoRA adapters, tensor by tensor."""
+"""Mean of several checkpoints, full models or LoRA adapters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ...formats import peft_adapters as adapters
 from ...formats.checkpoint import INDEX_FILE, MAX_LISTED, WEIGHTS_FILE, CheckpointError, new_folder
 from ...formats.loading import CTC_FILE
 
-# What is not the model's or the processor's: weights, states and results of a run.
-LEFT_FILES = (
+# Files that are not copied: weights, states and results of a run.
+EXCLUDED_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "trainer_state.json", "*_results.json",
     "README.md", "*.png", "*.tsv", "manifest.json", "position.json", "stream_rank*.json", "dependencies.json",
     "course.json", "finished.json",
@@ -29,8 +29,8 @@ LEFT_FILES = (
 CONFIG_NOTES = ("transformers_version", "_name_or_path", "peft_version")  # may differ between checkpoints
 
 
-class _Weights:
-    """The tensors of a checkpoint folder, opened but not read.
+class _CheckpointTensors:
+    """Tensors of a checkpoint folder, which are read on access.
 
     Args:
         folder: full model (one file or shards with an index) or peft adapter.
@@ -53,8 +53,8 @@ class _Weights:
         for name in names:
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder / name} is missing; only folders with safetensors can be averaged: convert others "
-                    "with `hf-speechllm convert`"
+                    f"{folder / name} is missing; averaging requires safetensors: convert other formats with "
+                    "`hf-speechllm convert`"
                 )
             try:
                 self.files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
@@ -66,11 +66,11 @@ class _Weights:
         return self.files[self.file_of[key]].get_tensor(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header."""
+        """Returns the shape of a tensor from the file header."""
         return tuple(self.files[self.file_of[key]].get_slice(key).get_shape())
 
     def config(self) -> dict[str, Any]:
-        """What must be the same in all: `adapter_config.json` or `config.json`, without notes."""
+        """Returns the values of `adapter_config.json` or `config.json` that must be equal in all checkpoints."""
         path = self.folder / (adapters.CONFIG_FILE if self.is_adapter else "config.json")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the checkpoint again")
@@ -81,36 +81,36 @@ class _Weights:
 
 
 def average_checkpoints(inputs: Sequence[str | Path], output: str | Path, exact_lora: bool = False) -> None:
-    """Writes the mean of checkpoints, with config and processor of the last, all or nothing.
+    """Writes the mean of checkpoints, with configuration and processor of the last checkpoint, atomically.
 
-    Sums are float64, whatever the dtype of the weights, which the mean is rounded to. Integer tensors must be equal.
+    Computes sums in float64 and rounds the mean to the dtype of the weights. Integer tensors must be equal.
 
-    Of LoRA adapters, the mean of the factors is taken, `mean(B) mean(A)`: of checkpoints of one run it differs from
-    the mean of the updates `mean(B A)` by the covariance of B and A alone, and the rank stays. `exact_lora` stacks the
-    factors instead, `[B_1 .. B_n] / n` and `[A_1; ..; A_n]`, whose product is the mean of the updates for any
-    adapters, those of different runs included, with n times the rank.
+    For LoRA adapters, the result contains the mean factors, `mean(B) mean(A)`. For checkpoints of one run, this
+    differs from the mean update `mean(B A)` only by the covariance of B and A, and the rank does not change.
+    `exact_lora` stacks the factors: the product of `[B_1 .. B_n] / n` and `[A_1; ..; A_n]` is the mean update of any
+    adapters, even of different runs, and has n times the rank.
 
     Args:
-        inputs: two folders or more, all full models or all adapters, in safetensors.
+        inputs: at least two folders with safetensors: full models only, or adapters only.
         output: new folder.
-        exact_lora: see above; adapters only.
+        exact_lora: whether to compute the exact mean update; for adapters only.
 
     Raises:
-        CheckpointError: if they don't fit each other, or a file is missing or damaged.
-        FileExistsError: if `output` is there and not empty.
+        CheckpointError: if the checkpoints do not match, or a file is missing or damaged.
+        FileExistsError: if `output` exists and is not empty.
     """
     folders, output = [Path(item) for item in inputs], Path(output)
     if len(folders) < 2:
-        raise CheckpointError("one checkpoint alone has no mean; name at least two")
+        raise CheckpointError("a mean requires at least two checkpoints; name another checkpoint")
     with ExitStack() as stack:
-        checkpoints = [_Weights(folder, stack) for folder in folders]
+        checkpoints = [_CheckpointTensors(folder, stack) for folder in folders]
         _check(checkpoints, exact_lora)
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()
         with new_folder(output) as temporary:
             for path in sorted(folders[-1].iterdir()):
-                left = path.name != CTC_FILE and any(fnmatch(path.name, pattern) for pattern in LEFT_FILES)
-                if path.is_file() and not left:
+                excluded = path.name != CTC_FILE and any(fnmatch(path.name, pattern) for pattern in EXCLUDED_FILES)
+                if path.is_file() and not excluded:
                     shutil.copy(path, temporary)
             first = checkpoints[0]
             for name, file in first.files.items():
@@ -120,15 +120,17 @@ def average_checkpoints(inputs: Sequence[str | Path], output: str | Path, exact_
             if set(first.files) not in ({WEIGHTS_FILE}, {adapters.WEIGHTS_FILE}):  # shards
                 shutil.copy(first.folder / INDEX_FILE, temporary)
             if exact_lora:
-                _raise_rank(temporary / adapters.CONFIG_FILE, len(checkpoints))
+                _multiply_rank(temporary / adapters.CONFIG_FILE, len(checkpoints))
 
 
-def _check(checkpoints: list[_Weights], exact_lora: bool) -> None:
+def _check(checkpoints: list[_CheckpointTensors], exact_lora: bool) -> None:
     first, *others = checkpoints
     for other in others:
         names = f"{first.folder} and {other.folder}"
         if first.is_adapter != other.is_adapter:
-            raise CheckpointError(f"{names}: one is a LoRA adapter, one a full model; merge it: hf-speechllm merge")
+            raise CheckpointError(
+                f"{names}: one is a LoRA adapter, the other a full model; merge the adapter with `hf-speechllm merge`"
+            )
         here, there = first.config(), other.config()
         if differing := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
             raise CheckpointError(f"{names} differ in their configs: {', '.join(differing)}")
@@ -138,22 +140,24 @@ def _check(checkpoints: list[_Weights], exact_lora: bool) -> None:
             raise CheckpointError(f"{names} differ in the shapes of {_join_names(differing)}")
     if exact_lora:
         if not first.is_adapter:
-            raise CheckpointError("the exact mean of updates is for LoRA adapters; full models need no such option")
+            raise CheckpointError("--exact_lora is for LoRA adapters; leave the option out for full models")
         config = first.config()
-        special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if config.get(key)]
-        if special:
-            raise CheckpointError(f"{first.folder}: no exact mean for adapters with {', '.join(special)}")
+        unsupported = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if config.get(key)]
+        if unsupported:
+            raise CheckpointError(
+                f"{first.folder}: --exact_lora does not support adapters with {', '.join(unsupported)}; leave it out"
+            )
 
 
 def _join_names(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (" ..." if len(names) > MAX_LISTED else "")
 
 
-def _mean(checkpoints: list[_Weights], key: str, exact_lora: bool) -> torch.Tensor:
+def _mean(checkpoints: list[_CheckpointTensors], key: str, exact_lora: bool) -> torch.Tensor:
     last = checkpoints[-1][key]
     if not last.is_floating_point():
         if any(not torch.equal(checkpoint[key], last) for checkpoint in checkpoints[:-1]):
-            raise CheckpointError(f"{key} holds integers that differ between the checkpoints: they have no mean")
+            raise CheckpointError(f"{key} contains different integers in the checkpoints, which have no mean")
         return last
     if exact_lora and ".lora_A." in key:
         return torch.cat([checkpoint[key] for checkpoint in checkpoints], dim=0)
@@ -166,9 +170,9 @@ def _mean(checkpoints: list[_Weights], key: str, exact_lora: bool) -> torch.Tens
     return (total / len(checkpoints)).to(last.dtype)
 
 
-def _raise_rank(path: Path, times: int) -> None:
-    """Writes `times` the rank into an adapter's config, and the alpha that keeps the scale of the update."""
+def _multiply_rank(path: Path, factor: int) -> None:
+    """Multiplies the rank in an adapter's configuration, and changes alpha so that the scale of updates stays."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["r"] *= times
-    config["lora_alpha"] *= math.sqrt(times) if config.get("use_rslora") else times
+    config["r"] *= factor
+    config["lora_alpha"] *= math.sqrt(factor) if config.get("use_rslora") else factor
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

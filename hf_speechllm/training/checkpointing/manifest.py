@@ -1,4 +1,4 @@
-"""What makes a checkpoint complete: a list of its files with sizes and hashes, written last."""
+"""Manifest of a checkpoint: sizes and hashes of all files, written last; a checkpoint with a manifest is complete."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CHUNK = 1 << 22  # bytes
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the sizes and SHA-256 hashes of all files of a folder into it, once they are on the disk."""
+    """Writes sizes and SHA-256 hashes of all files of a folder into the manifest, after all files are on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+    with ThreadPoolExecutor(4) as pool:  # hashing releases Python's global lock
         hashes = list(pool.map(sha256, files))
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
@@ -36,13 +36,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; `None` if it is complete and unchanged."""
+    """Describes the damage of a checkpoint; returns `None` if the checkpoint is complete and unchanged."""
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        return f"{MANIFEST_FILE} is missing, so it was not written to the end"
+        return f"{MANIFEST_FILE} is missing, because writing was interrupted"
     except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST_FILE} can't be read ({error!r})"
+        return f"{MANIFEST_FILE} cannot be read ({error!r})"
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -58,7 +58,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
+    """Returns the SHA-256 hash of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -67,7 +67,7 @@ def sha256(path: Path) -> str:
 
 
 def checkpoint_folders(output_dir: str | Path) -> dict[int, Path]:
-    """Folders called `checkpoint-STEP`, by step, in order, complete or not."""
+    """Returns the folders `checkpoint-STEP` by step, in order, complete or not."""
     found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -77,25 +77,22 @@ def checkpoint_folders(output_dir: str | Path) -> dict[int, Path]:
 
 
 def last_complete(output_dir: str | Path) -> Path | None:
-    """The last checkpoint that is complete; later ones that are not are named in warnings.
-
-    Returns:
-        `None` if there is no checkpoint at all.
+    """Returns the last complete checkpoint, and warns about later incomplete checkpoints; `None` without checkpoints.
 
     Raises:
-        ValueError: if there are some and none of them is complete.
+        ValueError: if checkpoints exist, but none is complete.
     """
     damages: list[str] = []
     for folder in reversed(checkpoint_folders(output_dir).values()):
         damage = find_damage(folder)
         if damage is None:
             for text in damages:
-                logger.warning("not resumed from %s; %s is the last complete checkpoint", text, folder)
+                logger.warning("cannot resume from %s; %s is the last complete checkpoint", text, folder)
             return folder
         damages.append(f"{folder}: {damage}")
     if damages:
         raise ValueError(
-            "--resume_from_checkpoint: no checkpoint is complete; move these away to begin anew:\n  "
+            "--resume_from_checkpoint: no checkpoint is complete; move these checkpoints away to start fresh:\n  "
             + "\n  ".join(damages)
         )
     return None

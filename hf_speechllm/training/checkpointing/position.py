@@ -1,4 +1,4 @@
-"""How far a run has come in its data, in a form that holds for any number of ranks."""
+"""Position of a run in the training data, valid for any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ POSITION_FILE = "position.json"  # in a checkpoint
 
 
 class Position:
-    """The place of training within the epochs, and what is left.
+    """Position of training within the epochs, and the remaining batches and steps.
 
     Args:
-        sampler: deals out the batches of this rank.
+        sampler: assigns the batches to this rank.
         args: of the run.
 
     Attributes:
-        epoch: that is being dealt out.
-        schedule_offset: by how many steps the learning rate's schedule is ahead of the run's own count of steps, after
-            a change of the number of ranks or of accumulation in a run that is measured in epochs.
-        saved_ranks: number of ranks of the checkpoint that it was loaded from.
+        epoch: current epoch.
+        schedule_offset: number of steps by which the learning rate schedule is ahead of the run's count of steps,
+            after a change of the number of ranks or of gradient accumulation in a run measured in epochs.
+        skipped: batches of this rank that were consumed with the current settings before the run was resumed.
+        consumed: batches of this rank that were consumed with the current settings.
     """
 
     def __init__(self, sampler: BudgetBatchSampler, args: SpeechLLMTrainingArguments):
@@ -41,35 +42,33 @@ class Position:
         self.args = args
         self.epoch = 0
         self.schedule_offset = self.saved_offset = 0
-        self.saved_ranks = args.world_size
-        self.skipped = 0  # batches of a rank under these settings, before the run was resumed
-        self.consumed = 0  # and in all
+        self.skipped = self.consumed = 0
         self._past: list[CompletedRun] = []
-        self._before = 0.0  # share of the epoch that other settings have dealt
+        self._past_share = 0.0  # share of the epoch that was consumed with other settings
         self._length = len(sampler)
 
     @property
     def epochs(self) -> float:
-        """Epochs that are done."""
-        return self.epoch + self._before + (1 - self._before) * (self.consumed / self._length)
+        """Completed epochs, including the fraction of the current epoch."""
+        return self.epoch + self._past_share + (1 - self._past_share) * (self.consumed / self._length)
 
     def start_epoch(self, epoch: int) -> None:
-        """Goes on to an epoch."""
+        """Moves to the start of an epoch, unless this is the current epoch."""
         if epoch != self.epoch:
-            self.epoch, self._past, self._before = epoch, [], 0.0
+            self.epoch, self._past, self._past_share = epoch, [], 0.0
             self.consumed = self.skipped = 0
             self._length = len(self.sampler)
 
     @property
     def num_left(self) -> int:
-        """Batches of a rank that are left of the epoch."""
+        """Remaining batches of this rank in the epoch."""
         return self._length - self.consumed
 
     def last_batches(self, number: int) -> Callable[[], Iterator[list[int]]]:
-        """Returns a function that gives the row indices of this rank's last batches, also when training has continued.
+        """Returns a function that returns the row indices of this rank's last batches, even after training continues.
 
         Args:
-            number: of batches.
+            number: number of batches.
         """
         sampler, epoch, end = copy.copy(self.sampler), self.epoch, self.consumed - self.skipped
 
@@ -89,7 +88,7 @@ class Position:
                 for item in [*self._past, current]
                 if item.batches
             ],
-            "before": self._before,
+            "before": self._past_share,
             "length": self._length,
             "ranks": self.args.world_size,
             "schedule_offset": self.schedule_offset,
@@ -98,30 +97,41 @@ class Position:
         with atomic_write(folder / POSITION_FILE) as file:
             json.dump(state, file)
 
-    def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint, in the sampler, too; with `--ignore_data_skip` from the epoch's first row.
+    def load(self, folder: Path, same_ranks: bool = False) -> None:
+        """Restores the position of a checkpoint and of the sampler; with `--ignore_data_skip`, the start of the epoch.
+
+        Args:
+            folder: of the checkpoint.
+            same_ranks: whether the number of ranks must not change.
 
         Raises:
-            CheckpointError: if it was written by a run on other rows, or on a stream.
+            CheckpointError: if the checkpoint is from other rows, from a stream, or, with `same_ranks`, from another
+                number of ranks.
         """
         path = folder / POSITION_FILE
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing: the run was a streaming one; go on as it was begun") from error
+            raise CheckpointError(
+                f"{path} is missing: the run used --streaming true; resume with this option"
+            ) from error
+        if same_ranks and state["ranks"] != self.args.world_size:
+            raise CheckpointError(
+                f"{folder} was written by {state['ranks']} processes, but this run has {self.args.world_size}; with "
+                "DeepSpeed, resume with the same number of processes"
+            )
         consumed, length = (state["stretches"][-1][2] if state["stretches"] else 0), state["length"]
-        self.saved_offset, self.saved_ranks = state["schedule_offset"], state["ranks"]
+        self.saved_offset = state["schedule_offset"]
         if self.args.ignore_data_skip:
             self.start_epoch(state["epoch"] + (consumed == length))
             return
         if state["data"] != self._data():
             raise CheckpointError(
-                f"{path}: the training rows, their weights or --data_seed are not those of the interrupted run, so "
-                "nobody knows which rows it has seen: restore them, or begin the epoch anew with "
-                "--ignore_data_skip true"
+                f"{path}: the training rows, sampling weights or --data_seed have changed, so the position in the "
+                "epoch is unknown: restore them, or start the epoch again with --ignore_data_skip true"
             )
         completed = [CompletedRun(*item) for item in state["stretches"]]
-        self.epoch, self._before = state["epoch"], state["before"]
+        self.epoch, self._past_share = state["epoch"], state["before"]
         if consumed == length:
             self.start_epoch(self.epoch + 1)
             return
@@ -133,15 +143,15 @@ class Position:
             self._past, self.consumed = completed[:-1], consumed
         else:
             self._past = completed
-            self._before += (1 - self._before) * consumed / length
+            self._past_share += (1 - self._past_share) * consumed / length
         self.skipped = self.consumed
         self._length = self.consumed + self.sampler.num_left(self.epoch)
 
     def remaining_steps(self, global_step: int) -> tuple[int, int]:
-        """What is left, for a run that has done some steps.
+        """Computes the end of a run that has done `global_step` steps.
 
         Returns:
-            The number of epochs, counting from the first, and of steps, counting from the run's beginning.
+            Number of epochs and number of steps of the whole run, counted from the start of the run.
         """
         accumulation = self.args.gradient_accumulation_steps
         per_epoch = math.ceil(len(self.sampler) / accumulation)
@@ -162,17 +172,17 @@ class Position:
 
 
 class ShiftedSchedule(TrainerCallback):
-    """Moves the learning rate's schedule of a resumed run to its place after a change of the number of ranks.
+    """Corrects the learning rate schedule of a resumed run after a change of the number of ranks.
 
     Args:
-        position: gives the place of training; `None` for a stream.
+        position: returns the position of training; `None` for a stream.
     """
 
     def __init__(self, position: Callable[[], Position | None]):
         self.position = position
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        """Moves the schedule."""
+        """Moves the schedule by the difference of the offsets."""
         position = self.position()
         if position is None or not isinstance(lr_scheduler, LambdaLR):
             return

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and whose weights remain at the end of a run."""
+"""Selection of the checkpoints to keep and of the final weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .retention import History, RetentionError, RetentionGuard, base_cer
 
 logger = logging.getLogger(__name__)
 
-AVERAGED = "averaged"  # prefix of the mean's metrics, and its folder while it is tried
+AVERAGED = "averaged"  # prefix of the metrics of averaged weights, and name of their temporary folder
 
 
 def check_resumable(args: SpeechLLMTrainingArguments, checkpoint: str | Path) -> None:
-    """Sees to it that a checkpoint has what the options need.
+    """Checks that a run with these options can resume from a checkpoint.
 
     Raises:
-        ValueError: if it was written with options that must not change, or the base model's CER of --retention_file is
-            not in it.
+        ValueError: if options have changed that must not change, or if the checkpoint lacks the base model's CER of
+            --retention_file.
     """
     check_options(args, Path(checkpoint))
     if args.retention_file is not None:
@@ -39,28 +39,28 @@ def check_resumable(args: SpeechLLMTrainingArguments, checkpoint: str | Path) ->
 
 
 def metric_key(args: SpeechLLMTrainingArguments, prefix: str = "eval") -> str:
-    """The full name of `--metric_for_best_model`, e.g. `eval_cer`."""
+    """Returns the full name of `--metric_for_best_model`, for example `eval_cer`."""
     return f"{prefix}_{str(args.metric_for_best_model).removeprefix('eval_')}"
 
 
 def scores_at(log_history: History, step: int) -> dict[str, float] | None:
-    """The metrics of the first evaluation at a step, if there was one."""
+    """Returns the metrics of the first evaluation at a step; `None` without evaluation."""
     for entry in log_history:
         if entry["step"] == step and any(key.startswith("eval_") for key in entry):
             return {key: value for key, value in entry.items() if key != "step"}
     return None
 
 
-def checkpoints(output_dir: str | Path) -> dict[int, Path]:
-    """Complete checkpoints of a run by step, in order."""
+def complete_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """Returns the complete checkpoints of a run by step, in order."""
     folders = checkpoint_folders(output_dir)
     return {step: path for step, path in folders.items() if (path / MANIFEST_FILE).is_file()}
 
 
 def best_steps(args: SpeechLLMTrainingArguments, log_history: History, steps: Collection[int]) -> list[int]:
-    """The best of some checkpoints, at most `--keep_best_checkpoints`, best first; the earlier one of two alike.
+    """Returns the steps of the best checkpoints, at most `--keep_best_checkpoints`; best first, earlier first if tied.
 
-    Checkpoints without an evaluation at their step are left out.
+    Ignores checkpoints without an evaluation at the same step.
     """
     scores = {step: (scores_at(log_history, step) or {}).get(metric_key(args)) for step in steps}
     sign = -1 if args.greater_is_better else 1
@@ -69,17 +69,18 @@ def best_steps(args: SpeechLLMTrainingArguments, log_history: History, steps: Co
 
 
 def restore_best(args: SpeechLLMTrainingArguments, state: TrainerState, checkpoint: Path) -> None:
-    """Finds the best checkpoint of a resumed run again; if it is gone, the best of those that are left replaces it.
+    """Restores the best checkpoint in the state of a resumed run; a missing one is replaced by the next best.
 
     Args:
-        state: as the checkpoint has it; it is changed.
-        checkpoint: that the run was resumed from.
+        args: of the run.
+        state: state from the checkpoint; changed in place.
+        checkpoint: checkpoint from which the run resumes.
     """
     if not state.best_global_step:
         return
-    folders, best = checkpoints(args.output_dir), int(state.best_global_step)
-    beside = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}")  # where it is not in the output folder
-    folder = folders.get(best, beside if (beside / MANIFEST_FILE).is_file() else None)
+    folders, best = complete_checkpoints(args.output_dir), int(state.best_global_step)
+    sibling = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}")  # for a checkpoint outside of the output folder
+    folder = folders.get(best, sibling if (sibling / MANIFEST_FILE).is_file() else None)
     if folder is not None or not args.load_best_model_at_end:
         state.best_model_checkpoint = None if folder is None else str(folder)
         return
@@ -88,22 +89,22 @@ def restore_best(args: SpeechLLMTrainingArguments, state: TrainerState, checkpoi
     scores = scores_at(state.log_history, step) if step is not None else None
     state.best_global_step, state.best_metric = step or 0, scores[metric_key(args)] if scores else None
     state.best_model_checkpoint = None if step is None else str(folders[step])
-    remains = "there is no other" if step is None else f"the best of the others is checkpoint-{step}"
-    logger.warning("the best checkpoint so far, checkpoint-%d, is gone: %s", best, remains)
+    remaining = "no other scored checkpoint exists" if step is None else f"the next best is checkpoint-{step}"
+    logger.warning("the best checkpoint, checkpoint-%d, is missing: %s", best, remaining)
 
 
 def delete_checkpoints(args: SpeechLLMTrainingArguments, state: TrainerState, guard: RetentionGuard | None) -> None:
-    """Deletes checkpoints that need not be kept: not the n best, the latest, or the last good one.
+    """Deletes checkpoints except the n best, the latest and the last good checkpoint.
 
-    Without `--keep_best_checkpoints`, `--save_total_limit` says how many remain, as in transformers. Folders that are
-    not complete stay, and do not count.
+    Without `--keep_best_checkpoints`, `--save_total_limit` limits the number, as in transformers. Incomplete folders
+    are not deleted and do not count.
 
     Args:
         args: of the run.
         state: of the run.
-        guard: of retention, if there is one.
+        guard: retention guard, if used.
     """
-    folders = checkpoints(args.output_dir)
+    folders = complete_checkpoints(args.output_dir)
     if not folders:
         return
     kept = {max(folders)}
@@ -126,15 +127,15 @@ def delete_checkpoints(args: SpeechLLMTrainingArguments, state: TrainerState, gu
 def last_good_checkpoint(
     args: SpeechLLMTrainingArguments, state: TrainerState, guard: RetentionGuard | None
 ) -> int | None:
-    """Returns the step of the latest checkpoint that is not younger than the last evaluation within the limit."""
+    """Returns the step of the latest checkpoint that is not after the last evaluation within the retention limit."""
     if guard is None or not guard.stop:
         return None
     limit = guard.last_good_step(state.log_history)
-    return max((step for step in checkpoints(args.output_dir) if step <= limit), default=None)
+    return max((step for step in complete_checkpoints(args.output_dir) if step <= limit), default=None)
 
 
 class FinishedRun(Protocol):
-    """What the choice of the final weights needs of a run; the trainer has it."""
+    """Interface of the trainer for the selection of the final weights."""
 
     args: SpeechLLMTrainingArguments
     state: TrainerState
@@ -153,60 +154,60 @@ class FinishedRun(Protocol):
 
 
 def select_final_weights(run: FinishedRun) -> dict[str, float]:
-    """Chooses the weights that remain once training has ended: last good, best, or the mean of the best.
+    """Selects the final weights after training: last, last good, best, or the mean of the best.
 
     Args:
-        run: gets the weights, and their scores and description.
+        run: the trainer; loads the weights, and stores scores and description.
 
     Returns:
-        What was chosen, for the results.
+        Metrics of the selection, for the results.
 
     Raises:
-        RetentionError: if training was stopped before there was a good checkpoint.
+        RetentionError: if the retention guard has ended training, and no good checkpoint exists.
     """
     guard = run.retention_guard
     if guard is not None and run.current_scores is None:
-        run.evaluate()  # steps after the last evaluation may have gone too far
+        run.evaluate()  # steps after the last evaluation may have exceeded the limit
     if guard is not None and guard.stopped:
         run.state.best_metric, run.state.best_global_step = guard.best
-        _go_back(run, guard)
+        _restore_last_good(run, guard)
     return _try_average(run) if run.args.average_best else {}
 
 
-def _go_back(run: FinishedRun, guard: RetentionGuard) -> None:
+def _restore_last_good(run: FinishedRun, guard: RetentionGuard) -> None:
     args, state = run.args, run.state
     good = last_good_checkpoint(args, state, guard)
     if good is None:
         raise RetentionError(
-            f"retention: training was ended at step {state.global_step}, before there was a checkpoint within "
-            f"--max_retention_loss {args.max_retention_loss:g}; nothing is saved, and "
+            f"retention: training ended at step {state.global_step}, before a checkpoint within "
+            f"--max_retention_loss {args.max_retention_loss:g} existed; nothing is saved, and "
             f"{args.run_options.get('model_name_or_path', 'the base model')} remains the best model. Evaluate and "
-            "save more often, or train more gently: a lower learning rate, LoRA, frozen parts"
+            "save more often, lower the learning rate, use LoRA, or freeze more parts"
         )
-    folder = checkpoints(args.output_dir)[good]
+    folder = complete_checkpoints(args.output_dir)[good]
     if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        folder = Path(state.best_model_checkpoint)  # among those within the limit, and already loaded
+        folder = Path(state.best_model_checkpoint)  # within the limit, and already loaded
     else:
         run.load_checkpoint(folder)
-    run.selection = f"{folder.name}, since later ones lost too much of {Path(str(args.retention_file)).name}"
-    logger.warning("retention: the final model is that of %s", folder)
+    run.selection = f"{folder.name}, because later ones exceed the limit for {Path(str(args.retention_file)).name}"
+    logger.warning("retention: the final weights are those of %s", folder)
 
 
 def _try_average(run: FinishedRun) -> dict[str, float]:
     args, state, guard = run.args, run.state, run.retention_guard
-    folders = checkpoints(args.output_dir)
+    folders = complete_checkpoints(args.output_dir)
 
-    def forgot(scores: dict[str, float]) -> bool:
-        return guard is not None and guard.forgot(scores, state.log_history)
+    def exceeds_limit(scores: dict[str, float]) -> bool:
+        return guard is not None and guard.must_stop(scores, state.log_history)
 
-    good = [step for step in folders if not forgot(scores_at(state.log_history, step) or {})]
+    good = [step for step in folders if not exceeds_limit(scores_at(state.log_history, step) or {})]
     steps = sorted(best_steps(args, state.log_history, good))
     if len(steps) < 2 or state.best_model_checkpoint is None:
-        logger.warning("--average_best: there are not two scored checkpoints; nothing is averaged")
+        logger.warning("--average_best: nothing is averaged, because there are fewer than two scored checkpoints")
         return {}
     mean, error = Path(args.output_dir) / AVERAGED, None
     if args.should_save:
-        shutil.rmtree(mean, ignore_errors=True)  # of a run that broke off
+        shutil.rmtree(mean, ignore_errors=True)  # of an interrupted run
         try:
             average_checkpoints([folders[step] for step in steps], mean)
         except (CheckpointError, OSError) as caught:
@@ -214,7 +215,7 @@ def _try_average(run: FinishedRun) -> dict[str, float]:
     if args.world_size > 1:
         error = broadcast_object_list([error])[0]
     if error is not None:
-        logger.error("--average_best: %s; the best checkpoint remains", error)
+        logger.error("--average_best: %s; the best checkpoint stays the final one", error)
         return {}
     run.load_checkpoint(mean)
     run.accelerator.wait_for_everyone()
@@ -224,16 +225,16 @@ def _try_average(run: FinishedRun) -> dict[str, float]:
     run.log(metrics)
     best, averaged = float(state.best_metric or 0.0), metrics[metric_key(args, AVERAGED)]
     scores = {f"eval_{key.removeprefix(f'{AVERAGED}_')}": value for key, value in metrics.items() if key != "epoch"}
-    won = averaged > best if args.greater_is_better else averaged < best
-    won = won and not forgot(scores)
+    is_better = averaged > best if args.greater_is_better else averaged < best
+    is_better = is_better and not exceeds_limit(scores)
     names = ", ".join(map(str, steps))
     text = f"mean of the checkpoints of steps {names} ({args.metric_for_best_model} {averaged:.5f})"
     single = f"{Path(state.best_model_checkpoint).name} ({args.metric_for_best_model} {best:.5f})"
-    if won:
+    if is_better:
         run.current_scores = scores
     else:
         run.load_checkpoint(Path(state.best_model_checkpoint))
-    run.selection = f"{text}, better than {single}" if won else f"{single}, not beaten by the {text}"
-    logger.info("the final model: %s", run.selection)
+    run.selection = f"{text}, better than {single}" if is_better else f"{single}, kept instead of the {text}"
+    logger.info("final weights: %s", run.selection)
     measure = metric_key(args).removeprefix("eval_")
-    return {f"best_{measure}": best, f"{AVERAGED}_{measure}": averaged, "averaged_remains": float(won)}
+    return {f"best_{measure}": best, f"{AVERAGED}_{measure}": averaged, "averaged_remains": float(is_better)}

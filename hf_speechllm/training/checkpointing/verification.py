@@ -1,4 +1,4 @@
-"""Verification of a checkpoint: read back, it gives the same logits as the model in memory."""
+"""Verification of a checkpoint: compares logits of the saved model and of the model in memory."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from ..lora import uses_lora
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5  # of the largest logit
-LORA_TOLERANCE = 1e-3  # an adapter is merged when it is loaded, which rounds
-HALF_TOLERANCE = 5e-2  # where an engine computes in bfloat16 or float16
+TOLERANCE = 1e-5  # relative to the largest logit
+LORA_TOLERANCE = 1e-3  # loading merges the adapter, which rounds
+HALF_TOLERANCE = 5e-2  # for engines that compute in bfloat16 or float16
 
 
 class VerificationError(RuntimeError):
-    """A checkpoint does not hold the model that was to be saved."""
+    """A checkpoint differs from the model in memory."""
 
 
 @dataclass
 class CheckpointVerifier:
-    """Loads a checkpoint and compares its logits with those of the model in memory.
+    """Loads a checkpoint and compares the logits with the logits of the model in memory.
 
-    The first rank does it, the others wait; where DeepSpeed or FSDP shard weights, all ranks compute the model's
-    logits. If a GPU has no room for a second model, or such an engine has written shards only, a warning says so.
+    The first rank compares, and the others wait. With DeepSpeed or FSDP, all ranks compute the logits of the sharded
+    model. Logs a warning, without comparison, if a second model does not fit into GPU memory, or if the checkpoint
+    contains shards only.
 
     Args:
         accelerator: of the run.
@@ -54,16 +55,16 @@ class CheckpointVerifier:
 
         Args:
             folder: of the checkpoint.
-            engine: the model as it is trained, wrapped or not.
-            batch: of training, on the device.
+            engine: the trained model, wrapped or not.
+            batch: training batch on the device.
 
         Raises:
-            VerificationError: if the logits differ, on all ranks alike.
+            VerificationError: on all ranks, if the logits differ.
         """
         first, problem = self.args.process_index == 0, None
         expected = self._logits_in_memory(engine, batch) if self.sharded else None
         if first and self.sharded and not any(folder.glob("*.safetensors")):
-            logger.warning("%s is not verified: it has shards only", folder)
+            logger.warning("%s is not verified: the checkpoint contains shards only", folder)
         elif first:
             try:
                 expected = self._logits_in_memory(engine, batch) if expected is None else expected
@@ -71,20 +72,20 @@ class CheckpointVerifier:
             except (OSError, CheckpointError) as error:
                 problem = str(error)
             except torch.OutOfMemoryError:
-                logger.warning("%s is not verified: there is no memory for a second model", folder)
+                logger.warning("%s is not verified: a second model does not fit into memory", folder)
         if self.args.world_size > 1:
             problem = broadcast_object_list([problem])[0]
         if problem is not None:
             raise VerificationError(
-                f"{folder}, read back, is not the model in memory: {problem}. The run ends, since what it saves can't "
-                "be used (--check_first_checkpoint false continues all the same)"
+                f"{folder} is not the model in memory: {problem}. The run ends, because the checkpoints are unusable; "
+                "report this error, or continue with --check_first_checkpoint false"
             )
 
     def _logits_in_memory(self, engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.sharded:
             model = forward = engine
         else:
-            # The forward pass of the class: Accelerate has replaced the model's by one with autocast.
+            # The forward pass of the class, because Accelerate replaces the model's by a forward pass with autocast.
             model = self.accelerator.unwrap_model(engine)
             forward = partial(type(model).forward, model)
         was_training = model.training
@@ -107,7 +108,7 @@ class CheckpointVerifier:
                     folder, dtype=dtype, attn_implementation=self.args.run_options.get("attn_implementation")
                 )
             if any(isinstance(module, FSMN) for module in engine.modules()):
-                disable_host_syncs(model)  # its kernels round otherwise than torch's
+                disable_host_syncs(model)  # the fast kernels round differently
             with self.accelerator.autocast() if fsdp else contextlib.nullcontext():
                 found = _logits(model.to(self.args.device).eval(), batch)
         difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
@@ -119,14 +120,14 @@ class CheckpointVerifier:
 
     @contextlib.contextmanager
     def _without_traces(self):
-        """No gradients, no compilation, and random numbers continue as if nothing had been computed."""
+        """Disables gradients and compilation, and restores the random state after the block."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
 
     @contextlib.contextmanager
     def _without_zero(self):
-        """One rank loads a whole model; with DeepSpeed's stage 3 transformers would shard it over all, which wait."""
+        """Disables ZeRO-3 in transformers while the block loads a whole model on one rank; other ranks wait."""
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is None:
             yield
@@ -141,7 +142,7 @@ class CheckpointVerifier:
 
 
 def _logits(model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits at the last position of every row, shape = (rows, vocabulary)."""
-    # Padded: the model that is loaded is not set up for packed rows.
+    """Computes logits at the last position of every row, shape = (rows, vocabulary)."""
+    # Padded batches, because the loaded model does not support packed rows.
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions")}
     return model(**inputs, logits_to_keep=1).logits[:, 0].float()

@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all: written aside, listed in a manifest, renamed."""
+"""Atomic writing of checkpoints: into a temporary folder, with a manifest, then renamed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...formats import partial
 from ..arguments import SpeechLLMTrainingArguments
 from ..freezing import part_of, trained_parts
 from ..lora import uses_lora
-from .course import finish_setting_aside
+from .lineage import finish_abandoning
 from .manifest import write_manifest
 from .retention import RetentionGuard
 from .selection import delete_checkpoints
@@ -31,27 +31,27 @@ from .weights import frozen_tensors
 
 logger = logging.getLogger(__name__)
 
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # a full disk: of Python, safetensors, torch.save
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # errors of a full disk: Python, safetensors, torch.save
 
 
 class SaveError(RuntimeError):
-    """A checkpoint can't be written; earlier ones are as they were."""
+    """A checkpoint cannot be written; earlier checkpoints are unchanged."""
 
 
 def remove_partial_checkpoints(output_dir: str | Path) -> None:
-    """Removes what a run that was killed has left half-written, and finishes what it was about to rename."""
+    """Removes incomplete checkpoints of a killed run, and completes interrupted renaming."""
     for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.old"):
         replaced = path.with_name(path.name[1:].removesuffix(".old"))
         if not replaced.exists():
             path.rename(replaced)
-    finish_setting_aside(output_dir)
+    finish_abandoning(output_dir)
     for kind in ("tmp", "old"):
         for path in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.{kind}"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointedRun(Protocol):
-    """What the writer needs of a run; the trainer has it."""
+    """Interface of the trainer for `CheckpointWriter`."""
 
     args: SpeechLLMTrainingArguments
     state: TrainerState
@@ -62,31 +62,30 @@ class CheckpointedRun(Protocol):
     retention_guard: RetentionGuard | None
 
     def write_rank_state(self, folder: Path) -> None:
-        """Writes what is small and of this rank: random numbers, the place in a stream."""
+        """Writes the state of this rank: random state, position in a stream."""
 
     def write_run_state(self, folder: Path) -> None:
-        """Writes what is small and of the run: logs, the place in the rows, what the run depends on."""
+        """Writes the state of the run: logs, position in the rows, dependencies, lineage."""
 
     def write_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Writes weights on the first rank."""
 
     def write_shards(self, folder: Path) -> None:
-        """Writes weights and optimizer of a sharded model on all ranks together."""
+        """Writes weights and optimizer of a sharded model; called on all ranks."""
 
     def verify_checkpoint(self, folder: Path) -> None:
-        """Raises an error on all ranks if a checkpoint does not hold the model in memory."""
+        """Raises an error on all ranks if a checkpoint differs from the model in memory."""
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run.
 
     Args:
-        run: whose checkpoints these are.
+        run: the trainer.
         sharded: whether DeepSpeed or FSDP shards the weights.
 
     Raises:
-        ValueError: if `--async_save` or `--save_only_trained` are used with DeepSpeed or FSDP, whose processes write
-            their shards together.
+        ValueError: if an option is not supported with DeepSpeed or FSDP.
     """
 
     def __init__(self, run: CheckpointedRun, sharded: bool):
@@ -95,8 +94,13 @@ class CheckpointWriter:
         args = run.args
         for option in ("async_save", "save_only_trained"):
             if sharded and getattr(args, option):
-                raise ValueError(f"--{option} is not supported with DeepSpeed or FSDP")
-        # LoRA runs save only what is trained anyway.
+                raise ValueError(f"--{option} is not supported with DeepSpeed or FSDP; leave it out")
+        if sharded and args.average_best:
+            raise ValueError(
+                "--average_best is not supported with DeepSpeed or FSDP; average the checkpoints after training with "
+                "`hf-speechllm average`"
+            )
+        # Checkpoints of LoRA runs contain only trained parts anyway.
         self.partial = args.save_only_trained and not uses_lora(run.model)
         self._frozen_hash: str | None = None
         self._verified = not args.check_first_checkpoint
@@ -107,8 +111,8 @@ class CheckpointWriter:
         """Saves a checkpoint of the current step.
 
         Raises:
-            SaveError: if it can't be written, on all ranks alike.
-            VerificationError: if the run's first checkpoint does not give the logits of the model in memory.
+            SaveError: on all ranks, if the checkpoint cannot be written.
+            VerificationError: on all ranks, if the first checkpoint of the run differs from the model in memory.
         """
         self.finish()
         run, args = self.run, self.run.args
@@ -118,22 +122,22 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         run.accelerator.wait_for_everyone()
-        self._note_best(final)
-        if self.sharded:  # the ranks wait for each other in there, so one can't continue without the others
+        self._set_best_checkpoint(final)
+        if self.sharded:  # all ranks must take part, so errors of one rank cannot be handled here
             run.write_shards(staging)
-            self._write_small(staging)
+            self._write_states(staging)
             problem = None
         else:
-            problem = self._attempt(staging, final)
-        self._agree(problem, final)
+            problem = self._write(staging, final)
+        self._raise_on_all_ranks(problem, final)
         if self._thread is None:
             self._publish(staging, final)
 
     def finish(self) -> None:
-        """Waits for a checkpoint that is being written in the background.
+        """Waits for a checkpoint that is written in the background.
 
         Raises:
-            SaveError: if it could not be written, on all ranks alike.
+            SaveError: on all ranks, if the checkpoint cannot be written.
         """
         if not self.run.args.async_save:
             return
@@ -141,15 +145,15 @@ class CheckpointWriter:
         if thread is not None:
             thread.join()
         problem, self._problem = self._problem, None
-        self._agree(problem, Path(self.run.args.output_dir))
+        self._raise_on_all_ranks(problem, Path(self.run.args.output_dir))
         if thread is not None:
             self._delete_others()
 
-    def _attempt(self, staging: Path, final: Path) -> str | None:
-        """Writes what this rank has to write; returns what went wrong."""
+    def _write(self, staging: Path, final: Path) -> str | None:
+        """Writes the files of this rank; returns an error message or `None`."""
         run, args = self.run, self.run.args
         try:
-            self._write_small(staging)
+            self._write_states(staging)
             if not args.should_save:
                 return None
             weights, optimizer = self._weights(), None
@@ -162,13 +166,13 @@ class CheckpointWriter:
                 self._thread = threading.Thread(target=self._write_in_background, args=arguments)
                 self._thread.start()
             else:
-                self._write_large(staging, weights, optimizer)
+                self._write_weights(staging, weights, optimizer)
         except WRITE_ERRORS as error:
             shutil.rmtree(staging, ignore_errors=True)
             return f"{type(error).__name__}: {error}"
         return None
 
-    def _write_small(self, staging: Path) -> None:
+    def _write_states(self, staging: Path) -> None:
         if not self.run.args.save_only_model:
             self.run.write_rank_state(staging)
         if self.run.args.should_save:
@@ -184,7 +188,7 @@ class CheckpointWriter:
         parts = trained_parts(model)
         return {name: tensor for name, tensor in weights.items() if part_of(name) in parts}
 
-    def _write_large(self, staging: Path, weights: dict[str, torch.Tensor], optimizer: dict | None) -> None:
+    def _write_weights(self, staging: Path, weights: dict[str, torch.Tensor], optimizer: dict | None) -> None:
         self.run.write_weights(staging, weights)
         apply_umask(staging)
         if self.partial:
@@ -194,8 +198,8 @@ class CheckpointWriter:
 
     def _write_in_background(self, staging: Path, final: Path, weights: dict, optimizer: dict | None) -> None:
         try:
-            self._write_large(staging, weights, optimizer)
-            complete(staging, final)
+            self._write_weights(staging, weights, optimizer)
+            finalize_checkpoint(staging, final)
         except WRITE_ERRORS as error:
             shutil.rmtree(staging, ignore_errors=True)
             self._problem = f"{type(error).__name__}: {error}"
@@ -204,11 +208,11 @@ class CheckpointWriter:
         problem = None
         if self.run.args.should_save:
             try:
-                complete(staging, final)
+                finalize_checkpoint(staging, final)
             except OSError as error:
                 shutil.rmtree(staging, ignore_errors=True)
                 problem = f"{type(error).__name__}: {error}"
-        self._agree(problem, final)
+        self._raise_on_all_ranks(problem, final)
         if not self._verified:
             self._verified = True
             self.run.verify_checkpoint(final)
@@ -218,26 +222,26 @@ class CheckpointWriter:
         if self.run.args.should_save:
             delete_checkpoints(self.run.args, self.run.state, self.run.retention_guard)
 
-    def _note_best(self, final: Path) -> None:
+    def _set_best_checkpoint(self, final: Path) -> None:
         state = self.run.state
         if state.best_global_step:
             best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
             if best == final or best.is_dir():
                 state.best_model_checkpoint = str(best)
 
-    def _agree(self, problem: str | None, place: Path) -> None:
-        """Ends all ranks if one has a problem."""
+    def _raise_on_all_ranks(self, problem: str | None, path: Path) -> None:
+        """Raises a `SaveError` on all ranks if one rank has a problem."""
         problems = gather_object([problem]) if self.run.args.world_size > 1 else [problem]
         for text in problems:
             if text is not None:
                 raise SaveError(
-                    f"a checkpoint can't be written ({place}): {text}\nEarlier checkpoints are unchanged. Correct "
-                    "this (is the disk full?) and resume with --resume_from_checkpoint last"
+                    f"{path}: a checkpoint cannot be written: {text}\nEarlier checkpoints are unchanged. Correct the "
+                    "error (is the disk full?) and resume with --resume_from_checkpoint last"
                 )
 
 
 def save_callback_states(state: TrainerState, items: Iterable[Any]) -> None:
-    """Puts the states of callbacks and of the control into the trainer's state, where transformers looks for them."""
+    """Stores the states of callbacks and control in the trainer's state, from which transformers restores them."""
     for item in items:
         if isinstance(item, ExportableState):
             name = type(item).__name__
@@ -247,16 +251,16 @@ def save_callback_states(state: TrainerState, items: Iterable[Any]) -> None:
                 state.stateful_callbacks[name] = item.state()
 
 
-def complete(staging: Path, final: Path) -> None:
-    """Gives a folder that is written its manifest and its name; a folder of that name is replaced."""
+def finalize_checkpoint(staging: Path, final: Path) -> None:
+    """Writes the manifest and renames a written folder; replaces an existing folder of the same name."""
     write_manifest(staging)
     old = final.with_name(f".{final.name}.old")
-    if final.exists():  # a damaged one, or one that the run went back behind
+    if final.exists():  # a damaged checkpoint, or a checkpoint after the one from which the run resumed
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     staging.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    if os.name == "nt":  # where a folder can't be opened
+    if os.name == "nt":  # Windows cannot open folders
         return
     folder = os.open(final.parent, os.O_RDONLY)
     try:
@@ -266,10 +270,10 @@ def complete(staging: Path, final: Path) -> None:
 
 
 def copy_to_cpu(tree: Any, copies: dict[tuple, torch.Tensor]) -> Any:
-    """A copy of nested dicts and lists whose tensors are copies in the CPU's memory; shared ones stay shared.
+    """Copies nested dicts and lists, and the tensors inside to CPU memory; shared tensors stay shared.
 
     Args:
-        copies: those made so far, by what they are copies of.
+        copies: earlier copies, by a key of the original tensor.
     """
     if isinstance(tree, torch.Tensor):
         key = (tree.device, tree.data_ptr(), tree.shape, tree.stride(), tree.dtype)

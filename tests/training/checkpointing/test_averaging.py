@@ -1,4 +1,4 @@
-"""The mean of checkpoints: exact in value, whole in files, and refused where there is none."""
+"""Means of checkpoints: exact values, complete folders, and errors for checkpoints that do not match."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ SCALE = 2.0  # alpha / r
 
 @pytest.fixture
 def make_checkpoints(compose_tiny, tmp_path):
-    """Writes checkpoints of full models, with what a run leaves beside them."""
+    """Writes checkpoints of full models, with other files of a run."""
 
     def make(seeds=(1, 2, 3), dtype=torch.float32, **save_options):
         folders = []
@@ -39,7 +39,7 @@ def make_checkpoints(compose_tiny, tmp_path):
 
 @pytest.fixture
 def make_adapters(compose_tiny, tmp_path):
-    """Writes adapters of one base model whose matrices are all random, with an adaptor that is trained whole."""
+    """Writes adapters of one base model with random matrices and a fully trained adaptor."""
 
     def make(number=3, names=("q_proj", "down_proj"), **options):
         folders = []
@@ -67,7 +67,7 @@ def tensors_of(folder):
 
 
 def updates_of(folder, scale=SCALE):
-    """What the low-rank matrices add to each weight, float64."""
+    """Returns the update of each weight by the low-rank matrices, in float64."""
     tensors = tensors_of(folder)
     return {
         name: scale * tensors[name.replace(".lora_A.", ".lora_B.")].double() @ tensor.double()
@@ -78,7 +78,7 @@ def updates_of(folder, scale=SCALE):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [False, True])
-def test_mean_of_full_models_is_that_of_every_tensor(make_checkpoints, tmp_path, dtype, shards):
+def test_mean_of_full_models_averages_every_tensor(make_checkpoints, tmp_path, dtype, shards):
     folders = make_checkpoints(dtype=dtype, **({"max_shard_size": "100KB"} if shards else {}))
     assert (len(list(folders[0].glob("*.safetensors"))) > 1) == shards
     average_checkpoints(folders, tmp_path / "mean")
@@ -115,7 +115,7 @@ def test_mean_of_a_checkpoint_with_itself_is_the_checkpoint(make_checkpoints, tm
     assert (tmp_path / "mean/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_integers_must_be_equal_and_side_tensors_come_along(make_checkpoints, tmp_path):
+def test_integers_must_be_equal_and_side_tensors_are_copied(make_checkpoints, tmp_path):
     folders = make_checkpoints(seeds=(1, 2))
     for folder, number in zip(folders, (7, 7), strict=True):
         save_file(
@@ -128,7 +128,7 @@ def test_integers_must_be_equal_and_side_tensors_come_along(make_checkpoints, tm
     save_file(
         {**load_file(folders[0] / "model.safetensors"), "steps": torch.tensor(8)}, folders[0] / "model.safetensors"
     )
-    with pytest.raises(CheckpointError, match="steps holds integers that differ"):
+    with pytest.raises(CheckpointError, match="steps contains different integers"):
         average_checkpoints(folders, tmp_path / "other")
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*.tmp"))
 
@@ -141,7 +141,7 @@ def test_mean_of_adapters_averages_their_matrices(make_adapters, tmp_path):
     for name, tensor in mean.items():
         assert torch.equal(tensor, (sum(item[name].double() for item in inputs) / 3).float()), name
     assert json.loads((tmp_path / "mean/adapter_config.json").read_text())["r"] == 4
-    # It differs from the mean of the updates by the covariance of the matrices, as the docstring says.
+    # The difference from the mean update is the covariance of the matrices.
     every = [updates_of(folder) for folder in folders]
     for name, update in updates_of(tmp_path / "mean").items():
         down, up = ([item[key].double() for item in inputs] for key in (name, name.replace(".lora_A.", ".lora_B.")))
@@ -152,7 +152,7 @@ def test_mean_of_adapters_averages_their_matrices(make_adapters, tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_exact_mean_of_adapters_has_the_mean_of_their_updates(make_adapters, compose_tiny, tmp_path, rslora):
+def test_exact_mean_of_adapters_is_the_mean_update(make_adapters, compose_tiny, tmp_path, rslora):
     from peft import PeftModel
 
     folders = make_adapters(use_rslora=rslora)
@@ -170,7 +170,7 @@ def test_exact_mean_of_adapters_has_the_mean_of_their_updates(make_adapters, com
     assert config["r"] == 12
 
 
-def test_what_does_not_fit_is_refused(make_checkpoints, make_adapters, tiny_config, compose_tiny, tmp_path):
+def test_mismatched_checkpoints_are_refused(make_checkpoints, make_adapters, tiny_config, compose_tiny, tmp_path):
     full, second = make_checkpoints(seeds=(1, 2))
     adapter = shutil.copytree(make_adapters(1)[0], tmp_path / "adapter")
     (other_layers,) = make_adapters(1, names=("q_proj",))
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused(make_checkpoints, make_adapters, tiny_conf
         ([full], "at least two"),
         ([full, tmp_path / "none"], "no such folder"),
         ([full, tmp_path], "model.safetensors is missing.*hf-speechllm convert"),
-        ([full, adapter], "one is a LoRA adapter, one a full model"),
+        ([full, adapter], "one is a LoRA adapter, the other a full model"),
         ([adapter, other_layers], "differ in their configs: target_modules"),
         ([full, narrow], "differ in their configs: audio_adaptor_config"),
         ([full, damaged], "is damaged"),
@@ -199,5 +199,5 @@ def test_what_does_not_fit_is_refused(make_checkpoints, make_adapters, tiny_conf
         with pytest.raises(CheckpointError, match=message):
             average_checkpoints(inputs, tmp_path / "mean")
         assert not (tmp_path / "mean").exists()
-    with pytest.raises(CheckpointError, match="full models need no such option"):
+    with pytest.raises(CheckpointError, match="leave the option out for full models"):
         average_checkpoints([full, second], tmp_path / "mean", exact_lora=True)

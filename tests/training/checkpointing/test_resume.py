@@ -1,4 +1,4 @@
-"""A run that is interrupted goes on as if it had not been, whatever interrupts it and however many processes go on."""
+"""Resumed runs equal uninterrupted runs, after any interruption and with any number of processes."""
 
 import json
 import os
@@ -27,20 +27,20 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 SECONDS = np.random.default_rng(0).uniform(0.5, 12, size=203)
 
 
-def dealt(stretches, settings, epoch=3, seconds=SECONDS, weights=None):
-    """Rows that all ranks of `settings` see in the rest of an epoch; fillers are left out."""
+def remaining_batches(completed, settings, epoch=3, seconds=SECONDS, weights=None):
+    """Returns the remaining rows of an epoch by rank and batch, without fillers."""
     budget, ranks = settings
     rows, lengths = [], set()
     for rank in range(ranks):
         sampler = BudgetBatchSampler(seconds, budget, ranks, rank, seed=5, weights=weights)
-        if stretches:
-            sampler.resume(epoch, stretches)
+        if completed:
+            sampler.resume(epoch, completed)
         sampler.set_epoch(epoch)
         batches = list(sampler)
         lengths.add(len(batches))
         assert sampler.num_left(epoch) == len(batches)
         rows.append([[key % len(seconds) for key in batch if key >= 0] for batch in batches])
-    assert len(lengths) == 1, "ranks do unlike numbers of steps"
+    assert len(lengths) == 1, "ranks do different numbers of steps"
     return rows
 
 
@@ -49,7 +49,7 @@ def flat(ranks, batches=None):
 
 
 @pytest.mark.parametrize(
-    "course",
+    "runs",
     [
         [(40, 1, 7), (40, 2, None)],
         [(40, 2, 5), (40, 1, None)],
@@ -59,24 +59,24 @@ def flat(ranks, batches=None):
         [(12, 8, 10), (12, 7, None)],
     ],
 )
-def test_every_row_is_seen_once_an_epoch_after_changes_of_ranks_and_budget(course):
-    seen, stretches = Counter(), []
-    for budget, ranks, batches in course:
-        seen.update(flat(dealt(stretches, (budget, ranks)), batches))
-        stretches.append(CompletedRun(budget, ranks, batches))
+def test_epoch_uses_every_row_once_after_changes_of_ranks_and_budget(runs):
+    seen, completed = Counter(), []
+    for budget, ranks, batches in runs:
+        seen.update(flat(remaining_batches(completed, (budget, ranks)), batches))
+        completed.append(CompletedRun(budget, ranks, batches))
     assert seen == Counter(range(len(SECONDS)))
 
 
 @pytest.mark.parametrize("past", [[], [CompletedRun(40, 1, 6)]], ids=["first", "after-a-change"])
-def test_same_ranks_go_on_with_the_same_batches(past):
-    whole = dealt(past, (40, 2))
-    rest = dealt([*past, CompletedRun(40, 2, 5)], (40, 2))
+def test_same_ranks_continue_with_the_same_batches(past):
+    whole = remaining_batches(past, (40, 2))
+    rest = remaining_batches([*past, CompletedRun(40, 2, 5)], (40, 2))
     assert rest == [rank[5:] for rank in whole]
-    other = dealt([*past, CompletedRun(40, 2, 5)], (40, 2), epoch=3)
+    other = remaining_batches([*past, CompletedRun(40, 2, 5)], (40, 2), epoch=3)
     assert other == rest
 
 
-def test_epochs_after_the_resumed_one_are_as_ever():
+def test_epochs_after_the_resumed_epoch_do_not_change():
     sampler = BudgetBatchSampler(SECONDS, 40, seed=5)
     expected = [batch.tolist() for batch in sampler.batches(4)]
     sampler.resume(3, [CompletedRun(25, 2, 4)])
@@ -84,10 +84,10 @@ def test_epochs_after_the_resumed_one_are_as_ever():
     assert sampler.num_left(4) == len(sampler) == len(expected)
 
 
-def test_rows_with_weights_are_seen_as_often_as_before():
+def test_rows_with_weights_keep_their_frequency():
     weights = np.where(np.arange(len(SECONDS)) % 3 == 0, 2.0, 1.0)
-    seen = Counter(flat(dealt([], (40, 2), weights=weights), 5))
-    seen.update(flat(dealt([CompletedRun(40, 2, 5)], (40, 3), weights=weights)))
+    seen = Counter(flat(remaining_batches([], (40, 2), weights=weights), 5))
+    seen.update(flat(remaining_batches([CompletedRun(40, 2, 5)], (40, 3), weights=weights)))
     assert seen == {row: int(weight) for row, weight in enumerate(weights)}
 
 
@@ -104,7 +104,7 @@ class Stop(TrainerCallback):
 
 @pytest.fixture
 def options(compose_tiny, tiny_config, tmp_path):
-    """A run of two epochs of 7 batches, 4 steps each, in which random numbers matter everywhere."""
+    """Options of a run with two epochs of 7 batches and 4 steps, which uses random numbers in many places."""
     config = tiny_config()
     config["llm_config"]["attention_dropout"] = 0.2
     for part in compose_tiny(config):
@@ -122,24 +122,24 @@ def options(compose_tiny, tiny_config, tmp_path):
     }
 
 
-def course(trainer):
-    """Weights, losses and learning rates."""
+def weights_and_log(trainer):
+    """Returns weights, losses and learning rates."""
     keys = ("step", "loss", "learning_rate", "epoch")
     log = [tuple(entry[key] for key in keys) for entry in trainer.state.log_history if "loss" in entry]
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}, log
 
 
-def check_course(trainer, expected):
-    weights, log = course(trainer)
+def check_weights_and_log(trainer, expected):
+    weights, log = weights_and_log(trainer)
     assert log == expected[1]
     for name, weight in expected[0].items():
         assert torch.equal(weights[name], weight), name
 
 
-def test_run_is_the_same_to_the_bit_when_interrupted_twice_at_any_step(make_trainer, options, tmp_path, interrupt):
+def test_run_interrupted_twice_is_bit_identical(make_trainer, options, tmp_path, interrupt):
     whole = make_trainer(**options)
     whole.train()
-    expected = course(whole)
+    expected = weights_and_log(whole)
     assert [line[0] for line in expected[1]] == list(range(1, 9))
     for first, second in ((1, 2), (3, 4), (4, 7)):
         folder = tmp_path / f"run-{first}-{second}"
@@ -154,28 +154,28 @@ def test_run_is_the_same_to_the_bit_when_interrupted_twice_at_any_step(make_trai
                     trainer.train(resume_from_checkpoint=checkpoint)
                 checkpoint = str(last_complete(folder))
                 assert checkpoint.endswith(f"-{step}")
-        check_course(trainer, expected)
+        check_weights_and_log(trainer, expected)
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}])
-def test_run_that_was_interrupted_after_its_last_step_does_no_further_one(make_trainer, length, tmp_path):
+def test_run_interrupted_after_the_last_step_does_no_further_step(make_trainer, length, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", **length}
     trainer = make_trainer(**options, per_device_train_batch_seconds=12.0)
     trainer.train()
-    expected, steps = course(trainer), trainer.state.global_step
+    expected, steps = weights_and_log(trainer), trainer.state.global_step
     again = make_trainer(**options, per_device_train_batch_seconds=12.0)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{steps}"))
     assert again.state.global_step == steps
-    check_course(again, expected)
+    check_weights_and_log(again, expected)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows, whatever the signal")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_saves_and_the_resumed_run_is_the_same(make_trainer, options, number):
+def test_run_resumed_after_a_signal_is_the_same(make_trainer, options, number):
     options["save_steps"] = 100
     whole = make_trainer(**options)
     whole.train()
-    expected, before = course(whole), signal.getsignal(number)
+    expected, before = weights_and_log(whole), signal.getsignal(number)
     trainer = make_trainer([Stop(3, number)], **options)
     folder = Path(trainer.args.output_dir)
     with pytest.raises(Preempted, match="after step 3"):
@@ -184,12 +184,10 @@ def test_signal_saves_and_the_resumed_run_is_the_same(make_trainer, options, num
     assert not (folder / "model.safetensors").exists()
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    check_course(resumed, expected)
+    check_weights_and_log(resumed, expected)
 
 
-def test_learning_rate_goes_on_smoothly_and_to_zero_after_a_change_of_accumulation(
-    make_trainer, options, tmp_path, interrupt
-):
+def test_learning_rate_stays_continuous_after_a_change_of_accumulation(make_trainer, options, tmp_path, interrupt):
     options.update(lr_scheduler_type="linear", gradient_accumulation_steps=1)
     with pytest.raises(KeyboardInterrupt):
         make_trainer([interrupt(5)], **options).train()  # checkpoint-4: 4 of 14 batches
@@ -205,7 +203,7 @@ def test_learning_rate_goes_on_smoothly_and_to_zero_after_a_change_of_accumulati
     assert resumed._get_learning_rate() == 0
 
 
-def test_other_rows_are_refused_and_an_epoch_can_begin_anew(make_trainer, tiny_rows, tmp_path, interrupt):
+def test_other_rows_are_refused_unless_the_epoch_starts_again(make_trainer, tiny_rows, tmp_path, interrupt):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 2}
     options["per_device_train_batch_seconds"] = 12.0
     steps = len(make_trainer(**options).get_train_dataloader())
@@ -262,7 +260,7 @@ runpy.run_path(recipe, run_name="__main__")
 
 @pytest.fixture
 def launch(tmp_path, tiny_model, tiny_corpus):
-    """Runs the recipe in some processes, one of which (or all) gets a signal in a step."""
+    """Runs the recipe in several processes; one or all processes get a signal in a step."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT, encoding="utf-8")
 
@@ -291,7 +289,7 @@ def launch(tmp_path, tiny_model, tiny_corpus):
 
 
 def rows_by_epoch(folder):
-    """How often each row was seen in each epoch; of a step that was done again, what was seen the last time."""
+    """Counts how often each epoch used each row; of a repeated step, only the last rows count."""
     seen = {}
     for path in folder.glob("note.*"):
         last = {step: keys for step, _, keys in map(json.loads, path.read_text().splitlines())}
@@ -301,7 +299,7 @@ def rows_by_epoch(folder):
 
 
 @pytest.mark.slow
-def test_every_row_is_seen_once_an_epoch_through_one_two_and_one_processes(launch, tmp_path):
+def test_epoch_uses_every_row_once_with_one_two_and_one_processes(launch, tmp_path):
     folder = tmp_path / "run"
     for processes, stop in ((1, 4), (2, 6), (1, 0)):
         result = launch(folder, processes, stop=stop, number=signal.SIGTERM, victim="all" if stop else "none")
@@ -326,13 +324,13 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(launch, 
 
 
 @pytest.mark.slow
-def test_elastic_launch_starts_again_after_a_process_is_lost(launch, tmp_path):
+def test_elastic_launch_restarts_after_the_loss_of_a_process(launch, tmp_path):
     whole = launch(tmp_path / "whole", 2)
     assert whole.returncode == 0, whole.stderr[-4000:]
     folder = tmp_path / "run"
     result = launch(folder, 2, stop=4, victim="1", elastic=["--max_restarts", 2])
     assert result.returncode == 0, result.stderr[-9000:]
-    assert "training goes on from" in result.stderr
+    assert "training resumes from" in result.stderr
     weights = [load_file(path / "model.safetensors") for path in (folder, tmp_path / "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert rows_by_epoch(folder) == {epoch: Counter(range(24)) for epoch in (0, 1)}

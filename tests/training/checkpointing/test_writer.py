@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, are verified before they are used, and can be used."""
+"""Checkpoints are written atomically, verified and usable."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import read_checkpoint
-from hf_speechllm.training.checkpointing import writer as saving
+from hf_speechllm.training.checkpointing import writer
 from hf_speechllm.training.checkpointing.manifest import find_damage, last_complete
 from hf_speechllm.training.checkpointing.verification import VerificationError
 from hf_speechllm.training.checkpointing.writer import SaveError, remove_partial_checkpoints
@@ -26,29 +26,29 @@ FROZEN = {"freeze_audio_encoder": True, "freeze_llm": True}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with files of a checkpoint, and its manifest."""
+def original(tmp_path_factory):
+    """A folder with two checkpoints and manifests."""
     folder = tmp_path_factory.mktemp("run")
     for step in (2, 10):
         staging = folder / f".checkpoint-{step}.tmp"
         (staging / "global_step").mkdir(parents=True)
         (staging / "model.safetensors").write_bytes(bytes(1000))
         (staging / "global_step" / "shard.pt").write_bytes(b"x" * step)
-        saving.complete(staging, folder / f"checkpoint-{step}")
+        writer.finalize_checkpoint(staging, folder / f"checkpoint-{step}")
     return folder
 
 
 @pytest.fixture
-def run_folder(made, tmp_path):
-    """A copy of it."""
-    return Path(shutil.copytree(made, tmp_path / "made"))
+def run_folder(original, tmp_path):
+    """A copy of `original`."""
+    return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_manifest_lists_every_file_and_the_folder_has_its_name_last(run_folder):
+def test_manifest_lists_every_file_and_the_folder_is_renamed(run_folder):
     manifest = json.loads((run_folder / "checkpoint-10" / "manifest.json").read_text())["files"]
     assert {name: entry["size"] for name, entry in manifest.items()} == {
         "model.safetensors": 1000,
@@ -67,30 +67,30 @@ def flip(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (truncate, "model.safetensors has 999 bytes instead of 1000"),
         (flip, "model.safetensors changed"),
         (lambda folder: (folder / "global_step" / "shard.pt").unlink(), "global_step/shard.pt is missing"),
-        (lambda folder: (folder / "manifest.json").unlink(), "not written to the end"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json can't be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "writing was interrupted"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     ],
 )
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(run_folder, damage, told, caplog):
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(run_folder, damage, message, caplog):
     assert last_complete(run_folder) == run_folder / "checkpoint-10"
     damage(run_folder / "checkpoint-10")
     assert last_complete(run_folder) == run_folder / "checkpoint-2"
-    assert told in caplog.text and "checkpoint-2 is the last complete" in caplog.text
+    assert message in caplog.text and "checkpoint-2 is the last complete" in caplog.text
 
 
-def test_no_complete_checkpoint_is_an_error_that_names_them_all(run_folder):
+def test_error_lists_all_checkpoints_if_none_is_complete(run_folder):
     for step in (2, 10):
         flip(run_folder / f"checkpoint-{step}")
-    with pytest.raises(ValueError, match="(?s)move these away.*checkpoint-10: .*checkpoint-2: "):
+    with pytest.raises(ValueError, match="(?s)move these checkpoints away.*checkpoint-10: .*checkpoint-2: "):
         last_complete(run_folder)
 
 
-def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
+def test_partial_checkpoints_of_a_killed_run_are_removed_or_restored(run_folder):
     (run_folder / ".checkpoint-12.tmp").mkdir()
     (run_folder / "checkpoint-10").rename(run_folder / ".checkpoint-10.old")  # killed between two renames
     shutil.copytree(run_folder / "checkpoint-2", run_folder / ".checkpoint-2.old")
@@ -99,23 +99,23 @@ def test_what_a_killed_run_left_is_removed_or_put_back(run_folder):
     assert find_damage(run_folder / "checkpoint-10") is None
 
 
-def test_resuming_takes_the_last_complete_checkpoint_or_with_auto_the_beginning(
+def test_run_resumes_from_the_last_complete_checkpoint_or_starts_fresh_with_auto(
     make_trainer, make_arguments, tmp_path
 ):
     assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint="auto")) is None
     make_trainer(**SAVING, **FROZEN, max_steps=2).train()
     folder = tmp_path / "run"
-    for asked in ("auto", "last", "true"):
-        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-2")
+    for value in ("auto", "last", "true"):
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=value)) == str(folder / "checkpoint-2")
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
-    for asked in ("auto", "last"):
-        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=asked)) == str(folder / "checkpoint-1")
+    for value in ("auto", "last"):
+        assert find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=value)) == str(folder / "checkpoint-1")
     with pytest.raises(ValueError, match="is damaged: optimizer.pt has 0 bytes"):
         find_checkpoint(make_arguments(**FROZEN, resume_from_checkpoint=str(folder / "checkpoint-2")))
 
 
 class DiskFull(TrainerCallback):
-    """Lets no file grow beyond some bytes, from a step on."""
+    """Limits the size of files after a step."""
 
     def __init__(self, step, limit):
         self.step, self.limit = step, limit
@@ -129,7 +129,7 @@ class DiskFull(TrainerCallback):
 
 @pytest.mark.parametrize("limit", [3_000, 300_000], ids=["small", "large"])
 @pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
-def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, tmp_path, limit, background):
+def test_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(make_trainer, tmp_path, limit, background):
     resource = pytest.importorskip("resource", reason="Windows has no limit of file sizes")
     trainer = make_trainer([DiskFull(2, limit)], **SAVING, async_save=background, max_steps=4)
     try:
@@ -143,15 +143,15 @@ def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(make_trainer, t
 
 
 def test_failed_save_deletes_nothing(make_trainer, tmp_path, monkeypatch):
-    complete, calls = saving.complete, []
+    finalize, calls = writer.finalize_checkpoint, []
 
     def fail_later(staging, final):
         calls.append(final.name)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        complete(staging, final)
+        finalize(staging, final)
 
-    monkeypatch.setattr(saving, "complete", fail_later)
+    monkeypatch.setattr(writer, "finalize_checkpoint", fail_later)
     with pytest.raises(SaveError, match="No space left"):
         make_trainer(**SAVING, **FROZEN, save_total_limit=1).train()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -164,33 +164,33 @@ def test_limit_keeps_the_best_and_the_last(make_trainer, tiny_rows, tmp_path):
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_global_step
-    assert 0 < best < 4  # or it would not show
+    assert 0 < best < 4  # otherwise the test could not fail
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
 
 
-def test_checkpoint_written_in_the_background_is_that_of_its_step(make_trainer, tmp_path, monkeypatch):
-    """Training goes on while the file is written, and does not get into it."""
-    go_on, write = threading.Event(), saving.CheckpointWriter._write_large
-    writers = []
+def test_background_checkpoint_is_not_changed_by_later_steps(make_trainer, tmp_path, monkeypatch):
+    """A checkpoint is written while training continues."""
+    step_done, write = threading.Event(), writer.CheckpointWriter._write_weights
+    threads = []
 
-    def slowly(self, *args):
-        writers.append(threading.current_thread())
+    def write_slowly(self, *args):
+        threads.append(threading.current_thread())
         if self.run.state.global_step == 2:
-            assert go_on.wait(30)
+            assert step_done.wait(30)
         write(self, *args)
 
-    class Goes(TrainerCallback):
+    class SetEvent(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3:
-                go_on.set()
+                step_done.set()
 
-    monkeypatch.setattr(saving.CheckpointWriter, "_write_large", slowly)
+    monkeypatch.setattr(writer.CheckpointWriter, "_write_weights", write_slowly)
     options = {**SAVING, "save_steps": 2, "max_steps": 4}
     make_trainer(
-        [Goes()], **options, async_save=True, check_first_checkpoint=False, output_dir=str(tmp_path / "a")
+        [SetEvent()], **options, async_save=True, check_first_checkpoint=False, output_dir=str(tmp_path / "a")
     ).train()
-    assert all(writer is not threading.main_thread() for writer in writers) and len(writers) == 2
-    go_on.set()
+    assert all(thread is not threading.main_thread() for thread in threads) and len(threads) == 2
+    step_done.set()
     make_trainer(**options, output_dir=str(tmp_path / "b")).train()
     for step in (2, 4):
         first, second = (tmp_path / run / f"checkpoint-{step}" for run in "ab")
@@ -202,19 +202,19 @@ def test_checkpoint_written_in_the_background_is_that_of_its_step(make_trainer, 
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_first_checkpoint_that_is_not_the_model_ends_the_run(make_trainer, monkeypatch, lora):
-    write = saving.CheckpointWriter._write_large
+def test_first_checkpoint_that_differs_from_the_model_ends_the_run(make_trainer, monkeypatch, lora):
+    write = writer.CheckpointWriter._write_weights
     options = {**SAVING, "use_lora": lora, "max_steps": 2, "learning_rate": 0.05}
-    make_trainer(**options).train()  # what is right passes
+    make_trainer(**options).train()  # correct checkpoints pass
 
-    def wrongly(self, staging, *args):
+    def write_wrongly(self, staging, *args):
         write(self, staging, *args)
         file = staging / ("adapter_model.safetensors" if lora else "model.safetensors")
         tensors = load_file(file)
         name = next(name for name in tensors if "llm" in name and "norm" not in name and tensors[name].any())
         save_file({**tensors, name: tensors[name] * 2}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(saving.CheckpointWriter, "_write_large", wrongly)
+    monkeypatch.setattr(writer.CheckpointWriter, "_write_weights", write_wrongly)
     with pytest.raises(VerificationError, match="logits differ by up to"):
         make_trainer(**options).train()
     make_trainer(**options, check_first_checkpoint=False).train()
@@ -222,7 +222,7 @@ def test_first_checkpoint_that_is_not_the_model_ends_the_run(make_trainer, monke
 
 @pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_a_run_in_bfloat16_is_read_back_in_float32(use_lora, padding_free, make_trainer, caplog):
+def test_checkpoint_of_a_bfloat16_run_is_verified_in_float32(use_lora, padding_free, make_trainer, caplog):
     options = {**SAVING, "use_lora": use_lora, "lora_dropout": 0.0, "padding_free": padding_free, "bf16": True}
     with caplog.at_level("INFO"):
         trainer = make_trainer(**options)
@@ -230,7 +230,7 @@ def test_a_run_in_bfloat16_is_read_back_in_float32(use_lora, padding_free, make_
     assert trainer.accelerator.mixed_precision == "bf16" and "is verified" in caplog.text
 
 
-def test_reading_back_leaves_training_as_it_is(make_trainer, tmp_path):
+def test_verification_does_not_change_training(make_trainer, tmp_path):
     weights = []
     for check in (True, False):
         trainer = make_trainer(**SAVING, use_lora=True, lora_dropout=0.3, check_first_checkpoint=check, max_steps=3)
@@ -239,7 +239,7 @@ def test_reading_back_leaves_training_as_it_is(make_trainer, tmp_path):
     assert same(*weights)
 
 
-def test_only_what_is_trained_is_stored_if_asked(make_trainer, make_arguments, tiny_model, tmp_path):
+def test_save_only_trained_stores_only_trained_parts(make_trainer, make_arguments, tiny_model, tmp_path):
     options = {**SAVING, **FROZEN, "max_steps": 4}
     whole = make_trainer(**options, output_dir=str(tmp_path / "whole"))
     whole.train()
