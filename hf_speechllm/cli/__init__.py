@@ -1,1 +1,1 @@
-"""The command line: one module per verb of `hf-speechllm`."""
+"""Command line: one module per verb of `hf-speechllm`."""

@@ -11,13 +11,15 @@ from .parser import Parser, prog
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--inputs", nargs="+", required=True, help="Two folders or more.")
-    parser.add_argument("--output", required=True, help="New folder; gets config and processor of the last input.")
+    parser.add_argument("--inputs", nargs="+", required=True, help="at least two checkpoint folders")
+    parser.add_argument(
+        "--output", required=True, help="new folder, with configuration and processor of the last input"
+    )
     parser.add_argument(
         "--exact_lora",
         action="store_true",
-        help="LoRA: average the updates B A, which multiplies the rank by the number of inputs; by default the "
-        "matrices are averaged, which suits checkpoints of one run.",
+        help="LoRA: compute the exact mean of the updates B A, which multiplies the rank by the number of inputs "
+        "(default: average the matrices, for checkpoints of one run)",
     )
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Compose a new speech LLM, with random or pretrained parts, and save it with its processor.
+"""Compose a new speech LLM from random or pretrained parts, and save model and processor.
 
 # Tiny, from scratch, with a tokenizer trained on the transcripts
 hf-speechllm compose models/tiny \\
@@ -26,18 +26,18 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument(
         "config",
-        help="YAML with the sizes of the parts, or a name: models/tiny, ...",
+        help="YAML file with the sizes of the parts, or a name: models/tiny, ...",
     )
-    parser.add_argument("--output_dir", required=True, help="where the model goes; must not exist")
+    parser.add_argument("--output_dir", required=True, help="folder for the model; must not exist")
     parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
     parser.add_argument("--llm", help="pretrained LLM: folder or Hub id (default: random weights)")
-    parser.add_argument("--tokenizer", help="tokenizer: folder or Hub id (default: the LLM's)")
+    parser.add_argument("--tokenizer", help="tokenizer: folder or Hub id (default: tokenizer of the LLM)")
     parser.add_argument("--transcripts", nargs="+", help="Kaldi text files to train a new tokenizer on")
-    parser.add_argument("--vocab_size", type=int, default=400, help="of the new tokenizer")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--vocab_size", type=int, default=400, help="vocabulary size of the new tokenizer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights")
     args = parser.parse_args()
     if bool(args.transcripts) == bool(args.tokenizer or args.llm):
-        parser.error("give either --transcripts (new tokenizer) or --tokenizer or --llm (existing one)")
+        parser.error("set either --transcripts (new tokenizer), or --tokenizer or --llm (existing tokenizer)")
     if Path(args.output_dir).exists():
         parser.error(f"{args.output_dir} exists; remove it or choose another --output_dir")
     for file in args.transcripts or ():

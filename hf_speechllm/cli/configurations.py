@@ -1,4 +1,4 @@
-"""The YAML files that come with the package, by name or path: from a checkout, or from the wheel, which has copies."""
+"""Finds YAML files of the package by name or path, in a checkout or in an installed wheel."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ TRAINING, LAUNCHING = "recipes/configs", "accelerate_configs"
 
 
 def find_configuration(name: str, folder: str) -> Path:
-    """The file of a configuration.
+    """Returns the path of a configuration file.
 
     Args:
-        name: path of a file; or a name without folder or ending (`lora`, `models/tiny`), or the path in the project
-            (`recipes/configs/lora.yaml`), of a file that comes with the package.
-        folder: of the project, in which names are looked up.
+        name: path of a file; or, for a file of the package, a name without folder and suffix (`lora`, `models/tiny`)
+            or the path in the project (`recipes/configs/lora.yaml`).
+        folder: folder of the project that contains the named files.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no such file exists.
     """
     if Path(name).is_file():
         return Path(name)
     for candidate in (ROOT / folder / name, ROOT / folder / f"{name}.yaml", ROOT / name):
         if candidate.is_file():
             return candidate
-    known = [
+    names = [
         file.relative_to(ROOT / folder).with_suffix("").as_posix() for file in sorted((ROOT / folder).rglob("*.yaml"))
     ]
-    hint = did_you_mean(name, known) or f"; known by name: {', '.join(known)}"
+    hint = did_you_mean(name, names) or f"; available names: {', '.join(names)}"
     raise ValueError(f"{name}: no such file or configuration{hint}")

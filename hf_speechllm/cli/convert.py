@@ -1,13 +1,13 @@
-"""Convert a checkpoint between the layouts of this project, of transformers and of FunASR; no value changes.
+"""Convert a checkpoint between the formats of this project, transformers and FunASR; tensors are copied exactly.
 
-# From FunASR to ours
+# From FunASR to the format of this project
 hf-speechllm convert --input FunAudioLLM/Fun-ASR-Nano-2512 --output exp/nano --format speech_llm
 
-# A fine-tuned model, or a LoRA run (which is merged), back to FunASR
+# A fine-tuned model or a LoRA run (adapters are merged) to FunASR
 hf-speechllm convert --input exp/lora --output exp/lora_funasr --format funasr
 
-The layout of the input is recognised by itself. `native` is that of transformers' own `fun_asr_nano` class; it is
-refused, unless forced, where the model would behave differently there.
+The format of the input is detected. `native` is the format of the `fun_asr_nano` class in transformers. Conversion to
+`native` is refused without --force if the model would behave differently in transformers.
 """
 
 import logging
@@ -21,13 +21,13 @@ logger = logging.getLogger("convert_checkpoint")
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--input", required=True, help="folder or Hub id, in any layout")
+    parser.add_argument("--input", required=True, help="folder or Hub id, in any format")
     parser.add_argument("--output", required=True, help="folder for the result; must not exist")
     parser.add_argument(
-        "--format", required=True, choices=["speech_llm", "native", "funasr"], help="layout of the result"
+        "--format", required=True, choices=["speech_llm", "native", "funasr"], help="format of the result"
     )
-    parser.add_argument("--force", action="store_true", help="write also what would behave differently there")
-    parser.add_argument("--max_shard_size", default="50GB", help="safetensors larger than this are split")
+    parser.add_argument("--force", action="store_true", help="convert even if the model would behave differently")
+    parser.add_argument("--max_shard_size", default="50GB", help="size of safetensors files, at most")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     args = parser.parse_args()
     if Path(args.output).exists():
@@ -43,4 +43,4 @@ def main() -> None:
         write_checkpoint(checkpoint, processor, args.output, args.format, args.force, args.max_shard_size)
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
-    logger.info("%s: %d tensors, layout %s", args.output, len(checkpoint.tensors), args.format)
+    logger.info("%s: %d tensors, format %s", args.output, len(checkpoint.tensors), args.format)

@@ -1,4 +1,4 @@
-"""Print what a bug report needs: versions of this package and of those it uses, Python, system and GPUs.
+"""Print versions for bug reports: this package, its dependencies, Python, system, CUDA and GPUs.
 
 hf-speechllm env
 """

@@ -1,4 +1,4 @@
-"""Hotwords from the command line."""
+"""The option `--hotwords` of decoding."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 
 from ..data.hotword_lists import parse_word_list
 
-MAX_HOTWORDS = 1000  # the original is trained with lists of up to 900 words
+MAX_HOTWORDS = 1000  # the original model was trained with lists of up to 900 words
 
 
 def read_hotwords(hotwords: str | None) -> list[str]:
-    """Words of a list: either a file with one in each line, or the words themselves with commas between them.
+    """Reads hotwords from a file with one hotword per line, or from a comma-separated list.
 
     Raises:
         ValueError: if there are more than `MAX_HOTWORDS`, or the file is missing or not UTF-8.
-        OSError: if the file can't be read.
+        OSError: if the file cannot be read.
     """
     words = parse_word_list(hotwords)
     source = hotwords if hotwords and os.path.isfile(hotwords) else "--hotwords"
     if len(words) > MAX_HOTWORDS:
         raise ValueError(
-            f"{source}: {len(words)} hotwords; decoding takes {MAX_HOTWORDS} at most, since each becomes part of "
-            "every prompt, and the original is trained with no more than 900. Give those that are likely in these "
-            'recordings, or give each recording its own ("hotwords" in the rows of a JSONL)'
+            f"{source}: {len(words)} hotwords; the maximum is {MAX_HOTWORDS}, because every prompt contains all "
+            "hotwords and the original model was trained with up to 900. List only hotwords that are likely in these "
+            'recordings, or set hotwords for each recording ("hotwords" in the rows of a JSONL)'
         )
     return words

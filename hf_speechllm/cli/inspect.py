@@ -1,12 +1,12 @@
-"""Show what the model will see of training data: token ids, which of them are supervised, audio tokens, frames.
+"""Show training data as the model receives them: token ids, supervised tokens, audio tokens, frames.
 
-# The first 3 rows, coloured: supervised tokens green, audio tokens as a count
+# The first 3 rows in colour: supervised tokens are green, audio tokens are a count
 hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --num_rows 3
 
-# The same for programs, a JSON line a row, with the loss of the model
+# As JSON, one line per row, with the loss of the model
 hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --json --loss
 
-# The prompts that decoding would send
+# Prompts of decoding
 hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/test.jsonl --inference --language zh
 """
 
@@ -29,23 +29,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model folder or Hub id")
     parser.add_argument("--jsonl_file", required=True, help="training rows")
-    parser.add_argument("--num_rows", type=int, help="how many rows (default: 5, with --json all)")
-    parser.add_argument("--json", action="store_true", help="a JSON line a row")
-    parser.add_argument("--loss", action="store_true", help="also each row's loss")
-    parser.add_argument("--inference", action="store_true", help="the prompts of decoding, without the answers")
-    parser.add_argument("--language", help="with --inference: as for decode.py")
-    parser.add_argument("--no_itn", action="store_true", help="with --inference: as for decode.py")
-    parser.add_argument("--hotwords", help="with --inference: as for decode.py")
+    parser.add_argument("--num_rows", type=int, help="number of rows (default: 5; all with --json)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per row")
+    parser.add_argument("--loss", action="store_true", help="also print the loss of each row")
+    parser.add_argument("--inference", action="store_true", help="print prompts of decoding, without answers")
+    parser.add_argument("--language", help="with --inference: see hf-speechllm decode")
+    parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
+    parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
     args = parser.parse_args()
     if args.inference and args.loss:
-        parser.error("--loss needs answers; --inference has none")
+        parser.error("--loss requires answers, which --inference leaves out; use only one of the options")
     if (args.language or args.no_itn or args.hotwords) and not args.inference:
-        parser.error("--language, --no_itn and --hotwords go with --inference; a training row has its prompt in it")
+        parser.error("--language, --no_itn and --hotwords require --inference; training rows contain their prompts")
     return args
 
 
 def describe(record: dict, processor, coloured: bool) -> str:
-    """A row for people: text of the tokens, audio as a count, supervised parts marked."""
+    """Formats a row for a terminal: text of the tokens, audio as a count, supervised tokens marked."""
     tokenizer = processor.tokenizer
     labels = record.get("labels") or [-100] * len(record["input_ids"])
     pieces = []
@@ -69,7 +69,7 @@ def describe(record: dict, processor, coloured: bool) -> str:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Prints the rows and gives the number of bad ones."""
+    """Prints rows and returns the number of bad rows."""
     import torch
 
     from .. import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -85,7 +85,7 @@ def inspect(args: argparse.Namespace) -> int:
     num_rows = args.num_rows or (None if args.json else 5)
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if not args.json and not args.inference:
-        print(f"supervised tokens are {GREEN}green{RESET}\n" if coloured else "supervised tokens stand in [[ ]]\n")
+        print(f"supervised tokens are {GREEN}green{RESET}\n" if coloured else "supervised tokens are in [[ ]]\n")
     bad = 0
     for index, row in enumerate(islice(read_jsonl(args.jsonl_file, require_answers=not args.inference), num_rows)):
         if isinstance(row, BadRow):

@@ -1,4 +1,4 @@
-"""Merge the adapters of a LoRA run into the model, so that it loads without peft.
+"""Merge the adapters of a LoRA run into the base model, so that the model loads without peft.
 
 hf-speechllm merge --input exp/lora --output exp/lora_merged
 """
@@ -12,7 +12,7 @@ from .parser import Parser, prog
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="output folder or checkpoint of a LoRA run")
-    parser.add_argument("--output", required=True, help="where the merged model goes; must not exist")
+    parser.add_argument("--output", required=True, help="folder for the merged model; must not exist")
     args = parser.parse_args()
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
@@ -21,7 +21,7 @@ def main() -> None:
     from ..formats.loading import read_checkpoint, write_checkpoint
 
     try:
-        checkpoint = read_checkpoint(args.input)  # merges what it reads from a LoRA folder
+        checkpoint = read_checkpoint(args.input)  # merges adapters
         write_checkpoint(checkpoint, SpeechLLMProcessor.from_pretrained(args.input), args.output, "speech_llm")
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")

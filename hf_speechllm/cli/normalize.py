@@ -1,6 +1,6 @@
-"""Normalise transcripts before scoring: lines `ID TEXT` in, lines `ID<tab>TOKENS` out, in the same order.
+"""Normalise transcripts before scoring: reads lines `ID TEXT`, writes lines `ID<tab>TOKENS` in the same order.
 
-Takes references and what `hf-speechllm decode` wrote alike; blank lines are left out, with a notice. Then score:
+Accepts references and the output of `hf-speechllm decode`. Blank lines are skipped with a warning. Score afterwards:
 
     hf-speechllm normalize data/val_text.txt data/val_norm.txt
     hf-speechllm normalize output.txt output_norm.txt
@@ -19,10 +19,10 @@ logger = logging.getLogger("whisper_mix_normalize")
 
 
 def normalized_lines(path: str) -> Iterator[str]:
-    """Reads lines `ID TEXT` (a tab, or else spaces between), gives `ID<tab>TOKENS`.
+    """Converts lines `ID TEXT` (separated by a tab, otherwise by spaces) to `ID<tab>TOKENS`.
 
     Raises:
-        ValueError: where a line is not UTF-8.
+        ValueError: if a line is not UTF-8.
     """
     from ..evaluation.normalizers import normalize_text
     from ..evaluation.transcripts import split_line
@@ -33,12 +33,12 @@ def normalized_lines(path: str) -> Iterator[str]:
                 fields = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{path}:{number}: not UTF-8 ({error.reason}); convert the file with iconv"
+                    f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8 with iconv"
                 ) from error
-            # Without a tab, the original splits at any white space of Unicode.
+            # Without a tab, the original script splits at any Unicode white space.
             id_, text = split_line(fields) if "\t" in fields else (*fields.split(maxsplit=1), "", "")[:2]
             if not id_:
-                logger.warning("%s:%d: blank line, left out", path, number)
+                logger.warning("%s:%d: blank line, skipped", path, number)
                 continue
             yield f"{id_}\t{normalize_text(text)}\n"
 
@@ -46,7 +46,7 @@ def normalized_lines(path: str) -> Iterator[str]:
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("input_file", metavar="IN", help="lines `ID TEXT`, UTF-8")
-    parser.add_argument("output_file", metavar="OUT", help="file to write; one that exists is replaced")
+    parser.add_argument("output_file", metavar="OUT", help="file to write; an existing file is replaced")
     args = parser.parse_args()
     if not Path(args.input_file).is_file():
         parser.error(f"{args.input_file}: no such file")
@@ -55,6 +55,6 @@ def main() -> int:
         with atomic_write(args.output_file) as output:
             output.writelines(normalized_lines(args.input_file))
     except (OSError, ValueError) as error:
-        logger.error("%s; nothing was written", error)
+        logger.error("%s; no output was written", error)
         return 1
     return 0

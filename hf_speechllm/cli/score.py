@@ -1,9 +1,9 @@
-"""Score transcripts: error rates with intervals, a comparison, hotwords, and a page that shows the worst utterances.
+"""Score transcripts: error rates with confidence intervals, a comparison, hotwords, and a page with worst utterances.
 
     hf-speechllm score data/test/text exp/hyp.txt --output_dir exp/score --scp_file data/test/wav.scp
 
-REF and HYP hold lines `ID TEXT`, not normalised; REF may be a training JSONL. References without a hypothesis count as
-deletions, and are named. The reference's language, or that of --utt2lang, decides the rules for both texts.
+REF and HYP contain lines `ID TEXT`, not normalised; REF may be a training JSONL. References without a hypothesis count
+as deletions and are listed. The language of the reference, or of --utt2lang, decides the rules of normalisation.
 """
 
 import argparse
@@ -25,22 +25,22 @@ logger = logging.getLogger("score")
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("reference", metavar="REF", help="lines `ID TEXT`, or rows of a .jsonl")
-    parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, as `hf-speechllm decode` writes them")
+    parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, the output of hf-speechllm decode")
     parser.add_argument("--output_dir", required=True, help=f"folder for {', '.join(OUTPUTS)}")
+    parser.add_argument("--compare", metavar="HYP2", help="other hypotheses, for example of the model before training")
+    parser.add_argument("--scp_file", help="recordings, for durations and audio players on the page")
+    parser.add_argument("--utt2dur", help="lines `ID SECONDS`; otherwise durations come from the recordings")
+    parser.add_argument("--utt2dataset", help="lines `ID NAME`, for scores by data set")
+    parser.add_argument("--utt2lang", help="lines `ID LANGUAGE` (en, zh, ...), for the rules of normalisation")
+    parser.add_argument("--hotwords", help="comma-separated hotwords, or a file with one hotword per line")
+    parser.add_argument("--no_normalize", action="store_true", help="count the tokens of compute-wer")
+    parser.add_argument("--num_worst", type=int, default=30, help="number of worst utterances on the page")
+    parser.add_argument("--no_audio", action="store_true", help="do not embed recordings in the page")
+    parser.add_argument("--num_resamples", type=int, default=10_000, help="number of bootstrap samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument(
-        "--compare", metavar="HYP2", help="other hypotheses, such as those of the model before training"
+        "--num_workers", type=int, default=os.cpu_count() or 1, help="number of processes for normalisation"
     )
-    parser.add_argument("--scp_file", help="recordings, for durations and the players of the page")
-    parser.add_argument("--utt2dur", help="lines `ID SECONDS`, instead of measuring the recordings")
-    parser.add_argument("--utt2dataset", help="lines `ID NAME`: the data sets to score one by one, too")
-    parser.add_argument("--utt2lang", help="lines `ID LANGUAGE` (en, zh, ...): whose rules an utterance gets")
-    parser.add_argument("--hotwords", help="words with commas between them, or a file with one in each line")
-    parser.add_argument("--no_normalize", action="store_true", help="count the tokens that compute-wer finds")
-    parser.add_argument("--num_worst", type=int, default=30, help="utterances shown on the page")
-    parser.add_argument("--no_audio", action="store_true", help="no recordings in the page")
-    parser.add_argument("--num_resamples", type=int, default=10_000, help="bootstrap samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes that normalise")
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
     args = parser.parse_args()
     for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang"):
@@ -48,19 +48,21 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{getattr(args, name)}: no such file")
     existing = [name for name in OUTPUTS if Path(args.output_dir, name).exists()]
     if existing and not args.overwrite:
-        parser.error(f"{args.output_dir} has {', '.join(existing)}; remove, or replace with --overwrite")
+        parser.error(
+            f"--output_dir {args.output_dir} contains {', '.join(existing)}; remove the files, or use --overwrite"
+        )
     if args.hypothesis.endswith(".jsonl"):
-        parser.error(f"{args.hypothesis} has training rows, which are references: are REF and HYP swapped?")
-    for name, least in (("num_worst", 0), ("num_resamples", 100), ("num_workers", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be {least} or more")
+        parser.error(f"{args.hypothesis} contains training rows, which must be REF; pass REF before HYP")
+    for name, minimum in (("num_worst", 0), ("num_resamples", 100), ("num_workers", 1)):
+        if getattr(args, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}")
     return args
 
 
-def warn_of_ids(what: str, ids: list[str]) -> None:
+def warn_about_ids(message: str, ids: list[str]) -> None:
     if ids:
         more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-        logger.warning("%s: %d: %s%s", what, len(ids), ", ".join(ids[:20]), more)
+        logger.warning("%s: %d: %s%s", message, len(ids), ", ".join(ids[:20]), more)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -100,11 +102,11 @@ def score(args: argparse.Namespace) -> None:
     result["normalized"] = not args.no_normalize
     result["missing_hypotheses"] = [id_ for id_ in reference.texts if id_ not in hypotheses]
     result["extra_hypotheses"] = [id_ for id_ in hypotheses if id_ not in reference.texts]
-    warn_of_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
-    warn_of_ids("hypotheses without a reference, not scored", result["extra_hypotheses"])
-    warn_of_ids("references without a word, where all is insertions", result["empty_references"])
+    warn_about_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
+    warn_about_ids("hypotheses without a reference, not scored", result["extra_hypotheses"])
+    warn_about_ids("empty references, for which every word is an insertion", result["empty_references"])
     if datasets:
-        warn_of_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in reference.texts if id_ not in datasets])
+        warn_about_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in reference.texts if id_ not in datasets])
 
     comparison = None
     if args.compare:
@@ -114,7 +116,7 @@ def score(args: argparse.Namespace) -> None:
         comparison = statistics.compare_systems(errors, other_errors, tokens, args.num_resamples, args.seed)
         rate = sum((u.counts for u in others), scoring.ErrorCounts()).rate
         absent = [id_ for id_ in reference.texts if id_ not in other_hypotheses]
-        warn_of_ids(f"references not in {args.compare}, counted as deletions", absent)
+        warn_about_ids(f"references not in {args.compare}, counted as deletions", absent)
         result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
     counted = []
     if words or any(reference.hotwords.values()):
@@ -125,7 +127,7 @@ def score(args: argparse.Namespace) -> None:
     wanted = {id_: source for id_, source in sources.items() if id_ in reference.texts}
     if not args.utt2dur:
         durations, reasons = recordings.measure_durations(wanted)
-        warn_of_ids("recordings that can't be read", list(reasons.values()))
+        warn_about_ids("unreadable recordings", list(reasons.values()))
     worst = report.worst_utterances(utterances, args.num_worst)
     sounds = {u.id: recordings.embed_sound(wanted[u.id]) for u in worst if u.id in wanted and not args.no_audio}
     page = report.html_report(

@@ -1,8 +1,7 @@
-"""Make a training JSONL of two Kaldi lists: recordings (`ID PATH_OR_URL`) and transcripts (`ID TEXT`).
+"""Convert two Kaldi lists to a training JSONL: recordings (`ID PATH_OR_URL`) and transcripts (`ID TEXT`).
 
-The lists are joined by ID; the rows keep the order of the recordings. Every recording is checked to its end. Nothing
-is left out without leave: a bad line or recording is named with file and line, and stops the run before anything is
-written, unless --max_bad_fraction allows it.
+Joins the lists by ID, in the order of the recordings. Checks every recording completely. Reports bad lines and
+recordings with file and line, and writes no output if their share is above --max_bad_fraction.
 
     hf-speechllm scp2jsonl --scp_file data/wav.scp --transcript_file data/text --jsonl_file data/train.jsonl \\
         --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf
@@ -20,28 +19,41 @@ from .parser import Parser
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """Parses a number from 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise ValueError
     return float(text)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line, and finds before any work what is wrong with it."""
+    """Parses and checks the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--scp_file", required=True, help="recordings; relative paths are relative to its folder")
+    parser.add_argument(
+        "--scp_file", required=True, help="recordings; paths may be relative to the folder of the list"
+    )
     parser.add_argument("--transcript_file", required=True, help="transcripts, in any order")
     parser.add_argument("--jsonl_file", required=True, help="file to write")
-    parser.add_argument("--model_name_or_path", help="its tokenizer counts text_length; else that is left out")
-    parser.add_argument("--language", help="ISO code or Chinese name of the language that the prompt asks for")
-    parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
-    parser.add_argument("--prompt", help='instead of the default one, as in "Speech transcription:"')
-    parser.add_argument("--relative", action="store_true", help="write paths relative to the JSONL, not absolute ones")
-    parser.add_argument("--audio_root", help="folder that recordings must lie in, links followed (default: anywhere)")
-    parser.add_argument("--max_bad_fraction", type=fraction, default=0.0, help="share of rows that may be left out")
-    parser.add_argument("--bad_rows_file", help="file for the list of all bad rows")
     parser.add_argument(
-        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="recordings checked at once"
+        "--model_name_or_path", help="model whose tokenizer computes text_length (default: no lengths)"
+    )
+    parser.add_argument("--language", help="language in the prompt, as ISO code or Chinese name")
+    parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
+    parser.add_argument("--prompt", help='replaces the default prompt, for example "Speech transcription:"')
+    parser.add_argument(
+        "--relative", action="store_true", help="write paths relative to the JSONL, not absolute paths"
+    )
+    parser.add_argument(
+        "--audio_root", help="folder that must contain the recordings, after resolving links (default: any folder)"
+    )
+    parser.add_argument(
+        "--max_bad_fraction", type=fraction, default=0.0, help="largest share of bad rows to leave out"
+    )
+    parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=max(8, os.cpu_count() or 1),
+        help="number of recordings to check at once",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --jsonl_file if it exists")
     args = parser.parse_args()
@@ -49,17 +61,17 @@ def parse_arguments() -> argparse.Namespace:
         if not os.path.isfile(getattr(args, flag)):
             parser.error(f"--{flag} {getattr(args, flag)}: no such file")
     if os.path.exists(args.jsonl_file) and not args.overwrite:
-        parser.error(f"--jsonl_file {args.jsonl_file}: exists; give another name or --overwrite")
+        parser.error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
     folder = os.path.dirname(os.path.abspath(args.jsonl_file))
     if not os.access(folder, os.W_OK):
-        parser.error(f"--jsonl_file {args.jsonl_file}: its folder is missing or not writable")
+        parser.error(f"--jsonl_file {args.jsonl_file}: the folder {folder} is missing or not writable; create it")
     if args.num_workers < 1:
-        parser.error("--num_workers must be 1 or more")
+        parser.error("--num_workers must be at least 1")
     return args
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model: a folder or Hub id; in FunASR's layout it is in a folder of its own (Qwen3-0.6B)."""
+    """Loads the tokenizer of a model folder or Hub id; FunASR models have a tokenizer folder (Qwen3-0.6B)."""
     from transformers import AutoTokenizer
 
     if Path(name, "config.yaml").is_file():
@@ -68,7 +80,7 @@ def load_tokenizer(name: str):
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name}: no tokenizer: {error}") from error
+        raise ValueError(f"--model_name_or_path {name}: the tokenizer cannot be loaded: {error}") from error
 
 
 def make_rows(args: argparse.Namespace) -> None:
@@ -85,7 +97,7 @@ def make_rows(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path) if args.model_name_or_path else None
     if tokenizer is None:
         logging.info("no --model_name_or_path: text_length is left out of the rows")
-    gc.freeze()  # what is loaded by now stays; to search it for garbage as the lists grow takes time
+    gc.freeze()  # excludes the loaded modules from garbage collection, which growing lists trigger often
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     transcripts = read_list(args.transcript_file, bad_rows, "transcript")
     require_transcripts(transcripts)
@@ -95,8 +107,8 @@ def make_rows(args: argparse.Namespace) -> None:
         entry.id for entry in transcripts.entries
     }:
         raise BadDataError(
-            f"{args.transcript_file} has the IDs of {segments}, which cuts the recordings of {args.scp_file}; this is "
-            "not supported: cut the recordings first (Kaldi: extract-segments), and give the new wav.scp"
+            f"{args.transcript_file} has the IDs of {segments}, which cuts the recordings of {args.scp_file} and is "
+            "not supported; cut the recordings first (Kaldi: extract-segments), and pass the new wav.scp"
         )
     utterances = join(recordings, transcripts, bad_rows)
 
@@ -105,7 +117,7 @@ def make_rows(args: argparse.Namespace) -> None:
     lines: list[str] = []
     durations: list[float] = []
     num_tokens = 0
-    # Closed: wherever an interruption comes, no process stays at work.
+    # `closing` ends the processes after any interruption.
     with (
         closing(prepare(utterances, maker, args.num_workers)) as parts,
         tqdm(desc="checking", total=len(utterances), unit=" recordings") as progress,
@@ -119,7 +131,7 @@ def make_rows(args: argparse.Namespace) -> None:
             progress.update(len(part.lines) + len(part.bad))
     bad_rows.check(total=len(lines) + len(bad_rows))
     if not lines:
-        raise BadDataError(f"{args.scp_file}: no rows to write")
+        raise BadDataError(f"{args.scp_file}: no rows to write; see the list of bad rows")
     with atomic_write(args.jsonl_file) as file:
         file.writelines(lines)
 
@@ -140,5 +152,5 @@ def main() -> None:
     except (OSError, ValueError) as error:  # bad data, unknown language or model, full disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"interrupted; {arguments.jsonl_file} is as it was", file=sys.stderr)
+        print(f"interrupted; {arguments.jsonl_file} is unchanged", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Options: the YAML first, the command line over it; mistakes are told with their key before anything is loaded."""
+"""Options: the command line overrides the YAML; errors name the option and are found before loading."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ REQUIRED = ["--model_name_or_path", "model", "--train_file", "train.jsonl", "--u
 
 
 def values_of(argv):
-    """The values of all options of a command line."""
+    """Returns the values of all options of a command line."""
     options = parse_arguments(argv)
     return SimpleNamespace(**ChainMap(*(vars(part) for part in vars(options).values())))
 
@@ -32,20 +32,20 @@ def yaml_file(tmp_path):
 
 @pytest.fixture
 def error_of(capsys):
-    """The message with which a command line is refused."""
+    """Returns the error message of a command line."""
 
     def parse(*argv):
         with pytest.raises(SystemExit) as end:
             parse_arguments([*argv])
         assert end.value.code == 2
         message = capsys.readouterr().err
-        assert "usage:" not in message  # of 150 options
+        assert "usage:" not in message  # it would list 150 options
         return message
 
     return parse
 
 
-def test_command_line_goes_before_the_yaml_and_the_yaml_before_the_defaults(yaml_file):
+def test_command_line_overrides_the_yaml_and_the_yaml_the_defaults(yaml_file):
     path = yaml_file("learning_rate: 2.0e-4\nnum_train_epochs: 7\nfreeze_llm: true\nwarmup_steps: 12\n")
     args = values_of([path, *REQUIRED, "--learning_rate", "0.5", "--freeze_llm", "false"])
     assert (args.learning_rate, args.freeze_llm) == (0.5, False)
@@ -53,14 +53,14 @@ def test_command_line_goes_before_the_yaml_and_the_yaml_before_the_defaults(yaml
     assert (args.lr_scheduler_type, args.feature_cache) == ("cosine", "float16")
 
 
-def test_command_line_alone_suffices():
+def test_yaml_is_optional():
     args = values_of([*REQUIRED, "--freeze_audio_encoder", "--llm_learning_rate", "1e-5"])
     assert args.freeze_audio_encoder and not args.freeze_llm
     assert args.llm_learning_rate == 1e-5
     assert args.audio_encoder_learning_rate is None
 
 
-def test_yaml_holds_lists_dicts_and_nothing(yaml_file):
+def test_yaml_may_contain_lists_dicts_and_null(yaml_file):
     path = yaml_file(
         "train_file: [a.jsonl, b.jsonl]\ntrain_weight: [2, 0.5]\nlora_target_modules: [q_proj]\n"
         "gradient_checkpointing_kwargs: {use_reentrant: true}\ncache_dir:\n"
@@ -73,7 +73,7 @@ def test_yaml_holds_lists_dicts_and_nothing(yaml_file):
     assert args.cache_dir is None
 
 
-def test_list_of_the_command_line_replaces_that_of_the_yaml(yaml_file):
+def test_list_of_the_command_line_replaces_the_list_of_the_yaml(yaml_file):
     path = yaml_file("train_file: [a.jsonl, b.jsonl]\n")
     args = values_of([path, "--model_name_or_path", "model", "--use_cpu", "true", "--train_file", "c.jsonl"])
     assert args.train_file == ["c.jsonl"]
@@ -118,18 +118,18 @@ def test_unknown_option_of_the_command_line_is_named(error_of):
         ("per_device_train_batch_seconds", "long"),
     ],
 )
-def test_wrong_type_is_told_with_file_and_key(yaml_file, error_of, key, value):
+def test_wrong_type_is_reported_with_file_and_key(yaml_file, error_of, key, value):
     path = yaml_file(f"{key}: {value}\n")
     message = error_of(path, *REQUIRED)
     assert path in message and f"--{key}" in message
 
 
-def test_wrong_type_on_the_command_line_is_told_with_the_key(error_of):
+def test_wrong_type_on_the_command_line_is_reported_with_the_option(error_of):
     assert "--num_train_epochs" in error_of(*REQUIRED, "--num_train_epochs", "many")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: b: c\n", "just words\n"])
-def test_yaml_that_holds_no_keys_is_an_error(yaml_file, error_of, text):
+def test_yaml_without_keys_is_an_error(yaml_file, error_of, text):
     path = yaml_file(text)
     assert path in error_of(path, *REQUIRED)
 
@@ -154,7 +154,7 @@ FROZEN = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true", "-
         (["--per_device_train_batch_seconds", "-1"], ["--per_device_train_batch_seconds"]),
     ],
 )
-def test_contradictions_are_told_with_their_keys(error_of, argv, expected):
+def test_contradictions_are_reported_with_the_options(error_of, argv, expected):
     message = error_of(*REQUIRED, *argv)
     assert all(part in message for part in expected)
 
@@ -177,8 +177,8 @@ def test_validation_files_have_names(error_of):
     assert "'dev'" in message and "NAME=FILE" in message
 
 
-def test_mistakes_are_told_before_anything_heavy_is_loaded(yaml_file):
-    """The recipe itself: exit status 2, a line without a traceback, and no data code was imported."""
+def test_errors_are_reported_before_heavy_imports(yaml_file):
+    """The recipe exits with status 2 and one line without a traceback, and does not import data code."""
     path = yaml_file("freeze_audio_encodr: true\n")
     script = (
         "import atexit, runpy, sys\n"
@@ -198,7 +198,7 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(yaml_file):
     ("argv", "expected"),
     [
         (["--do_train", "false"], "--do_train has no effect here: finetune always trains"),
-        (["--per-device-train-batch-size=8"], "give --per_device_train_batch_seconds"),
+        (["--per-device-train-batch-size=8"], "use --per_device_train_batch_seconds"),
         (["--eval_strategy", "steps"], "--eval_strategy steps needs a set; add --validation_file"),
     ],
 )
@@ -211,7 +211,7 @@ def test_yaml_is_found_by_name(monkeypatch, tmp_path):
     assert parse_arguments(["lora", *REQUIRED]).parts.use_lora
 
 
-def test_help_has_own_options_first_in_groups_and_the_others_on_demand(capsys):
+def test_help_lists_own_options_in_groups_and_inherited_ones_with_help_all(capsys):
     for argument, inherited in (("--help", False), ("--help_all", True)):
         with pytest.raises(SystemExit):
             parse_arguments([argument], description="Example:\n  one \\\n    two\n")

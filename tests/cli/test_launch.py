@@ -1,4 +1,4 @@
-"""`finetune --num_processes N`: accelerate's options are taken out, and its configurations are found by name."""
+"""`finetune --num_processes N`: options of accelerate are separated, and configurations are found by name."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ from hf_speechllm.cli.launch import launch, split_launch_options
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_options_of_the_launcher_are_taken_out_wherever_they_stand():
+def test_options_of_the_launcher_are_separated_at_any_position():
     argv = ["lora", "--num_processes", "8", "--learning_rate", "1e-4", "--main_process_ip=host", "--train_file", "a"]
     options, rest = split_launch_options(argv)
     assert options == {"num_processes": "8", "main_process_ip": "host"}
@@ -27,13 +27,13 @@ def test_configurations_are_found_by_name_and_path_from_anywhere(name, tmp_path,
     assert find_configuration(name, TRAINING) == REPOSITORY / "recipes/configs/lora.yaml"
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("", encoding="utf-8")
-    assert find_configuration(name, TRAINING) == Path(name)  # one's own goes first
+    assert find_configuration(name, TRAINING) == Path(name)  # a file of the user has priority
 
 
-def test_unknown_configuration_is_told_with_those_that_exist():
+def test_error_for_an_unknown_configuration_lists_available_ones():
     with pytest.raises(ValueError, match="multi_gpux: .*did you mean multi_gpu?"):
         find_configuration("multi_gpux", LAUNCHING)
-    with pytest.raises(ValueError, match="known by name: adaptor_only, .*lora, models/fun_asr_nano"):
+    with pytest.raises(ValueError, match="available names: adaptor_only, .*lora, models/fun_asr_nano"):
         find_configuration("zzzz", TRAINING)
 
 
@@ -42,7 +42,7 @@ def finetune(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_several_processes_train_and_errors_are_found_before_they_start(tiny_model, tiny_corpus, tmp_path):
+def test_several_processes_train_and_errors_are_found_before_the_start(tiny_model, tiny_corpus, tmp_path):
     options = [
         "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir", tmp_path / "out",
         "--max_steps", 2, "--logging_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache",

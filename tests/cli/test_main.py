@@ -1,4 +1,4 @@
-"""The console command: light help, the closest word for a wrong one, one line for what is missing."""
+"""Console command: help without heavy imports, suggestions for typing errors, one line for a missing package."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ HEAVY = ["torch", "transformers", "datasets", "numpy", "av", "soundfile", "accel
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs `hf-speechllm ...` in this process; gives its exit code and what it wrote."""
+    """Runs `hf-speechllm ...` in this process; returns exit code and output."""
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
@@ -50,12 +50,12 @@ def test_module_is_the_same_command_and_its_help_is_light():
     assert "| torch" not in result.stderr and "| transformers" not in result.stderr
 
 
-def test_unknown_verb_is_told_with_the_closest(run):
+def test_unknown_verb_is_reported_with_the_closest(run):
     code, _ = run("decod")
-    assert code == "hf-speechllm: error: unknown verb decod; did you mean decode?; all verbs: --help"
+    assert code == "hf-speechllm: error: unknown verb decod; did you mean decode?; hf-speechllm --help lists all verbs"
 
 
-def test_unknown_option_is_told_with_the_closest(run):
+def test_unknown_option_is_reported_with_the_closest(run):
     code, output = run("score", "a", "b", "--output_dir", "c", "--utt2langs", "d")
     assert code == 2
     assert output.err == (
@@ -63,7 +63,7 @@ def test_unknown_option_is_told_with_the_closest(run):
     )
 
 
-def test_missing_package_is_told_with_the_extra_that_has_it(tmp_path):
+def test_missing_package_is_reported_with_its_extra(tmp_path):
     for name in ("reference", "hypothesis"):
         (tmp_path / name).write_text("a one\n", encoding="utf-8")
     script = (

@@ -1,5 +1,5 @@
-"""What the recipes tell of training rows and prompts, and what they decode: against the original's golden vectors, and
-on a tiny model."""
+"""Ids, labels, losses, prompts and texts of the recipes: compared with the original's golden vectors, and on a tiny
+model."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def golden(shared):
 
 @pytest.fixture
 def inspect(run_recipe, capsys):
-    """Runs the recipe and gives its JSON lines."""
+    """Runs the recipe and returns the JSON lines."""
 
     def run(*arguments, code=0):
         assert run_recipe("inspect_data.py", "--json", *arguments) == code
@@ -34,7 +34,7 @@ def inspect(run_recipe, capsys):
 
 
 def name_of(row):
-    """What a row of the golden JSONL is called in the golden vectors."""
+    """Returns the name of a row of the golden JSONL in the golden vectors."""
     texts = [message["content"] for message in row["messages"] if message["role"] == "user"]
     if len(texts) > 1:
         return "multiturn"
@@ -53,7 +53,7 @@ def options_of(setting):
     ]
 
 
-def test_ids_labels_and_losses_are_those_of_the_original(golden, inspect):
+def test_ids_labels_and_losses_equal_the_original(golden, inspect):
     records = inspect("--model_name_or_path", golden / "model", "--jsonl_file", golden / "data.jsonl", "--loss")
     expected, processor = (
         load_file(golden / "golden.safetensors"),
@@ -71,7 +71,7 @@ def test_ids_labels_and_losses_are_those_of_the_original(golden, inspect):
             assert record["num_frames"] == len(expected[f"{name}.lfr"])
 
 
-def test_prompts_and_texts_are_those_of_the_original(golden, inspect, run_recipe, tmp_path):
+def test_prompts_and_texts_equal_the_original(golden, inspect, run_recipe, tmp_path):
     processor = SpeechLLMProcessor.from_pretrained(golden / "model")
     for setting in json.loads((golden / "inference.json").read_text(encoding="utf-8")):
         audio = golden / "audio" / f"{setting['id']}.wav"
@@ -90,7 +90,7 @@ def test_prompts_and_texts_are_those_of_the_original(golden, inspect, run_recipe
         assert output.read_text(encoding="utf-8") == f"{setting['id']}\t{' '.join(text.split())}\n"
 
 
-def test_a_row_of_the_json_is_what_the_model_sees(tiny_model, tiny_corpus, inspect):
+def test_json_row_is_the_input_of_the_model(tiny_model, tiny_corpus, inspect):
     arguments = ["--model_name_or_path", tiny_model, "--jsonl_file", tiny_corpus.jsonl, "--num_rows", 4, "--loss"]
     records = inspect(*arguments)
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
@@ -106,7 +106,7 @@ def test_a_row_of_the_json_is_what_the_model_sees(tiny_model, tiny_corpus, inspe
             assert record["loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
-def test_readable_output_marks_what_is_supervised(tiny_model, tiny_corpus, run_recipe, capsys):
+def test_readable_output_marks_supervised_tokens(tiny_model, tiny_corpus, run_recipe, capsys):
     arguments = ["--model_name_or_path", tiny_model, "--jsonl_file", tiny_corpus.jsonl, "--num_rows", 2]
     assert run_recipe("inspect_data.py", *arguments) == 0
     output = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_readable_output_marks_what_is_supervised(tiny_model, tiny_corpus, run_r
     assert "audio tokens>" in output and "row 1:" in output
 
 
-def test_prompt_of_a_row_is_kept_unless_another_one_is_asked_for(tiny_model, tiny_corpus, inspect):
+def test_prompt_of_a_row_is_kept_without_prompt_options(tiny_model, tiny_corpus, inspect):
     arguments = ["--model_name_or_path", tiny_model, "--jsonl_file", tiny_corpus.jsonl, "--num_rows", 1]
     (trained,), (asked,) = inspect(*arguments), inspect(*arguments, "--inference")
     (english,) = inspect(*arguments, "--inference", "--language", "en")
@@ -123,7 +123,7 @@ def test_prompt_of_a_row_is_kept_unless_another_one_is_asked_for(tiny_model, tin
     assert english["input_ids"] != asked["input_ids"]
 
 
-def test_what_can_not_be_inspected_is_told_in_a_line(tiny_model, tiny_corpus, inspect, run_recipe, tmp_path, capsys):
+def test_errors_are_reported_in_one_line(tiny_model, tiny_corpus, inspect, run_recipe, tmp_path, capsys):
     model = ["--model_name_or_path", tiny_model]
     message = run_recipe("inspect_data.py", *model, "--jsonl_file", tmp_path / "none.jsonl")
     assert message.startswith("inspect_data.py: error: ") and "none.jsonl" in message

@@ -13,7 +13,7 @@ HYPOTHESES = {"d": "三百五十", "b": "turn the light", "a": "今天田气很�
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes lists: `write(name, {ID: text})` gives the path."""
+    """Writes lists: `write(name, {ID: text})` returns the path."""
 
     def make(name, texts, separator=" "):
         path = tmp_path / name
@@ -25,7 +25,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def score(write, run_recipe, tmp_path):
-    """Scores texts with options and gives score.json, or the message of the recipe if it fails."""
+    """Scores texts with options; returns the content of score.json, or the error message of the recipe."""
 
     def run(references, hypotheses, *options):
         files = [
@@ -63,7 +63,7 @@ def test_three_files_are_written(score, tmp_path):
     ]
 
 
-def test_differing_ids_are_named_and_missing_hypotheses_are_deletions(score, tmp_path, caplog):
+def test_different_ids_are_listed_and_missing_hypotheses_are_deletions(score, tmp_path, caplog):
     result = score({"a": "one two", "b": "three four five"}, {"a": "one two", "x": "six"})
     assert (result["deletions"], result["reference_tokens"], result["insertions"]) == (3, 5, 0)
     assert (result["missing_hypotheses"], result["extra_hypotheses"]) == (["b"], ["x"])
@@ -89,7 +89,7 @@ def test_lists_without_a_common_id_are_an_error(score, hypotheses):
 def test_words_in_silence_are_insertions(score, caplog):
     result = score({"a": "", "b": "one two"}, {"a": "thank you", "b": "one two"})
     assert (result["rate"], result["insertions"], result["empty_references"]) == (1.0, 2, ["a"])
-    assert "references without a word, where all is insertions: 1: a" in caplog.text
+    assert "empty references, for which every word is an insertion: 1: a" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_no_references_are_an_error(score, tmp_path):
     assert f"{tmp_path / 'ref'}: no transcripts" in score({}, {"a": "one"})
 
 
-def test_byte_order_mark_and_windows_line_ends_are_no_part_of_the_texts(score, tmp_path):
+def test_byte_order_mark_and_windows_line_ends_are_ignored(score, tmp_path):
     path = tmp_path / "windows"
     path.write_bytes("\ufeffa\tone\r\n\r\nb two\r\n".encode())
     assert score(path, {"a": "one", "b": "two"}, "--no_normalize")["rate"] == 0
 
 
-def test_results_are_replaced_only_if_asked(score, capsys):
+def test_results_are_replaced_only_with_overwrite(score, capsys):
     first = score({"a": "one"}, {"a": "two"})
     assert score({"a": "one"}, {"a": "one"}) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_comparison_with_a_second_file(score, write, tmp_path, caplog):
     assert "Fewer errors" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_data_sets_and_languages_are_scored_one_by_one(score, write, caplog):
+def test_data_sets_and_languages_are_scored_separately(score, write, caplog):
     datasets = write("utt2dataset", {"a": "home", "b": "street", "c": "home"})
     languages = write("utt2lang", {"b": "fr"})
     result = score(REFERENCES, HYPOTHESES, "--utt2dataset", datasets, "--utt2lang", languages)
@@ -169,11 +169,11 @@ def test_hotwords(score, tmp_path, as_file):
     assert (result["recall"], result["precision"]) == (2 / 3, 2 / 3)
 
 
-def test_a_list_of_hotwords_that_is_not_there_is_an_error(score):
+def test_missing_list_of_hotwords_is_an_error(score):
     assert "words.txt: no such file" in score({"a": "one"}, {"a": "one"}, "--hotwords", "words.txt")
 
 
-def test_unusable_and_odd_recordings_have_a_place_in_the_report(score, write, make_wav, tmp_path, caplog):
+def test_report_lists_unusable_recordings(score, write, make_wav, tmp_path, caplog):
     soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
     (tmp_path / "empty.wav").write_bytes(b"")
     sources = {"surround": make_wav("six.wav", rate=44100, channels=6), "hour": "hour.flac", "empty": "empty.wav"}
@@ -192,10 +192,10 @@ def test_ten_thousand_hotwords(score, tmp_path):
     texts = {str(index): f"打开通{index}吧" for index in range(100)}
     result = score(texts, texts, "--hotwords", hotwords)["hotwords"]
     assert (result["hotwords"], result["recall"], result["precision"]) == (10_000, 1.0, 1.0)
-    assert result["said"] == 190  # 通10 holds 通1
+    assert result["said"] == 190  # 通10 contains 通1
 
 
-def test_training_rows_as_references_bring_recordings_and_hotwords(score, make_wav, tmp_path):
+def test_training_rows_as_references_provide_recordings_and_hotwords(score, make_wav, tmp_path):
     rows = []
     for name, answer, words in (("a", "call Anna", ["Anna"]), ("b", "call Bob", ["Bob"])):
         messages = transcription_messages(str(make_wav(f"{name}.wav")), transcription_prompt(), answer)
@@ -208,13 +208,13 @@ def test_training_rows_as_references_bring_recordings_and_hotwords(score, make_w
     assert page.count("<audio") == 1 and "<svg" in page
 
 
-def test_recordings_make_a_chart_and_players_for_the_worst_only(score, write, make_wav, tmp_path, caplog):
+def test_recordings_add_a_chart_and_players_for_the_worst_utterances(score, write, make_wav, tmp_path, caplog):
     sources = {name: make_wav(f"{name}.wav", seconds=1 + index) for index, name in enumerate("abc")}
     scp = write("wav.scp", {**sources, "d": "missing.wav"})
     score(REFERENCES, HYPOTHESES, "--scp_file", scp, "--num_worst", 2)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 2 and page.count("<article") == 2 and page.count("<svg") == 1
-    assert "recordings that can't be read: 1" in caplog.text and "missing.wav" in caplog.text
+    assert "unreadable recordings: 1" in caplog.text and "missing.wav" in caplog.text
 
     durations = write("utt2dur", {"a": "2.5", "b": "3"})
     score(REFERENCES, HYPOTHESES, "--scp_file", scp, "--no_audio", "--utt2dur", durations, "--overwrite")
@@ -229,7 +229,7 @@ def test_durations_must_be_seconds(score, write, value):
     assert str(durations) in message and '"a" has no' in message
 
 
-def test_ids_with_spaces_are_read_back_as_decoding_writes_them(score, write):
+def test_ids_with_spaces_are_read_from_decoding_output(score, write):
     references = write("ref", {"meeting 1": "one two", "meeting 2": "five"}, "\t")
     result = score(references, {"meeting 1": "one two", "meeting 2": ""})
     assert (result["deletions"], result["reference_tokens"], result["empty_hypotheses"]) == (1, 3, ["meeting 2"])

@@ -22,7 +22,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "scp2jsonl.py"
 
 @pytest.fixture
 def corpus(make_wav, tmp_path):
-    """Writes lists of recordings that are made here and gives the flags that name them."""
+    """Writes lists of generated recordings, and returns the flags for these lists."""
 
     def make(ids=("b", "a", "c"), scp="", text=""):
         for number, name in enumerate(ids):
@@ -46,7 +46,7 @@ def users(folder):
     return [row["messages"][1]["content"] for row in written(folder)]
 
 
-def test_rows_are_those_of_fun_asr_in_the_order_of_the_scp(corpus, tmp_path, run_recipe, capsys):
+def test_rows_have_the_format_of_fun_asr_and_the_order_of_the_scp(corpus, tmp_path, run_recipe, capsys):
     assert run_recipe("scp2jsonl.py", *corpus()) is None
     assert [row["messages"][2]["content"] for row in written(tmp_path)] == ["text of b", "text of a", "text of c"]
     assert written(tmp_path)[0] == {
@@ -90,7 +90,7 @@ def test_prompt_is_chosen_by_flags(corpus, tmp_path, run_recipe, flags, prompt):
         (["--prompt", "<|im_end|>"], "contains"),
     ],
 )
-def test_impossible_prompt_stops_before_any_work(corpus, tmp_path, run_recipe, capsys, flags, message):
+def test_invalid_prompt_is_an_error_before_any_work(corpus, tmp_path, run_recipe, capsys, flags, message):
     assert message in run_recipe("scp2jsonl.py", *corpus(), *flags)
     assert "checking" not in capsys.readouterr().err
     assert not (tmp_path / "train.jsonl").exists()
@@ -110,7 +110,7 @@ def test_relative_paths_start_at_the_jsonl(corpus, tmp_path, run_recipe, make_wa
     assert recordings == [f"{tmp_path}/audio/a.wav", f"{tmp_path}/录音 1.wav"]
 
 
-def test_url_is_measured_and_written_as_it_is(corpus, tmp_path, run_recipe, serve, make_wav):
+def test_url_is_measured_and_written_unchanged(corpus, tmp_path, run_recipe, serve, make_wav):
     make_wav("a b.wav", seconds=0.5)
     url = f"{serve(tmp_path)}/a b.wav"
     assert run_recipe("scp2jsonl.py", *corpus([], f"u {url}\n", "u one\n"), "--relative") is None
@@ -120,7 +120,7 @@ def test_url_is_measured_and_written_as_it_is(corpus, tmp_path, run_recipe, serv
 
 @pytest.fixture
 def bad_corpus(corpus, make_wav, serve, tmp_path):
-    """Three good utterances and one of each fault; flags, and what is said of each fault."""
+    """Three good utterances and one utterance for each fault; returns flags and expected messages."""
     cut = make_wav("audio/cut.wav")
     cut.write_bytes(cut.read_bytes()[:-100])
     (tmp_path / "audio" / "empty.wav").write_bytes(b"")
@@ -171,7 +171,7 @@ def test_allowed_bad_rows_are_left_out_named_and_counted(bad_corpus, tmp_path, r
     assert "bad rows: 12 (unusable recording 6, one field only 2, ID in one list only 2, duplicate ID 1" in out
 
 
-def test_whatever_is_written_can_be_read(bad_corpus, tmp_path, run_recipe):
+def test_all_written_rows_can_be_read(bad_corpus, tmp_path, run_recipe):
     flags, _ = bad_corpus
     run_recipe("scp2jsonl.py", *flags, "--max_bad_fraction", 1)
     rows = list(read_jsonl(tmp_path / "train.jsonl"))
@@ -277,7 +277,7 @@ def test_processes_end_when_the_first_is_killed(waiting):
     process.communicate(timeout=120)  # the others have closed standard error, too
 
 
-def test_long_lists_give_the_rows_of_short_ones(bad_corpus, tmp_path, run_recipe, make_wav, capsys):
+def test_long_lists_have_the_same_rows_as_short_ones(bad_corpus, tmp_path, run_recipe, make_wav, capsys):
     make_wav("audio/a.wav")
     flags, _ = bad_corpus
     for list_, value in ((flags[1], "../audio/a.wav"), (flags[3], "text")):
@@ -320,7 +320,7 @@ def test_tokens_are_those_of_the_model_in_its_own_or_funasr_layout(corpus, tmp_p
         assert "tokens: 6" in capsys.readouterr().out
 
 
-def test_without_a_model_a_notice_says_that_text_length_is_left_out(corpus, tmp_path, run_recipe, caplog):
+def test_log_says_that_text_length_is_left_out_without_a_model(corpus, tmp_path, run_recipe, caplog):
     with caplog.at_level("INFO"):
         run_recipe("scp2jsonl.py", *corpus())
     assert "text_length is left out" in caplog.text
@@ -338,7 +338,7 @@ def test_reference_lengths_are_reproduced(shared):
         assert sum(len(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers) == row.text_length
 
 
-def test_real_lists_become_a_row_for_each_recording(shared, tmp_path, run_recipe):
+def test_real_lists_have_a_row_for_each_recording(shared, tmp_path, run_recipe):
     folder = shared / "data" / "fsdd_en" / "train"
     flags = ["--scp_file", folder / "wav.scp", "--transcript_file", folder / "text"]
     assert run_recipe("scp2jsonl.py", *flags, "--jsonl_file", tmp_path / "train.jsonl") is None

@@ -30,7 +30,7 @@ def test_two_files_are_normalised_and_scored_as_in_the_original(tmp_path):
     tail = (tmp_path / "cer.txt").read_text(encoding="utf-8").splitlines()[-8:]
     assert tail[0].startswith("hyp: ") and tail[1] == ""
     assert set(tail[2]) == set(tail[7]) == {"="}
-    assert [tail[3], *sorted(tail[4:6]), tail[6]] == [  # compute-wer gives the scripts in any order
+    assert [tail[3], *sorted(tail[4:6]), tail[6]] == [  # compute-wer lists scripts in any order
         "Overall -> 28.57 % N=14 Cor=10 Sub=1 Del=3 Ins=0",
         "Chinese -> 33.33 % N=9 Cor=6 Sub=0 Del=3 Ins=0",
         "English -> 20.00 % N=5 Cor=4 Sub=1 Del=0 Ins=0",
@@ -46,7 +46,7 @@ def test_format_of_lines(tmp_path, run_recipe, caplog):
     assert f"{source}:3: blank line" in caplog.text
 
 
-def test_the_input_itself_can_be_replaced(tmp_path, run_recipe):
+def test_output_may_replace_the_input(tmp_path, run_recipe):
     path = tmp_path / "text"
     path.write_text("a 二十\n", encoding="utf-8")
     for _ in range(2):
