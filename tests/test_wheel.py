@@ -55,7 +55,7 @@ def test_command_composes_decodes_and_finds_configurations_by_name(run, tiny_cor
     assert len((tmp_path / "hyp.txt").read_text(encoding="utf-8").splitlines()) == 24
     result = run("finetune", "lora", "--model_name_or_path", tmp_path / "model")
     assert (result.returncode, result.stderr.splitlines()[-1]) == (
-        2, "hf-speechllm finetune: error: --train_file is missing",
+        2, "hf-speechllm finetune: error: --train_file is missing; name a training JSONL",
     )  # fmt: skip
 
 

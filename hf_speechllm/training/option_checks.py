@@ -1,4 +1,4 @@
-"""Options that contradict each other, found before anything is loaded."""
+"""Checks for contradictory options, before data and model are loaded."""
 
 from __future__ import annotations
 
@@ -10,51 +10,55 @@ if TYPE_CHECKING:
     from .arguments import SpeechLLMTrainingArguments
     from .options import FinetuningOptions
 
-MEASURES = ("loss", "token_accuracy", "cer")  # what a validation set gives, and what checkpoints can be chosen by
+MEASURES = ("loss", "token_accuracy", "cer")  # metrics of a validation set, which can select checkpoints
 
 
 def check_options(options: FinetuningOptions) -> None:
-    """Finds contradictions between the options of a run, and what is missing.
+    """Checks the options of a run for contradictions and missing options.
 
     Raises:
         ValueError: the message names the options.
     """
     data, parts, args = options.data, options.parts, options.training
     if not options.model.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing")
+        raise ValueError("--model_name_or_path is missing; name a model folder or Hub id")
     if not data.train_file:
-        raise ValueError("--train_file is missing")
+        raise ValueError("--train_file is missing; name a training JSONL")
     if parts.freeze_audio_encoder and parts.freeze_audio_adaptor and parts.freeze_llm and not parts.use_lora:
         raise ValueError(
-            "nothing is left to train: --freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm are all "
-            "set without --use_lora"
+            "--freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm freeze all parts; train a part, or add "
+            "--use_lora"
         )
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
-            "--streaming has no epochs, since nobody has counted the rows; say with --max_steps how long to train"
+            "--streaming has no epochs, because the number of rows is unknown; set a number of steps with --max_steps"
         )
     if data.streaming and args.per_device_train_batch_seconds == 0:
-        raise ValueError("--per_device_train_batch_seconds auto must know the rows; with --streaming give a number")
+        raise ValueError(
+            "--per_device_train_batch_seconds auto is not supported with --streaming; set a number of seconds"
+        )
     choose_cache_level(data, parts, args)
     names = options.validation_files
     if args.eval_cer and not data.validation_file:
-        raise ValueError("--eval_cer decodes validation sets, but --validation_file is missing")
+        raise ValueError("--eval_cer requires validation sets; add --validation_file")
     if _evaluates(args) and not names:
-        raise ValueError(f"--eval_strategy {_value(args.eval_strategy)} needs a set; add --validation_file")
+        raise ValueError(
+            f"--eval_strategy {_value(args.eval_strategy)} requires a validation set; add --validation_file"
+        )
     if args.eval_on_start and not names:
-        raise ValueError("--eval_on_start needs a set; add --validation_file")
+        raise ValueError("--eval_on_start requires a validation set; add --validation_file")
     metric = args.metric_for_best_model
     if metric is None or not data.validation_file:
         return
     measures = MEASURES if args.eval_cer else MEASURES[:-1]
     known = [*measures, *(f"{name}_{measure}" for name in names for measure in measures)]
     if metric.removeprefix("eval_") not in known:
-        hint = "" if args.eval_cer else " (and those with cer after --eval_cer)"
+        hint = "" if args.eval_cer else " (metrics with cer require --eval_cer)"
         raise ValueError(f"--metric_for_best_model is {metric!r}; choose one of {', '.join(known)}{hint}")
 
 
 def check_training(args: SpeechLLMTrainingArguments) -> None:
-    """Finds contradictions between the options of the trainer.
+    """Checks the options of the trainer for contradictions.
 
     Raises:
         ValueError: the message names the options.
@@ -63,12 +67,15 @@ def check_training(args: SpeechLLMTrainingArguments) -> None:
         raise ValueError(f"--fast is {args.fast!r}; choose auto or off")
     if args.fp16:
         raise ValueError(
-            "--fp16: the adaptor's outputs overflow float16 (over 1,000 in the released model); use --bf16"
+            "--fp16 is not supported, because outputs of the adaptor overflow float16 (over 1,000 in the released "
+            "model); use --bf16"
         )
     if not 0 <= args.max_bad_fraction <= 1:
         raise ValueError(f"--max_bad_fraction is {args.max_bad_fraction}; it must be between 0 and 1")
     if args.per_device_train_batch_seconds < 0:
-        raise ValueError("--per_device_train_batch_seconds must be above 0, or auto")
+        raise ValueError(
+            f"--per_device_train_batch_seconds is {args.per_device_train_batch_seconds:g}; it must be above 0, or auto"
+        )
     if args.max_bad_steps < 0:
         raise ValueError(f"--max_bad_steps is {args.max_bad_steps}; it must be at least 0")
     if args.dataloader_timeout_seconds < 0:
@@ -82,23 +89,23 @@ def _check_validation(args: SpeechLLMTrainingArguments) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{option} is {value}; it must be at least 1")
     if args.eval_cer_samples is not None and not args.eval_cer:
-        raise ValueError("--eval_cer_samples is without effect; add --eval_cer")
+        raise ValueError("--eval_cer_samples has no effect without --eval_cer; add --eval_cer")
     if args.retention_file is not None and not args.eval_cer:
-        raise ValueError("--retention_file is watched by decoding it; add --eval_cer")
+        raise ValueError("--retention_file requires decoding; add --eval_cer")
     if args.retention_action not in ("warn", "stop"):
         raise ValueError(f"--retention_action is {args.retention_action!r}; choose warn or stop")
     if args.max_retention_loss < 0:
         raise ValueError(f"--max_retention_loss is {args.max_retention_loss}; it must be at least 0")
     if args.average_best and (args.keep_best_checkpoints or 0) < 2:
-        raise ValueError("--average_best needs --keep_best_checkpoints with at least 2 of them")
+        raise ValueError("--average_best requires --keep_best_checkpoints with at least 2 checkpoints")
     if args.stops_at_retention_loss and args.save_total_limit == 1 and not args.keep_best_checkpoints:
         raise ValueError(
-            "--save_total_limit 1 leaves no room for the last good checkpoint that --retention_action stop goes "
-            "back to; at least 2"
+            "--save_total_limit 1 does not keep the last good checkpoint, which --retention_action stop requires; set "
+            "at least 2"
         )
     for option in ("early_stopping_patience", "retention_file", "keep_best_checkpoints"):
         if getattr(args, option) is not None and not _evaluates(args):
-            raise ValueError(f"--{option} needs evaluations; add --eval_strategy steps (or epoch)")
+            raise ValueError(f"--{option} requires evaluations; add --eval_strategy steps (or epoch)")
 
 
 def _value(strategy) -> str:

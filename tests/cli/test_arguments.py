@@ -144,7 +144,7 @@ FROZEN = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", "true", "-
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (FROZEN, ["nothing is left to train", "--freeze_llm", "--use_lora"]),
+        (FROZEN, ["freeze all parts", "--freeze_llm", "--use_lora"]),
         (["--fp16", "true"], ["--fp16", "--bf16"]),
         (["--train_weight", "1", "2"], ["--train_weight", "has 2 numbers, but --train_file has 1 files"]),
         (["--train_file", "a.jsonl", "a.jsonl"], ["--train_file", "twice"]),
@@ -199,7 +199,7 @@ def test_errors_are_reported_before_heavy_imports(yaml_file):
     [
         (["--do_train", "false"], "--do_train has no effect here: finetune always trains"),
         (["--per-device-train-batch-size=8"], "use --per_device_train_batch_seconds"),
-        (["--eval_strategy", "steps"], "--eval_strategy steps needs a set; add --validation_file"),
+        (["--eval_strategy", "steps"], "--eval_strategy steps requires a validation set; add --validation_file"),
     ],
 )
 def test_option_without_effect_is_refused_even_with_its_default(error_of, argv, expected):

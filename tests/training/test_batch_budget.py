@@ -49,7 +49,7 @@ def test_auto_is_an_option_and_refused_on_a_cpu(make_trainer, make_options, tmp_
     trainer = make_trainer(per_device_train_batch_seconds="auto")
     with pytest.raises(ValueError, match="set a number of seconds on a CPU"):
         trainer.train()
-    with pytest.raises(ValueError, match="auto must know the rows"):
+    with pytest.raises(ValueError, match="auto is not supported with --streaming"):
         make_options(per_device_train_batch_seconds="auto", streaming=True, max_steps=3)
 
 

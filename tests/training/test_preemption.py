@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one saves, a second one ends at once, and none is lost."""
+"""Ctrl-C: the first saves a checkpoint, the second ends the run immediately, and none is lost."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ def test_second_interruption_ends_at_once(caplog):
 def test_interruption_that_a_library_catches_ends_the_block():
     done, before = [], signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interruptible():
-        with contextlib.suppress(BaseException):  # as the fingerprints of `datasets` do
+        with contextlib.suppress(BaseException):  # as in the fingerprints of `datasets`
             signal.raise_signal(signal.SIGINT)
         done.append(True)
     assert done and signal.getsignal(signal.SIGINT) is before

@@ -452,7 +452,7 @@ def test_mean_above_the_retention_limit_is_not_final(make_trainer, sets, scripte
     ("options", "message"),
     [
         ({"fast": "on"}, "choose auto or off"),
-        ({"eval_cer": True}, "--validation_file is missing"),
+        ({"eval_cer": True}, "--eval_cer requires validation sets; add --validation_file"),
         ({"eval_cer_samples": 3}, "add --eval_cer"),
         ({**DECODING, "eval_cer_samples": 0}, "must be at least 1"),
         ({"retention_file": "a.jsonl"}, "add --eval_cer"),
@@ -462,7 +462,7 @@ def test_mean_above_the_retention_limit_is_not_final(make_trainer, sets, scripte
         ({**DECODING, "keep_best_checkpoints": 2}, "--eval_strategy steps"),
         ({**DECODING, **EVERY_STEP, "average_best": True}, "--keep_best_checkpoints with at least 2"),
         ({**DECODING, **EVERY_STEP, "metric_for_best_model": "wer"}, "choose one of loss, .*dev_cer"),
-        ({"validation_file": ["dev.jsonl"], "metric_for_best_model": "cer"}, "after --eval_cer"),
+        ({"validation_file": ["dev.jsonl"], "metric_for_best_model": "cer"}, "require --eval_cer"),
         ({**DECODING, **EVERY_STEP, "save_steps": 3, "eval_steps": 2, "keep_best_checkpoints": 2}, "multiple"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What has changed between a checkpoint and the run that resumes from it: refused, kept as it was, or reported."""
+"""Changes between a checkpoint and the run that resumes from the checkpoint: refused, reset, or reported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .dependencies import describe_options, read_record
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 8  # changes in one message
-# The optimizer's state in a checkpoint holds these: they are taken from there.
+# Options in the state of the optimizer: a resumed run uses the values of the checkpoint.
 OPTIMIZER_OPTIONS = (
     "learning_rate", "audio_encoder_learning_rate", "audio_adaptor_learning_rate", "llm_learning_rate",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
-SAME_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # implementations with one state
-# By the first pattern that fits, the reason why a run can't go on with another value.
-MODEL, ROWS, SCORES = "the checkpoint does not fit another model", "nobody knows which rows it has seen", "scores"
+SAME_OPTIMIZERS = {"adamw_torch", "adamw_torch_fused"}  # implementations with the same state
+# Reasons why a run cannot resume with another value; the first matching pattern counts.
+MODEL, ROWS, SCORES = "the checkpoint does not fit another model", "the position in the epoch is unknown", "scores"
 REFUSED = {
     "options.freeze_*": MODEL,
     "options.use_lora": MODEL,
@@ -50,26 +50,34 @@ REFUSED = {
     "recordings": ROWS,
 }
 ADVICE = {
-    MODEL: "restore it, or begin a new run from these weights: --model_name_or_path {folder} and another --output_dir",
-    ROWS: "restore it, or begin the epoch again with --ignore_data_skip true",
-    SCORES: "scores before and after can't be compared; restore it, or begin a new run in another --output_dir",
+    MODEL: "restore the value, or start a new run from these weights: --model_name_or_path {folder} and another "
+    "--output_dir",
+    ROWS: "restore the value, or start the epoch again with --ignore_data_skip true",
+    SCORES: "earlier and later scores are not comparable; restore the value, or start a new run in another "
+    "--output_dir",
 }
 
 
 @dataclass
 class Changes:
-    """What is different, as text; `kept` are options that go back to the values of the checkpoint."""
+    """Differences as text.
 
-    refused: dict[str, list[str]] = field(default_factory=dict)  # by reason
+    Attributes:
+        refused: differences that prevent resuming, by reason.
+        reported: differences that are logged.
+        kept: options that are reset to the value of the checkpoint: (value in the checkpoint, new value).
+    """
+
+    refused: dict[str, list[str]] = field(default_factory=dict)
     reported: list[str] = field(default_factory=list)
-    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # in the checkpoint, asked for
+    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def check_options(args: SpeechLLMTrainingArguments, folder: Path) -> None:
-    """Refuses options that a checkpoint can't be resumed with, before data and model are loaded.
+    """Refuses options with which a run cannot resume from a checkpoint, before data and model are loaded.
 
     Raises:
-        CheckpointError: in one line, with all of them.
+        CheckpointError: one line lists all refused options.
     """
     if (saved := read_record(folder)) is not None:
         now = {"options": describe_options(args)}
@@ -79,17 +87,19 @@ def check_options(args: SpeechLLMTrainingArguments, folder: Path) -> None:
 def check_dependencies(
     args: SpeechLLMTrainingArguments, now: Mapping[str, Any], folder: Path, rows: Any = None
 ) -> None:
-    """Compares what a run depends on with a checkpoint's record, on the first rank; the others are told.
+    """Compares the dependencies of a run with the record of a checkpoint; the first rank broadcasts the result.
 
-    Options of the optimizer are set to the values of the checkpoint in `args`, so that what is written about the run
-    afterwards is true.
+    Resets options of the optimizer in `args` to the values of the checkpoint, so that later records of the run are
+    correct.
 
     Args:
-        now: of `describe_run`; used on the first rank.
-        rows: the training rows, to name one that has changed.
+        args: of the run; changed in place.
+        now: result of `describe_run`; used on the first rank.
+        folder: of the checkpoint.
+        rows: training rows, to name a changed row.
 
     Raises:
-        CheckpointError: in one line, if the run can't go on from the checkpoint, on all ranks alike.
+        CheckpointError: on all ranks, in one line, if the run cannot resume from the checkpoint.
     """
     result: list[Any] = [None, None]
     if args.process_index == 0:
@@ -111,13 +121,13 @@ def _compare_and_report(
 ) -> dict[str, Any]:
     saved = read_record(folder)
     if saved is None:
-        logger.warning("%s has no record of its data and options; changes can't be found", folder)
+        logger.warning("%s has no record of data and options, so changes cannot be detected", folder)
         return {}
     changes = compare(saved, now, args.ignore_data_skip, rows)
     _refuse(changes, folder)
     if changes.kept:
-        texts = [f"--{name} {asked} (the checkpoint has {value})" for name, (value, asked) in changes.kept.items()]
-        logger.warning("ignored, since the optimizer is that of %s: %s", folder, ", ".join(texts))
+        texts = [f"--{name} {new} (the checkpoint has {value})" for name, (value, new) in changes.kept.items()]
+        logger.warning("ignored, because the optimizer state is from %s: %s", folder, ", ".join(texts))
     if changes.reported:
         logger.warning("changed since %s was written: %s", folder, ", ".join(changes.reported))
     return {name: value for name, (value, _) in changes.kept.items()}
@@ -131,16 +141,18 @@ def _refuse(changes: Changes, folder: Path) -> None:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         cause = "" if reason == SCORES else f"{reason}; "
         texts.append(f"{', '.join(names[:MAX_NAMED])}{more}: {cause}{ADVICE[reason].format(folder=folder)}")
-    raise CheckpointError(f"{folder} can't be resumed, since this has changed: " + ". ".join(texts))
+    raise CheckpointError(f"{folder}: the run cannot resume after these changes: " + ". ".join(texts))
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any], begins_epoch: bool = False, rows: Any = None) -> Changes:
-    """Sorts the differences between two records.
+def compare(
+    saved: Mapping[str, Any], now: Mapping[str, Any], restarts_epoch: bool = False, rows: Any = None
+) -> Changes:
+    """Classifies the differences between two records.
 
     Args:
-        saved, now: of `describe_run`, or parts of it.
-        begins_epoch: whether the epoch begins again, so that other rows are only reported.
-        rows: the rows of `now`, to name one that has changed.
+        saved, now: records of `describe_run`, or parts of records.
+        restarts_epoch: whether the epoch starts again, so that other rows are only reported.
+        rows: rows of `now`, to name a changed row.
     """
     changes = Changes()
     other_release = saved.get("versions") != now.get("versions")
@@ -148,27 +160,27 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], begins_epoch: bool
     before, after = dict(_flatten(_plain(saved))), dict(_flatten(_plain(now)))
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)
-        if old == new or name.partition(".")[0] not in saved:  # a record of an earlier release has less
+        if old == new or name.partition(".")[0] not in saved:  # records of earlier releases have fewer entries
             continue
         option = name.removeprefix("options.")
         text = f"{f'--{option}' if option != name else name} {_shown(old)} -> {_shown(new)}"
         if has_optimizer and option != name and option in OPTIMIZER_OPTIONS:
             changes.kept[option] = (old, new)
             continue
-        # Releases add options and settings, whose defaults change nothing.
+        # New releases add options and settings; their defaults do not change results.
         is_new = name not in before if option != name else other_release and not {name} <= before.keys() & after.keys()
         reason = None if is_new and not name.startswith("data.") else _reason(name, old, new)
-        _add(changes, reason, text, begins_epoch)
+        _add(changes, reason, text, restarts_epoch)
     if "recordings" in saved and "recordings" in now:
-        _compare_recordings(changes, saved["recordings"], now["recordings"], begins_epoch, rows)
+        _compare_recordings(changes, saved["recordings"], now["recordings"], restarts_epoch, rows)
     options = changes.refused.get(MODEL, [])
-    if any(text.startswith("--") for text in options):  # the rest follows from them
+    if any(text.startswith("--") for text in options):  # other differences follow from these options
         changes.refused[MODEL] = [text for text in options if text.startswith("--")]
     return changes
 
 
-def _add(changes: Changes, reason: str | None, text: str, begins_epoch: bool) -> None:
-    if reason is None or (reason == ROWS and begins_epoch):
+def _add(changes: Changes, reason: str | None, text: str, restarts_epoch: bool) -> None:
+    if reason is None or (reason == ROWS and restarts_epoch):
         changes.reported.append(text)
     else:
         changes.refused.setdefault(reason, []).append(text)
@@ -187,11 +199,11 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _reason(name: str, old: Any, new: Any) -> str | None:
-    """Why a run can't go on with another value; `None` if it can."""
+    """Returns why a run cannot resume with another value, or `None`."""
     reason = next((reason for pattern, reason in REFUSED.items() if fnmatchcase(name, pattern)), None)
     if name == "options.optim" and {old, new} <= SAME_OPTIMIZERS:
         return None
-    if reason == SCORES and (old is None or new is None):  # nothing that could be compared
+    if reason == SCORES and (old is None or new is None):  # no scores to compare
         return None
     return reason
 
@@ -202,9 +214,9 @@ def _shown(value: Any) -> str:
     return text[:8] if is_hash else text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _compare_recordings(changes: Changes, old: Mapping, new: Mapping, begins_epoch: bool, rows: Any) -> None:
+def _compare_recordings(changes: Changes, old: Mapping, new: Mapping, restarts_epoch: bool, rows: Any) -> None:
     if old["rows_of_block"] != new["rows_of_block"] or len(old["sizes"]) != len(new["sizes"]):
-        return  # other rows, which is told already
+        return  # other rows, which are already reported
     total = len(new["sizes"])
     resized = [index for index in range(total) if old["sizes"][index] != new["sizes"][index]]
     touched = [index for index in range(total) if old["times"][index] != new["times"][index]]
@@ -212,14 +224,14 @@ def _compare_recordings(changes: Changes, old: Mapping, new: Mapping, begins_epo
     if not changed:
         return
     place = _place(rows, changed[0] * new["rows_of_block"])
-    what = "size" if resized else "time of modification"
+    kind = "size" if resized else "modification time"
     share = f"{len(changed)} of {total}" + ("" if new["rows_of_block"] == 1 else f" blocks of {new['rows_of_block']}")
-    text = f"recordings: another {what} of {share}{place}"
-    if not resized and len(touched) == total:  # as when all are copied
-        text += " (are they the same recordings?)"
+    text = f"recordings: another {kind} of {share}{place}"
+    if not resized and len(touched) == total:  # for example after copying all recordings
+        text += " (check that the recordings are the same)"
         changes.reported.append(text)
     else:
-        _add(changes, REFUSED["recordings"], text, begins_epoch)
+        _add(changes, REFUSED["recordings"], text, restarts_epoch)
 
 
 def _place(rows: Any, index: int) -> str:

@@ -1,23 +1,23 @@
-"""What a run depends on: written into every checkpoint, compared when a run is resumed.
+"""Record of the dependencies of a run: part of every checkpoint, compared when a run resumes.
 
-`dependencies.json` holds one JSON object:
+`dependencies.json` contains one JSON object:
 
-- `version`: of this layout.
-- `options`: all options of the run that can influence its result, without places, logging and the Hub.
-- `model`: `config` (of the model, without versions and places); `trained` (trained parameters of each part); `adapter`
-  (settings of LoRA, or null); `base` (SHA-256 of the weights that are not trained, where the checkpoint does not hold
-  them or cached features were computed by them, otherwise null).
-- `tokenizer`: SHA-256 of its vocabulary and rules and of its chat template; its special tokens.
-- `generation`: generation configuration, which validation decodes with.
-- `dialogues`: settings of the processor; `features`: of its feature extractor.
-- `data`: `rows`, `files` (rows of each), `order_seed`, and SHA-256 of `ids` (names of the recordings), `texts`
-  (dialogues and hotwords) and `weights`; of a stream `shards` (sizes of the files).
-- `recordings`: CRC-32 of the sizes and of the modification times of the recordings (of a stream: of its files), of at
-  most 10,000 blocks of consecutive rows.
-- `validation`, `validation_recordings`: SHA-256 of the rows of each validation set, and of the stamps of its
-  recordings; `hotword_file`: of that file.
-- `device`: cpu, or the name of the GPU; `engine`: none, fsdp, or deepspeed with its stage; `engine_settings`: its
-  offloading, precision and the like; `processes`; `versions` of the libraries.
+- `version`: version of this format.
+- `options`: options that can affect the result, without paths, logging and the Hub.
+- `model`: `config` (without versions and paths); `trained` (number of trained parameters of each part); `adapter`
+  (settings of LoRA, or null); `base` (SHA-256 of frozen weights, if the checkpoint lacks these weights or cached
+  features depend on them; otherwise null).
+- `tokenizer`: SHA-256 of vocabulary and rules, SHA-256 of the chat template, special tokens.
+- `generation`: generation configuration for validation.
+- `dialogues`: settings of the processor; `features`: settings of the feature extractor.
+- `data`: `rows`, `files` (number of rows of each file), `order_seed`, and SHA-256 of `ids` (names of recordings),
+  `texts` (dialogues and hotwords) and `weights`; for a stream, `shards` (sizes of the files).
+- `recordings`: CRC-32 of sizes and of modification times of the recordings (for a stream, of the files), for at most
+  10,000 blocks of consecutive rows.
+- `validation`, `validation_recordings`: SHA-256 of the rows and of the recordings' stamps, for each validation set.
+- `hotword_file`: SHA-256 of the file.
+- `device`: cpu, or the name of the GPU; `engine`: none, fsdp, or deepspeed with the stage; `engine_settings`:
+  settings such as offloading and precision; `processes`; `versions` of libraries.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from ..freezing import count_parameters
 RECORD_FILE = "dependencies.json"
 VERSION = 1
 MAX_BLOCKS = 10_000
-BATCH_ROWS = 10_000  # rows that are hashed at a time
+BATCH_ROWS = 10_000  # rows per hash update
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
-# Options that are not recorded, by pattern, with the reason why a run gives the same result with any value.
+# Patterns of options that are not recorded, with the reason why these options do not affect the result.
 HARMLESS = {
-    r"output_dir|cache_dir": "says where files are; the files themselves are compared",
-    r"resume_from_checkpoint|ignore_data_skip": "says how to resume",
+    r"output_dir|cache_dir": "paths; the files are compared",
+    r"resume_from_checkpoint|ignore_data_skip": "options of resuming",
     r"(push_to_)?hub_.*|push_to_hub": "publishes the finished model",
     r"log(ging)?_.*|report_to|run_name|project|trackio_.*|disable_tqdm|skip_memory_metrics|include_.*": "logging",
     r"local_rank|_n_gpu|ddp_timeout": "set by the launcher; the number of processes is recorded",
     r"preprocessing_num_workers": "features do not depend on the number of processes",
     r"url_.*|allow_private_redirects": "limits of downloads: a recording is complete or an error",
     r"do_.*": "refused, see inherited_options.py",
-    r"debug": "only finds overflows",
+    r"debug": "only detects overflows",
 }
 DEEPSPEED_SETTINGS = ("zero_optimization", "bf16", "fp16", "gradient_clipping")
 FSDP_SETTINGS = ("reshard_after_forward", "cpu_offload", "mixed_precision_policy", "auto_wrap_policy")
 DIALOGUE_FIELDS = (
     "audio_token", "downsample_rate", "use_low_frame_rate", "encoder_downsample_rate", "think_block", "system_prompt",
 )  # fmt: skip
-CONFIG_NOTES = re.compile(  # the tokenizer has the tokens
+CONFIG_NOTES = re.compile(  # the record of the tokenizer contains the tokens
     r"transformers_version|_?name_or_path|(torch_)?dtype|architectures|funasr_files|(bos|eos|pad)_token_id|_.*"
 )
 _HARMLESS = re.compile("|".join(HARMLESS))
@@ -76,7 +76,7 @@ _RECORDING = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(c
 
 
 def describe_engine(accelerator: Accelerator) -> tuple[str, dict[str, Any]]:
-    """The engine, `none`, `fsdp`, or `deepspeed` with its stage, and its settings."""
+    """Returns name and settings of the engine: `none`, `fsdp`, or `deepspeed` with the stage."""
     state = accelerator.state
     if (plugin := state.deepspeed_plugin) is not None:
         config = plugin.deepspeed_config
@@ -95,18 +95,23 @@ def describe_run(
     validation,
     engine: tuple[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Collects what a run depends on; see the module. All ranks call it; the first one hashes and tells the others.
+    """Collects the dependencies of a run; must be called by all ranks. The first rank broadcasts the record.
 
     Args:
-        model: as it is before training, with or without adapters.
+        args: of the run.
+        model: before training, with or without adapters.
+        processor: of the model.
         train_rows: a `datasets.Dataset` or a `RowStream`.
-        weights: how often each row is seen in an epoch, shape = (rows,), or `None`.
-        validation: rows, or a dict of them by name, or `None`.
-        engine: of `describe_engine`.
+        weights: how often an epoch uses each row, shape = (rows,), or `None`.
+        validation: rows, a dict of rows by name, or `None`.
+        engine: result of `describe_engine`.
+
+    Returns:
+        The record; see the docstring of the module.
     """
     columns = getattr(train_rows, "column_names", None) or ()
     kept = args.save_only_trained or {"encoder_states", "audio_tokens"} & {*columns}
-    base = _hash_untrained(model, args.process_index == 0) if kept or hasattr(model, "peft_config") else None
+    base = _hash_frozen(model, args.process_index == 0) if kept or hasattr(model, "peft_config") else None
     record: list[Any] = [None]
     if args.process_index == 0:
         record = [_describe(args, model, processor, train_rows, weights, validation)]
@@ -118,7 +123,7 @@ def describe_run(
 
 
 def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, weights, validation) -> dict[str, Any]:
-    """As `describe_run`, without what several ranks find out together."""
+    """Collects the parts of the record that need one rank only."""
     sets = validation if isinstance(validation, dict) else {"validation": validation} if validation else {}
     describe = _describe_stream if isinstance(train_rows, RowStream) else _describe_rows
     data, recordings = describe(train_rows)
@@ -149,22 +154,22 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
 
 
 def describe_options(args: SpeechLLMTrainingArguments) -> dict[str, Any]:
-    """The options that can influence a result, by name."""
-    every = {**args.run_options, **args.to_dict()}
-    options = {name: value for name, value in every.items() if not _HARMLESS.fullmatch(name)}
+    """Returns the options that can affect the result, by name."""
+    values = {**args.run_options, **args.to_dict()}
+    options = {name: value for name, value in values.items() if not _HARMLESS.fullmatch(name)}
     if not options.get("use_lora"):
         options = {name: value for name, value in options.items() if not name.startswith("lora_")}
     return _as_json(options)
 
 
 def write_record(record: Mapping[str, Any], args: SpeechLLMTrainingArguments, folder: Path) -> None:
-    """Writes a record into a checkpoint, with the options as they are now: the batch budget may have been found."""
+    """Writes a record into a checkpoint, with the current options, which include a measured batch budget."""
     with atomic_write(folder / RECORD_FILE) as file:
         json.dump({**record, "options": describe_options(args)}, file, indent=1, ensure_ascii=False)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint; `None` if it was written without one."""
+    """Reads the record of a checkpoint; returns `None` if the checkpoint has no record."""
     path = folder / RECORD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -213,7 +218,7 @@ def _describe_stream(stream: RowStream) -> tuple[dict[str, Any], dict[str, list[
 def _hash_texts(rows) -> str:
     digest = hashlib.sha256()
     for batch in _batches(rows, ["messages", "hotwords"]):
-        if "messages" in batch:  # the folder of the recordings may be another one
+        if "messages" in batch:  # recordings may be in another folder
             batch["messages"] = [_RECORDING.sub("", text) for text in batch["messages"]]
         digest.update(json.dumps(batch).encode())
     return digest.hexdigest()
@@ -230,7 +235,7 @@ def _batches(rows, columns: list[str]) -> Iterator[dict[str, list]]:
 
 
 def _blocks(stamps: list[list[str]]) -> dict[str, Any]:
-    """Checksums of stamps (`source_stamp`) by blocks of rows, so that a change can be found again."""
+    """Returns checksums of stamps (`source_stamp`) by blocks of rows, so that a change can be located."""
     size = max(1, -(-len(stamps) // MAX_BLOCKS))
     blocks: dict[str, list[int]] = {"sizes": [], "times": []}
     for start in range(0, len(stamps), size):
@@ -258,7 +263,9 @@ def _describe_adapter(model) -> dict[str, Any] | None:
 def _describe_tokenizer(tokenizer) -> dict[str, Any]:
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # of its last use
+        rules = {
+            key: value for key, value in rules.items() if key not in ("padding", "truncation")
+        }  # depend on the last call
     else:
         rules = tokenizer.get_vocab()
     template = tokenizer.chat_template
@@ -269,8 +276,8 @@ def _describe_tokenizer(tokenizer) -> dict[str, Any]:
     }
 
 
-def _hash_untrained(model, first: bool) -> str | None:
-    """SHA-256 of the weights that are not trained, as float32, on the first rank; all ranks gather what is spread."""
+def _hash_frozen(model, first: bool) -> str | None:
+    """Returns the SHA-256 of frozen weights as float32 on the first rank; all ranks gather shards."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad or ".original_module." in name:

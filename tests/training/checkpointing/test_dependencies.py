@@ -1,4 +1,4 @@
-"""The record of what a run depends on; what happens to each change of it: see test_resume_matrix.py."""
+"""Record of the dependencies of a run; `test_resume_matrix.py` tests changes of the dependencies."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ BASE = {"lora_r": 4, "use_lora": True, "freeze_audio_encoder": True, "freeze_aud
 
 @dataclasses.dataclass
 class Run:
-    """What a record is made of."""
+    """Arguments of `describe_run`."""
 
     options: dict
     model: object
@@ -42,7 +42,7 @@ def loaded(tiny_model):
 
 @pytest.fixture
 def describe(split_options, loaded, tiny_rows, tmp_path):
-    """Makes the record of a run, with a change if one is given."""
+    """Creates the record of a run, with an optional change."""
 
     def make(change=None):
         run = Run(dict(BASE), copy.deepcopy(loaded[0]), copy.deepcopy(loaded[1]), tiny_rows)
@@ -79,7 +79,7 @@ def other_words(row, index):
     return {**row, "messages": json.dumps(messages, ensure_ascii=False)} if index == 7 else row
 
 
-def test_without_an_optimizer_in_the_checkpoint_its_options_hold_from_then_on(describe):
+def test_new_options_are_used_if_the_checkpoint_has_no_optimizer(describe):
     saved = describe(option(save_only_model=True))
     changes = compare(saved, describe(option(save_only_model=True, learning_rate=5e-3)))
     assert changes.kept == {} and changes.reported == ["--learning_rate 0.001 -> 0.005"]
@@ -108,7 +108,7 @@ def test_refusal_is_one_line_with_old_and_new_value(describe, make_arguments, tm
 SAVING = {"save_strategy": "steps", "save_steps": 1, "freeze_audio_encoder": True}
 
 
-def test_options_of_the_optimizer_are_those_of_the_checkpoint(make_trainer, tmp_path, caplog):
+def test_options_of_the_optimizer_come_from_the_checkpoint(make_trainer, tmp_path, caplog):
     make_trainer(**SAVING, max_steps=2, lr_scheduler_type="constant").train()
     trainer = make_trainer(**SAVING, max_steps=3, lr_scheduler_type="constant", learning_rate=0.5, weight_decay=0.2)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
@@ -131,13 +131,13 @@ def test_adapters_are_not_continued_on_another_base_model(make_trainer, compose_
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
-def test_saving_more_often_takes_effect_after_a_resumption(make_trainer, tmp_path):
+def test_resumed_run_uses_new_save_steps(make_trainer, tmp_path):
     make_trainer(**{**SAVING, "save_steps": 2}, max_steps=2).train()
     make_trainer(**SAVING, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
-def test_wrong_options_end_the_recipe_in_one_line(run_recipe, make_trainer, tiny_model, tiny_corpus, tmp_path):
+def test_recipe_reports_wrong_options_in_one_line(run_recipe, make_trainer, tiny_model, tiny_corpus, tmp_path):
     make_trainer(**SAVING, max_steps=1).train()
     message = run_recipe(
         "finetune.py", "--model_name_or_path", tiny_model, "--train_file", tiny_corpus.jsonl, "--output_dir",

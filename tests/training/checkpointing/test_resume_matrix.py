@@ -1,8 +1,8 @@
-"""What may change between an interruption and a resume: real runs, of which none hides a change.
+"""Changes between an interruption and a resume, in real runs: no change is silent.
 
-The outcomes: `same` (to the bit, without a warning), `reported` (in one line, and used from then on), `kept` (the
-checkpoint's value is used, in one line), `refused` (in one line, before the first step), `rows` (refused, but reported
-where the epoch begins again).
+Outcomes: `same` (bit-identical, without a warning), `reported` (in one line; the new value is used), `kept` (in one
+line; the value of the checkpoint is used), `refused` (in one line, before the first step), `rows` (refused, but
+reported if the epoch starts again).
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ class Case:
     """A change.
 
     Args:
-        outcome: see the module.
-        text: what the line says.
-        options: that are given other values.
-        edit: changes the trainer before it resumes.
-        record: changes the checkpoint's record, for what a test has not: GPUs, processes, other versions.
-        run: which of the runs is resumed.
+        outcome: see the docstring of the module.
+        text: expected part of the message.
+        options: changed options.
+        edit: changes the trainer before resuming.
+        record: changes of the checkpoint's record, for dependencies that a test cannot change (GPUs, processes, ...).
+        run: name of the resumed run.
     """
 
     outcome: str
@@ -151,7 +151,7 @@ def write_words(trainer):
 
 
 MATRIX = {
-    # What makes no difference
+    # No effect on the result
     "nothing": option("same"),
     "nothing, all parameters trained": option("same", run="whole"),
     "output folder": option("same", output_dir="{other}"),
@@ -163,7 +163,7 @@ MATRIX = {
     "folder of the recordings": edit("same", "", change_rows(moved)),
     "tokenizer used before": edit("same", "", use_tokenizer),
     "base model, all weights in the checkpoint": edit("same", "", other_weights("llm"), run="whole"),
-    # The optimizer has its own
+    # Options in the state of the optimizer
     "learning rate": option("kept", "--learning_rate 0.005 (the checkpoint has 0.001)", learning_rate=5e-3),
     "learning rate of a part": option("kept", "--llm_learning_rate 0.005", llm_learning_rate=5e-3),
     "weight decay": option("kept", "--weight_decay 0.3 (the checkpoint has 0.0)", weight_decay=0.3),
@@ -266,7 +266,7 @@ MATRIX = {
         "rows", "data.texts", change_rows(lambda row, index: {**row, "hotwords": ["one"]} if index == 3 else row)
     ),
     "a replaced recording": edit("rows", "line 8", change_rows(touched([7]))),
-    "copied recordings": edit("reported", "another time of modification of 24 of 24", change_rows(touched(range(24)))),
+    "copied recordings": edit("reported", "another modification time of 24 of 24", change_rows(touched(range(24)))),
     "other recordings": edit(
         "rows", "another size of 24 of 24",
         change_rows(lambda row, index: {**row, "stamps": [f"9{row['stamps'][0]}"]}),
@@ -284,14 +284,13 @@ MATRIX = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Runs of this module that went to their end: folder and final weights, by name; filled by `resume`."""
+    """Finished runs of this module: folder and final weights by name; filled by `resume`."""
     return tmp_path_factory.mktemp("runs"), {}
 
 
 @pytest.fixture
 def resume(make_trainer, tiny_rows, finished, tmp_path, caplog, monkeypatch):
-    """Resumes a run in the middle with a change, and gives its trainer, the final weights without the change, and the
-    warnings."""
+    """Resumes a run with a change; returns trainer, final weights without the change, and warnings."""
     root, weights = finished
     (tmp_path / "words.txt").write_text("one\n", encoding="utf-8")
     words = root / "words.txt"
@@ -301,7 +300,7 @@ def resume(make_trainer, tiny_rows, finished, tmp_path, caplog, monkeypatch):
         sets = {"near": tiny_rows.select(range(3)), "retention": tiny_rows.select(range(5, 9))}
         options = {**COMMON, "optim": "adamw_torch_fused", "hotword_file": str(words), **options}
         trainer = make_trainer(eval_dataset=sets, **options)
-        trainer.remove_callback(TrainingCurve)  # a picture takes as long as the run
+        trainer.remove_callback(TrainingCurve)  # drawing takes as long as the run
         return trainer
 
     def run(case, **more):
@@ -353,7 +352,7 @@ def test_no_change_is_silent(resume, name):
             assert torch.equal(value, weights[key]), key
         return
     (line,) = [text for text in warnings if "checkpoint-2" in text]
-    start = "ignored, since the optimizer is that of" if case.outcome == "kept" else "changed since"
+    start = "ignored, because the optimizer state is from" if case.outcome == "kept" else "changed since"
     assert line.startswith(start) and case.text in line and "\n" not in line
 
 
@@ -371,7 +370,7 @@ FIELDS = {
 
 
 def test_every_option_is_recorded_or_harmless(make_arguments):
-    """A new option of ours or of transformers is compared, unless it is added to `HARMLESS` with a reason."""
+    """New options of this project and of transformers are compared, unless `HARMLESS` contains a reason."""
     options = describe_options(make_arguments(use_lora=True))
     harmless = {name: [pattern for pattern in HARMLESS if re.fullmatch(pattern, name)] for name in FIELDS}
     for name in FIELDS:
@@ -387,8 +386,8 @@ def test_every_option_is_recorded_or_harmless(make_arguments):
         assert changes.refused or changes.reported or changes.kept, name
 
 
-def test_record_of_an_earlier_release_is_compared_as_far_as_it_goes(resume):
-    """Options, settings and whole parts that it lacks are no reason to refuse."""
+def test_record_of_an_earlier_release_may_have_fewer_entries(resume):
+    """Missing options, settings and parts are not refused."""
     root_case = Case("reported", record={"versions": {"transformers": "5.0"}})
     trainer, _, _ = resume(root_case)
     now = trainer.dependencies
