@@ -1,4 +1,4 @@
-"""Importing this has accelerate offer FSDP2 on the CPU, where it takes DDP without a word: it sees a GPU's type."""
+"""Importing this module enables FSDP2 on the CPU, for which accelerate otherwise silently uses DDP."""
 
 from accelerate.state import DistributedType, PartialState
 

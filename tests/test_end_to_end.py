@@ -1,4 +1,4 @@
-"""The whole way on a tiny model: parts to model, lists to JSONL, training, transcripts, scores."""
+"""All steps on a tiny model: composition, lists to JSONL, training, decoding, scores."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_data_errors_end_the_training_before_the_model_is_loaded(tiny_corpus, ti
     assert "the batch budget is 0.5 s" in message
 
 
-def test_decoding_finishes_the_rest_and_lists_what_failed(tiny_corpus, tiny_model, tmp_path, run_recipe):
+def test_decoding_lists_failed_recordings(tiny_corpus, tiny_model, tmp_path, run_recipe):
     lines = tiny_corpus.scp.read_text().splitlines()[:4]
     damaged = tmp_path / "damaged.wav"
     damaged.write_bytes(Path(lines[0].split()[1]).read_bytes()[:5000])
@@ -109,7 +109,7 @@ def test_decoding_finishes_the_rest_and_lists_what_failed(tiny_corpus, tiny_mode
         "decode.py", "--model_name_or_path", tiny_model, "--scp_file", scp, "--output_file", output,
         "--max_new_tokens", 4,
     )  # fmt: skip
-    # A message makes the exit status 1.
+    # `sys.exit` with a message sets exit status 1.
     assert isinstance(message, str) and "3 failed" in message
     assert "gone: /no/such.wav: no such file" in message
     assert "cut: " in message and "truncated" in message
@@ -117,7 +117,7 @@ def test_decoding_finishes_the_rest_and_lists_what_failed(tiny_corpus, tiny_mode
     assert list(read_table(output)) == [line.split()[0] for line in lines[:3]]
 
 
-def test_decoding_refuses_to_replace_its_output_unasked(tiny_corpus, tiny_model, tmp_path, run_recipe):
+def test_decoding_refuses_to_replace_output_without_overwrite(tiny_corpus, tiny_model, tmp_path, run_recipe):
     output = tmp_path / "hyp.txt"
     output.write_text("precious")
     options = ["--model_name_or_path", tiny_model, "--scp_file", tiny_corpus.scp, "--output_file", output]
@@ -125,7 +125,7 @@ def test_decoding_refuses_to_replace_its_output_unasked(tiny_corpus, tiny_model,
     assert output.read_text() == "precious"
 
 
-def test_decoding_of_jsonl_rows_asks_with_their_prompts_or_those_of_the_options(
+def test_decoding_of_jsonl_rows_uses_prompts_of_rows_or_options(
     tiny_corpus, tiny_model, tmp_path, run_recipe, monkeypatch
 ):
     def say_the_prompt(transcriber, inputs):

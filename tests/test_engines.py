@@ -1,5 +1,5 @@
-"""Training under every engine of accelerate_configs, in two processes on the CPU: the same course as one process that
-accumulates."""
+"""Training under every engine of accelerate_configs, in two processes on the CPU: the same losses and weights as one
+process with gradient accumulation."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ WRAPPERS = {
     "deepspeed_zero3_offload": "DeepSpeedEngine",
 }
 
-# recipes/finetune.py, with a note of the engine at each rank.
+# recipes/finetune.py; each rank also writes settings of the engine.
 SCRIPT = """
 import json, os, runpy, sys
 import torch
@@ -32,7 +32,7 @@ sys.argv = [recipe, *sys.argv[4:]]
 if engine == "fsdp2":
     sys.path.append(os.path.join(os.path.dirname(recipe), "../tests"))
     import fsdp_on_cpu
-if engine.startswith("deepspeed_zero3"):  # else every parameter of the tiny model is kept by every rank
+if engine.startswith("deepspeed_zero3"):  # otherwise every rank keeps every parameter of the tiny model
     from hf_speechllm.fast import deepspeed
 
     deepspeed.PERSISTENT_SIZE = 64
@@ -84,7 +84,7 @@ with open(f"{note}.{os.environ.get('RANK', 0)}", "w") as file:
 
 @pytest.fixture(scope="module")
 def train(tiny_corpus, tiny_model, tmp_path_factory, launch):
-    """Trains under an engine and gives the notes of the ranks, the log, and the folder."""
+    """Trains under an engine; returns settings of the engine by rank, the log, and the output folder."""
     root = tmp_path_factory.mktemp("engines")
     script = root / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
@@ -119,7 +119,7 @@ def train(tiny_corpus, tiny_model, tmp_path_factory, launch):
 
 @pytest.fixture(scope="module")
 def one_process(train):
-    """What one process gives that takes two batches a step."""
+    """Result of one process with two batches per step."""
     return train("one", accumulation=2)
 
 
@@ -137,7 +137,7 @@ def check_engine(engine, notes, num_processes=2, model="SpeechLLMForConditionalG
         assert note["gathered"] == (
             ["FunAsrNanoEncoderLayer", "Qwen3DecoderLayer"] if engine.startswith("deepspeed_zero3") else []
         )
-        # FSDP's: the encoder as a whole, or peft's copies of it
+        # FSDP shards the encoder as a whole, or peft's copies of the encoder.
         units = {name.partition("audio_encoder")[2] for name in note["units"] if "audio_encoder" in name}
         assert units <= {"", ".original_module", ".modules_to_save.default"} and bool(units) is (engine == "fsdp2")
 
@@ -168,12 +168,12 @@ def check_weights(folder, expected, file="model.safetensors"):
 
 @pytest.mark.core
 @pytest.mark.parametrize("engine", [*ENGINES, pytest.param("deepspeed_zero3_offload", marks=pytest.mark.slow)])
-def test_two_processes_follow_the_course_of_one_that_accumulates(engine, train, one_process):
+def test_two_processes_equal_one_process_with_accumulation(engine, train, one_process):
     (one,), expected, reference = one_process
     two, log, folder = train(engine)
 
     check_engine(engine, two)
-    # The ranks share one order of batches: an even number of them, so that none is split.
+    # The ranks share one order of batches. The number of batches is even, so that no batch is split.
     assert two[0]["rows"] == one["rows"][::2] and two[1]["rows"] == one["rows"][1::2]
     check_log(log, expected)
     check_weights(folder, reference)
@@ -212,7 +212,7 @@ def test_four_processes_train_every_combination_of_parts(engine, options, train)
     [[], pytest.param(["--use_lora", "true", "--lora_dropout", 0], marks=pytest.mark.slow)],
     ids=["whole", "lora"],
 )
-def test_packed_batches_follow_the_course_of_padded_ones(engine, options, train):
+def test_padding_free_batches_equal_padded_batches(engine, options, train):
     notes, log, folder = train(engine, *options, "--padding_free", "true")
     _, expected, reference = train("one", *options, accumulation=2)
     check_engine(engine, notes, **({"model": "PeftModel"} if options else {}))
@@ -230,7 +230,7 @@ def test_packed_batches_follow_the_course_of_padded_ones(engine, options, train)
     [[], pytest.param(["--use_lora", "true", "--lora_dropout", 0], marks=pytest.mark.slow)],
     ids=["whole", "lora"],
 )
-def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine, way, train):
+def test_bfloat16_run_is_close_to_float32_and_resumes(engine, way, train):
     saving = ["--save_strategy", "steps", "--save_steps", 2]
     options = [*way, *saving, "--bf16", "true", "--padding_free", "true"]
     notes, log, folder = train(engine, *options)
@@ -242,7 +242,7 @@ def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine
     assert losses != torch.tensor(losses).bfloat16().tolist()
     file = "adapter_model.safetensors" if way else "model.safetensors"
     weights = load_file(folder / file)
-    # Accelerate has DeepSpeed save the copies that it computes with; its own files have the float32 weights.
+    # Accelerate makes DeepSpeed save the bfloat16 copies; DeepSpeed's own files contain the float32 weights.
     kept = torch.bfloat16 if engine.startswith("deepspeed") else torch.float32
     assert {tensor.dtype for tensor in weights.values()} == {kept}
 
@@ -255,7 +255,7 @@ def test_bfloat16_keeps_to_the_course_of_float32_and_goes_on_where_it_was(engine
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["encoder", "adaptor"])
-def test_what_frozen_parts_compute_is_the_same_from_weights_that_are_spread(level, train, tmp_path):
+def test_cached_outputs_are_the_same_with_sharded_weights(level, train, tmp_path):
     options = ["--freeze_audio_encoder", "true", "--freeze_audio_adaptor", level == "adaptor", "--cache_level", level]
     notes, log, _ = train("deepspeed_zero3", *options, "--cache_dir", tmp_path / "spread")
     _, expected, _ = train("one", *options, "--cache_dir", tmp_path / "whole", accumulation=2)
@@ -263,13 +263,13 @@ def test_what_frozen_parts_compute_is_the_same_from_weights_that_are_spread(leve
     check_log(log, expected)
     folders = (tmp_path / "spread", tmp_path / "whole")
     files = [{file.relative_to(folder) for file in folder.glob("encoded/*/*.arrow")} for folder in folders]
-    assert files[0] == files[1] and files[0]  # their folders are named after the weights
+    assert files[0] == files[1] and files[0]  # names of the folders depend on the weights
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", ["true", "false"])
 @pytest.mark.parametrize("engine", ENGINES[1:])
-def test_a_checkpoint_of_an_engine_that_is_not_the_model_ends_the_run(engine, bf16, train, monkeypatch):
+def test_wrong_checkpoint_of_an_engine_ends_the_run(engine, bf16, train, monkeypatch):
     monkeypatch.setenv("SAVE_WRONGLY", "1")
     with pytest.raises(AssertionError, match="is not the model in memory: logits differ by up to"):
         train(engine, "--bf16", bf16, "--save_strategy", "steps", "--save_steps", 2)
@@ -277,7 +277,7 @@ def test_a_checkpoint_of_an_engine_that_is_not_the_model_ends_the_run(engine, bf
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "deepspeed_zero3"])
-def test_compiled_layers_follow_the_course_of_one_process(engine, train, one_process):
+def test_compiled_layers_equal_one_process(engine, train, one_process):
     _, expected, reference = one_process
     notes, log, folder = train(engine, "--compile_layers", "true")
     check_engine(engine, notes)
@@ -293,7 +293,7 @@ def test_layers_are_not_compiled_for_zero_3(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_ends_like_an_uninterrupted_one(engine, train):
+def test_resumed_run_equals_an_uninterrupted_run(engine, train):
     saving = ["--save_strategy", "steps", "--save_steps", 2]
     notes, log, folder = train(engine, *saving)
     check_engine(engine, notes)
@@ -307,8 +307,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(engine, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["multi_gpu", "fsdp2"])
-def test_a_run_goes_on_with_twice_the_processes(engine, train):
-    saving = ["--save_strategy", "steps", "--save_steps", 2]  # at the end of an epoch: the next deals the same batches
+def test_run_resumes_with_twice_the_processes(engine, train):
+    saving = [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        2,
+    ]  # at the end of an epoch, so that the next epoch has the same batches
     notes, log, folder = train(engine, *saving, accumulation=2)
     check_engine(engine, notes)
     resumed = folder.parent / "resumed"
@@ -322,7 +327,7 @@ def test_a_run_goes_on_with_twice_the_processes(engine, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_validation_by_decoding_gives_the_same_error_rates(engine, train):
+def test_validation_by_decoding_has_the_same_error_rates(engine, train):
     options = ["--eval_cer", "true", "--eval_strategy", "steps", "--eval_steps", 2, "--eval_max_new_tokens", 8]
     notes, log, _ = train(engine, *options)
     _, expected, _ = train("one", *options, accumulation=2)

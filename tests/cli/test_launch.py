@@ -83,7 +83,7 @@ def test_signal_to_the_launcher_is_no_traceback(monkeypatch):
         (["--report_to", "wandb"], "--report_to wandb: no such package"),
     ],
 )
-def test_what_can_not_be_is_one_line_before_training(
+def test_unsupported_options_are_one_line_before_training(
     run_recipe, tiny_model, tiny_corpus, tmp_path, capsys, options, message
 ):
     if any(find_spec(name) for name in ("bitsandbytes", "flash_attn", "wandb") if name[:4] in message.lower()):

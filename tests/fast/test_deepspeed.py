@@ -48,7 +48,7 @@ def test_adapters_get_the_dtype_in_which_deepspeed_loaded_the_model():
     assert [layer.weight.dtype for layer in model] == [torch.float32, torch.bfloat16]
 
 
-def test_what_a_config_says_remains():
+def test_values_in_the_config_take_precedence():
     config = {"zero_optimization": {"stage": 1, "overlap_comm": False}}
     set_zero_defaults(torch.nn.Linear(1, 1), config)
     assert config["zero_optimization"] == {

@@ -215,7 +215,7 @@ def test_trained_model_is_saved_with_its_processor_and_loads_with_the_same_logit
     [(3, False, 0), (6, False, 0), (6, True, 0), (4, False, 0), (6, False, 1)],
     ids=["first-epoch", "second-epoch", "second-epoch-lora", "between-epochs", "second-epoch-workers"],
 )
-def test_interrupted_and_resumed_training_gives_the_same_weights(
+def test_resumed_training_has_the_same_weights(
     make_trainer, compose_tiny, tiny_config, tmp_path, checkpoint, lora, workers, interrupt
 ):
     config = tiny_config()
