@@ -1,5 +1,4 @@
-"""Fixtures that several rooms need: recordings and tiny models made on the spot, a web server, recipes, real data if
-there is any."""
+"""Shared fixtures: generated recordings and tiny models, a web server, recipes, and optional real data."""
 
 import dataclasses
 import json
@@ -36,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def tone():
-    """Makes sines, shape = (samples, channels), a little quieter in every further channel."""
+    """Returns sines, shape = (samples, channels), with decreasing volume from channel to channel."""
 
     def make(seconds=0.5, rate=16000, channels=1, frequency=440.0):
         time = np.arange(round(seconds * rate)) / rate
@@ -48,7 +47,7 @@ def tone():
 
 @pytest.fixture
 def make_wav(tmp_path, tone):
-    """Writes a recording of a tone into the test's folder and gives its path."""
+    """Writes a recording of a tone to the test's folder and returns its path."""
 
     def make(name="a.wav", seconds=0.5, rate=16000, channels=1, **options):
         path = tmp_path / name
@@ -61,7 +60,7 @@ def make_wav(tmp_path, tone):
 
 @pytest.fixture
 def serve():
-    """Starts web servers on this machine: `serve(folder)` or `serve(handler=...)` gives the address."""
+    """Starts local web servers: `serve(folder)` or `serve(handler=...)` returns the address."""
     servers = []
 
     class QuietHandler(SimpleHTTPRequestHandler):
@@ -82,7 +81,7 @@ def serve():
 
 @pytest.fixture(scope="session")
 def launch():
-    """Runs `accelerate launch` on the CPU, as a user would: one process, or those of a config file."""
+    """Runs `accelerate launch` on the CPU, with one process or according to a config file."""
 
     def run(*arguments, config=None):
         one_process = "--num_processes 1 --num_machines 1 --cpu --mixed_precision no --dynamo_backend no"
@@ -98,7 +97,7 @@ def launch():
 
 @pytest.fixture
 def run_recipe(monkeypatch):
-    """Runs a recipe in this process, as from the command line, and gives its exit code, or its last message."""
+    """Runs a recipe in this process, as from the command line, and returns the exit code or the last message."""
 
     def run(name, *arguments):
         path = str(REPOSITORY / "recipes" / name)
@@ -114,7 +113,7 @@ def run_recipe(monkeypatch):
 
 @pytest.fixture
 def shared():
-    """The folder of real recordings and reference results that lies beside the checkout, if it does."""
+    """The folder with real recordings and reference results beside the checkout; without it, the test is skipped."""
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared")
@@ -127,7 +126,7 @@ WORDS = ("one", "two", "three", "four", "五", "六", "七", "八")
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory):
-    """24 tones of 0.3 to 1.5 s whose pitch tells the transcript, as Kaldi lists and as training JSONL."""
+    """24 tones of 0.3 to 1.5 s, as Kaldi lists and as training JSONL; the pitch determines the transcript."""
     from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -153,7 +152,7 @@ def tiny_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Sizes of a tiny Fun-ASR-Nano without dropout; a function, so that a test may change what it gets."""
+    """A function that returns a new config of a tiny Fun-ASR-Nano without dropout, which a test may change."""
 
     def make(**adaptor):
         return {
@@ -191,7 +190,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def compose_tiny(tiny_config):
-    """Composes tiny random models: `compose_tiny(config, seed)` gives model and processor."""
+    """Composes tiny random models: `compose_tiny(config, seed)` returns model and processor."""
     import torch
 
     from hf_speechllm.formats.composition import compose, train_tokenizer
@@ -201,7 +200,7 @@ def compose_tiny(tiny_config):
     def make(config=None, seed=0):
         torch.manual_seed(seed)
         model, processor = compose(config or tiny_config(), tokenizer)
-        with torch.no_grad():  # far from the zeros, ones and near-zeros of a new model, where mistakes would not show
+        with torch.no_grad():  # values unlike the zeros and ones of a new model, which would hide errors
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         return model.eval(), processor
@@ -219,7 +218,7 @@ def tiny_model(compose_tiny, tmp_path_factory):
 
 
 class Interruption(TrainerCallback):
-    """Ends a run after a step as Ctrl-C does."""
+    """A callback that interrupts a run after a step, as Ctrl-C does."""
 
     def __init__(self, step):
         self.step = step
@@ -231,13 +230,13 @@ class Interruption(TrainerCallback):
 
 @pytest.fixture
 def interrupt():
-    """Makes a callback that ends a run after a step as Ctrl-C does."""
+    """Returns a callback that interrupts a run after a step, as Ctrl-C does."""
     return Interruption
 
 
 @pytest.fixture
 def split_options(tiny_model, tiny_corpus, tmp_path):
-    """Options of a short run on the CPU, by their dataclasses."""
+    """Options of a short run on the CPU, one group per options dataclass."""
 
     def split(**options):
         defaults = {
@@ -281,7 +280,7 @@ def make_arguments(split_options):
 
 @pytest.fixture(scope="session")
 def tiny_rows(tiny_model, tiny_corpus, tmp_path_factory):
-    """The rows of the corpus, with their features."""
+    """The rows of the corpus, with features."""
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     options = DataOptions(cache_dir=str(tmp_path_factory.mktemp("cache")), preprocessing_num_workers=1)
     return prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, options)[0]
@@ -289,7 +288,7 @@ def tiny_rows(tiny_model, tiny_corpus, tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(split_options, tiny_rows):
-    """A trainer as recipes/finetune.py builds it."""
+    """Builds a trainer as recipes/finetune.py does."""
 
     def make(callbacks=(), model=None, eval_dataset=None, train_dataset=None, **options):
         loaded, data, tuned, args = split_options(**options)
@@ -324,7 +323,7 @@ def parts(compose_tiny):
 
 @pytest.fixture(scope="module")
 def waveforms():
-    """Tones with noise, of many lengths, out of order."""
+    """Tones with noise, of many lengths, in random order."""
     rng = np.random.default_rng(0)
     result = []
     for seconds in (0.9, 3.1, 0.2, 1.7, 2.4, 0.5, 1.2):

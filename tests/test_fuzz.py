@@ -1,6 +1,6 @@
-"""Damaged input of every kind: each reader gives what it can, says what it can't, and comes to an end.
+"""Fuzzing of all readers with damaged input: each reader returns usable rows, reports the others, and terminates.
 
-A few examples run always, 2,000 by `pytest -m slow tests/test_fuzz.py`.
+A few examples always run; `pytest -m slow tests/test_fuzz.py` runs 2,000.
 """
 
 import io
@@ -27,7 +27,7 @@ QUICK, LONG = 25, 250  # examples of each of the eight readers
 
 
 def fuzz(strategy):
-    """Runs a test that takes an example with few examples, and with many if asked."""
+    """Runs a test with few examples, and as a slow test with many examples."""
 
     def decorate(function):
         @pytest.mark.timeout(900)
@@ -50,13 +50,13 @@ def fuzz(strategy):
 
 
 def damaged(*originals):
-    """Bytes of one of the originals with parts changed, cut out, put in, doubled, or cut off."""
+    """Returns one of the originals with bytes changed, removed, inserted, repeated, or truncated."""
 
     @st.composite
     def build(draw):
         data = bytearray(draw(st.sampled_from(originals)))
         for _ in range(draw(st.integers(1, 6))):
-            # Headers are short and matter most.
+            # Headers are short and most important.
             end = draw(st.sampled_from([16, 64, 600, len(data)]))
             place = draw(st.integers(0, max(0, min(end, len(data)) - 1)))
             action = draw(st.sampled_from(["set", "flip", "cut", "insert", "double", "end"]))
@@ -139,7 +139,7 @@ def parquet_of(messages):
 
 @fuzz(damaged(*RECORDINGS))
 def test_damaged_recording(data, folder):
-    """Both give a recording or an `AudioError` that says something, and agree."""
+    """Both functions agree: they return a recording, or raise an `AudioError` with a message."""
     path = folder / "a"
     path.write_bytes(data)
     results = []
@@ -157,7 +157,7 @@ def test_damaged_recording(data, folder):
 
 @fuzz(damaged(LINES) | st.binary(max_size=200))
 def test_damaged_jsonl(data, folder):
-    """Each line is a row or has a reason."""
+    """Each line is a row, or a bad row with a reason."""
     path = folder / "a.jsonl"
     path.write_bytes(data)
     rows = list(read_jsonl(path))
@@ -194,7 +194,7 @@ RECORD = st.fixed_dictionaries(
 
 @fuzz(RECORD)
 def test_json_of_another_shape(record, folder):
-    """In a JSONL and in the JSON of a tar file."""
+    """Invalid structures in a JSONL and in a JSON member of a tar file."""
     data = json.dumps(record).encode()
     one_row(data + b"\n", folder)
     path = folder / "a.tar"
@@ -208,7 +208,7 @@ def test_json_of_another_shape(record, folder):
 
 @fuzz(st.tuples(damaged(SCP) | st.binary(max_size=100), damaged(TEXT) | st.binary(max_size=100)))
 def test_damaged_lists(data, folder):
-    """What is joined is text; every other line is named."""
+    """Joined lines are text; every other line is reported."""
     for name, content in zip(("wav.scp", "text"), data, strict=True):
         (folder / name).write_bytes(content)
     bad_rows = BadRows(1.0)
@@ -250,7 +250,7 @@ def test_damaged_parquet(data, folder):
 
 @fuzz(st.tuples(damaged(tar_of(tarfile.GNU_FORMAT), parquet_of(True)), st.integers(0, 4000)))
 def test_damaged_end_of_archives(data, folder):
-    """Parquet keeps its headers at the end."""
+    """Parquet has its metadata at the end."""
     original, start = data
     for name in ("a.tar", "a.parquet"):
         (folder / name).write_bytes(original[::-1][:start][::-1])
@@ -259,7 +259,7 @@ def test_damaged_end_of_archives(data, folder):
 
 @fuzz(damaged(LINES) | st.binary(max_size=200))
 def test_blocks_of_a_damaged_jsonl(data, folder):
-    """Blocks give what the whole file gives, line for line."""
+    """Blocks contain the same rows as the whole file."""
     path = folder / "a.jsonl"
     path.write_bytes(data)
     whole = [isinstance(row, BadRow) for row in read_jsonl(path)]

@@ -1,8 +1,8 @@
-"""Every use of a private name of another library, with the reason; a new one fails.
+"""Every use of a private name of another library needs a listed reason; an unlisted use fails.
 
-A private name has a leading underscore, or is a `forward` or `__class__` that is assigned, or an attribute of another
-library's module that is set. They belong in `fast/`; as attributes that transformers asks of model subclasses in
-`model/`; and as a few overrides in `training/trainer.py`.
+A private name has a leading underscore. An assigned `forward` or `__class__`, and an assigned attribute of another
+library's module, count as private names too. They are allowed in `fast/`, in `model/` as attributes that transformers
+requires in subclasses of models, and in `training/trainer.py` as a few overrides.
 """
 
 import ast
@@ -18,12 +18,12 @@ import hf_speechllm
 LIBRARIES = {"torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "torchaudio", "triton"}
 PACKAGE = Path(hf_speechllm.__file__).parent
 PATCHES = {"forward", "__class__"}
-STANDARD = {"_asdict", "_replace", "_exit", "_abc_impl", "_backward_cls"}  # of Python, and what metaclasses add
+STANDARD = {"_asdict", "_replace", "_exit", "_abc_impl", "_backward_cls"}  # names of Python and of metaclasses
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 # (file, name): reason.
 ALLOWED: dict[tuple[str, str], str] = {
-    # transformers asks these of model subclasses
+    # attributes that transformers requires in subclasses of models
     ("model/adaptors.py", "_no_split_modules"): "layers that an engine keeps together",
     ("model/adaptors.py", "_supports_attention_backend"): "attention by name",
     ("model/adaptors.py", "_supports_flash_attn"): "attention by name",
@@ -78,7 +78,7 @@ ALLOWED: dict[tuple[str, str], str] = {
 
 
 def modules():
-    """The package's modules as (file, tree)."""
+    """Returns the modules of the package as (file, syntax tree)."""
     for path in sorted(PACKAGE.rglob("*.py")):
         yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
 
@@ -88,7 +88,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names() -> set[str]:
-    """Private names that the package itself defines; overrides among them are found by `overrides`."""
+    """Returns private names that the package defines, including overrides (see `overrides`)."""
     names = set()
     for _, tree in modules():
         for node in ast.walk(tree):
@@ -110,7 +110,7 @@ def root_of(node: ast.expr) -> ast.expr:
 
 
 def uses(tree: ast.AST, own: set[str]) -> set[str]:
-    """Private names that a module takes from other libraries, and what it replaces in them."""
+    """Returns private names of other libraries that a module uses or replaces."""
     found, imported = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -140,14 +140,14 @@ def uses(tree: ast.AST, own: set[str]) -> set[str]:
 
 
 def overrides() -> set[tuple[str, str]]:
-    """Private methods and attributes of other libraries' classes that subclasses in the package replace."""
+    """Returns private methods and attributes of other libraries' classes that the package overrides."""
     found = set()
     for info in pkgutil.walk_packages([str(PACKAGE)], "hf_speechllm."):
         if info.name.endswith("__main__"):
             continue
         try:
             module = importlib.import_module(info.name)
-        except ImportError as error:  # a GPU's library
+        except ImportError as error:  # a library for GPUs
             assert "triton" in str(error) or "deepspeed" in str(error), error
             continue
         for _, cls in inspect.getmembers(module, inspect.isclass):
@@ -172,12 +172,12 @@ def test_every_private_name_of_another_library_has_a_reason(found):
     assert not new, f"private names of other libraries without a reason in ALLOWED: {new}"
 
 
-def test_no_reason_is_left_over(found):
+def test_every_listed_name_is_used(found):
     gone = sorted(ALLOWED.keys() - found)
     assert not gone, f"no longer used; remove them from ALLOWED: {gone}"
 
 
-def test_private_names_are_kept_to_their_places():
+def test_private_names_are_used_only_in_allowed_modules():
     places = ("fast/", "model/", "training/trainer.py")
     elsewhere = [entry for entry in ALLOWED if not entry[0].startswith(places)]
     assert not elsewhere
@@ -203,5 +203,5 @@ def test_scanner_finds(line, name):
     assert uses(ast.parse(line), set()) == {name}
 
 
-def test_scanner_passes_over_own_names():
+def test_scanner_ignores_names_of_the_package():
     assert uses(ast.parse("self._mine = 1\nitem.value = 2\nother._mine()"), {"_mine"}) == set()

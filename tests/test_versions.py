@@ -1,4 +1,4 @@
-"""The declared ranges of the dependencies are those that CI runs."""
+"""The declared version ranges of dependencies equal the versions that CI runs."""
 
 import re
 import runpy
@@ -10,13 +10,13 @@ import setuptools
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# A release of these can break the package: it builds on their internals, or on what they do not promise.
+# Libraries whose releases can break the package, because it uses their internals or undocumented behaviour.
 BOUNDED = {"torch", "transformers", "accelerate", "peft", "datasets", "deepspeed"}
 
 
 @pytest.fixture
 def declared(monkeypatch):
-    """What setup.py declares: its arguments of `setup()`."""
+    """The arguments of `setup()` in setup.py."""
     options = {}
     monkeypatch.setattr(setuptools, "setup", lambda **given: options.update(given))
     monkeypatch.chdir(REPOSITORY)
@@ -26,7 +26,7 @@ def declared(monkeypatch):
 
 @pytest.fixture
 def bounds(declared):
-    """The bounds of each dependency, those of training with DeepSpeed included: `{name: {operator: version}}`."""
+    """The bounds of each dependency, including those for DeepSpeed: `{name: {operator: version}}`."""
     extras = declared["extras_require"]
     items = dict.fromkeys([*declared["install_requires"], *extras["all"], *extras["deepspeed"]])
     found = {}
@@ -44,17 +44,17 @@ def commands(job):
     return [step["run"] for step in job["steps"] if "run" in step]
 
 
-def test_oldest_versions_that_ci_installs_are_the_lower_bounds(bounds):
+def test_oldest_versions_in_ci_equal_the_lower_bounds(bounds):
     lines = (REPOSITORY / "tools/oldest.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert pinned == {name: versions.get(">=") for name, versions in bounds.items()}
 
 
-def test_upper_bounds_stand_where_a_release_can_break_the_package(bounds):
+def test_libraries_that_can_break_the_package_have_upper_bounds(bounds):
     assert {name for name, versions in bounds.items() if "<" in versions} == BOUNDED
 
 
-def test_python_is_the_one_that_ci_runs(declared):
+def test_python_version_equals_the_version_in_ci(declared):
     matrix = jobs("ci.yml")["all"]["strategy"]["matrix"]["python"]
     assert declared["python_requires"] == f">={matrix[0]}"
     ruff = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]

@@ -95,7 +95,8 @@ def read(folder: Path, weights: str | None = None) -> Checkpoint:
     """Reads a FunASR checkpoint, merges LoRA matrices, and stores the CTC branch in `ctc_tensors`.
 
     Args:
-        weights: name of a file of weights in the folder, such as `model.pt.best`; default what the folder says.
+        folder: folder of the checkpoint.
+        weights: name of a weight file in the folder (for example `model.pt.best`); default: according to the folder.
 
     Raises:
         CheckpointError: if a file is missing, damaged or not a plain state dict, or tensors are missing, unexpected or

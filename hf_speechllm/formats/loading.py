@@ -55,14 +55,14 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     """Detects the layout of a checkpoint from its files.
 
     Args:
-        name: folder or Hub id; or a file of weights in a FunASR folder (`model.pt.best`, `model.pt.avg10`, ...).
+        name: folder, Hub id, or path of a weight file in a FunASR folder (`model.pt.best`, `model.pt.avg10`, ...).
         hub: options of transformers' `from_pretrained` (`cache_dir`, `token`, `revision`, ...).
 
     Raises:
         CheckpointError: if the folder or repository contains no model, or a model of another kind.
         OSError: if the folder or repository does not exist.
     """
-    if _names_weights(name):
+    if _is_funasr_weights(name):
         return FUNASR
     if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
@@ -86,13 +86,13 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     )
 
 
-def _names_weights(name: str | os.PathLike[str]) -> bool:
+def _is_funasr_weights(name: str | os.PathLike[str]) -> bool:
     return os.path.basename(name).startswith(funasr.WEIGHTS_FILE) and os.path.isfile(name)
 
 
 def _read(name: str | os.PathLike[str], layout: str, folder: Path) -> Checkpoint:
     with reading(folder):
-        if _names_weights(name):
+        if _is_funasr_weights(name):
             return funasr.read(folder, os.path.basename(name))
         return READERS[layout].read(folder)
 
@@ -119,7 +119,7 @@ def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool =
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         name = snapshot_download(str(name), allow_patterns=patterns, **hub)
-    folder = Path(name).parent if _names_weights(name) else Path(name) / subfolder
+    folder = Path(name).parent if _is_funasr_weights(name) else Path(name) / subfolder
     if folder.is_dir():
         check_folder(folder)
     return folder
@@ -265,7 +265,7 @@ def load_processor(
     """
     hub = _hub_options(options)
     options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
-    is_folder = not _names_weights(name)
+    is_folder = not _is_funasr_weights(name)
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)

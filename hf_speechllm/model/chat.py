@@ -37,7 +37,7 @@ class Turn:
     Args:
         pieces: parts of the user's message, in order: text (`str`) or `Recording`.
         answer: the assistant's message; `None` if the model must generate one.
-        prefix: text before the answer in the assistant's message; given, and not supervised.
+        prefix: text before the answer in the assistant's message, which is not supervised.
     """
 
     pieces: tuple[str | Recording, ...]
@@ -187,8 +187,8 @@ def parse_messages(messages: Sequence[dict], hotwords: Sequence[str] = ()) -> Di
         messages: dicts with `role` (`system`, `user`, `assistant`) and `content`. The content is a list of
             `{"type": "text", "text": ...}` and `{"type": "audio", "audio": ...}`, or a string that marks recordings
             with `<|startofspeech|>!PATH<|endofspeech|>`. The first user message may have a `context`, which is
-            written before its prompt with the hotwords. An answer may have a `prev_content`, as in Fun-ASR: text
-            before it that is not supervised.
+            written before the prompt, together with the hotwords. An assistant message may have a `prev_content`, as
+            in Fun-ASR: text before the answer, which is not supervised.
         hotwords: written before the first prompt, as in decoding.
 
     Raises:
@@ -354,7 +354,7 @@ def render(dialogue: Dialogue, audio_token: str, think_block: bool = False) -> s
 @dataclass(frozen=True)
 class _Answer:
     prefix: str
-    text: str | None  # `None` where it is to be generated
+    text: str | None  # `None`: the model must generate the answer
 
 
 def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording | _Answer]:

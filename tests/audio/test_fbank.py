@@ -190,7 +190,7 @@ def test_training_dither_depends_on_the_row_and_decoding_has_none(tiny_model, ma
         features(SpeechLLMCollator(processor, dither=100.0), (0, 1)) - plain
     ).abs().median()
     processor.feature_extractor = WhisperFeatureExtractor()
-    with pytest.raises(ValueError, match="dither belongs to the fbank front-end"):
+    with pytest.raises(ValueError, match="--dither requires fbank features"):
         SpeechLLMCollator(processor, dither=1.0)
 
 

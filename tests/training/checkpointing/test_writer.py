@@ -274,7 +274,7 @@ def test_trained_parts_are_refused_with_another_base_model(make_trainer, tiny_mo
     tensors = load_file(base / "model.safetensors")
     name = next(name for name in tensors if name.startswith("llm"))
     save_file({**tensors, name: tensors[name] + 1e-3}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="whose other parts have changed"):
+    with pytest.raises(CheckpointError, match="whose frozen parts have changed"):
         SpeechLLMForConditionalGeneration.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="model.base .* does not fit another model"):
         make_trainer(**options).train(resume_from_checkpoint=str(folder))
