@@ -120,7 +120,7 @@ def redact_url(url: str) -> str:
 
 
 def is_url(source: object) -> bool:
-    """Whether a source is an http(s) URL."""
+    """Returns whether a source is an http(s) URL."""
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 

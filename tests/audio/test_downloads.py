@@ -186,8 +186,8 @@ def test_policy_is_inherited_by_child_processes(policy):
     policy(12.5, None, True)
     assert UrlPolicy.current() == UrlPolicy(12.5, 600.0, True)
     code = "import os; print(sorted((k, v) for k, v in os.environ.items() if k.startswith('SPEECHLLM_URL')))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "('SPEECHLLM_URL_MAX_MEGABYTES', '12.5')" in told and "REDIRECTS', '1')" in told
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "('SPEECHLLM_URL_MAX_MEGABYTES', '12.5')" in output and "REDIRECTS', '1')" in output
     with pytest.raises(ValueError, match="above 0"):
         policy(0)
 

@@ -264,8 +264,8 @@ def test_bad_recordings_are_reported_with_line_path_and_reason(prepare, corpus, 
     message = str(error.value)
     assert "5 of 6 rows are bad" in message
     for line, reason in reasons.items():
-        told = next(text for text in message.splitlines() if f"train.jsonl:{line}: " in text)
-        assert str(corpus / f"utt0{line - 1}.wav") in told and reason in told
+        reported = next(text for text in message.splitlines() if f"train.jsonl:{line}: " in text)
+        assert str(corpus / f"utt0{line - 1}.wav") in reported and reason in reported
 
 
 def test_allowed_share_of_bad_rows_is_skipped_with_a_warning(prepare, corpus, caplog):
@@ -311,9 +311,9 @@ def test_recording_too_long_for_the_encoder_is_reported_with_length_and_limit(pr
     edit([3], lambda row: row.update(speech_length=298))
     with pytest.raises(BadDataError) as error:
         prepare(limit=40, feature_cache=kind)  # 40 encoder frames of 60 ms
-    told = [line for line in str(error.value).splitlines() if "train.jsonl:" in line]
-    assert len(told) == 1
-    assert "train.jsonl:3: recording of 3.0 s; the encoder accepts at most 2.4 s" in told[0]
+    reported = [line for line in str(error.value).splitlines() if "train.jsonl:" in line]
+    assert len(reported) == 1
+    assert "train.jsonl:3: recording of 3.0 s; the encoder accepts at most 2.4 s" in reported[0]
 
 
 @pytest.mark.parametrize("kind", ["float16", "off"])

@@ -18,14 +18,14 @@ def log_normal(rows, seed=0, longest=30.0):
 
 def ranks_of(seconds, budget, num_replicas, epoch=0, **options):
     """Returns the batches (lists of keys) of each rank."""
-    dealt = []
+    assigned = []
     for rank in range(num_replicas):
         sampler = BudgetBatchSampler(seconds, budget, num_replicas, rank, **options)
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler)
-        dealt.append(batches)
-    return dealt
+        assigned.append(batches)
+    return assigned
 
 
 def padded_seconds(seconds, batch):
@@ -63,16 +63,16 @@ def test_batches_of_the_longest_rows_fill_the_budget_with_any_row_cost():
 def test_every_row_is_used_once_per_epoch_and_all_ranks_do_the_same_number_of_steps(rows, num_replicas):
     seconds = log_normal(rows, seed=rows)
     for epoch, row_cost in ((0, 0.0), (1, ROW_COST), (5, ROW_COST)):
-        dealt = ranks_of(seconds, 40.0, num_replicas, epoch, row_cost=row_cost)
-        assert len({len(batches) for batches in dealt}) == 1
-        keys = [key for batches in dealt for batch in batches for key in batch]
+        assigned = ranks_of(seconds, 40.0, num_replicas, epoch, row_cost=row_cost)
+        assert len({len(batches) for batches in assigned}) == 1
+        keys = [key for batches in assigned for batch in batches for key in batch]
         seen = [key - epoch * rows for key in keys if key >= 0]
         assert sorted(seen) == list(range(rows))
         fillers = [key for key in keys if key < 0]
         # A filler is a row of the same epoch, and exists only if there are fewer rows than ranks.
         assert all(0 <= -1 - key - epoch * rows < rows for key in fillers)
         assert len(fillers) == max(0, num_replicas - rows)
-        for batch in (batch for batches in dealt for batch in batches):
+        for batch in (batch for batches in assigned for batch in batches):
             indices = [(key if key >= 0 else -1 - key) - epoch * rows for key in batch]
             assert padded_seconds(seconds, indices) <= 40.0
 
@@ -82,8 +82,8 @@ def test_filler_rows_are_not_supervised():
     dataset = Dataset.from_dict({"text": ["a", "b"]})
     rows = KeyedRows(dataset)
     for epoch in (0, 3):
-        dealt = ranks_of([1.0, 2.0], 10.0, 5, epoch)
-        served = [row for batches in dealt for batch in batches for row in rows.__getitems__(batch)]
+        assigned = ranks_of([1.0, 2.0], 10.0, 5, epoch)
+        served = [row for batches in assigned for batch in batches for row in rows.__getitems__(batch)]
         assert len(served) == 5
         assert sorted(row["text"] for row in served if row["supervised"]) == ["a", "b"]
         assert sum(not row["supervised"] for row in served) == 3
@@ -103,8 +103,8 @@ def test_seed_of_a_row_depends_on_epoch_and_index():
 def test_order_of_batches_does_not_depend_on_the_number_of_ranks(num_replicas):
     seconds = log_normal(1000)
     (alone,) = ranks_of(seconds, 60.0, 1, epoch=2)
-    dealt = ranks_of(seconds, 60.0, num_replicas, epoch=2)
-    merged = [batch for step in zip(*dealt, strict=True) for batch in step]
+    assigned = ranks_of(seconds, 60.0, num_replicas, epoch=2)
+    merged = [batch for step in zip(*assigned, strict=True) for batch in step]
     # If the number of batches is not a multiple of the number of ranks, some batches are split in place.
     assert [key for batch in merged for key in batch] == [key for batch in alone for key in batch]
     assert sum(batch in alone for batch in merged) >= len(alone) - (num_replicas - 1)
@@ -159,8 +159,8 @@ def test_weights_set_how_often_a_row_is_used(num_replicas):
     counts = Counter()
     halves = []
     for epoch in range(4):
-        dealt = ranks_of(seconds, 60.0, num_replicas, epoch, weights=weights)
-        keys = [key - epoch * 900 for batches in dealt for batch in batches for key in batch if key >= 0]
+        assigned = ranks_of(seconds, 60.0, num_replicas, epoch, weights=weights)
+        keys = [key - epoch * 900 for batches in assigned for batch in batches for key in batch if key >= 0]
         seen = Counter(keys)
         assert all(seen[index] == 2 for index in range(300))
         assert all(seen[index] == 1 for index in range(600, 900))
@@ -190,8 +190,8 @@ def test_all_epochs_have_the_same_length(weights, num_replicas):
         weights = np.resize(weights, 777)
     lengths = set()
     for epoch in range(12):
-        dealt = ranks_of(seconds, 35.0, num_replicas, epoch, weights=weights)
-        lengths |= {len(batches) for batches in dealt}
+        assigned = ranks_of(seconds, 35.0, num_replicas, epoch, weights=weights)
+        lengths |= {len(batches) for batches in assigned}
     assert len(lengths) == 1
 
 
@@ -201,9 +201,9 @@ def test_batches_of_one_row_are_assigned_evenly_with_any_weights(weight, num_rep
     seconds, weights = np.full(200, 30.0), np.full(200, weight)
     weights[:10] = 1.0
     for epoch in range(3):
-        dealt = ranks_of(seconds, 30.0, num_replicas, epoch, weights=weights)
-        assert len({len(batches) for batches in dealt}) == 1
-        keys = [key - epoch * 200 for batches in dealt for batch in batches for key in batch]
+        assigned = ranks_of(seconds, 30.0, num_replicas, epoch, weights=weights)
+        assert len({len(batches) for batches in assigned}) == 1
+        keys = [key - epoch * 200 for batches in assigned for batch in batches for key in batch]
         assert min(keys) >= 0  # no fillers
         seen = Counter(keys)
         assert all(seen[index] == 1 for index in range(10))
@@ -241,6 +241,6 @@ def test_batches_of_many_rows_are_built_quickly(rows, limit):
 def test_a_few_rows_over_many_ranks_are_split_quickly():
     seconds = np.full(100_000, 1.0)
     start = time.process_time()
-    dealt = ranks_of(seconds, 100.0, 64)[0]
+    assigned = ranks_of(seconds, 100.0, 64)[0]
     assert time.process_time() - start < 20
-    assert len(dealt) == -(-1000 // 64)
+    assert len(assigned) == -(-1000 // 64)
