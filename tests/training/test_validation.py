@@ -34,7 +34,7 @@ QUICK = {"freeze_audio_encoder": True, "freeze_llm": True}
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Disables drawing, which takes longer than training, except in tests of the curve."""
-    if "drawn" not in request.node.name:
+    if "curve" not in request.node.name:
         monkeypatch.setattr(callbacks, "draw_curve", lambda *_: None)
 
 
