@@ -80,7 +80,7 @@ def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[di
     first = {key: value[: cuts.get(key, half)] for key, value in tensors.items()}
     second = {key: value[cuts.get(key, half) :] for key, value in tensors.items()}
     first["positions"], second["positions"] = {}, {}
-    for key, value in batch["positions"].items():
+    for key, value in batch.get("positions", {}).items():
         end = recordings * batch["input_features_mask"].shape[1] if key == "frames" else half * width
         before = value < end
         first["positions"][key], second["positions"][key] = value[before], value[~before] - end
