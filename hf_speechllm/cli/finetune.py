@@ -20,7 +20,7 @@ from typing import Any
 
 from .arguments import check_command_line, parse_arguments
 from .launch import launch, split_launch_options
-from .parser import command_line, prog
+from .parser import command_line, prog, report
 
 logger = logging.getLogger("finetune")
 
@@ -140,7 +140,7 @@ def main() -> None:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Preempted as end:
-        logger.warning("%s", end)
+        report(f"{prog()}: {end}")
         trainer.accelerator.end_training()
         sys.exit(EXIT_STATUS)
     except (RetentionError, SaveError, VerificationError) as error:  # of all ranks alike
@@ -150,6 +150,10 @@ def main() -> None:
         sys.exit(f"{prog()}: {error}")
     save_final(trainer, result)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except (OSError, ValueError, RuntimeError) as error:
+            again = f"hf-speechllm push --input {args.output_dir} --hub_model_id {trainer.hub_model_id}"
+            sys.exit(f"{prog()}: error: {error}; the model is in {args.output_dir}, publish it with: {again}")
     # Gloo threads that outlive the interpreter abort the process.
     trainer.accelerator.end_training()

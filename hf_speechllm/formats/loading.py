@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
@@ -67,6 +68,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
         return OWN
+    hub = _reachable(name, hub)
     model_type = _read_json(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
         return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
@@ -80,6 +82,8 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         raise CheckpointError(
             f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
+    if hub.get("local_files_only") and not os.path.exists(name):
+        raise CheckpointError(f"{name}: no such folder, nor in the cache of the Hub, which is not reached")
     raise CheckpointError(
         f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
         "or config.yaml (FunASR)"
@@ -95,6 +99,21 @@ def _read(name: str | os.PathLike[str], layout: str, folder: Path) -> Checkpoint
         if _is_funasr_weights(name):
             return funasr.read(folder, os.path.basename(name))
         return READERS[layout].read(folder)
+
+
+def _reachable(name: str | os.PathLike[str], hub: dict) -> dict:
+    """The options, with `local_files_only` where the Hub does not answer: its client tries half a minute a file."""
+    if os.path.exists(name):
+        return hub
+    try:
+        hf_hub_download(str(name), "config.json", **{key: value for key, value in hub.items() if value is not None})
+    except LocalEntryNotFoundError:
+        return {**hub, "local_files_only": True}
+    except HFValidationError as error:  # a path, not a name of the Hub
+        raise CheckpointError(f"{name}: no such folder") from error
+    except (OSError, ValueError):
+        pass  # an answer: no such repository, no such file
+    return hub
 
 
 def _find(name: str | os.PathLike[str], file: str, hub: dict) -> str | None:
@@ -265,6 +284,7 @@ def load_processor(
     """
     hub = _hub_options(options)
     options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
+    hub = _reachable(name, hub)
     is_folder = not _is_funasr_weights(name)
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import FunAsrNanoProcessor
@@ -704,3 +705,20 @@ def test_written_models_have_the_permissions_of_new_files(make_model, make_check
         os.umask(before)
     for path in (*(tmp_path / "saved").iterdir(), *folder.glob("*.safetensors")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_hub_that_does_not_answer_is_asked_once_and_is_not_taken_for_an_empty_folder(monkeypatch):
+    asked = []
+
+    def unreachable(name, file, **options):
+        asked.append(bool(options.get("local_files_only")))
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("hf_speechllm.formats.loading.hf_hub_download", unreachable)
+    for kind in (SpeechLLMProcessor, SpeechLLMConfig):
+        with pytest.raises(CheckpointError, match="no/such: no such folder, nor in the cache of the Hub"):
+            kind.from_pretrained("no/such")
+    assert asked == [False, True, False]  # then only the cache
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"^\.\./no/such: no such folder$"):
+        SpeechLLMProcessor.from_pretrained("../no/such")
