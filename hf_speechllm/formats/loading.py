@@ -34,6 +34,7 @@ from .checkpoint import (
     write_ctc_tensors,
     write_safetensors,
 )
+from .quantization import only_whole_blocks
 from .untrusted import base_model, check_folder, inside, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
@@ -191,6 +192,7 @@ def load_model(
         source, ctc_tensors = name, read_ctc_tensors(_find(name, CTC_FILE, hub))
         headers = _check_own(folder, options)
         stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
+        sizes = {key: item.shape for key, item in headers.items()}
     else:
         checkpoint = _read(name, layout, folder)
         source, ctc_tensors = None, checkpoint.ctc_tensors
@@ -198,6 +200,9 @@ def load_model(
         options.setdefault("generation_config", checkpoint.generation_config)
         options["config"] = options.get("config") or _override(checkpoint.config, options)
         options["state_dict"] = checkpoint.tensors
+        sizes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    if quantization := options.get("quantization_config"):
+        options["quantization_config"] = only_whole_blocks(quantization, sizes)
     # transformers loads all parts in one dtype. The widest dtype keeps all values; each part is converted below.
     loaded = widest(stored.values()) if dtype is None and stored else dtype
     strict = not options.pop("ignore_mismatched_sizes", False)  # reported below, in one error

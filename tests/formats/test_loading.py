@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from hf_speechllm.formats.loading import (
     save_native,
     write_checkpoint,
 )
+from hf_speechllm.formats.quantization import only_whole_blocks
 from hf_speechllm.model import chat
 from hf_speechllm.training.lora import add_lora
 
@@ -722,3 +724,14 @@ def test_hub_that_does_not_answer_is_asked_once_and_is_not_taken_for_an_empty_fo
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"^\.\./no/such: no such folder$"):
         SpeechLLMProcessor.from_pretrained("../no/such")
+
+
+def test_4_bit_quantization_leaves_out_widths_that_are_no_whole_blocks():
+    shapes = {"a.weight": (32, 560), "b.weight": (32, 128), "c.bias": (32,)}
+    config = SimpleNamespace(load_in_4bit=True, llm_int8_skip_modules=None)
+    assert only_whole_blocks(config, shapes).llm_int8_skip_modules == ["lm_head", "a"]
+    assert config.llm_int8_skip_modules is None  # the caller's
+    config.llm_int8_skip_modules = ["b"]
+    assert only_whole_blocks(config, shapes).llm_int8_skip_modules == ["b", "a"]
+    config.load_in_4bit = False
+    assert only_whole_blocks(config, shapes) is config
