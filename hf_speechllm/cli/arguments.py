@@ -57,8 +57,11 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values))
 
 
-def check_command_line(argv: Sequence[str]) -> None:
+def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
     """Refuses a command line as `parse_arguments` does, before processes are started; takes no device.
+
+    Returns:
+        The options as they were given.
 
     Raises:
         SystemExit: as `parse_arguments`.
@@ -72,7 +75,7 @@ def check_command_line(argv: Sequence[str]) -> None:
         training.check()
         return training
 
-    _parse(argv, unstarted)
+    return _parse(argv, unstarted)
 
 
 def _parse(argv: Sequence[str], make_training: Callable[[dict], SpeechLLMTrainingArguments]) -> FinetuningOptions:

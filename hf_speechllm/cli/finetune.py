@@ -30,10 +30,14 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     launch_options, argv = split_launch_options(command_line()[1])
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
-        check_command_line(argv)
+        from ..data.file_lists import expand_paths
+
+        given = check_command_line(argv)
         try:
+            for files in (given.data.train_file, *([file] for file in given.validation_files.values())):
+                expand_paths(files)  # an error if a file is missing
             launch("finetune", launch_options, argv)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}")
         return
     options = parse_arguments(argv, description=__doc__)

@@ -54,6 +54,8 @@ def main(verb: str | None = None) -> None:
         extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
         sys.exit(f"{prog()}: error: the package {package} is missing; pip install 'hf_speechllm{extra}'")
     except ImportError as error:  # of a library that asks for another: attention kernels, quantization, trackers
+        if str(error.name).partition(".")[0] == __package__.partition(".")[0]:
+            raise
         sys.exit(f"{prog()}: error: {error}")
     except KeyboardInterrupt as interruption:
         report(f"{prog()}: interrupted{interruption}")

@@ -218,7 +218,7 @@ def test_option_without_effect_is_refused_with_the_file_it_stands_in(yaml_file, 
     ("argv", "expected"),
     [
         (REQUIRED[:2], "--train_file is missing"),
-        ([*REQUIRED, *FROZEN], "nothing is left to train"),
+        ([*REQUIRED, *FROZEN], "freeze all parts"),
         ([*REQUIRED, "--hub_strategy", "checkpoint"], "--hub_strategy checkpoint"),
         ([*REQUIRED, "--report_to", "nosuch"], "pip install nosuch"),
     ],

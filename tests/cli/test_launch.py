@@ -56,6 +56,8 @@ def test_several_processes_train_and_errors_are_found_before_the_start(tiny_mode
     wrong = run("finetune", *LAUNCHER, *options, "--lerning_rate", 1)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "did you mean --learning_rate?" in wrong.stderr
+    wrong = run("finetune", *LAUNCHER, *options, "--train_file", tmp_path / "none.jsonl")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "none.jsonl: no such file" in wrong.stderr
     result = run("finetune", *LAUNCHER, *options)
     assert result.returncode == 0, result.stderr
     assert "x 2 device(s)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
