@@ -60,6 +60,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+    ],
     packages=find_packages(include=["hf_speechllm", "hf_speechllm.*"]),
     py_modules=["hf_speechllm_command"],
     entry_points={"console_scripts": ["hf-speechllm = hf_speechllm_command:main"]},

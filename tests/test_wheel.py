@@ -14,7 +14,7 @@ SOURCES = ("hf_speechllm", "recipes/configs", "accelerate_configs", "tools", "se
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Builds the wheel from a copy of the sources, installs it into a folder, and returns the folder."""
+    """Builds the wheel from a source distribution, installs it into a folder, and returns the folder."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in (*SOURCES, "MANIFEST.in", "hf_speechllm_command.py"):
         source, target = REPOSITORY / name, folder / "source" / name
@@ -23,7 +23,10 @@ def installed(tmp_path_factory):
         copy(source, target)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "wheel", *options, "--wheel-dir", folder, folder / "source"], check=True)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=folder / "source", stdout=subprocess.DEVNULL)
+    (source,) = folder.glob("*.tar.gz")
+    subprocess.run([*pip, "wheel", *options, "--wheel-dir", folder, source], check=True)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", *options, "--target", folder / "site", wheel], check=True)
     return folder / "site"
@@ -59,7 +62,11 @@ def test_command_composes_decodes_and_finds_configurations_by_name(run, tiny_cor
     )  # fmt: skip
 
 
-def test_package_contains_the_configurations(installed):
+def test_package_holds_all_of_the_checkout(installed):
+    files = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "hf_speechllm").rglob("*.*")}
+    files = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+    assert not {path for path in files if not (installed / path).is_file()}
+    assert (installed / "hf_speechllm_command.py").is_file()
     for name in ("recipes/configs", "accelerate_configs"):
         files = {path.relative_to(REPOSITORY / name) for path in (REPOSITORY / name).rglob("*.yaml")}
         assert files == {path.relative_to(installed / "hf_speechllm" / name) for path in

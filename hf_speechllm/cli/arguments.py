@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,17 @@ from ..training.options import (
     ValidationOptions,
 )
 from .configurations import TRAINING, find_configuration
+from .launch import add_launch_options
 from .parser import OneLineErrors, Parser, command_line, did_you_mean, prog
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
+    from ..training.arguments import SpeechLLMTrainingArguments
+
 OF_TRAINER = (OptimizationOptions, BatchOptions, ValidationOptions, FaultOptions, PublishingOptions)
 GROUPS = (ModelOptions, DataOptions, TrainedPartsOptions, *OF_TRAINER)
+OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind))
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
 
@@ -50,6 +54,33 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
         sys.exit()
     from ..training.arguments import SpeechLLMTrainingArguments
 
+    return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values))
+
+
+def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
+    """Refuses a command line as `parse_arguments` does, before processes are started; takes no device.
+
+    Returns:
+        The options as they were given.
+
+    Raises:
+        SystemExit: as `parse_arguments`.
+    """
+    from ..training.arguments import SpeechLLMTrainingArguments
+
+    def unstarted(values: dict[str, Any]) -> SpeechLLMTrainingArguments:
+        training = SpeechLLMTrainingArguments.__new__(SpeechLLMTrainingArguments)
+        for name, value in values.items():
+            setattr(training, name, value)
+        training.check()
+        return training
+
+    return _parse(argv, unstarted)
+
+
+def _parse(argv: Sequence[str], make_training: Callable[[dict], SpeechLLMTrainingArguments]) -> FinetuningOptions:
+    from ..training.arguments import SpeechLLMTrainingArguments
+
     parser = _parser(SpeechLLMTrainingArguments)
     values = _read(parser, argv)
 
@@ -59,21 +90,9 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
     try:
         model, data = ModelOptions(**chosen(ModelOptions)), DataOptions(**chosen(DataOptions))
         parts = TrainedPartsOptions(**chosen(TrainedPartsOptions))
-        training = SpeechLLMTrainingArguments(**chosen(SpeechLLMTrainingArguments))
-        return FinetuningOptions(model, data, parts, training)
+        return FinetuningOptions(model, data, parts, make_training(chosen(SpeechLLMTrainingArguments)))
     except ValueError as error:
         return parser.error(" ".join(str(error).split()))
-
-
-def check_command_line(argv: Sequence[str]) -> None:
-    """Refuses a command line with unknown options, wrong types or missing files, before processes are started.
-
-    Raises:
-        SystemExit: as `parse_arguments`.
-    """
-    from ..training.arguments import SpeechLLMTrainingArguments
-
-    _read(_parser(SpeechLLMTrainingArguments), argv)
 
 
 def _parser(trainer_options: type) -> HfArgumentParser:
@@ -96,20 +115,21 @@ def _parser(trainer_options: type) -> HfArgumentParser:
 def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """The values of all options, those that were not given with their defaults."""
     argv, from_file = list(argv), []
-    own = {item.name for kind in GROUPS for item in dataclasses.fields(kind)}
+    known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     try:
         if argv and not argv[0].startswith("-"):
-            from_file = _yaml_to_argv(parser, find_configuration(argv.pop(0), TRAINING))
-        values = vars(parser.parse_args([*from_file, *argv]))
-        given = [item.partition("=")[0] for item in (*from_file, *argv) if item.startswith("--")]
-        given = [item[2:].replace("-", "_") for item in given]
-        check_inherited_options((name if name in values else name.removeprefix("no_") for name in given), own)
+            from_file = _yaml_to_argv(parser, find_configuration(argv.pop(0), TRAINING), known)
+        given = [item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")]
+        given = [name if name in known else name.removeprefix("no_") for name in given]
+        check_inherited_options(
+            (name for name in given if name in known), OWN
+        )  # before their values, whose types do not matter
+        return vars(parser.parse_args([*from_file, *argv]))
     except ValueError as error:
-        parser.error(str(error))
-    return values
+        return parser.error(str(error))
 
 
-def _yaml_to_argv(parser: HfArgumentParser, path: Path) -> list[str]:
+def _yaml_to_argv(parser: HfArgumentParser, path: Path, known: Collection[str]) -> list[str]:
     import yaml
 
     try:
@@ -118,11 +138,14 @@ def _yaml_to_argv(parser: HfArgumentParser, path: Path) -> list[str]:
         parser.error(f"{path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
         parser.error(f"{path}: must hold `key: value` lines")
-    known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     argv = []
     for key, value in config.items():
         if key not in known:
             parser.error(f"{path}: unknown key {key}{did_you_mean(str(key), known)}")
+        try:
+            check_inherited_options([key], OWN)
+        except ValueError as error:
+            parser.error(f"{path}: {error}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -145,18 +168,13 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
         with_inherited: whether those of transformers' `TrainingArguments` follow.
     """
     parser = Parser(description, usage=USAGE, add_help=False)
-    own: set[str] = set()
     for kind in GROUPS:
         _add_group(parser, str(kind.__doc__).partition("\n")[0], dataclasses.fields(kind))
-        own |= {item.name for item in dataclasses.fields(kind)}
+    add_launch_options(parser)
     if with_inherited:
         from transformers import TrainingArguments
 
-        inherited = [
-            item
-            for item in dataclasses.fields(TrainingArguments)
-            if item.init and item.name not in own and item.name not in WITHOUT_EFFECT
-        ]
+        inherited = [item for item in dataclasses.fields(TrainingArguments) if item.init and item.name not in OWN]
         _add_group(parser, "Options of transformers' TrainingArguments", inherited)
     else:
         parser.epilog = (
@@ -169,7 +187,10 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
 def _add_group(parser: argparse.ArgumentParser, title: str, fields: Sequence[dataclasses.Field]) -> None:
     group = parser.add_argument_group(title)
     for item in fields:
+        if item.name in WITHOUT_EFFECT:
+            continue
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = " ".join(default) if isinstance(default, list) else default
         kind = str(getattr(item.type, "__name__", item.type)).replace(" | None", "")
         many = kind.startswith("list[")
         metavar = KINDS.get(kind.removeprefix("list[").removesuffix("]"), "VALUE")

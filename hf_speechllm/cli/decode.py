@@ -2,7 +2,7 @@
 
 hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt a.wav b.mp3 folder/ c.tar d.parquet
 hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt --scp_file data/test/wav.scp
-accelerate launch --num_processes 8 -m hf_speechllm decode ...  (a GPU each, sharing the list)
+hf-speechllm decode --num_processes 8 ...  (a GPU each, sharing the list)
 
 A run that was interrupted, or in which recordings failed, resumes when it is started again. A second run
 that is to write the same file meanwhile is refused.
@@ -16,14 +16,16 @@ import glob
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .parser import Parser, prog
+from .launch import add_launch_options, launch, split_launch_options
+from .parser import Parser, command_line, prog
 
 logger = logging.getLogger("decode")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
@@ -58,7 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", help="default: this process's GPU, else the CPU")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
-    args = parser.parse_args()
+    add_launch_options(parser)
+    args = parser.parse_args(argv)
     if sum(map(bool, (args.sources, args.scp_file, args.jsonl_file))) != 1:
         parser.error("give one of: recordings (or folders, ...), --scp_file, --jsonl_file")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
@@ -77,7 +80,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_arguments()
+    launch_options, argv = split_launch_options(command_line()[1])
+    args = parse_arguments(argv)
+    if launch_options:
+        try:
+            return launch("decode", launch_options, argv)
+        except ValueError as error:
+            sys.exit(f"{prog()}: error: {error}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from ..data.bad_rows import BadRows
@@ -107,6 +116,8 @@ def main() -> None:
             named = write_failures(args.output_file, failures)
         except OSError as error:
             sys.exit(f"{prog()}: error: {error}; what is decoded is kept: mend this and start again")
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("; what is decoded is kept: the same command resumes") from None
         loops = sum(transcript.looped for _, transcript in outcome.results)
         logger.info(
             "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",

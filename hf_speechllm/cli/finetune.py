@@ -20,7 +20,7 @@ from typing import Any
 
 from .arguments import check_command_line, parse_arguments
 from .launch import launch, split_launch_options
-from .parser import command_line, prog
+from .parser import command_line, prog, report
 
 logger = logging.getLogger("finetune")
 
@@ -30,10 +30,14 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     launch_options, argv = split_launch_options(command_line()[1])
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
-        check_command_line(argv)
+        from ..data.file_lists import expand_paths
+
+        given = check_command_line(argv)
         try:
+            for files in (given.data.train_file, *([file] for file in given.validation_files.values())):
+                expand_paths(files)  # an error if a file is missing
             launch("finetune", launch_options, argv)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}")
         return
     options = parse_arguments(argv, description=__doc__)
@@ -140,7 +144,7 @@ def main() -> None:
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Preempted as end:
-        logger.warning("%s", end)
+        report(f"{prog()}: {end}")
         trainer.accelerator.end_training()
         sys.exit(EXIT_STATUS)
     except (RetentionError, SaveError, VerificationError) as error:  # of all ranks alike
@@ -150,6 +154,10 @@ def main() -> None:
         sys.exit(f"{prog()}: {error}")
     save_final(trainer, result)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except (OSError, ValueError, RuntimeError) as error:
+            again = f"hf-speechllm push --input {args.output_dir} --hub_model_id {trainer.hub_model_id}"
+            sys.exit(f"{prog()}: error: {error}; the model is in {args.output_dir}, publish it with: {again}")
     # Gloo threads that outlive the interpreter abort the process.
     trainer.accelerator.end_training()

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 from .parser import Parser, prog
@@ -37,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
     args = parser.parse_args()
+    if not Path(args.jsonl_file).is_file():
+        parser.error(f"{args.jsonl_file}: no such file")
     if args.inference and args.loss:
         parser.error("--loss requires answers, which --inference leaves out; use only one of the options")
     if (args.language or args.no_itn or args.hotwords) and not args.inference:

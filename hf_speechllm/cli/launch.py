@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .configurations import LAUNCHING, find_configuration
-from .parser import Parser
+from .parser import Parser, prog
 
-# Those of `accelerate launch` that go before the options of a run.
+# Those of `accelerate launch` that go with the options of a run.
 OPTIONS = {
     "config_file": "configuration of accelerate: a name (multi_gpu, deepspeed_zero2, fsdp2, ...) or a path",
     "num_processes": "processes in all; usually one per GPU",
@@ -19,25 +22,33 @@ OPTIONS = {
     "machine_rank": "number of this machine, from 0",
     "main_process_ip": "address of machine 0",
     "main_process_port": "port of machine 0",
-    "gpu_ids": "GPUs of this machine to use, with commas between",
+    "gpu_ids": "GPUs of this machine to use, separated by commas",
     "max_restarts": "how often the processes are started again after one is lost",
 }
+NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port", "max_restarts")
 
 
-def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Takes the options of the launcher out of a command line.
 
     Returns:
         Those that were given, and the rest.
     """
     parser = Parser(None, add_help=False, allow_abbrev=False)
-    for name, help in OPTIONS.items():
-        parser.add_argument(f"--{name}", help=help)
+    add_launch_options(parser)
     found, rest = parser.parse_known_args(argv)
     return {name: value for name, value in vars(found).items() if value is not None}, rest
 
 
-def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the launcher, as a group of their own."""
+    group = parser.add_argument_group("Several processes, started by accelerate")
+    for name, help in OPTIONS.items():
+        kind, metavar = (int, "N") if name in NUMBERS else (str, "TEXT")
+        group.add_argument(f"--{name}", help=help, metavar=metavar, type=kind)
+
+
+def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
     """Runs a verb in several processes, and ends with the status of the first that failed.
 
     Args:
@@ -47,19 +58,21 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
 
     Raises:
         ValueError: if the configuration does not exist, or is for GPUs and there is none.
-        SystemExit: if a process failed.
+        SystemExit: if a process failed; it has printed its own error, unless a signal ended it.
     """
+    if options.get("num_processes", 1) < 1:
+        raise ValueError(f"--num_processes is {options['num_processes']}; it must be at least 1")
     import yaml
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.accelerator import is_available
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "config_file" in options:
         options = {**options, "config_file": str(find_configuration(options["config_file"], LAUNCHING))}
     elif not os.path.isfile(default_config_file):
-        several = "multi_node" if int(options.get("num_machines", 1)) > 1 else "multi_gpu"
+        several = "multi_node" if options.get("num_machines", 1) > 1 else "multi_gpu"
         options = {**options, "config_file": str(find_configuration(several if is_available() else "cpu", LAUNCHING))}
     file = Path(options.get("config_file", default_config_file))
     config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -67,12 +80,16 @@ def launch(verb: str, options: dict[str, str], argv: Sequence[str]) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate itself tells it to a single process only
     elif config.get("distributed_type", "NO") != "NO" and not is_available():
         raise ValueError(f"{file} is for GPUs, and none was found; give --config_file cpu")
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    logging.disable(logging.ERROR)  # of the launcher itself; the processes report their errors
     try:
         launch_command(launch_command_parser().parse_args([*words, "--module", "hf_speechllm", verb, *argv]))
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
-    except SignalException as error:  # handed on to the processes, which say how to resume
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            sys.exit(f"{prog()}: error: signal {-failure.exitcode} ended the process of rank {rank}")
+        sys.exit(failure.exitcode)
+    except SignalException as error:  # the processes got the signal, too, and have reported what they did
         sys.exit(128 + error.sigval)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

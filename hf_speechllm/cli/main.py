@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from ..version import __version__
-from .parser import did_you_mean, prog
+from .parser import did_you_mean, prog, report
 
 VERBS = {
     "scp2jsonl": "converts Kaldi lists to training JSONL",
@@ -53,8 +53,12 @@ def main(verb: str | None = None) -> None:
             raise
         extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
         sys.exit(f"{prog()}: error: the package {package} is missing; pip install 'hf_speechllm{extra}'")
-    except KeyboardInterrupt:
-        print(f"{prog()}: interrupted", file=sys.stderr)
+    except ImportError as error:  # of a library that asks for another: attention kernels, quantization, trackers
+        if str(error.name).partition(".")[0] == __package__.partition(".")[0]:
+            raise
+        sys.exit(f"{prog()}: error: {error}")
+    except KeyboardInterrupt as interruption:
+        report(f"{prog()}: interrupted{interruption}")
         sys.exit(130)
 
 

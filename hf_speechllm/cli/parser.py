@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -16,7 +18,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         help = action.help
-        if help and action.default not in (None, False, argparse.SUPPRESS, []) and "default" not in help:
+        shown = action.nargs != 0 and action.default not in (None, False, argparse.SUPPRESS, [])  # 0: a switch
+        if help and shown and "default" not in help:
             return f"{help.rstrip('.')} (default: %(default)s)"
         return help
 
@@ -26,7 +29,7 @@ class OneLineErrors(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program."""
-        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        report(f"{self.prog}: error: {message}")
         sys.exit(2)
 
     def parse_args(self, args=None, namespace=None) -> Any:
@@ -36,9 +39,13 @@ class OneLineErrors(argparse.ArgumentParser):
             unknown = next((item for item in rest if item.startswith("-")), None)
             if unknown is None:
                 self.error(f"unexpected: {' '.join(rest)}")
-            name = unknown.partition("=")[0]
-            self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; all options: --help")
+            self.refuse(unknown)
         return parsed
+
+    def refuse(self, word: str) -> NoReturn:
+        """Ends the program because of an unknown option."""
+        name = word.partition("=")[0]
+        self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; all options: --help")
 
 
 class Parser(OneLineErrors):
@@ -47,11 +54,31 @@ class Parser(OneLineErrors):
     def __init__(self, description: str | None, **options: Any):
         super().__init__(prog(), description=description, formatter_class=HelpFormatter, **options)
 
+    def parse_args(self, args=None, namespace=None) -> Any:
+        """As the parent's; a typing error is reported before the options that are missing because of it."""
+        args = list(command_line()[1] if args is None else args)
+        for word in itertools.takewhile("--".__ne__, args):
+            name = word.partition("=")[0]
+            abbreviated = any(option.startswith(name) for option in {"--help", *options_of(self)})
+            if re.fullmatch(r"--\w+", name) and not abbreviated:
+                self.refuse(word)
+        return super().parse_args(args, namespace)
+
+
+def report(message: str) -> None:
+    """Prints a message that all processes of a launch have in common; the first of this machine prints it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` with the closest of the known names; empty if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    names = {word: word for word in known}
+    beginnings = {word[: len(name)]: word for word in sorted(names, key=len, reverse=True)}
+    for candidates in (names, beginnings):
+        if close := difflib.get_close_matches(name, candidates, n=1):
+            return f"; did you mean {candidates[close[0]]}?"
+    return ""
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
@@ -33,6 +34,7 @@ from .checkpoint import (
     write_ctc_tensors,
     write_safetensors,
 )
+from .quantization import only_whole_blocks
 from .untrusted import base_model, check_folder, inside, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
@@ -67,6 +69,7 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
         return OWN
+    hub = _reachable(name, hub)
     model_type = _read_json(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
         return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
@@ -80,6 +83,8 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         raise CheckpointError(
             f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
+    if hub.get("local_files_only") and not os.path.exists(name):
+        raise CheckpointError(f"{name}: no such folder, nor in the cache of the Hub, which is not reached")
     raise CheckpointError(
         f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
         "or config.yaml (FunASR)"
@@ -95,6 +100,21 @@ def _read(name: str | os.PathLike[str], layout: str, folder: Path) -> Checkpoint
         if _is_funasr_weights(name):
             return funasr.read(folder, os.path.basename(name))
         return READERS[layout].read(folder)
+
+
+def _reachable(name: str | os.PathLike[str], hub: dict) -> dict:
+    """The options, with `local_files_only` where the Hub does not answer: its client tries half a minute a file."""
+    if os.path.exists(name):
+        return hub
+    try:
+        hf_hub_download(str(name), "config.json", **{key: value for key, value in hub.items() if value is not None})
+    except LocalEntryNotFoundError:
+        return {**hub, "local_files_only": True}
+    except HFValidationError as error:  # a path, not a name of the Hub
+        raise CheckpointError(f"{name}: no such folder") from error
+    except (OSError, ValueError):
+        pass  # an answer: no such repository, no such file
+    return hub
 
 
 def _find(name: str | os.PathLike[str], file: str, hub: dict) -> str | None:
@@ -172,6 +192,7 @@ def load_model(
         source, ctc_tensors = name, read_ctc_tensors(_find(name, CTC_FILE, hub))
         headers = _check_own(folder, options)
         stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
+        sizes = {key: item.shape for key, item in headers.items()}
     else:
         checkpoint = _read(name, layout, folder)
         source, ctc_tensors = None, checkpoint.ctc_tensors
@@ -179,6 +200,9 @@ def load_model(
         options.setdefault("generation_config", checkpoint.generation_config)
         options["config"] = options.get("config") or _override(checkpoint.config, options)
         options["state_dict"] = checkpoint.tensors
+        sizes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    if quantization := options.get("quantization_config"):
+        options["quantization_config"] = only_whole_blocks(quantization, sizes)
     # transformers loads all parts in one dtype. The widest dtype keeps all values; each part is converted below.
     loaded = widest(stored.values()) if dtype is None and stored else dtype
     strict = not options.pop("ignore_mismatched_sizes", False)  # reported below, in one error
@@ -265,6 +289,7 @@ def load_processor(
     """
     hub = _hub_options(options)
     options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
+    hub = _reachable(name, hub)
     is_folder = not _is_funasr_weights(name)
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__

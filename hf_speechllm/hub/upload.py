@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +178,25 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool |
 
     Args:
         commit: options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
+
+    Raises:
+        OSError: if the Hub refuses the upload, or can't be reached.
     """
     api = HfApi(library_name=PACKAGE.name, token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+    with reporting_unreachable(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+
+
+@contextlib.contextmanager
+def reporting_unreachable(repo_id: str) -> Iterator[None]:
+    """Turns what the Hub's HTTP client raises without a connection into a `ConnectionError`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError):
+        raise
+    except Exception as error:  # of a library that differs between releases of huggingface_hub
+        raise ConnectionError(f"{repo_id}: the Hub can't be reached: {error}") from error
 
 
 def push_model(

@@ -8,7 +8,7 @@ from typing import Any, is_typeddict
 
 import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.audio_utils import AudioInput
 from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TextInput
@@ -345,5 +345,20 @@ def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+class NoSpeechSeq2Seq:
+    """Stands where `pipeline("automatic-speech-recognition")` looks for a model, and names what to use instead."""
+
+    config_class = SpeechLLMConfig
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Raises an `AttributeError`, which the pipeline passes on; others end among its own tracebacks."""
+        raise AttributeError(
+            'a speech LLM needs a prompt, which the pipeline "automatic-speech-recognition" does not give; use '
+            'hf_speechllm.Transcriber(model, processor).transcribe(audio), or pipeline("any-to-any")'
+        )
+
+
+AutoModelForSpeechSeq2Seq.register(SpeechLLMConfig, NoSpeechSeq2Seq)
 AutoFeatureExtractor.register(SpeechLLMConfig, FbankFeatureExtractor)
 AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor)

@@ -37,11 +37,7 @@ class SpeechLLMTrainingArguments(
     run_options: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        self.per_device_train_batch_seconds = batch_seconds(self.per_device_train_batch_seconds)
-        check_inherited_options(changed_without_effect(self))
-        self.check_publishing()
-        check_training(self)
-        self._check_trackers()
+        self.check()
         self._set_device()
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
@@ -50,6 +46,18 @@ class SpeechLLMTrainingArguments(
                 setattr(self, f"{option}_kwargs", {"use_reentrant": False})
         self._set_validation()
         super().__post_init__()
+
+    def check(self) -> None:
+        """Finds options that contradict each other or have no effect, before a device is taken.
+
+        Raises:
+            ValueError: the message names the options.
+        """
+        self.per_device_train_batch_seconds = batch_seconds(self.per_device_train_batch_seconds)
+        check_inherited_options(changed_without_effect(self))
+        self.check_publishing()
+        check_training(self)
+        self._check_trackers()
 
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []

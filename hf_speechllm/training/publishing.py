@@ -8,6 +8,7 @@ from huggingface_hub import CommitInfo
 from transformers import Trainer
 
 from ..hub.publishing import publish
+from ..hub.upload import reporting_unreachable
 from .arguments import SpeechLLMTrainingArguments
 from .run_card import write_card
 
@@ -33,6 +34,15 @@ class PublishingTrainer(Trainer):
                 name=self.hub_model_id, scores=self.current_scores, selection=self.selection,
                 language=[language] if isinstance(language, str) else language, licence=license,
             )  # fmt: skip
+
+    def init_hf_repo(self, token: str | None = None, **options) -> None:
+        """Creates the repository, as the parent does.
+
+        Raises:
+            OSError: if the Hub refuses it, or can't be reached.
+        """
+        with reporting_unreachable(self.args.hub_model_id or str(self.args.output_dir)):
+            super().init_hf_repo(token, **options)
 
     def push_to_hub(
         self,

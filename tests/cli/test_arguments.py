@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_speechllm.cli.arguments import parse_arguments
+from hf_speechllm import SpeechLLMTrainingArguments
+from hf_speechllm.cli.arguments import check_command_line, parse_arguments
+from hf_speechllm.training.inherited_options import WITHOUT_EFFECT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIRED = ["--model_name_or_path", "model", "--train_file", "train.jsonl", "--use_cpu", "true"]
@@ -199,11 +201,42 @@ def test_errors_are_reported_before_heavy_imports(yaml_file):
     [
         (["--do_train", "false"], "--do_train has no effect here: finetune always trains"),
         (["--per-device-train-batch-size=8"], "use --per_device_train_batch_seconds"),
+        (["--liger_kernel_config", "no JSON"], "--liger_kernel_config has no effect here: "),
         (["--eval_strategy", "steps"], "--eval_strategy steps requires a validation set; add --validation_file"),
     ],
 )
 def test_option_without_effect_is_refused_even_with_its_default(error_of, argv, expected):
     assert expected in error_of(*REQUIRED, *argv)
+
+
+def test_option_without_effect_is_refused_with_the_file_it_stands_in(yaml_file, error_of):
+    path = yaml_file("liger_kernel_config: 1\n")
+    assert f"{path}: --liger_kernel_config has no effect here" in error_of(path, *REQUIRED)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (REQUIRED[:2], "--train_file is missing"),
+        ([*REQUIRED, *FROZEN], "freeze all parts"),
+        ([*REQUIRED, "--hub_strategy", "checkpoint"], "--hub_strategy checkpoint"),
+        ([*REQUIRED, "--report_to", "nosuch"], "pip install nosuch"),
+    ],
+)
+def test_command_line_of_several_processes_is_checked_before_they_start(monkeypatch, capsys, argv, expected):
+    monkeypatch.setattr(SpeechLLMTrainingArguments, "__post_init__", lambda self: pytest.fail("a device is taken"))
+    check_command_line(REQUIRED)
+    with pytest.raises(SystemExit):
+        check_command_line(argv)
+    assert expected in capsys.readouterr().err
+
+
+def test_error_that_all_processes_have_is_printed_by_the_first(monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            parse_arguments([*REQUIRED, "--lora_r", "many"])
+        assert capsys.readouterr().err.count("\n") == lines
 
 
 def test_yaml_is_found_by_name(monkeypatch, tmp_path):
@@ -218,5 +251,7 @@ def test_help_lists_own_options_in_groups_and_inherited_ones_with_help_all(capsy
         text = capsys.readouterr().out
         assert "Example:\n  one \\\n    two\n" in text
         assert text.index("Model:") < text.index("--train_file") < text.index("Publishing:")
-        assert "(default: float16)" in text and "--per_device_train_batch_size" not in text
+        assert text.index("Publishing:") < text.index("--num_processes N")
+        assert "(default: float16)" in text and "(default: q_proj k_proj v_proj" in " ".join(text.split())
+        assert not any(f"--{name} " in text for name in WITHOUT_EFFECT)
         assert ("--adam_beta1" in text) == inherited

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hf_speechllm.cli.configurations import LAUNCHING, TRAINING, find_configuration
 from hf_speechllm.cli.launch import launch, split_launch_options
@@ -14,10 +16,13 @@ from hf_speechllm.cli.launch import launch, split_launch_options
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+LAUNCHER = ["--config_file", "cpu", "--num_processes", 2, "--main_process_port", 0]
+
+
 def test_options_of_the_launcher_are_separated_at_any_position():
     argv = ["lora", "--num_processes", "8", "--learning_rate", "1e-4", "--main_process_ip=host", "--train_file", "a"]
     options, rest = split_launch_options(argv)
-    assert options == {"num_processes": "8", "main_process_ip": "host"}
+    assert options == {"num_processes": 8, "main_process_ip": "host"}
     assert rest == ["lora", "--learning_rate", "1e-4", "--train_file", "a"]
 
 
@@ -37,8 +42,8 @@ def test_error_for_an_unknown_configuration_lists_available_ones():
         find_configuration("zzzz", TRAINING)
 
 
-def finetune(*arguments):
-    command = [sys.executable, "-m", "hf_speechllm", "finetune", *map(str, arguments)]
+def run(*arguments):
+    command = [sys.executable, "-m", "hf_speechllm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -48,27 +53,14 @@ def test_several_processes_train_and_errors_are_found_before_the_start(tiny_mode
         "--max_steps", 2, "--logging_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache",
         "--preprocessing_num_workers", 1, "--per_device_train_batch_seconds", 3,
     ]  # fmt: skip
-    launcher = ["--config_file", "cpu", "--num_processes", 2, "--main_process_port", 0]
-    wrong = finetune(*launcher, *options, "--lerning_rate", 1)
+    wrong = run("finetune", *LAUNCHER, *options, "--lerning_rate", 1)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "did you mean --learning_rate?" in wrong.stderr
-    result = finetune(*launcher, *options)
+    wrong = run("finetune", *LAUNCHER, *options, "--train_file", tmp_path / "none.jsonl")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "none.jsonl: no such file" in wrong.stderr
+    result = run("finetune", *LAUNCHER, *options)
     assert result.returncode == 0, result.stderr
     assert "x 2 device(s)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-
-
-def test_signal_to_the_launcher_is_no_traceback(monkeypatch):
-    from accelerate.commands import launch as accelerate_launch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    def launch_command(arguments):
-        raise SignalException("got signal: 2", signal.SIGINT)
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # which `launch` sets
-    monkeypatch.setattr(accelerate_launch, "launch_command", launch_command)
-    with pytest.raises(SystemExit) as end:
-        launch("finetune", {"config_file": "cpu"}, [])
-    assert end.value.code == 130
 
 
 @pytest.mark.parametrize(
@@ -96,3 +88,38 @@ def test_unsupported_options_are_one_line_before_training(
     text = capsys.readouterr().err.splitlines()[-1] if end == 2 else str(end)
     assert message in text and "\n" not in text
     assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_several_processes_decode_one_list(tiny_model, tiny_corpus, tmp_path):
+    options = ["--model_name_or_path", tiny_model, "--scp_file", tiny_corpus.scp, "--max_new_tokens", 2]
+    wrong = run("decode", *LAUNCHER, *options, "--output_file", tmp_path / "none" / "hyp.txt")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "no such folder" in wrong.stderr
+    result = run("decode", *LAUNCHER, *options, "--output_file", tmp_path / "hyp.txt")
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2" in result.stderr
+    assert len((tmp_path / "hyp.txt").read_text(encoding="utf-8").splitlines()) == 24
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (SignalException("interrupted", signal.SIGINT), 130),  # the processes have reported it
+        (ChildFailedError("main", {1: ProcessFailure(1, 7, 75, "")}), 75),
+        (ChildFailedError("main", {1: ProcessFailure(1, 7, -9, "")}), "error: signal 9 ended the process of rank 1"),
+    ],
+)
+def test_end_of_the_processes_is_that_of_the_command(monkeypatch, failure, status):
+    def fail(arguments):
+        raise failure
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit) as end:
+        launch("decode", {"num_processes": 2, "config_file": "cpu"}, [])
+    assert end.value.code == status or str(end.value.code).endswith(str(status))
+
+
+def test_no_processes_are_too_few():
+    with pytest.raises(ValueError, match="--num_processes is 0; it must be at least 1"):
+        launch("decode", {"num_processes": 0}, [])

@@ -30,16 +30,16 @@ def run(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_loads_nothing_heavy(verb):
+def test_help_loads_nothing_heavy_and_takes_less_than_a_second(verb):
     words = [] if verb is None else [verb]
     script = (
-        "import sys, hf_speechllm_command\n"
+        "import sys, time, hf_speechllm_command\n"
         f"sys.argv = ['hf-speechllm', *{words!r}, '--help']\n"
         "try:\n    hf_speechllm_command.main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        f"print('loaded:', [name for name in {HEAVY!r} if name in sys.modules])\n"
+        f"print('loaded:', [name for name in {HEAVY!r} if name in sys.modules], time.process_time() < 1)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "loaded: []"
+    assert result.stdout.splitlines()[-1] == "loaded: [] True"
     assert result.stdout.startswith(f"usage: hf-speechllm {verb or 'VERB'}")
 
 
@@ -61,6 +61,38 @@ def test_unknown_option_is_reported_with_the_closest(run):
     assert output.err == (
         "hf-speechllm score: error: unknown option --utt2langs; did you mean --utt2lang?; all options: --help\n"
     )
+
+
+def test_typing_error_is_told_before_the_options_that_are_missing_because_of_it(run):
+    code, output = run("decode", "--modle", "m", "--output_file", "o", "a.wav")
+    assert code == 2
+    assert output.err == (
+        "hf-speechllm decode: error: unknown option --modle; did you mean --model_name_or_path?; all options: --help\n"
+    )
+    code, output = run("decode", "--model", "m", "--context", "--an odd one", "a.wav")  # an abbreviation, a value
+    assert output.err == "hf-speechllm decode: error: the following arguments are required: --output_file\n"
+
+
+def test_what_a_library_lacks_is_one_line(run, monkeypatch):
+    def fail():
+        raise ImportError("FlashAttention2 can't be used")
+
+    monkeypatch.setattr("hf_speechllm.cli.env.main", fail)
+    assert run("env")[0] == "hf-speechllm env: error: FlashAttention2 can't be used"
+
+
+def test_interrupted_decoding_says_how_to_resume(run, monkeypatch, tiny_model, make_wav, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_speechllm.inference.decoding.decode_requests", interrupted)
+    arguments = ["--model_name_or_path", tiny_model, "--output_file", tmp_path / "hyp.txt", make_wav()]
+    code, output = run("decode", *arguments)
+    assert code == 130
+    expected = "hf-speechllm decode: interrupted; what is decoded is kept: the same command resumes"
+    assert output.err.splitlines()[-1] == expected
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "interrupted" not in run("decode", *arguments)[1].err  # the first process of a launch says it
 
 
 def test_missing_package_is_reported_with_its_extra(tmp_path):

@@ -7,10 +7,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import FunAsrNanoProcessor
@@ -27,6 +29,7 @@ from hf_speechllm.formats.loading import (
     save_native,
     write_checkpoint,
 )
+from hf_speechllm.formats.quantization import only_whole_blocks
 from hf_speechllm.model import chat
 from hf_speechllm.training.lora import add_lora
 
@@ -704,3 +707,31 @@ def test_written_models_have_the_permissions_of_new_files(make_model, make_check
         os.umask(before)
     for path in (*(tmp_path / "saved").iterdir(), *folder.glob("*.safetensors")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+def test_hub_that_does_not_answer_is_asked_once_and_is_not_taken_for_an_empty_folder(monkeypatch):
+    asked = []
+
+    def unreachable(name, file, **options):
+        asked.append(bool(options.get("local_files_only")))
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("hf_speechllm.formats.loading.hf_hub_download", unreachable)
+    for kind in (SpeechLLMProcessor, SpeechLLMConfig):
+        with pytest.raises(CheckpointError, match="no/such: no such folder, nor in the cache of the Hub"):
+            kind.from_pretrained("no/such")
+    assert asked == [False, True, False]  # then only the cache
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"^\.\./no/such: no such folder$"):
+        SpeechLLMProcessor.from_pretrained("../no/such")
+
+
+def test_4_bit_quantization_leaves_out_widths_that_are_no_whole_blocks():
+    shapes = {"a.weight": (32, 560), "b.weight": (32, 128), "c.bias": (32,)}
+    config = SimpleNamespace(load_in_4bit=True, llm_int8_skip_modules=None)
+    assert only_whole_blocks(config, shapes).llm_int8_skip_modules == ["lm_head", "a"]
+    assert config.llm_int8_skip_modules is None  # the caller's
+    config.llm_int8_skip_modules = ["b"]
+    assert only_whole_blocks(config, shapes).llm_int8_skip_modules == ["b", "a"]
+    config.load_in_4bit = False
+    assert only_whole_blocks(config, shapes) is config

@@ -18,6 +18,7 @@ from huggingface_hub import constants, hf_api
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.hub.code import requirements
 from hf_speechllm.hub.publishing import publish
+from hf_speechllm.hub.upload import reporting_unreachable
 from hf_speechllm.training.lora import add_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -337,3 +338,14 @@ def test_checkpoints_are_not_published():
 
     with pytest.raises(ValueError, match="only `end` is supported"):
         SpeechLLMTrainingArguments(output_dir="x", hub_strategy="every_save")
+
+
+def test_hub_that_can_not_be_reached_is_one_line():
+    class ClientError(Exception):
+        """Of a library that `huggingface_hub` uses."""
+
+    expected = pytest.raises(ConnectionError, match="user/model: the Hub can't be reached: no route")
+    with expected, reporting_unreachable("user/model"):
+        raise ClientError("no route")
+    with pytest.raises(ValueError, match="as it is"), reporting_unreachable("user/model"):
+        raise ValueError("as it is")
