@@ -96,6 +96,10 @@ def test_training_ids_labels_losses_and_gradients(pair, recordings, tmp_path):
             {"role": "user", "content": speech(recordings[0])},
             {"role": "assistant", "content": "hello"},
         ],
+        [
+            {"role": "user", "content": speech(recordings[1])},
+            {"role": "assistant", "content": " world", "prev_content": "hello"},
+        ],
     ]
     rows = [{"messages": messages, "speech_length": 100, "text_length": 5} for messages in dialogues]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -155,7 +155,7 @@ def compare(
         rows: rows of `now`, to name a changed row.
     """
     changes = Changes()
-    other_release = saved.get("versions") != now.get("versions")
+    other_release = saved.get("versions") != now.get("versions")  # which may lack options and settings
     has_optimizer = not saved["options"].get("save_only_model")
     before, after = dict(_flatten(_plain(saved))), dict(_flatten(_plain(now)))
     for name in sorted(before.keys() | after.keys()):
@@ -167,9 +167,8 @@ def compare(
         if has_optimizer and option != name and option in OPTIMIZER_OPTIONS:
             changes.kept[option] = (old, new)
             continue
-        # New releases add options and settings; their defaults do not change results.
-        is_new = name not in before if option != name else other_release and not {name} <= before.keys() & after.keys()
-        reason = None if is_new and not name.startswith("data.") else _reason(name, old, new)
+        is_known = name in before if option != name else not other_release or name in before.keys() & after.keys()
+        reason = _reason(name, old, new) if is_known or name.startswith("data.") else None
         _add(changes, reason, text, restarts_epoch)
     if "recordings" in saved and "recordings" in now:
         _compare_recordings(changes, saved["recordings"], now["recordings"], restarts_epoch, rows)

@@ -3,15 +3,18 @@
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing.comparison import check_dependencies, compare
 from hf_speechllm.training.checkpointing.dependencies import (
     RECORD_FILE,
+    describe_engine,
     describe_run,
     read_record,
     write_record,
@@ -101,6 +104,31 @@ def test_refusal_is_one_line_with_old_and_new_value(describe, make_arguments, tm
     text = str(error.value)
     assert "\n" not in text and "--lora_r 4 -> 8" in text and "data.texts" in text
     assert "--model_name_or_path" in text and "--ignore_data_skip" in text
+
+
+def test_engine_is_described_with_its_settings():
+    """Another engine or stage is refused, another setting is reported."""
+    deepspeed = pytest.importorskip("deepspeed") and [
+        DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device=device)
+        for stage, device in ((2, "none"), (2, "cpu"))
+    ]
+    fsdp = [FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=value) for value in (True, False)]
+    states = [
+        *(SimpleNamespace(deepspeed_plugin=plugin) for plugin in deepspeed),
+        *(SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=plugin) for plugin in fsdp),
+        SimpleNamespace(deepspeed_plugin=None),
+    ]
+    records = []
+    for state in states:
+        engine, settings = describe_engine(SimpleNamespace(state=state))
+        records.append({"options": {}, "engine": engine, "engine_settings": settings})
+    names = ["deepspeed, stage 2", "deepspeed, stage 2", "fsdp", "fsdp", "none"]
+    assert [record["engine"] for record in records] == names
+    for first, second, setting in ((0, 1, "zero_optimization.offload_optimizer"), (2, 3, "reshard_after_forward")):
+        changes = compare(records[first], records[second])
+        assert changes.refused == {} and any(f"engine_settings.{setting}" in text for text in changes.reported)
+    assert "engine deepspeed, stage 2 -> fsdp" in str(compare(records[0], records[2]).refused)
+    assert "engine none -> fsdp" in str(compare(records[4], records[2]).refused)
 
 
 # Real runs
