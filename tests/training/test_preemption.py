@@ -10,7 +10,7 @@ from hf_speechllm.training.preemption import Preemption, interruptible
 
 def test_second_interruption_ends_at_once(caplog):
     preemption, before = Preemption(), signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), preemption.listening():
+    with pytest.raises(KeyboardInterrupt), preemption.handle_signals():
         signal.raise_signal(signal.SIGINT)
         assert preemption.received == signal.SIGINT
         assert "press Ctrl-C again to end immediately" in caplog.text
