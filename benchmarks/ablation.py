@@ -57,7 +57,7 @@ WAYS: dict[str, tuple[str, list[str], dict]] = {
         PADDED,
         {
             "hf_speechllm.training.speed.disable_host_syncs": restore_masks,
-            "hf_speechllm.training.trainer.attention_setting": lambda args: nullcontext(),
+            "hf_speechllm.training.trainer.attention_context": lambda args: nullcontext(),
         },
     ),
     "leaving padding out, masks made without looking": (
