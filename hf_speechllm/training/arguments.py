@@ -51,6 +51,10 @@ class SpeechLLMTrainingArguments(
         self._set_validation()
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `training_args.bin` holds, in every checkpoint: all but the token of the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         installed = get_available_reporting_integrations()
