@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from .downloads import redact
+from .downloads import printable, redact
 from .truncation import missing_bytes
 
 if TYPE_CHECKING:
     import soundfile
+
+logger = logging.getLogger(__name__)
 
 # Limits of recordings. No speech recording exceeds them; others would waste memory and time.
 MIN_RATE, MAX_RATE = 4_000, 768_000  # Hz
@@ -22,6 +25,7 @@ MAX_SECONDS = 8 * 3600.0  # per recording; 1.8 GB as float32 at 16 kHz
 MAX_FILE_BYTES = 16 * 10**9  # per local file; 8 hours in two channels of 24 bits at 96 kHz
 MAX_BYTES_IN_MEMORY = 10**9  # per recording in an archive, or per file with several recordings
 MAX_PEAK = 4.0  # of samples whose range should be [-1, 1]; clipping may exceed this range a little
+MIN_PEAK_32 = 2.0**-16  # of 32-bit integers that are not silence; unscaled 16-bit samples stay below it
 
 BLOCK_LENGTH = 1 << 20  # samples per block, over all channels; one minute at 16 kHz, so most utterances fit in a block
 UNKNOWN_LENGTH = (1 << 63) - 1  # libsndfile's number of samples for a FLAC stream without a length
@@ -43,10 +47,10 @@ Block = tuple[np.ndarray, int]  # float32, shape = (samples, channels), and the 
 
 
 class AudioError(ValueError):
-    """An unusable recording; the message contains the path and the reason, and no secrets of a URL."""
+    """An unusable recording; the message has the path and the reason, on one line, without secrets of a URL."""
 
     def __init__(self, message: str):
-        super().__init__(redact(message))
+        super().__init__(printable(redact(message)))
 
 
 class TooLongError(AudioError):
@@ -121,16 +125,20 @@ def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[Bloc
     import soundfile
 
     length = max(1, BLOCK_LENGTH // file.channels)
-    samples = 0
+    samples, peak = 0, 0.0
     with file:
         try:
             while len(block := file.read(length, dtype="float32", always_2d=True)):
                 samples += len(block)
+                if file.subtype == "PCM_32":
+                    peak = max(peak, -float(block.min()), float(block.max()))
                 yield block, file.samplerate
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{name}: truncated or damaged: {error.error_string}") from error
         if samples < file.frames:
             raise AudioError(f"{name}: truncated: only {samples} of {file.frames} samples can be read")
+        if 0 < peak <= MIN_PEAK_32:
+            raise AudioError(f"{name}: 32-bit samples in the range of 16 bits; write them as 16 bits")
 
 
 def _blocks_of_ffmpeg(stream: BinaryIO, name: str, cause: str) -> Iterator[Block]:
@@ -142,6 +150,8 @@ def _blocks_of_ffmpeg(stream: BinaryIO, name: str, cause: str) -> Iterator[Block
         with av.open(stream, "r", options=options) as container:
             if not container.streams.audio:
                 raise AudioError(f"{name}: not audio: the file has no audio stream")
+            if (tracks := len(container.streams.audio)) > 1:
+                logger.warning("%s: has %d audio tracks; using only the first", redact(name), tracks)
             # Converts only the sample format; rate and channel count do not change. The format must be interleaved:
             # with one plane per channel, PyAV reads more planes than a frame may have, and the process crashes.
             resampler = av.AudioResampler(format="flt")

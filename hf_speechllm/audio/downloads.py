@@ -106,6 +106,11 @@ def redact(text: str) -> str:
     return _LOST_QUERY.sub("?***", text) if "://" in text else text
 
 
+def printable(text: str) -> str:
+    """Text on one line that can't steer a terminal: what is not printable becomes U+FFFD."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def redact_url(url: str) -> str:
     """Replaces user, password, query and fragment of a URL by `***`.
 

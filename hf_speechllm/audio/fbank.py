@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 from transformers import BatchFeature, SequenceFeatureExtractor
 
+from .decoders import MAX_RATE, MIN_RATE
+
 FRAMES_AT_ONCE = 200_000  # frames per chunk on a GPU: 33 minutes, 1.3 GB of temporary memory
 FBANK_FRAMES_AT_ONCE = 30_000  # frames per chunk on a CPU: 5 minutes, 0.3 GB of temporary memory
 FRAME_SHIFT = 0.01  # seconds between two frames before stacking, in every supported front end
+
+
+# The least and the most of each option; a checkpoint, which may come from anybody, says them.
+LIMITS = {
+    "feature_size": (1, 1000), "sampling_rate": (MIN_RATE, MAX_RATE), "frame_length": (1, 1000),
+    "frame_shift": (1, 1000), "num_frames_lfr": (1, 100), "stride_lfr": (1, 100), "waveform_scale": (1e-9, 1e9),
+    "dither": (0.0, 1e9), "padding_value": (-1e9, 1e9),
+}  # fmt: skip
+WINDOWS = ("hamming", "hanning", "povey", "rectangular", "blackman")
 
 
 class FbankFeatureExtractor(SequenceFeatureExtractor):
@@ -29,6 +41,9 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         waveform_scale: factor for waveforms in [-1, 1]; 2^15 gives the log floor of 16-bit samples.
         dither: standard deviation of the noise added to the scaled waveform. The original always adds 1.0, which makes
             decoding random; the default here is no dither.
+
+    Raises:
+        ValueError: if an option has a wrong type or an impossible value.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -47,6 +62,7 @@ class FbankFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         **kwargs,
     ):
+        _check(locals())
         kwargs["return_attention_mask"] = True
         super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
         self.frame_length = frame_length
@@ -269,3 +285,12 @@ def num_encoder_input_frames(feature_extractor: SequenceFeatureExtractor, num_fb
     if isinstance(feature_extractor, FbankFeatureExtractor):
         return -(-num_fbank_frames // feature_extractor.stride_lfr)
     return num_fbank_frames
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name, (least, most) in LIMITS.items():
+        value, kinds = options[name], (int, float) if isinstance(least, float) else (int,)
+        if type(value) not in kinds or not least <= value <= most:
+            raise ValueError(f"{name} is {str(value)[:50]!r}; it must be a number from {least:g} to {most:g}")
+    if options["window_type"] not in WINDOWS:
+        raise ValueError(f"window_type is {str(options['window_type'])[:50]!r}; choose one of {', '.join(WINDOWS)}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from .decoders import MAX_PEAK, MAX_RATE, MIN_RATE, AudioError, out_of_scale
 from .resampling import resample
+from .waveform import mix_channels
 
 CONTENTS = ("bytes", "path")  # keys in `datasets.Audio(decode=False)`
 SAMPLES = ("array", "raw")  # keys in `datasets.Audio` before version 4, and in transformers' pipelines
@@ -57,7 +58,8 @@ def to_source(recording: Any, sampling_rate: int, given_rate: int | None = None)
         return _source_of_row(recording, sampling_rate)
     if hasattr(recording, "get_all_samples"):  # `torchcodec.decoders.AudioDecoder`, returned by datasets 4
         decoded = recording.get_all_samples()
-        return to_source(decoded.data.mean(0), sampling_rate, decoded.sample_rate)
+        samples = mix_channels(decoded.data.detach().cpu().numpy().T, "the recording")
+        return to_source(samples, sampling_rate, decoded.sample_rate)
     if hasattr(recording, "read"):
         if recording.seekable():  # files are read twice: for the length, and for the samples
             recording.seek(0)

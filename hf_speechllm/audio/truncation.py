@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-MAX_CHUNKS = 1_000_000  # maximum of chunks or pages that are read; hours of speech have 100,000
-MAX_TAIL = 1 << 24  # maximum of bytes after the end of a recording; tags and pictures are smaller
-_READ = 1 << 20  # bytes per read
-_MARGIN = 64  # bytes of the longest signature
-# Signatures at the start of recordings, for formats whose headers contain no length.
-_SIGNATURES = {
-    b"fLaC": re.compile(rb"fLaC[\x00\x80]\x00\x00\x22"),
-    b"#!AM": re.compile(rb"#!AMR(-WB)?\n"),
-    b"caff": re.compile(rb"caff\x00\x01\x00\x00desc"),
-    b"TTA1": re.compile(rb"TTA1[\x01\x02]\x00"),
-    b"FLV\x01": re.compile(rb"FLV\x01[\x01\x04\x05]\x00\x00\x00\x09"),
-    b"Crea": re.compile(rb"Creative Voice File\x1a"),
-    b"\x1aE\xdf\xa3": re.compile(rb"\x1aE\xdf\xa3.{1,48}?(webm|matroska)", re.DOTALL),
-}
-_HEADS = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3")
-_MP3_TAGS = (b"Xing", b"Info")  # tags in the first frame that contain the number of bytes
+MAX_CHUNKS = 1_000_000  # chunks or pages of a container that are looked at: hours of speech have 100,000
+MAX_TAIL = 1 << 24  # bytes behind the end of a recording; tags and pictures are smaller
+_READ = 1 << 20  # bytes searched at once
+_MARGIN = 64  # bytes of the longest mark
+TWO_CHUNKS = "two chunks of samples ({}); write it again with one"
+# What recordings start with, as it is searched for in formats that do not announce where they end: long enough not to
+# occur by chance.
+_MARKS = {
+    mark: re.compile(pattern, re.DOTALL)
+    for mark, pattern in {
+        b"RIFF": rb"RIFF.{4}(WAVE|AVI )", b"RF64": rb"RF64.{4}WAVE", b"FORM": rb"FORM.{4}AIF[FC]",
+        b"fLaC": rb"fLaC[\x00\x80]\x00\x00\x22", b"OggS": rb"OggS\x00\x02\x00{8}", b"#!AMR": rb"#!AMR(-WB)?\n",
+        b"caff": rb"caff\x00\x01\x00\x00desc", b"TTA1": rb"TTA1[\x01\x02]\x00[\x01-\x08]\x00",
+        b"FLV\x01": rb"FLV\x01[\x01\x04\x05]\x00\x00\x00\x09", b"Creative": rb"Creative Voice File\x1a",
+        b"\x1aE\xdf\xa3": rb"\x1aE\xdf\xa3.{1,48}?(webm|matroska)", b"NIST_1A": rb"NIST_1A\n *1024\n",
+        b".snd": rb"\.snd\x00\x00.{6}\x00\x00\x00[\x01-\x1b]\x00", b"riff.\x91\xcf\x11": rb"",
+        b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04", b"ftyp": rb"ftyp(isom|iso[2-9]|mp4[12]|M4[AVB] |qt  |3gp|3g2|dash)",
+    }.items()
+}  # fmt: skip
+_HEADS = (
+    b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3",
+    b"NIST_1A\n", b"TTA1", b"wvpk", b"FLV\x01", b"Creative Voice", b"\x0bw",
+)  # fmt: skip
+_BOXES = (  # of an MP4 file, at its top
+    b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"udta", b"meta",
+    b"mfra", b"sidx", b"ssix", b"pdin", b"prft", b"emsg",
+)  # fmt: skip
+_MP3_TAGS = (b"Xing", b"Info")  # in the first frame, with the number of bytes
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits in the other order
 
 
 def missing_bytes(file: BinaryIO) -> int:
@@ -39,31 +53,39 @@ def second_recording(file: BinaryIO) -> int:
     `cat a.wav b.wav` and chained Ogg produce files with several recordings. Decoders stop after the first one.
 
     Raises:
-        ValueError: if the first recording is followed by other data that is too long for a tag, for example in a WAV
-            file of more than 4 GiB.
+        ValueError: if the file goes on with something else that is too long for a tag, as a WAV file of more than
+            4 GiB does; if a page of an Ogg file is damaged or missing, which decoders pass over.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(4)
     if head == b"OggS":
         return _second_chain(file)
-    if head in _SIGNATURES:
-        return _find_again(file, _SIGNATURES[head])
     end = _ends(file)[1]
-    if not 0 < end < size:
+    if not end:
+        return _find_again(file, _flac_start(file) if head == b"fLaC" else 4)
+    if end >= size:
         return 0
     for start in (end, end + 1):  # there may be one byte of padding
         if _is_recording(file, start):
             return start
-    if size - end > MAX_TAIL:
-        raise ValueError(f"{size - end} bytes follow after the end according to the header; write the file again")
+    _check_tail(size - end)
     return 0
+
+
+def _check_tail(size: int) -> None:
+    if size > MAX_TAIL:
+        raise ValueError(f"{size} bytes follow after the end that its header announces; write it again")
 
 
 def _is_recording(file: BinaryIO, start: int) -> bool:
     file.seek(start)
     head = file.read(16)
-    return head.startswith(_HEADS) or head[4:8] == b"ftyp" or _mp3_tag(file, start)[1] >= 0
+    mpeg = head[:1] == b"\xff" and head[1:2] >= b"\xe0"  # a frame of MP3 or AAC
+    file.seek(start + 188)
+    transport_stream = head[:1] == file.read(1) == b"\x47"  # packets of 188 bytes
+    known = head.startswith(_HEADS) or head[4:8] == b"ftyp" or mpeg or transport_stream
+    return known or _mp3_tag(file, start)[1] >= 0
 
 
 def _ends(file: BinaryIO) -> tuple[int, int]:
@@ -75,11 +97,19 @@ def _ends(file: BinaryIO) -> tuple[int, int]:
         return _riff_ends(file, b"data", "little")
     if head[:4] == b"FORM":
         return _riff_ends(file, b"BODY" if head[8:12] == b"8SVX" else b"SSND", "big")
+    if head[:4] == b"caff":
+        return _caf_ends(file)
     if head[:4] == b".snd":
         start, length = int.from_bytes(head[4:8], "big"), int.from_bytes(head[8:12], "big")
         ends = 0 if length == 0xFFFFFFFF else start + length
     elif head[:6] == b"riff\x2e\x91":  # W64: a 64-bit size after a GUID of 16 bytes
         ends = int.from_bytes(head[16:24], "little")
+    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        ends = 8 + int.from_bytes(head[4:8], "little")
+    elif head[:8] == b"NIST_1A\n":
+        ends = _nist_end(file)
+    elif head[:20] == b"Creative Voice File\x1a":
+        ends = _voc_end(file, int.from_bytes(head[20:22], "little"))
     elif head[:4] == b"OggS":
         ends = _last_ogg_page_end(file, size)
     elif head[4:8] == b"ftyp":
@@ -91,17 +121,25 @@ def _ends(file: BinaryIO) -> tuple[int, int]:
     return ends, ends
 
 
-def _chunks(file: BinaryIO, order: Literal["little", "big"]) -> Iterator[tuple[bytes, int, int]]:
-    """Yields name, first content byte and size of each chunk in a RIFF, RF64 or AIFF file."""
-    position = 12
+def _chunks(
+    file: BinaryIO, order: Literal["little", "big"], position: int = 12, width: int = 4
+) -> Iterator[tuple[bytes, int, int]]:
+    """Names, starts of the content and sizes of the chunks of a RIFF, RF64, AIFF or CAF file.
+
+    Args:
+        position: of the first chunk.
+        width: of a size, in bytes; chunks with sizes of 4 bytes have even lengths.
+    """
     for _ in range(MAX_CHUNKS):
         file.seek(position)
-        header = file.read(8)
+        header = file.read(4 + width)
         size = int.from_bytes(header[4:], order)
-        if len(header) < 8 or not header[:4].isascii() or not header[:4].decode("ascii").isprintable():
+        if len(header) < 4 + width or not header[:4].isascii() or not header[:4].decode("ascii").isprintable():
             return
-        yield header[:4], position + 8, size
-        position += 8 + size + size % 2
+        yield header[:4], position + 4 + width, size
+        position += 4 + width + size + (size % 2 if width == 4 else 0)
+        if position >= 1 << 63:  # beyond what a file can be asked for
+            return
 
 
 def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> tuple[int, int]:
@@ -122,13 +160,61 @@ def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> 
             form_end, large_size = 8 + int.from_bytes(sizes[:8], "little"), int.from_bytes(sizes[8:], "little")
         elif chunk == name:
             if samples_end:
-                raise ValueError(f"two chunks of samples ({name.decode()}); write the file again with one chunk")
-            # Writers that cannot seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
+                raise ValueError(TWO_CHUNKS.format(name.decode()))
+            # Writers that can't seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
             size = size if size < 0x7FFFF000 else large_size
             if not size:
                 return 0, 0
             samples_end = start + size
     return samples_end, max(samples_end, form_end) if samples_end else 0
+
+
+def _caf_ends(file: BinaryIO) -> tuple[int, int]:
+    """Ends of a CAF file: of the samples (and the table of their packets), and of all.
+
+    Raises:
+        ValueError: as `_riff_ends`.
+    """
+    samples_end = end = number = 0
+    for chunk, start, size in _chunks(file, "big", position=8, width=8):
+        if not (chunk.isalpha() and chunk.islower()) or chunk in (b"caff", b"riff"):  # another file follows
+            break
+        if chunk in (b"data", b"pakt"):
+            if size >= 1 << 63:  # -1: up to the end of the file
+                return 0, 0
+            samples_end = max(samples_end, start + size)
+            number += chunk == b"data"
+        end = start + size
+    if number > 1:
+        raise ValueError(TWO_CHUNKS.format("data"))
+    return samples_end, end
+
+
+def _nist_end(file: BinaryIO) -> int:
+    """Where a NIST SPHERE file ends, whose samples are not compressed: the header is text."""
+    file.seek(8)
+    line = file.readline(16).strip()
+    start = int(line) if line.isdigit() else 0
+    file.seek(0)
+    header = dict(re.findall(rb"^(\w+) -(?:i|s\d+) (\S+)", file.read(min(start, _READ)), re.MULTILINE))
+    if not header.get(b"sample_coding", b"pcm").isalnum():  # such as "pcm,embedded-shorten-v2.00"
+        return 0
+    sizes = [header.get(name, b"") for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
+    if not all(size.isdigit() and len(size) < 16 for size in sizes):
+        return 0
+    count, channels, width = map(int, sizes)
+    return start + count * channels * width
+
+
+def _voc_end(file: BinaryIO, position: int) -> int:
+    """Where the blocks of a VOC file end: a type of one byte, a size of three; type 0 is the end."""
+    for _ in range(MAX_CHUNKS):
+        file.seek(position)
+        header = file.read(4)
+        if not header or not header[0]:
+            return position + len(header[:1])
+        position += 4 + int.from_bytes(header[1:], "little")
+    return 0
 
 
 def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
@@ -145,33 +231,93 @@ def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
 
 
 def _second_chain(file: BinaryIO) -> int:
-    """Returns the start of a second chain in an Ogg file (RFC 3533, section 4): a first page after other pages."""
+    """Where a second chain begins in an Ogg file (RFC 3533, section 4): a first page of a stream after others.
+
+    Raises:
+        ValueError: if a page is damaged or missing, or something else stands between two pages.
+    """
     position, after_first = 0, False
+    numbers: dict[bytes, int] = {}  # of the last page of each stream
     for _ in range(MAX_CHUNKS):
         file.seek(position)
         page = file.read(27 + 255)
         if page[:4] != b"OggS" or len(page) < 27:
-            return position if page.startswith(_HEADS) else 0
+            return _after_pages(file, position, page)
         first = bool(page[5] & 2)
         if first and after_first:
             return position
         after_first = after_first or not first
         segments = page[26]
-        position += 27 + segments + sum(page[27 : 27 + segments])
+        length = 27 + segments + sum(page[27 : 27 + segments])
+        page += file.read(max(0, length - len(page)))
+        page = page[:length]
+        if len(page) < length:  # truncated, which `missing_bytes` tells
+            return 0
+        if _ogg_checksum(page) != int.from_bytes(page[22:26], "little"):
+            raise ValueError(f"damaged: the Ogg page at byte {position} does not have its checksum")
+        stream, number = page[14:18], int.from_bytes(page[18:22], "little")
+        if not first and number != numbers.get(stream, number - 1) + 1:
+            raise ValueError(f"damaged: Ogg pages are missing before byte {position}")
+        numbers[stream] = number
+        position += length
     return 0
 
 
-def _find_again(file: BinaryIO, signature: re.Pattern[bytes]) -> int:
-    """Returns the position of a second signature in a file; 0 if there is none."""
-    position = file.seek(4)
+def _after_pages(file: BinaryIO, position: int, start: bytes) -> int:
+    """Where a recording begins behind the pages of an Ogg file; 0 if something else does, which is short."""
+    if not start.startswith(b"OggS") and _is_recording(file, position):
+        return position
+    size = file.seek(0, os.SEEK_END) - position
+    _check_tail(size)
+    file.seek(position + 1)
+    if file.read(size).find(b"OggS") >= 0:
+        raise ValueError(f"damaged: what stands at byte {position} is no Ogg page, and more of them follow")
+    return 0
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """The checksum of a page (RFC 3533, section 6): zlib's polynomial, but the first bit of a byte comes first."""
+    reverse = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
+    checksum = zlib.crc32(reverse, 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{checksum:032b}"[::-1], 2)
+
+
+def _find_again(file: BinaryIO, position: int) -> int:
+    """Where a recording of any kind starts behind a position; 0 if none does."""
+    file.seek(position)
     held = b""
     while block := file.read(_READ):
         searched = held + block
-        if found := signature.search(searched):
-            return position - len(held) + found.start()
+        found = [
+            place - 4 * (mark == b"ftyp")  # which stands behind a size
+            for mark, pattern in _MARKS.items()
+            for place in _places(searched, mark)
+            if pattern.match(searched, place)
+        ]
+        if found:
+            return position - len(held) + min(found)
         position += len(block)
         held = searched[-_MARGIN:]
     return 0
+
+
+def _places(data: bytes, mark: bytes) -> Iterator[int]:
+    place = data.find(mark)
+    while place >= 0:
+        yield place
+        place = data.find(mark, place + 1)
+
+
+def _flac_start(file: BinaryIO) -> int:
+    """Where the frames of a FLAC file start: its metadata may hold the header of the WAV file that it was made of."""
+    position = 4
+    for _ in range(MAX_CHUNKS):
+        file.seek(position)
+        block = file.read(4)
+        position += 4 + int.from_bytes(block[1:], "big")
+        if len(block) < 4 or block[0] & 0x80:
+            break
+    return position
 
 
 def _mp4_ends(file: BinaryIO) -> tuple[int, int]:
@@ -180,12 +326,13 @@ def _mp4_ends(file: BinaryIO) -> tuple[int, int]:
     for number in range(MAX_CHUNKS):
         file.seek(position)
         header = file.read(16)
-        if len(header) < 8 or number and header[4:8] == b"ftyp":
+        name = header[4:8]
+        if name not in _BOXES or number and name == b"ftyp":
             break
         size = int.from_bytes(header[:4], "big")
         if size == 1:  # a 64-bit size follows the name
             size = int.from_bytes(header[8:], "big")
-        if header[4:8] in (b"mdat", b"moov"):
+        if name in (b"mdat", b"moov"):
             end = position + size
         if size < 8:  # 0: up to the end of the file
             break
@@ -202,6 +349,8 @@ def _matroska_end(head: bytes) -> int:
         size = int.from_bytes(head[position : position + width], "big") & largest
         return position + width, -1 if size == largest else size
 
+    if len(head) < 12:
+        return 0
     start, size = size_at(4)
     segment = start + size
     if head[segment : segment + 4] != b"\x18S\x80g" or segment + 12 > len(head):

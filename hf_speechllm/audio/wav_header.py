@@ -12,7 +12,8 @@ from ..files import open_regular
 from .decoders import MAX_RATE, MAX_SECONDS, MIN_RATE
 from .truncation import missing_bytes, second_recording
 
-PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32")  # libsndfile's names
+# libsndfile's names. Not 32 bits: the samples show whether they use only 16 of them.
+PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24")
 # Header of most integer PCM WAV files: before the data only the format, and possibly FFmpeg's version.
 _SIMPLE_WAV = re.compile(
     rb"RIFF.{4}WAVEfmt \x10\0\0\0\x01\0.{14}"
@@ -60,7 +61,7 @@ def _parse_simple_wav(head: bytes, size: int) -> tuple[int, int] | None:
     length = int.from_bytes(head[match.end() - 4 : match.end()], "little")
     consistent = (
         0 < channels <= 1024  # libsndfile's limit
-        and bits in (8, 16, 24, 32)
+        and bits in (8, 16, 24)
         and width == channels * bits // 8
         and byte_rate == rate * width
         and riff_length == size - 8

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
 CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of independent channels' energy
+CANCELLED_CHANNELS = "%s: channels in opposite phase cancel each other; using only channel %d"
+GROWTH = 8  # an array grows by one part in so many of its length
 MAX_HEADER_SECONDS = 1e9  # seconds; the header of a stream without a length may contain 2^63 samples
 
 
@@ -108,7 +110,7 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
         return mixed
     del mixed
     channel = energies.loudest
-    logger.warning("%s: channels in opposite phase cancel each other; using only channel %d", name, channel + 1)
+    logger.warning(CANCELLED_CHANNELS, name, channel + 1)
     return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds))
 
 
@@ -150,6 +152,16 @@ class _Energies:
         return int(np.argmax(self.channels))
 
 
+def mix_channels(samples: np.ndarray, name: str) -> np.ndarray:
+    """The mean of channels, shape = (samples, channels), or the loudest one, with a warning, where they cancel."""
+    energies = _Energies()
+    mixed = energies.mix(samples)
+    if not energies.cancelled:
+        return mixed
+    logger.warning(CANCELLED_CHANNELS, name, energies.loudest + 1)
+    return samples[:, energies.loudest]
+
+
 def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     """Decodes a recording to float32, shape = (samples, channels), in [-1, 1], and the rate in Hz.
 
@@ -162,16 +174,21 @@ def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
 
 
 def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """Joins blocks to one array and frees each block after the copy."""
-    held = list(blocks)
-    if len(held) == 1:
-        return np.ascontiguousarray(held[0])
-    joined = np.empty((sum(map(len, held)), *held[0].shape[1:]), held[0].dtype)
-    end = len(joined)
-    while held:
-        block = held.pop()
-        joined[end - len(block) : end] = block
-        end -= len(block)
+    """One array of all blocks; a list of them would need as much memory again."""
+    iterator = iter(blocks)
+    first = joined = np.ascontiguousarray(next(iterator))
+    filled = len(joined)
+    for block in iterator:
+        end = filled + len(block)
+        if end > len(joined):
+            if joined is first:  # which is not ours to resize
+                joined = first.copy()
+            # In place where the system can move pages. Not by blocks: elsewhere, each time copies all.
+            joined.resize((max(end, filled + filled // GROWTH), *joined.shape[1:]), refcheck=False)
+        joined[filled:end] = block
+        filled = end
+    if filled < len(joined):
+        joined.resize((filled, *joined.shape[1:]), refcheck=False)
     return joined
 
 

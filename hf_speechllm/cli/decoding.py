@@ -101,4 +101,6 @@ def prepare(
         raise ValueError(f"{name} is not the same for all processes; start again once it does not change any more")
     journal.require(stamps[0])
     options = {option: getattr(args, option) for option in OPTIONS}
-    return plan, Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)
+    transcriber = Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)
+    transcriber.rehearse(name)
+    return plan, transcriber

@@ -30,7 +30,7 @@ def normalized_lines(path: str) -> Iterator[str]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                fields = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                fields = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8 with iconv"

@@ -60,9 +60,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def warn_about_ids(message: str, ids: list[str]) -> None:
+    from ..audio.downloads import printable
+
     if ids:
         more = f" and {len(ids) - 20} more" if len(ids) > 20 else ""
-        logger.warning("%s: %d: %s%s", message, len(ids), ", ".join(ids[:20]), more)
+        logger.warning("%s: %d: %s%s", message, len(ids), printable(", ".join(ids[:20])), more)
 
 
 def score(args: argparse.Namespace) -> None:

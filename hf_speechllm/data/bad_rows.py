@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..audio.downloads import redact
+from ..audio.downloads import printable, redact
 from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ class BadRow:
 
     def __post_init__(self):
         # Text from data must not reveal passwords in URLs or contain control characters for the terminal.
-        object.__setattr__(self, "reason", _printable(redact(self.reason)))
+        object.__setattr__(self, "reason", printable(redact(self.reason)))
         if isinstance(self.line, str):
-            object.__setattr__(self, "line", _printable(self.line))
+            object.__setattr__(self, "line", printable(self.line))
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
+        return f"{printable(self.file)}:{self.line}: {self.reason}"
 
 
 class BadRows:
@@ -98,10 +98,12 @@ class BadRows:
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
         if fraction > self.max_bad_fraction:
+            # Without all of them, nothing would be left.
+            leave_out = f", or skip them with --max_bad_fraction {_rounded_up(fraction):g}" if fraction < 1 else ""
             raise BadDataError(
                 f"{summary}; --max_bad_fraction allows {self.max_bad_fraction:.2%}:\n"
                 + "\n".join(named)
-                + f"\nFix these rows, or skip them with --max_bad_fraction {_rounded_up(fraction):g}"
+                + f"\nFix these rows{leave_out}"
             )
         logger.warning("%s and skipped:\n%s", summary, "\n".join(named))
 
@@ -115,7 +117,3 @@ def path_hint(reasons: Iterable[str]) -> list[str]:
 def _rounded_up(fraction: float) -> float:
     """Rounds up to three decimal places."""
     return -(-fraction * 1000 // 1) / 1000
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

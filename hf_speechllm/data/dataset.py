@@ -76,8 +76,9 @@ def load_rows(
             features=ROW_FEATURES,
             cache_dir=cache_dir,
             # One file per call: `datasets` may read several files in separate processes.
+            # Not `resolve`: relative paths start at the list as it was named, not at the target of a link.
             gen_kwargs={
-                "file": str(Path(file).resolve()),
+                "file": os.path.abspath(file),
                 "stamp": f"{ROWS_VERSION}-{status.st_size}-{status.st_mtime_ns}",
             },
         )
@@ -378,7 +379,5 @@ def prepare_rows(
         raise BadDataError(f"{', '.join(files)}: no usable rows")
     if not weights:
         return rows, None
-    by_file = {
-        str(Path(file).resolve()): weight for group, weight in zip(found, weights, strict=True) for file in group
-    }
+    by_file = {os.path.abspath(file): weight for group, weight in zip(found, weights, strict=True) for file in group}
     return rows, np.array([by_file[file] for file in rows["file"]])

@@ -52,8 +52,11 @@ class Row:
 
 
 def recording_id(source: str) -> str:
-    """Returns the default ID of a recording: the stem of the file name, without the query of a URL."""
-    return PurePosixPath(urlsplit(source).path if is_url(source) else source).stem
+    """Returns the default ID of a recording: the stem of the file name, without the query of a URL.
+
+    Spaces and byte order marks around the stem are removed; they would be lost when a list is read back.
+    """
+    return PurePosixPath(urlsplit(source).path if is_url(source) else source).stem.strip(" \ufeff")
 
 
 def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:

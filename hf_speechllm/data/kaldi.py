@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..audio.downloads import redact
 from ..audio.waveform import AudioError, check_root, display_name, is_url, probe_audio, resolve_source
 from .bad_rows import BadRows
+
+logger = logging.getLogger(__name__)
 
 FRAME_LENGTH = 25  # ms
 FRAME_SHIFT = 10  # ms
@@ -60,8 +64,7 @@ def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "v
     lines: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
+            raw = raw.removeprefix(codecs.BOM_UTF8)  # in any line: `cat` joins lists
             # `split()` would also split at Unicode spaces, which a path or transcript may contain.
             id_, value = (_SPACES.split(raw.strip(b" \t\r\n"), maxsplit=1) + [b""])[:2]
             if not id_:
@@ -96,7 +99,7 @@ def require_transcripts(transcripts: KaldiList) -> None:
     values = [entry.value for entry in transcripts.entries[:10]]
     if values and all(is_url(value) or os.path.isfile(os.path.join(folder, value)) for value in values):
         raise ValueError(
-            f"{transcripts.file}: {values[0]} is a recording, not a transcript; check that --scp_file and "
+            f"{transcripts.file}: {redact(values[0])} is a recording, not a transcript; check that --scp_file and "
             "--transcript_file are not swapped"
         )
 
@@ -107,6 +110,7 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     Args:
         path: see `read_list`.
         bad_rows: receives bad lines (see `read_list`), and commands and archives, which only Kaldi can read.
+            A file `segments` beside the list is not used, with a warning.
         audio_root: folder that must contain all recordings.
 
     Raises:
@@ -114,6 +118,11 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     """
     scp = read_list(path, bad_rows, "path")
     folder = os.path.dirname(os.path.abspath(scp.file))
+    if os.path.isfile(os.path.join(folder, "segments")):
+        logger.warning(
+            "%s is not used: the recordings of %s are taken whole; to cut them, use Kaldi's extract-segments",
+            os.path.join(folder, "segments"), scp.file,
+        )  # fmt: skip
     entries = []
     for entry in scp.entries:
         if entry.value.startswith("|") or entry.value.endswith("|"):

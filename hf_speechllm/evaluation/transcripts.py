@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..audio.downloads import redact
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.jsonl import read_jsonl, recording_id
 
@@ -40,7 +41,7 @@ def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            line = raw.removeprefix(codecs.BOM_UTF8)  # of any line: lists are joined with `cat`
             try:
                 text = line.decode("utf-8").strip("\r\n")  # keeps the tab before an empty text
             except UnicodeDecodeError as error:
@@ -107,7 +108,9 @@ def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Tr
     transcripts = _read_rows(path) if Path(path).suffix == ".jsonl" else Transcripts(read_map(path, empty_values=True))
     paths = [text for text in transcripts.texts.values() if _RECORDING.search(text)]
     if 2 * len(paths) > len(transcripts.texts):
-        raise BadDataError(f'{path}: recordings ("{paths[0]}") instead of transcripts; pass a list of lines `ID TEXT`')
+        raise BadDataError(
+            f'{path}: recordings ("{redact(paths[0])}") instead of transcripts; pass a list of lines `ID TEXT`'
+        )
     if required and not transcripts.texts:
         raise BadDataError(f"{path}: no transcripts; pass a list of lines `ID TEXT`")
     return transcripts

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
 
 from ..model.packing import MASKS_BY_LAYER, PADDED, PADDING_FREE, PaddingFreeBatch, causal_masks
-from .fsmn import use_fsmn
+from .fsmn import use_fsmn, use_transformers_fsmn
 from .versions import is_tested
 
 BIDIRECTIONAL = ("fun_asr_nano_encoder", "speech_llm_audio_adaptor")  # model types of encoder and adaptor
@@ -101,6 +101,14 @@ def disable_host_syncs(model: nn.Module) -> None:
     """
     use_fsmn(model)
     _attend_to_padded_rows(model)
+
+
+def enable_host_syncs(model: nn.Module) -> None:
+    """Undoes `disable_host_syncs`: the parts compute as transformers has them."""
+    use_transformers_fsmn(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == PADDED:
+            module.set_attn_implementation("sdpa")
 
 
 @contextmanager

@@ -65,6 +65,13 @@ def use_fsmn(model: nn.Module) -> None:
             module.kernel = kernel
 
 
+def use_transformers_fsmn(model: nn.Module) -> None:
+    """Undoes `use_fsmn`."""
+    for module in model.modules():
+        if type(module) is FSMN:
+            module.__class__ = FunAsrNanoFSMN
+
+
 @functools.cache
 def kernel_works() -> bool:
     """Whether Triton is installed and can build a kernel; Triton needs a C compiler."""

@@ -121,6 +121,8 @@ def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
         config = SpeechLLMConfig(**values)
         config.validate()
         config.to_json_string()
+        if config.max_feature_frames < 1:
+            raise ValueError("the positions of the audio encoder leave no room for a recording")
     return config
 
 

@@ -294,6 +294,21 @@ def load_processor(
     written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
+    processor = _read_processor(processor_class, name, layout, written_by, hub, options)
+    with reading(name, PROCESSOR_ERROR):  # settings of a tokenizer are only looked at when it is used
+        ids = processor.tokenizer.encode("a", add_special_tokens=False)
+        processor.tokenizer.batch_decode([ids], skip_special_tokens=True)
+    return processor
+
+
+def _read_processor(
+    processor_class: type[SpeechLLMProcessor],
+    name: str | os.PathLike[str],
+    layout: str,
+    written_by: Any,
+    hub: dict,
+    options: dict,
+) -> SpeechLLMProcessor:
     if layout == OWN and written_by == native.PROCESSOR_CLASS:  # pushed without its model
         folder = _fetch(name, NATIVE, hub, weights=False)
         with reading(folder, PROCESSOR_ERROR):

@@ -98,7 +98,10 @@ def inside(folder: Path, name: Any, source: Any) -> Path:
     """
     check_name(name, source)
     path = folder / name
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # the latter for links in a circle, in older releases of Python
+        raise CheckpointError(f"{source}: {one_line(name)!r} is a link that leads nowhere") from error
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise CheckpointError(
             f"{source}: {one_line(name)!r} is a link to a target outside the checkpoint's folder; copy the file "

@@ -46,7 +46,7 @@ def model_card(
     """Builds the card of a trained model. The card contains file names, but no local folders and no secrets.
 
     Args:
-        name: Hub id or folder name of the model.
+        name: Hub id or folder name of the model; a folder name may contain any character.
         source: Hub id or folder of the base model.
         parameters: trained and total parameters of each part; see `freezing.count_parameters`.
         data: training and validation sets.
@@ -71,7 +71,7 @@ def model_card(
     local = _code(Path(source).resolve().name)
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model {local}"
     sections = [
-        f"---\n{front_matter.to_yaml()}\n---\n\n# {name.split('/')[-1]}",
+        f"---\n{front_matter.to_yaml()}\n---\n\n# {_escape(name.split('/')[-1])}",
         f"A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech, fine-tuned from {origin} with "
         "`hf_speechllm`.",
         _trained(parameters, lora, base),

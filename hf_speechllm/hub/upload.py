@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..audio.fbank import FbankFeatureExtractor
 from ..formats import native
@@ -36,8 +40,14 @@ ABSOLUTE_PATH = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:", re.IGNORECASE)
 
 
 def hub_id(name: str) -> str | None:
-    """Returns the Hub id of a model name; `None` for a local folder."""
-    return None if not name or os.path.exists(name) or os.path.isabs(name) or name.count("/") > 1 else name
+    """Returns the Hub id of a model name; `None` for a local folder and for an impossible id."""
+    if not name or os.path.exists(name) or os.path.isabs(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def is_native(config: SpeechLLMConfig) -> bool:
@@ -80,26 +90,28 @@ def usage(name: str) -> str:
     """Returns the section of a card about transcription with the model.
 
     Args:
-        name: Hub id or folder name of the model.
+        name: Hub id or folder name of the model; a folder name may contain any character.
     """
+    name = "".join(char if char.isprintable() and char != "`" else " " for char in name)  # no end of the code
+    quoted, argument = json.dumps(name, ensure_ascii=False), shlex.quote(name)
     return f"""## Use
 ```python
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.inference.transcriber import Transcriber
 
-model = SpeechLLMForConditionalGeneration.from_pretrained("{name}")
-processor = SpeechLLMProcessor.from_pretrained("{name}")
+model = SpeechLLMForConditionalGeneration.from_pretrained({quoted})
+processor = SpeechLLMProcessor.from_pretrained({quoted})
 Transcriber(model, processor).transcribe(["recording.wav"])
 ```
 
 With lists, on the command line:
 
 ```bash
-hf-speechllm decode --model_name_or_path {name} --scp_file wav.scp --output_file hyp.txt
+hf-speechllm decode --model_name_or_path {argument} --scp_file wav.scp --output_file hyp.txt
 ```
 
 For transformers without `hf_speechllm` (`fun_asr_nano`) or FunASR, convert the model: `hf-speechllm convert --input
-{name} --output converted --format native` (or `funasr`). If the model would give different results there, the
+{argument} --output converted --format native` (or `funasr`). If the model would give different results there, the
 conversion is refused with the reason."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..audio.downloads import printable
 from ..locks import output_file_lock
 from .distributed import Processes, shares
 from .journal import Journal, request_key
@@ -168,7 +169,7 @@ def decode_requests(transcriber: Transcriber | None, plan: Plan, journal: Journa
             failures.setdefault(index, "neither a text nor a failure came of it; start again")
     return Outcome(
         [(plan.requests[index].id, results[index]) for index in sorted(results)],
-        [f"{plan.requests[index].id}: {failures[index]}" for index in sorted(failures)],
+        [printable(f"{plan.requests[index].id}: {failures[index]}") for index in sorted(failures)],
         seconds,
         elapsed,
     )

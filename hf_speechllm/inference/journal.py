@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..audio.waveform import source_stamp
+from ..data.bad_rows import NUM_NAMED
 from ..model.chat import ChatError
 from .pieces import Transcript
 from .requests import Request
@@ -59,20 +60,23 @@ class Journal:
         """
         results = {}
         self._found = {}
+        damaged = []
         for path in self.files():
             lines = Path(path).read_bytes().split(b"\n")[:-1]  # a last line without its end is what a kill cut off
             for number, line in enumerate(lines, start=1):
                 row = _parse(line)
                 if row is None or (number == 1) != ("settings" in row):
                     lost = "its result is" if number > 1 else f"without settings, {len(lines) - 1} results are"
-                    if self.rank == 0:
-                        logger.warning("%s:%d: damaged: %s not used, but decoded again", path, number, lost)
+                    damaged.append(f"{path}:{number}: damaged: {lost} not used, but decoded again")
                     if number == 1:
                         break
                 elif number == 1:
                     self._found[path] = row["settings"]
                 else:
                     results[row["key"]] = _transcript(row)
+        if damaged and self.rank == 0:
+            more = [f"and {len(damaged) - NUM_NAMED} more damaged lines"] if len(damaged) > NUM_NAMED else []
+            logger.warning("%s", "\n".join(damaged[:NUM_NAMED] + more))
         self.require({})
         return results
 

@@ -13,7 +13,7 @@ from ..data.kaldi import read_scp
 from ..model import chat
 from .sources import find_recordings
 
-_LINE_BREAKERS = re.compile(r"[\t\r\n]")
+_NOT_IN_ID = re.compile(r"[\t\r\n]")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,14 @@ def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) 
         OSError: if a file or folder is missing or can't be read.
         ValueError: if a source is of another kind, or a folder has no recordings.
     """
-    found = find_recordings(sources, bad_rows)
-    return [Request(item.id, chat.transcription_messages(item.recording, prompt)) for item in found]
+    requests = []
+    for item in find_recordings(sources, bad_rows):
+        if problem := _problem_of_id(item.id):
+            folder, name = os.path.split(item.name)
+            bad_rows.add(folder or ".", name, problem)
+        else:
+            requests.append(Request(item.id, chat.transcription_messages(item.recording, prompt)))
+    return requests
 
 
 def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows: BadRows) -> list[Request]:
@@ -81,9 +87,8 @@ def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows
             bad_rows.add(row.file, row.line, row.reason)
             continue
         id_ = recording_id(row.recordings[-1])
-        if _LINE_BREAKERS.search(id_):
-            reason = f"bad ID: the file name {id_!r} has a tab or a line end, which separate fields of the output"
-            bad_rows.add(row.file, row.line, reason)
+        if problem := _problem_of_id(id_):
+            bad_rows.add(row.file, row.line, problem)
             continue
         if prompt is not None:
             requests.append(Request(id_, chat.transcription_messages(row.recordings[-1], prompt)))
@@ -91,3 +96,16 @@ def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows
             messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
             requests.append(Request(id_, messages, tuple(row.hotwords)))
     return requests
+
+
+def _problem_of_id(id_: str) -> str | None:
+    """Why an ID that is made of a file name can't be written into a list and read back."""
+    if not id_:
+        return "bad ID: the file name is empty but for spaces and its suffix; rename the file"
+    if _NOT_IN_ID.search(id_):
+        return f"bad ID: the file name {id_!r} has a tab or a line end, which separate fields of the output"
+    try:
+        id_.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"bad ID: the file name {id_!r} is not UTF-8; rename the file"
+    return None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..audio.waveform import is_url
+from ..audio.downloads import is_url, redact_url
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import recording_id
 from ..data.shards import is_archive, recordings_of_archive
@@ -56,7 +56,7 @@ def find_recordings(sources: Sequence[str], bad_rows: BadRows) -> list[Source]:
 
 def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
     if is_url(source):
-        yield Source(_as_id(recording_id(source)), source, source)
+        yield Source(_as_id(recording_id(source)), redact_url(source), source)
     elif os.path.isdir(source):
         yield from _in_folder(source, bad_rows)
     elif source.endswith((".jsonl", ".scp")):

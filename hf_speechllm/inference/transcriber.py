@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from ..audio.inputs import as_list, to_source
 from ..audio.vad import VoiceDetector
 from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
-from ..fast.attention import disable_host_syncs, without_cudnn_attention
+from ..fast.attention import disable_host_syncs, enable_host_syncs, without_cudnn_attention
 from ..fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
+from ..formats.untrusted import one_line, reading
 from ..model import chat
+from ..model.generation import ignored_settings, transcribing, transcription_config
 from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
@@ -69,10 +72,12 @@ class Transcriber:
         vad: makes segments of recordings; `None` decodes each at once.
         cuda_graphs: whether, on a GPU, greedy search replays a step of the LLM; see `steps`.
         fast: whether fast paths are used: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
-            attention of cuDNN. If false, the model computes as torch and transformers do: the same numbers, slower.
+            attention of cuDNN. If false, the model computes as torch and transformers do, also if an earlier fast
+            transcriber has set it up: the same numbers, slower.
 
     Raises:
-        ValueError: with `vad`, if the processor's sampling rate is not that of the voice detection.
+        ValueError: if an end token of the generation configuration is no token; with `vad`, if the processor's
+            sampling rate is not that of the voice detection.
     """
 
     def __init__(
@@ -91,6 +96,11 @@ class Transcriber:
         self.model = model.eval()
         self.steps: CudaGraphDecoder | None = None
         self.fast = fast
+        transcription_config(model)
+        if ignored := ignored_settings(model.generation_config):
+            logger.warning("not used of the model's generation configuration: %s", one_line(ignored))
+        if not fast:
+            enable_host_syncs(model)
         if fast and model.device.type == "cuda":
             disable_host_syncs(model)
             if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
@@ -110,6 +120,20 @@ class Transcriber:
                 f"segments of {vad.max_seconds:g} s; the encoder takes at most {self.meter.max_seconds:.1f} s: lower "
                 "--vad_max_seconds"
             )
+
+    def rehearse(self, name: Any) -> None:
+        """Computes one step for half a second of silence: settings of a stranger's checkpoint show only when used.
+
+        Args:
+            name: of the checkpoint, for the message.
+
+        Raises:
+            CheckpointError: if that is not possible.
+        """
+        with reading(name, "can't transcribe"), torch.inference_mode():
+            silence = np.zeros(self.processor.sampling_rate // 2, np.float32)
+            inputs = self.processor.apply_transcription_request(silence).to(self.model.device)
+            self.model(**inputs, logits_to_keep=1)
 
     def transcribe(self, recordings: Any, sampling_rate: int | None = None, **prompt_options) -> Any:
         """Transcripts of recordings, in their order; of a single one, which is not in a list, its transcript alone.
@@ -185,6 +209,8 @@ class Transcriber:
                 failed, decodable, counts, inputs = result
                 yield from failed
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
+                    if piece.waveform is None:
+                        seconds[piece.index] = piece.seconds  # a recording may have been replaced meanwhile
                     if piece.index not in found:  # another segment of the recording has failed
                         continue
                     if segment is None:
@@ -267,6 +293,9 @@ class Transcriber:
             if isinstance(loaded, AudioError):
                 failed.append(Transcript(piece.index, error=str(loaded)))
                 continue
+            if piece.waveform is None:  # as long as it is now, not as it was when it was measured
+                length = sum(map(len, loaded)) / self.processor.sampling_rate
+                piece = replace(piece, end=piece.start + length)
             decodable.append(piece)
             counts.append(len(loaded))
             dialogues.append(requests[piece.index].dialogue)
@@ -320,10 +349,9 @@ class Transcriber:
         if self.steps is not None:
             options[CACHE] = self.steps.new_cache()
         attention = without_cudnn_attention() if self.fast else nullcontext()
-        with self.steps or nullcontext(), attention, LogitsWatch(self.model) as watch:
-            output = self.model.generate(
-                **inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, do_sample=False, **options
-            )
+        search = transcribing(self.model, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+        with self.steps or nullcontext(), attention, search as config, LogitsWatch(self.model) as watch:
+            output = self.model.generate(**inputs, generation_config=config, **options)
         tokens = output[:, prompt_tokens:]
         finite = watch.finite(rows, tokens if self.num_beams == 1 else None)
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)

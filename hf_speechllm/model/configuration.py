@@ -38,6 +38,7 @@ POSITIVE = {
     "encoder_ffn_dim", "max_source_positions", "num_mel_bins", "num_stacked_frames", "fsmn_kernel_size",
     "projector_hidden_size", "downsample_rate",
 }  # fmt: skip
+BY_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"}  # or one for all layers
 NOT_NEGATIVE = {"audio_token_id", "num_timestamp_prediction_layers", "num_labels"}
 
 
@@ -54,10 +55,11 @@ def check_sizes(config: Mapping[str, Any], path: str = "") -> None:
         elif key in POSITIVE or key in NOT_NEGATIVE:
             least = 1 if key in POSITIVE else 0
             most = MAX_COUNT if COUNTS.fullmatch(str(key)) else MAX_SIZE
-            if isinstance(value, bool) or not isinstance(value, (int, list, type(None))):
-                raise ValueError(f"{name} is {str(value)[:50]!r}; it must be a whole number")
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, int) and not least <= item <= most:
+            items = value if isinstance(value, list) and key in BY_LAYER else [value]
+            for item in items:
+                if type(item) not in (int, type(None)):
+                    raise ValueError(f"{name} is {str(value)[:50]!r}; it must be a whole number")
+                if item is not None and not least <= item <= most:
                     raise ValueError(f"{name} is {str(item)[:50]}; it must be from {least} to {most:,}")
         elif isinstance(value, int) and abs(value) > MAX_COUNT and COUNTS.fullmatch(str(key)):
             raise ValueError(f"{name} is {str(value)[:50]}; it must be at most {MAX_COUNT:,}")

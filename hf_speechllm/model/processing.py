@@ -13,12 +13,14 @@ from transformers.audio_utils import AudioInput
 from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TextInput
 
+from ..audio.decoders import MAX_RATE, MIN_RATE
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
 from ..audio.inputs import as_list
 from ..audio.waveform import load_audio
 from . import chat, pretrained
 from .configuration import SpeechLLMConfig
 
+MAX_DOWNSAMPLING = 1000  # neighbouring frames that become one
 # Options of a call, grouped by the dict that may contain them (`text_kwargs`, ...).
 OPTIONS = {
     group: frozenset(options.__annotations__ if is_typeddict(options) else ())
@@ -36,6 +38,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         downsample_rate, use_low_frame_rate, encoder_downsample_rate: frame rates; must equal the model's config.
         think_block: whether an empty thinking block precedes each answer (the original's `do_think: false`).
         system_prompt: whether dialogues start with a system prompt (the original's `sys_prompt`).
+
+    Raises:
+        ValueError: if an option has a wrong type or an impossible value, or the tokenizer lacks a token.
     """
 
     def __init__(
@@ -51,6 +56,16 @@ class SpeechLLMProcessor(ProcessorMixin):
         system_prompt: bool = True,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        rates = {"downsample_rate": downsample_rate, "encoder_downsample_rate": encoder_downsample_rate}
+        flags = {"use_low_frame_rate": use_low_frame_rate, "think_block": think_block, "system_prompt": system_prompt}
+        for kind, options in ((int, rates), (bool, flags)):
+            for name, value in options.items():
+                if type(value) is not kind or kind is int and not 1 <= value <= MAX_DOWNSAMPLING:
+                    asked = f"a number from 1 to {MAX_DOWNSAMPLING}" if kind is int else "true or false"
+                    raise ValueError(f"{name} is {str(value)[:50]!r}; it must be {asked}")
+        rate = feature_extractor.sampling_rate
+        if type(rate) is not int or not MIN_RATE <= rate <= MAX_RATE:
+            raise ValueError(f"sampling_rate is {str(rate)[:50]!r}; it must be from {MIN_RATE} to {MAX_RATE} Hz")
         for token in (chat.TURN_START, chat.TURN_END, audio_token):
             if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
                 raise ValueError(

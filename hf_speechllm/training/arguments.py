@@ -59,6 +59,10 @@ class SpeechLLMTrainingArguments(
         check_training(self)
         self._check_trackers()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the content of `training_args.bin`: all options except the token of the Hub."""
+        return {**self.__dict__, "hub_token": None}
+
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         installed = get_available_reporting_integrations()

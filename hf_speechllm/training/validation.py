@@ -20,6 +20,7 @@ from ..data.prompt_collator import PromptCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..evaluation.validation_metrics import COUNTS, metric_prefix
 from ..model import chat
+from ..model.generation import transcribing
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
 from .dataloaders import BudgetDataLoader, eval_loader
@@ -161,8 +162,10 @@ class Validator:
         for batch in self._readable(eval_loader(self.args, rows, collator)):
             inputs = to_device(batch["inputs"], self.args.device, self.input_dtype)
             # Not compiled: graphs of padding-free training do not fit padded batches.
-            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1, use_cache=True)
+            eager = torch.compiler.set_stance("force_eager")
+            search = transcribing(model, max_new_tokens=limit)
+            with torch.no_grad(), self.accelerator.autocast(), eager, search as generation_config:
+                output = model.generate(**inputs, generation_config=generation_config)
             answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             columns = (batch[name] for name in ("positions", "names", "references", "counted"))
             for position, name, reference, counted, answer in zip(*columns, answers, strict=True):

@@ -100,3 +100,9 @@ def test_fraction_outside_zero_to_one_is_refused(fraction):
 def test_reason_contains_no_secrets_and_no_control_characters():
     row = BadRow("a.jsonl", "\x1b[31mkey", "https://me:secret@host/a.wav?token=secret: gone \x1b[2J")
     assert str(row) == "a.jsonl:\ufffd[31mkey: https://***@host/a.wav?***: gone \ufffd[2J"
+
+
+def test_nobody_is_told_to_leave_out_all_rows():
+    with pytest.raises(BadDataError) as error:
+        rows_with(3).check(total=3)
+    assert str(error.value).endswith("\nFix these rows")

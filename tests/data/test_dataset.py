@@ -481,3 +481,12 @@ def test_tempo_is_changed_within_its_spread_and_the_spectrum_is_kept():
         expected = torch.sin(torch.linspace(0, 6, len(stretched))).unsqueeze(1) + torch.arange(80.0)
         assert (stretched - expected).abs().max() < 0.02
     assert 270 <= min(lengths) < 275 and 325 < max(lengths) <= 330
+
+
+def test_paths_in_a_list_that_is_a_link_start_where_the_link_lies(prepare, corpus, tmp_path):
+    """As for decoding and streaming."""
+    (tmp_path / "elsewhere").mkdir()
+    (corpus / "train.jsonl").rename(tmp_path / "elsewhere" / "train.jsonl")
+    (corpus / "train.jsonl").symlink_to(tmp_path / "elsewhere" / "train.jsonl")
+    rows, _ = prepare()
+    assert rows["recordings"][0] == [str(corpus / "utt00.wav")]

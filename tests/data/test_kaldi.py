@@ -4,7 +4,7 @@ import soundfile
 
 from hf_speechllm.audio.waveform import AudioError
 from hf_speechllm.data.bad_rows import BadRows
-from hf_speechllm.data.kaldi import join, measure_recording, read_list, read_scp, speech_length
+from hf_speechllm.data.kaldi import join, measure_recording, read_list, read_scp, require_transcripts, speech_length
 
 
 @pytest.fixture
@@ -150,3 +150,23 @@ def test_paths_outside_the_root_are_bad(tmp_path):
     assert [entry.id for entry in scp.entries] == ["a", "d"]
     assert [row.line for row in bad_rows] == [2, 3]
     assert all("outside --audio_root" in row.reason for row in bad_rows)
+
+
+def test_byte_order_marks_of_lists_that_were_joined_are_no_part_of_an_id(lists):
+    utterances, bad = lists(b"a a.wav\n\xef\xbb\xbfb b.wav\n", b"\xef\xbb\xbfb two\na one\n")
+    assert [u.id for u in utterances] == ["a", "b"] and bad == []
+
+
+def test_segments_beside_a_list_are_named(lists, tmp_path, caplog):
+    lists("a a.wav\n", "a one\n")
+    assert not caplog.text
+    (tmp_path / "segments").write_text("a-1 a 0.0 1.0\n")
+    lists("a a.wav\n", "a one\n")
+    assert f"{tmp_path}/segments is not used" in caplog.text
+
+
+def test_lists_in_each_others_place_are_named_without_secrets(tmp_path):
+    (tmp_path / "text").write_text("a https://user:word@host/a.wav?key=1\n")
+    with pytest.raises(ValueError, match="swapped") as error:
+        require_transcripts(read_list(tmp_path / "text", BadRows()))
+    assert "word" not in str(error.value) and "key" not in str(error.value)

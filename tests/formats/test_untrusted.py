@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
 from hf_speechllm.formats.untrusted import check_name, inside, read_json, read_yaml
+from hf_speechllm.inference.transcriber import Transcriber
 
 # Names that may refer to a file outside the folder; {out} is a folder beside it.
 HOSTILE = [
@@ -189,4 +191,58 @@ def test_index_with_a_shard_outside_is_refused(make_checkpoint, tmp_path, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for load in (SpeechLLMForConditionalGeneration.from_pretrained, read_checkpoint):
         with pytest.raises(CheckpointError, match="weight_map"):
+            load(folder)
+
+
+def transcribe(folder):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(folder)
+    processor = SpeechLLMProcessor.from_pretrained(folder)
+    transcriber = Transcriber(model, processor, max_new_tokens=2)
+    transcriber.rehearse(folder)
+    return transcriber.transcribe(np.zeros(8000, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("processor_config.json", ("feature_extractor", "frame_length"), "a"),
+        ("processor_config.json", ("feature_extractor", "frame_shift"), 0),
+        ("processor_config.json", ("feature_extractor", "feature_size"), 10**9),
+        ("processor_config.json", ("feature_extractor", "sampling_rate"), 2**31 - 1),
+        ("processor_config.json", ("feature_extractor", "stride_lfr"), [6]),
+        ("processor_config.json", ("feature_extractor", "window_type"), "nonsense"),
+        ("processor_config.json", ("feature_extractor", "feature_size"), 40),
+        ("processor_config.json", ("downsample_rate",), "1"),
+        ("processor_config.json", ("downsample_rate",), 0),
+        ("processor_config.json", ("use_low_frame_rate",), 3),
+        ("processor_config.json", ("audio_token",), "<|im_end|>"),
+        ("tokenizer_config.json", ("model_max_length",), [1]),
+        ("tokenizer_config.json", ("model_max_length",), "a"),
+        ("config.json", ("audio_encoder_config", "max_position_embeddings"), [3]),
+        ("config.json", ("audio_encoder_config", "max_position_embeddings"), 1),
+        ("config.json", ("audio_token_id",), 5),
+    ],
+)
+def test_settings_that_show_when_they_are_used_end_in_one_line(make_checkpoint, name, path, value):
+    folder = make_checkpoint("speech_llm")
+    assert transcribe(folder) is not None
+    file = folder / name
+    content = json.loads(file.read_text())
+    target = content
+    for key in path[:-1]:
+        target = target[key]
+    assert path[-1] in target or name == "tokenizer_config.json"
+    target[path[-1]] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as caught:
+        transcribe(folder)
+    assert str(caught.value).isprintable() and str(folder) in str(caught.value)
+
+
+def test_links_in_a_circle_are_refused(make_checkpoint):
+    folder = make_checkpoint("speech_llm")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+    for load in (SpeechLLMForConditionalGeneration.from_pretrained, SpeechLLMProcessor.from_pretrained):
+        with pytest.raises(CheckpointError, match="link that leads nowhere"):
             load(folder)

@@ -156,3 +156,12 @@ def test_shares_hold_alike_seconds_and_every_row_once():
     assert max(sums) - min(sums) < 0.01 * max(sums)
     assert shares([1.0], 3) == [[0], [], []]
     assert shares([], 2) == [[], []]
+
+
+def test_the_first_20_damaged_lines_are_named(tmp_path, caplog):
+    path = write_three(tmp_path)
+    with path.open("ab") as file:
+        file.write(b"{}\n" * 30)
+    assert len(Journal(tmp_path / "hyp.txt", {"num_beams": 1}).read()) == 3
+    assert f"{path}:24: damaged" in caplog.text and f"{path}:25: damaged" not in caplog.text
+    assert "and 10 more damaged lines" in caplog.text

@@ -8,6 +8,7 @@ import pytest
 
 from hf_speechllm.audio.waveform import load_audio
 from hf_speechllm.data.bad_rows import BadRows
+from hf_speechllm.inference.requests import requests_of_sources
 from hf_speechllm.inference.sources import find_recordings
 
 
@@ -121,3 +122,20 @@ def test_what_is_no_recording_is_refused_with_what_to_give(tmp_path, name, messa
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises((ValueError, OSError), match=message):
         find(tmp_path / name)
+
+
+def test_addresses_of_one_name_are_told_apart_without_their_secrets():
+    found, _ = find("https://me:word@host/x/a.wav?key=1", "https://host/y/a.wav?key=2")
+    assert [item.id for item in found] == ["https://***@host/x/a.wav?***", "https://host/y/a.wav?***"]
+
+
+def test_file_names_that_no_list_can_hold_are_named(make_wav, tmp_path):
+    name = os.fsdecode(b"bad\xff.wav")
+    os.rename(make_wav("a.wav"), tmp_path / name)
+    make_wav("b.wav")
+    bad_rows = BadRows(1.0)
+    requests = requests_of_sources([str(tmp_path)], "Write:", bad_rows)
+    assert [request.id for request in requests] == ["b"]
+    (row,) = map(str, bad_rows)
+    assert "is not UTF-8; rename the file" in row
+    row.encode("utf-8")

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import GenerationConfig
 
 from hf_speechllm.audio.vad import VoiceDetector
 from hf_speechllm.audio.waveform import AudioError, load_audio
 from hf_speechllm.cli.hotwords import read_hotwords
+from hf_speechllm.fast.attention import disable_host_syncs
 from hf_speechllm.inference.finite import LogitsWatch
 from hf_speechllm.inference.prefetch import in_background, measure_seconds
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
+from hf_speechllm.model.generation import REPLACED
 
 pytestmark = pytest.mark.core
 
@@ -322,3 +325,71 @@ def test_every_way_to_hand_over_a_recording_gives_its_text(parts, waveforms, tmp
     with pytest.raises(AudioError, match="recording 1: the waveform: samples reach .*32768"):
         transcriber.transcribe([wave, wave * 32768])
     assert transcriber.transcribe([]) == []
+
+
+def test_a_recording_that_was_replaced_meanwhile_is_measured_again(parts, waveforms, tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, waveforms[0], 16000, subtype="FLOAT")
+    transcriber = Transcriber(*parts, max_new_tokens=8)
+    requests = [Request("a", transcription_messages(str(path), transcription_prompt()))]
+    lengths = transcriber.measure(requests)
+    soundfile.write(path, waveforms[1], 16000, subtype="FLOAT")
+    (transcript,) = transcriber(requests, lengths)
+    assert lengths == [0.9] and transcript.seconds == transcript.segments[0].end == 3.1
+
+
+FOREIGN = [
+    {"return_dict_in_generate": True, "output_scores": True}, {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 2},
+    {"num_beams": 3}, {"max_length": 3}, {"min_new_tokens": 8}, {"stop_strings": ["a"]}, {"guidance_scale": 2.0},
+    {"prompt_lookup_num_tokens": 3}, {"penalty_alpha": 0.5, "top_k": 4}, {"cache_implementation": "quantized"},
+    {"watermarking_config": {"bias": 2.0}}, {"sequence_bias": [[[5], 9.0]]}, {"token_healing": True},
+    {"prefill_chunk_size": 2}, {"dola_layers": "low"}, {"max_time": 1e-9}, {"num_return_sequences": 2, "num_beams": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", FOREIGN)
+def test_settings_of_a_strangers_generation_change_no_text(parts, waveforms, caplog, settings):
+    model, processor = parts
+    expected = Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3])
+    assert not caplog.text
+    own = model.generation_config
+    try:
+        model.generation_config = strangers = GenerationConfig(**{**own.to_dict(), **settings})
+        transcriber = Transcriber(model, processor, max_new_tokens=8)
+        assert transcriber.transcribe(waveforms[:3]) == expected
+        assert model.generation_config is strangers
+    finally:
+        model.generation_config = own
+    for name in settings.keys() - REPLACED:
+        assert f"'{name}'" in caplog.text
+
+
+def test_ends_that_are_no_tokens_are_named(parts):
+    model, processor = parts
+    own = model.generation_config
+    try:
+        for name, value in (("eos_token_id", 10**9), ("eos_token_id", [2, -5]), ("pad_token_id", 10**9)):
+            model.generation_config = copy.deepcopy(own)
+            setattr(model.generation_config, name, value)
+            with pytest.raises(ValueError, match=f"generation_config.{name} is .* tokens are 0 to"):
+                Transcriber(model, processor)
+    finally:
+        model.generation_config = own
+
+
+def test_settings_of_generation_in_the_models_own_configuration_change_no_text(compose_tiny, waveforms):
+    model, processor = compose_tiny(seed=3)
+    expected = Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3])
+    model.config.repetition_penalty = 5.0
+    assert Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3]) == expected
+
+
+def test_a_plain_transcriber_undoes_what_a_fast_one_has_set_up(compose_tiny, waveforms):
+    model, processor = compose_tiny(seed=3)
+    before = [type(module) for module in model.modules()]
+    implementations = [part.config._attn_implementation for part in (model.audio_encoder, model.audio_adaptor)]
+    disable_host_syncs(model)
+    assert [type(module) for module in model.modules()] != before
+    Transcriber(model, processor, fast=False)
+    assert [type(module) for module in model.modules()] == before
+    assert [p.config._attn_implementation for p in (model.audio_encoder, model.audio_adaptor)] == implementations

@@ -233,3 +233,45 @@ def test_ids_with_spaces_are_read_from_decoding_output(score, write):
     references = write("ref", {"meeting 1": "one two", "meeting 2": "five"}, "\t")
     result = score(references, {"meeting 1": "one two", "meeting 2": ""})
     assert (result["deletions"], result["reference_tokens"], result["empty_hypotheses"]) == (1, 3, ["meeting 2"])
+
+
+def test_ids_of_file_names_with_odd_spaces_are_read_back(decode_rows, run_recipe, tmp_path):
+    """What decoding writes for a JSONL is found again by scoring and normalising, at all ends of a line."""
+    names = [
+        "\ufeffmark",
+        " before",
+        "behind ",
+        "a b",
+        "no\u00a0break",
+        "line\u2028end",
+        "wide\u3000",
+        "v\x0bt",
+        "n\x85",
+    ]
+    jsonl, output = decode_rows([*names, "tab\there", "line\nend", " "])
+    assert len(output.read_text(encoding="utf-8").split("\n")) == len(names) + 1
+    assert run_recipe("score.py", jsonl, output, "--output_dir", tmp_path / "score", "--num_resamples", 100) is None
+    result = json.loads((tmp_path / "score" / "score.json").read_text(encoding="utf-8"))
+    assert result["extra_hypotheses"] == []
+    assert result["missing_hypotheses"] == ["tab\there", "line\nend", ""]
+    assert run_recipe("whisper_mix_normalize.py", output, tmp_path / "normalized") == 0
+    ids = [line.split("\t")[0] for line in (tmp_path / "normalized").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert ids == [name.strip(" \ufeff") for name in names]
+
+
+@pytest.fixture
+def decode_rows(make_wav, run_recipe, tiny_model, tmp_path):
+    """Decodes recordings of given names, as rows of a JSONL; gives this and the texts."""
+
+    def decode(names):
+        rows = []
+        for name in names:
+            path = make_wav(f"{name}.wav", 0.1)
+            rows.append({"messages": transcription_messages(str(path), "Write:", "one")})
+        jsonl, output = tmp_path / "rows.jsonl", tmp_path / "hyp.txt"
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        options = ["--jsonl_file", jsonl, "--output_file", output, "--device", "cpu", "--max_new_tokens", 2]
+        run_recipe("decode.py", "--model_name_or_path", tiny_model, *options)
+        return jsonl, output
+
+    return decode

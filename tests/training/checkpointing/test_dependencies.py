@@ -174,3 +174,13 @@ def test_recipe_reports_wrong_options_in_one_line(run_recipe, make_trainer, tiny
     )  # fmt: skip
     assert "--freeze_llm False -> True" in message and "--freeze_audio_encoder True -> False" in message
     assert "\n" not in message
+
+
+def test_the_token_of_the_hub_is_in_no_file_of_a_run(make_trainer, tmp_path):
+    trainer = make_trainer(hub_token="hf_abcdefgh", save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_abcdefgh"
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"hf_abcdefgh" in path.read_bytes()]
