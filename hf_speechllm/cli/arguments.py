@@ -1,4 +1,4 @@
-"""The command line of `finetune`: the options of all packages, a YAML file below them, and the help."""
+"""Command line of `finetune`: options of all packages, values from a YAML file, help."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> FinetuningOptions:
-    """Reads `[CONFIG] [--key value ...]`; what the command line says goes before what the file says.
+    """Parses `[CONFIG] [--key value ...]`; options of the command line override values of the file.
 
     Args:
         argv: default the command line.
-        description: shown by `--help`.
+        description: text for `--help`.
 
     Raises:
-        SystemExit: with a line that names the file and key, for an unknown key, a wrong type or a contradiction.
+        SystemExit: for an unknown key, a wrong type or a contradiction; one line names file and key.
     """
     argv = list(command_line()[1] if argv is None else argv)
     if {"-h", "--help", "--help_all"} & {*argv}:
@@ -58,13 +58,10 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
 
 
 def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
-    """Refuses a command line as `parse_arguments` does, before processes are started; takes no device.
-
-    Returns:
-        The options as they were given.
+    """Checks a command line in the same way as `parse_arguments`, before processes start, without using a device.
 
     Raises:
-        SystemExit: as `parse_arguments`.
+        SystemExit: see `parse_arguments`.
     """
     from ..training.arguments import SpeechLLMTrainingArguments
 
@@ -113,7 +110,7 @@ def _parser(trainer_options: type) -> HfArgumentParser:
 
 
 def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The values of all options, those that were not given with their defaults."""
+    """Returns the values of all options, including defaults."""
     argv, from_file = list(argv), []
     known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     try:
@@ -137,7 +134,7 @@ def _yaml_to_argv(parser: HfArgumentParser, path: Path, known: Collection[str]) 
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         parser.error(f"{path}: {' '.join(str(error).split())}")
     if not isinstance(config, dict):
-        parser.error(f"{path}: must hold `key: value` lines")
+        parser.error(f"{path}: no `key: value` lines; write options as `key: value`")
     argv = []
     for key, value in config.items():
         if key not in known:
@@ -150,7 +147,7 @@ def _yaml_to_argv(parser: HfArgumentParser, path: Path, known: Collection[str]) 
             continue
         values = value if isinstance(value, list) else [value]
         option = [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-        # Parsed alone first, so that a wrong type is reported with the file it stands in.
+        # Parsed separately first, so that the error for a wrong type names the file.
         prog, parser.prog = parser.prog, f"{parser.prog}: {path}"
         _, rest = parser.parse_known_args(option)
         if rest:
@@ -161,11 +158,11 @@ def _yaml_to_argv(parser: HfArgumentParser, path: Path, known: Collection[str]) 
 
 
 def print_help(description: str | None, with_inherited: bool = False) -> None:
-    """Prints the options of this project in groups; without torch and transformers, which take seconds to load.
+    """Prints the options of this project in groups, without importing torch and transformers, which takes seconds.
 
     Args:
-        description: goes before them.
-        with_inherited: whether those of transformers' `TrainingArguments` follow.
+        description: text before the options.
+        with_inherited: whether to add the options of transformers' `TrainingArguments`.
     """
     parser = Parser(description, usage=USAGE, add_help=False)
     for kind in GROUPS:
@@ -178,8 +175,8 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
         _add_group(parser, "Options of transformers' TrainingArguments", inherited)
     else:
         parser.epilog = (
-            "Those of transformers' TrainingArguments (--output_dir, --learning_rate, --num_train_epochs, "
-            "--max_steps, --eval_strategy,\n--save_steps, --seed, --report_to, ...): --help_all"
+            "--help_all also lists the options of transformers' TrainingArguments (--output_dir, --learning_rate, "
+            "--num_train_epochs,\n--max_steps, --eval_strategy, --save_steps, --seed, --report_to, ...)"
         )
     parser.print_help()
 

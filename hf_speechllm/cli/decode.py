@@ -2,12 +2,12 @@
 
 hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt a.wav b.mp3 folder/ c.tar d.parquet
 hf-speechllm decode --model_name_or_path exp/model --output_file exp/hyp.txt --scp_file data/test/wav.scp
-hf-speechllm decode --num_processes 8 ...  (a GPU each, sharing the list)
+hf-speechllm decode --num_processes 8 ...  (8 processes with one GPU each share the list)
 
-A run that was interrupted, or in which recordings failed, resumes when it is started again. A second run
-that is to write the same file meanwhile is refused.
-Exit status: 0 if all were decoded; 1 if some failed (they are listed, the others are in the file) or none could be
-tried; 2 for wrong usage.
+Run the same command again to resume an interrupted run, or to decode failed recordings again. A second run for the
+same output file is refused while the first runs.
+Exit status: 0 if all recordings were decoded; 1 if recordings failed (listed; the output has the others), or after an
+error; 2 for wrong usage.
 """
 
 import argparse
@@ -30,40 +30,42 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
     parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
-    parser.add_argument("--jsonl_file", help="rows as for training, with their own prompts; IDs are the files' stems")
-    parser.add_argument("--output_file", required=True, help="where the texts go")
+    parser.add_argument("--jsonl_file", help="training rows with prompts; IDs are the stems of the file names")
+    parser.add_argument("--output_file", required=True, help="file for the texts")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace --output_file, or an unfinished run's results"
+        "--overwrite", action="store_true", help="replace --output_file, or results of an unfinished run"
     )
-    parser.add_argument("--language", help="language to write: 中文, 英文, 日文, ... or zh, en, ja, ...")
-    parser.add_argument("--no_itn", action="store_true", help="write numbers as they are spoken")
+    parser.add_argument("--language", help="language of the texts: 中文, 英文, 日文, ... or zh, en, ja, ...")
+    parser.add_argument("--no_itn", action="store_true", help="write numbers as spoken words")
+    parser.add_argument("--hotwords", help="comma-separated hotwords, or a file with one hotword per line")
+    parser.add_argument("--context", help="topic of the recordings, in one or two sentences")
+    parser.add_argument("--prompt", help="instruction that replaces --language and --no_itn")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="length of a text (of a segment), at most")
+    parser.add_argument("--batch_seconds", type=float, default=240.0, help="padded audio seconds per batch")
+    parser.add_argument("--num_beams", type=int, default=1, help="number of beams; 1: greedy search")
     parser.add_argument(
-        "--hotwords", help="words that may occur, with commas between, or a file with one in each line"
+        "--repetition_guard", action="store_true", help="stop, cut and report loops at the end of texts"
     )
-    parser.add_argument("--context", help="what the recordings are about, in a sentence or two")
-    parser.add_argument("--prompt", help="an instruction of one's own, instead of --language and --no_itn")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="the longest text (of a segment), in tokens")
-    parser.add_argument("--batch_seconds", type=float, default=240.0, help="padded audio seconds in a batch")
-    parser.add_argument("--num_beams", type=int, default=1, help="1: greedy search")
-    parser.add_argument(
-        "--repetition_guard", action="store_true", help="stop, cut and report texts that end in a loop"
-    )
-    parser.add_argument("--vad", action="store_true", help="find speech, decode segments, write their times")
-    parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="the longest segment")
+    parser.add_argument("--vad", action="store_true", help="detect speech, decode segments, write their times")
+    parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
-    parser.add_argument("--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="slower, on a GPU")
+    parser.add_argument(
+        "--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="decode without CUDA graphs (slower)"
+    )
     parser.add_argument(
         "--fast",
         choices=["auto", "off"],
         default="auto",
-        help="off: only the plain paths of torch and transformers; the same texts, slower",
+        help="off: plain paths of torch and transformers, slower and with the same texts",
     )
-    parser.add_argument("--device", help="default: this process's GPU, else the CPU")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", help="device (default: GPU of this process, otherwise the CPU)")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="dtype (default: bfloat16 on a GPU, otherwise float32)"
+    )
     add_launch_options(parser)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.sources, args.scp_file, args.jsonl_file))) != 1:
-        parser.error("give one of: recordings (or folders, ...), --scp_file, --jsonl_file")
+        parser.error("pass exactly one of: recordings (or folders, ...), --scp_file, --jsonl_file")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
@@ -72,10 +74,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     output = Path(args.output_file).resolve()
     if not output.parent.is_dir():
-        parser.error(f"{args.output_file}: no such folder; make it first")
+        parser.error(f"--output_file {args.output_file}: no such folder; create the folder {output.parent}")
     unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
     if output.exists() and not args.overwrite and not unfinished:
-        parser.error(f"{args.output_file} exists; remove it, or replace it with --overwrite")
+        parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
     return args
 
 
@@ -90,7 +92,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from ..data.bad_rows import BadRows
-    from ..inference.decoding import claim_output, decode_requests
+    from ..inference.decoding import decode_requests, lock_output
     from ..inference.distributed import Processes
     from ..inference.journal import Journal
     from ..inference.writers import write_failures, write_results
@@ -99,10 +101,10 @@ def main() -> None:
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:
         if processes.rank > 0:
-            logging.getLogger().setLevel(logging.WARNING)  # the main process says the rest
+            logging.getLogger().setLevel(logging.WARNING)  # the main process logs other messages
         journal = Journal(os.path.realpath(args.output_file), option_settings(args), processes.rank)
         try:
-            stack.enter_context(claim_output(args.output_file, journal, processes, args.overwrite))
+            stack.enter_context(lock_output(args.output_file, journal, processes, args.overwrite))
             plan, transcriber = prepare(args, read_requests(args, bad_rows, processes), journal, processes)
         except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}" if processes.rank == 0 else 1)
@@ -115,7 +117,7 @@ def main() -> None:
                 write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
             named = write_failures(args.output_file, failures)
         except OSError as error:
-            sys.exit(f"{prog()}: error: {error}; what is decoded is kept: mend this and start again")
+            sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; what is decoded is kept: the same command resumes") from None
         loops = sum(transcript.looped for _, transcript in outcome.results)
@@ -125,6 +127,6 @@ def main() -> None:
             outcome.seconds / outcome.elapsed, len(failures), f"; {loops} loops cut" if args.repetition_guard else "",
         )  # fmt: skip
         if failures:
-            hint = f"Mend them and start again; the others are kept in {journal.prefix}*.jsonl"
+            hint = f"Correct these and start again; other results are kept in {journal.prefix}*.jsonl"
             sys.exit(f"{prog()}: {len(failures)} failed:\n{named}\n{hint}")
         journal.remove()

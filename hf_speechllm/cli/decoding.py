@@ -1,4 +1,4 @@
-"""What `decode` does between its command line and the first batch: requests, plan, transcriber."""
+"""Preparation of `decode`: requests, plan, transcriber."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..inference.distributed import Processes
 from ..inference.journal import Journal
 from ..inference.measuring import RequestMeter
 from ..inference.requests import Request, requests_of_jsonl, requests_of_scp, requests_of_sources
-from ..inference.stamp import model_stamp
+from ..inference.stamp import model_fingerprint
 from ..inference.transcriber import Transcriber
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
@@ -28,13 +28,13 @@ from .hotwords import read_hotwords
 
 logger = logging.getLogger(__name__)
 
-# What the texts depend on: an unfinished run is only resumed with the same.
+# Options that affect the texts: an unfinished run resumes only with the same values.
 SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
 OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
 
 
 def option_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that the texts depend on, for the journal; besides them, they depend on the dtype and the model."""
+    """Returns the options that affect the texts, for the journal; dtype and model are added later."""
     settings = {name: getattr(args, name) for name in SETTINGS} | {"vad": args.vad}
     if args.vad:
         settings |= {"vad_max_seconds": args.vad_max_seconds, "silero_vad": importlib.metadata.version("silero_vad")}
@@ -42,11 +42,11 @@ def option_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Processes) -> list[Request]:
-    """The requests of the list; what can't be read goes to `bad_rows`.
+    """Reads the requests; `bad_rows` collects unreadable entries.
 
     Raises:
-        ValueError: if there are none, or an option is wrong.
-        OSError: if a list can't be read.
+        ValueError: if there are no requests, or an option is wrong.
+        OSError: if a list cannot be read.
     """
     hotwords = read_hotwords(args.hotwords)
     prompt = chat.transcription_prompt(args.language, not args.no_itn, hotwords, args.prompt, args.context)
@@ -58,25 +58,29 @@ def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Proces
         is_own = args.language or args.no_itn or args.prompt or args.context or hotwords
         requests = requests_of_jsonl(args.jsonl_file, prompt if is_own else None, bad_rows)
     if not requests and not bad_rows:
-        raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings")
-    twice = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
-    if args.vad and twice:
-        raise ValueError(f"two recordings are called {twice[0]}; --vad writes files named by ID: rename one")
-    if twice and processes.rank == 0:
-        logger.warning("%d IDs are there more than once, as %s; score.py won't take that", len(twice), twice[0])
+        raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings; add lines to the list")
+    repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
+    if args.vad and repeated:
+        raise ValueError(f"two recordings have the ID {repeated[0]}, and --vad writes files named by ID; rename one")
+    if repeated and processes.rank == 0:
+        logger.warning(
+            "%d IDs are not unique, for example %s; `hf-speechllm score` refuses such a list",
+            len(repeated),
+            repeated[0],
+        )
     return requests
 
 
 def prepare(
     args: argparse.Namespace, requests: list[Request], journal: Journal, processes: Processes
 ) -> tuple[Plan, Transcriber | None]:
-    """What is to be decoded, and the transcriber; `None` where nothing can be decoded.
+    """Plans the run and loads the transcriber; `None` if nothing must be decoded.
 
-    The requests are measured, and the unfinished run's options compared, before the model is loaded.
+    Measures requests and compares options with an unfinished run before the model is loaded.
 
     Raises:
-        ValueError: if the unfinished run was one with other settings, or the model or an option is wrong.
-        OSError: if the model can't be read.
+        ValueError: if the unfinished run has other settings, or the model or an option is wrong.
+        OSError: if the model cannot be read.
     """
     name = args.model_name_or_path
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
@@ -86,7 +90,9 @@ def prepare(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} can't be used on this machine: {reason}") from error
+        raise ValueError(
+            f"--device {device} is not usable on this machine: {reason}; choose another device"
+        ) from error
     vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
     processor = SpeechLLMProcessor.from_pretrained(name)
     config = SpeechLLMConfig.from_pretrained(name)
@@ -96,9 +102,9 @@ def prepare(
     if not plan.needs_model:
         return plan, None
     model = SpeechLLMForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
-    stamps = processes.gather(model_stamp(model, processor, args.num_workers))
+    stamps = processes.gather(model_fingerprint(model, processor, args.num_workers))
     if any(stamp != stamps[0] for stamp in stamps):
-        raise ValueError(f"{name} is not the same for all processes; start again once it does not change any more")
+        raise ValueError(f"--model_name_or_path {name} has changed while the processes loaded it; start again")
     journal.require(stamps[0])
     options = {option: getattr(args, option) for option in OPTIONS}
     transcriber = Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)

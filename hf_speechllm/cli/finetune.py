@@ -8,8 +8,8 @@ hf-speechllm finetune llm_only --model_name_or_path FunAudioLLM/Fun-ASR-Nano-251
 hf-speechllm finetune lora --num_processes 8 --config_file multi_gpu \\
     --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf --train_file data/train.jsonl --output_dir exp/lora
 
-CONFIG is a YAML file, or the name of one that comes with the package: lora, llm_only, adaptor_only, encoder_adaptor,
-all. Options of the command line replace those of the file. From a checkout, the same is
+CONFIG is a YAML file, or the name of a file of the package: lora, llm_only, adaptor_only, encoder_adaptor, all.
+Options of the command line override the file. The same command from a checkout is
 `accelerate launch [--config_file FILE] recipes/finetune.py [CONFIG] ...`.
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("finetune")
 
 
 def main() -> None:
-    # Every batch has a shape of its own: segments that can grow keep a GPU's memory from falling to pieces.
+    # Shapes differ between batches: expandable segments avoid fragmentation of the GPU memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     launch_options, argv = split_launch_options(command_line()[1])
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
@@ -44,7 +44,7 @@ def main() -> None:
     data, parts, args = options.data, options.parts, options.training
     name = str(options.model.model_name_or_path)
 
-    # After the arguments, so that a wrong one is told at once.
+    # Imported after parsing, so that errors of the command line appear immediately.
     import torch
     from transformers import set_seed
 
@@ -73,7 +73,7 @@ def main() -> None:
     set_up_logging(args)
     set_seed(args.seed)
 
-    # Data first: its errors are found before the model is loaded.
+    # Data first: errors in the data are found before the model is loaded.
     try:
         UrlPolicy.change(data.url_max_megabytes, data.url_timeout_seconds, data.allow_private_redirects)
         checkpoint = find_checkpoint(args)
@@ -147,7 +147,7 @@ def main() -> None:
         report(f"{prog()}: {end}")
         trainer.accelerator.end_training()
         sys.exit(EXIT_STATUS)
-    except (RetentionError, SaveError, VerificationError) as error:  # of all ranks alike
+    except (RetentionError, SaveError, VerificationError) as error:  # raised on all ranks
         trainer.accelerator.end_training()
         sys.exit(f"{prog()}: {error}")
     except (BadDataError, FaultError, CheckpointError) as error:
@@ -159,5 +159,5 @@ def main() -> None:
         except (OSError, ValueError, RuntimeError) as error:
             again = f"hf-speechllm push --input {args.output_dir} --hub_model_id {trainer.hub_model_id}"
             sys.exit(f"{prog()}: error: {error}; the model is in {args.output_dir}, publish it with: {again}")
-    # Gloo threads that outlive the interpreter abort the process.
+    # Otherwise gloo threads can abort the process at the end of the interpreter.
     trainer.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Starts training processes by accelerate: `hf-speechllm finetune --num_processes 8 ...`."""
+"""Starts training processes with accelerate: `hf-speechllm finetune --num_processes 8 ...`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ from .parser import Parser, prog
 # Those of `accelerate launch` that go with the options of a run.
 OPTIONS = {
     "config_file": "configuration of accelerate: a name (multi_gpu, deepspeed_zero2, fsdp2, ...) or a path",
-    "num_processes": "processes in all; usually one per GPU",
-    "num_machines": "machines",
-    "machine_rank": "number of this machine, from 0",
+    "num_processes": "total number of processes; usually one per GPU",
+    "num_machines": "number of machines",
+    "machine_rank": "rank of this machine, from 0",
     "main_process_ip": "address of machine 0",
     "main_process_port": "port of machine 0",
-    "gpu_ids": "GPUs of this machine to use, separated by commas",
-    "max_restarts": "how often the processes are started again after one is lost",
+    "gpu_ids": "comma-separated GPUs of this machine",
+    "max_restarts": "number of restarts after a process is lost, at most",
 }
 NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port", "max_restarts")
 
 
 def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes the options of the launcher out of a command line.
-
-    Returns:
-        Those that were given, and the rest.
-    """
+    """Splits a command line into options of the launcher and other arguments."""
     parser = Parser(None, add_help=False, allow_abbrev=False)
     add_launch_options(parser)
     found, rest = parser.parse_known_args(argv)
@@ -41,7 +37,7 @@ def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the launcher, as a group of their own."""
+    """Adds the options of the launcher as a separate group."""
     group = parser.add_argument_group("Several processes, started by accelerate")
     for name, help in OPTIONS.items():
         kind, metavar = (int, "N") if name in NUMBERS else (str, "TEXT")
@@ -49,16 +45,16 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
-    """Runs a verb in several processes, and ends with the status of the first that failed.
+    """Runs a verb in several processes, and exits with the status of the first failed process.
 
     Args:
         verb: of `hf-speechllm`.
-        options: of `split_launch_options`.
-        argv: the rest of the command line.
+        options: from `split_launch_options`.
+        argv: other arguments of the command line.
 
     Raises:
-        ValueError: if the configuration does not exist, or is for GPUs and there is none.
-        SystemExit: if a process failed; it has printed its own error, unless a signal ended it.
+        ValueError: if the configuration does not exist, or requires GPUs and none is found.
+        SystemExit: if a process failed; the process has printed the error, unless a signal ended the process.
     """
     if options.get("num_processes", 1) < 1:
         raise ValueError(f"--num_processes is {options['num_processes']}; it must be at least 1")
@@ -77,9 +73,9 @@ def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
     file = Path(options.get("config_file", default_config_file))
     config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     if config.get("use_cpu"):
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate itself tells it to a single process only
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate sets this for a single process only
     elif config.get("distributed_type", "NO") != "NO" and not is_available():
-        raise ValueError(f"{file} is for GPUs, and none was found; give --config_file cpu")
+        raise ValueError(f"{file} requires GPUs, and none was found; use --config_file cpu")
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     logging.disable(logging.ERROR)  # of the launcher itself; the processes report their errors
     try:

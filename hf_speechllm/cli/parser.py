@@ -1,4 +1,4 @@
-"""Argument parsers whose errors are one line, with the option that was probably meant."""
+"""Argument parsers with one-line errors and suggestions for unknown options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the examples of the description as they are, and adds defaults that say something."""
+    """Keeps the formatting of the description, and adds informative defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         help = action.help
@@ -25,31 +25,31 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """Ends with one line and status 2 where the command line is wrong."""
+    """A parser that reports a wrong command line in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program."""
+        """Prints the error and exits."""
         report(f"{self.prog}: error: {message}")
         sys.exit(2)
 
     def parse_args(self, args=None, namespace=None) -> Any:
-        """As the parent's; names the option that an unknown one is closest to."""
+        """Parses arguments; the error for an unknown option suggests a similar option."""
         parsed, rest = self.parse_known_args(command_line()[1] if args is None else args, namespace)
         if rest:
             unknown = next((item for item in rest if item.startswith("-")), None)
             if unknown is None:
-                self.error(f"unexpected: {' '.join(rest)}")
+                self.error(f"unexpected arguments: {' '.join(rest)}; --help lists all options")
             self.refuse(unknown)
         return parsed
 
     def refuse(self, word: str) -> NoReturn:
-        """Ends the program because of an unknown option."""
+        """Prints the error for an unknown option and exits."""
         name = word.partition("=")[0]
-        self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; all options: --help")
+        self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; --help lists all options")
 
 
 class Parser(OneLineErrors):
-    """The parser of a verb; the description is the docstring of its module."""
+    """The parser of a verb; the description is the docstring of the module."""
 
     def __init__(self, description: str | None, **options: Any):
         super().__init__(prog(), description=description, formatter_class=HelpFormatter, **options)
@@ -72,7 +72,7 @@ def report(message: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the closest of the known names; empty if none is close."""
+    """Returns `; did you mean X?` with the most similar known name, or an empty text."""
     names = {word: word for word in known}
     beginnings = {word[: len(name)]: word for word in sorted(names, key=len, reverse=True)}
     for candidates in (names, beginnings):
@@ -82,12 +82,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """The options that a parser knows."""
+    """Returns the options of a parser."""
     return set(re.findall(r"--\w+", parser.format_usage()))
 
 
 def command_line() -> tuple[str, list[str]]:
-    """The name of the program, with the verb if it was started by `hf-speechllm VERB`, and the arguments behind it."""
+    """Returns the program name (with the verb, for `hf-speechllm VERB`) and the other arguments."""
     path, *words = sys.argv
     name = Path(path).name
     if name.startswith("hf-speechllm") or Path(path).parts[-2:] == ("hf_speechllm", "__main__.py"):
@@ -96,5 +96,5 @@ def command_line() -> tuple[str, list[str]]:
 
 
 def prog() -> str:
-    """The name of the program, for its messages."""
+    """Returns the program name for messages."""
     return command_line()[0]

@@ -1,1 +1,1 @@
-"""Decoding: recordings in, texts out."""
+"""Transcription of recordings."""

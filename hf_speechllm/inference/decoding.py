@@ -1,4 +1,4 @@
-"""A list of requests decoded by all processes of a launch, from where the run before was interrupted."""
+"""Decodes a list of requests with all processes of a launch, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..audio.downloads import printable
 from ..locks import output_file_lock
-from .distributed import Processes, shares
+from .distributed import Processes, assign_shares
 from .journal import Journal, request_key
 from .pieces import Transcript
 from .requests import Request
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is left to do of a list; the same in every process.
+    """Work of a run; the same in every process.
 
     Args:
-        requests: the list.
-        keys: of each request, as of `journal.request_key`.
-        done: results of the run before, by key.
-        seconds: of audio, by the indices of the requests that are to be decoded.
-        failures: why others can't be, by index.
+        requests: all requests.
+        keys: `journal.request_key` of each request.
+        done: results of the interrupted run, by key.
+        seconds: audio seconds of the requests to decode, by index.
+        failures: error messages of unusable requests, by index.
     """
 
     requests: Sequence[Request]
@@ -43,19 +43,19 @@ class Plan:
 
     @property
     def needs_model(self) -> bool:
-        """Whether there is anything to decode, or any earlier text to compare the model with."""
+        """Whether the model is needed: to decode, or for comparison with the model of earlier results."""
         return bool(self.seconds or self.done)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: of every request a text or a failure.
+    """Result of a run: a text or a failure for every request.
 
     Args:
-        results: ID and transcript of what was decoded, in the order of the list, in the main process; else empty.
-        failures: `ID: REASON` of the others, in the same order, in the main process; else empty.
-        seconds: of audio decoded now, by all processes.
-        elapsed: seconds that it took.
+        results: IDs and transcripts of decoded requests, in order; empty except in the main process.
+        failures: `ID: REASON` of failed requests, in order; empty except in the main process.
+        seconds: audio seconds that all processes have decoded in this run.
+        elapsed: duration of the run, in seconds.
     """
 
     results: list[tuple[str, Transcript]]
@@ -65,18 +65,21 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def claim_output(
+def lock_output(
     output_file: str | os.PathLike[str], journal: Journal, processes: Processes, overwrite: bool
 ) -> Iterator[None]:
-    """Keeps other runs from an output file, its journals, and what is written beside it, while the block runs.
+    """Locks an output file, its journals and other output files against other runs while the block runs.
 
-    Every process locks its own journal: a process of an earlier launch that is still there is waited for or reported.
+    Every process locks its own journal. A process of an earlier launch that still runs is waited for or reported.
 
     Args:
-        overwrite: whether an output file may be replaced, and the results of an unfinished run removed.
+        output_file: file to lock.
+        journal: of this process.
+        processes: of the launch.
+        overwrite: whether to replace an output file and to remove results of an unfinished run.
 
     Raises:
-        ValueError: in all processes, if another run writes the file, or it exists and may not be replaced.
+        ValueError: in all processes, if another run writes the file, or the file exists without `overwrite`.
     """
     problem = None
     with contextlib.ExitStack() as stack:
@@ -84,15 +87,15 @@ def claim_output(
             stack.enter_context(output_file_lock(journal.path, os.fspath(output_file), "--output_file"))
         except (OSError, ValueError) as error:
             problem = str(error)
-        # A run that has ended in the meantime has left its output, complete.
+        # A run that has ended since the command line was checked has left a complete output file.
         if problem is None and not overwrite and os.path.exists(output_file) and not journal.files():
-            problem = f"{os.fspath(output_file)} exists; remove it, or replace it with --overwrite"
+            problem = f"{os.fspath(output_file)} exists; remove the file, or replace it with --overwrite"
         problems = [other for other in processes.gather(problem) if other is not None]
         if problems:
             raise ValueError(problems[0])
         if overwrite and processes.rank == 0:
             journal.remove()
-        processes.gather(None)  # nobody reads before it is removed
+        processes.gather(None)  # all processes wait for the removal
         yield
 
 
@@ -102,22 +105,23 @@ def plan_requests(
     journal: Journal,
     processes: Processes,
 ) -> Plan:
-    """Finds out what is done already, and measures the other requests, each process a share of them.
+    """Finds completed requests, and measures the others; each process measures a share.
 
     Args:
-        requests: all of them, in every process.
+        requests: all requests, in every process.
         measure: a `measuring.RequestMeter`.
-        journal: what it has is not decoded again.
+        journal: results that are not decoded again.
+        processes: of the launch.
 
     Raises:
-        ValueError: if the journal is of other settings.
-        OSError: if the journal can't be read.
+        ValueError: if the journal has other settings.
+        OSError: if the journal cannot be read.
     """
-    # The main process decides: the others may see the folder, or a recording, in an older state.
+    # The main process decides, because other processes may see an older state of the folder or of a recording.
     done, keys = processes.gather((journal.read(), [request_key(request) for request in requests]))[0]
     todo = [index for index, key in enumerate(keys) if key not in done]
     if len(todo) < len(requests) and processes.rank == 0:
-        logger.info("%d of %d are decoded already", len(requests) - len(todo), len(requests))
+        logger.info("%d of %d requests are already decoded", len(requests) - len(todo), len(requests))
     lengths: list[float | str] = [0.0] * len(todo)
     measured = measure([requests[index] for index in todo[processes.rank :: processes.world_size]])
     for rank, part in enumerate(processes.gather(measured)):
@@ -125,24 +129,25 @@ def plan_requests(
     seconds = {index: length for index, length in zip(todo, lengths, strict=True) if not isinstance(length, str)}
     failures = {index: length for index, length in zip(todo, lengths, strict=True) if isinstance(length, str)}
     if failures and processes.rank == 0:
-        logger.warning("%d of %d can't be decoded, and are named at the end", len(failures), len(requests))
+        logger.warning("%d of %d requests are unusable and listed at the end", len(failures), len(requests))
     return Plan(requests, keys, done, seconds, failures)
 
 
 def decode_requests(transcriber: Transcriber | None, plan: Plan, journal: Journal, processes: Processes) -> Outcome:
-    """Decodes requests; each process takes a share of alike length, and the main one (rank 0) puts them together.
+    """Decodes requests; each process decodes a share of similar duration, and the main process merges the results.
 
     Args:
-        transcriber: of this process; `None` where nothing is to be decoded.
-        plan: of `plan_requests`.
-        journal: gets every result at once.
+        transcriber: of this process; `None` if nothing must be decoded.
+        plan: see `plan_requests`.
+        journal: stores every result immediately.
+        processes: of the launch.
 
     Raises:
-        OSError: if the journal can't be written.
+        OSError: if the journal cannot be written.
     """
     started = time.perf_counter()
     todo = list(plan.seconds)
-    share = [todo[i] for i in shares(list(plan.seconds.values()), processes.world_size)[processes.rank]]
+    share = [todo[i] for i in assign_shares(list(plan.seconds.values()), processes.world_size)[processes.rank]]
     results: dict[int, Transcript] = {}
     failures: dict[int, str] = {}
     if transcriber is not None:
@@ -163,10 +168,10 @@ def decode_requests(transcriber: Transcriber | None, plan: Plan, journal: Journa
     for part, failed in parts:
         results |= part
         failures |= failed
-    # Whatever goes wrong before: no request may be missing in silence.
+    # No request may be missing without an error, even after a bug.
     for index in range(len(plan.requests)):
         if index not in results:
-            failures.setdefault(index, "neither a text nor a failure came of it; start again")
+            failures.setdefault(index, "no result and no error; start again")
     return Outcome(
         [(plan.requests[index].id, results[index]) for index in sorted(results)],
         [printable(f"{plan.requests[index].id}: {failures[index]}") for index in sorted(failures)],
@@ -176,15 +181,15 @@ def decode_requests(transcriber: Transcriber | None, plan: Plan, journal: Journa
 
 
 def _decode_share(transcriber: Transcriber, plan: Plan, share: list[int], processes: Processes, started: float):
-    """Indices and transcripts of this process's share, as they come."""
-    whose = "decoding" if processes.world_size == 1 else f"decoding (process 1 of {processes.world_size})"
-    progress = tqdm(total=len(share), desc=whose, unit="recording", disable=processes.rank > 0)
+    """Decodes the share of this process; yields indices and transcripts."""
+    title = "decoding" if processes.world_size == 1 else f"decoding (process 1 of {processes.world_size})"
+    progress = tqdm(total=len(share), desc=title, unit="recording", disable=processes.rank > 0)
     seconds = 0.0
     with progress, logging_redirect_tqdm():
         requests = [plan.requests[index] for index in share]
         for transcript in transcriber(requests, [plan.seconds[index] for index in share]):
             if transcript.looped:
-                logger.warning("%s: the text ended in a loop, which is cut", requests[transcript.index].id)
+                logger.warning("%s: a loop at the end of the text is cut", requests[transcript.index].id)
             yield share[transcript.index], transcript
             seconds += transcript.seconds
             progress.set_postfix(RTFx=f"{seconds / (time.perf_counter() - started):.0f}", refresh=False)

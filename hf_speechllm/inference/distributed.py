@@ -1,4 +1,4 @@
-"""The processes of a launch that share one list."""
+"""Processes of a launch that share one list of requests."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch.distributed
 
 TIMEOUT = datetime.timedelta(
     days=30
-)  # the first to finish waits for the last; the launcher ends the others of a dead one
+)  # the first process may wait long for the last; after a crash, the launcher ends all processes
 
 
 class Processes:
-    """The processes that `accelerate launch` or `torchrun` started; or this one alone.
+    """Processes that `accelerate launch` or `torchrun` has started, or a single process.
 
-    They exchange small objects only, through gloo, on GPUs, too. Use it as a context, which ends the group.
+    The processes exchange small objects through gloo, on GPUs too. Use this class as a context manager, which creates
+    and destroys the process group.
 
-    Args:
+    Attributes:
         rank: of this process.
         world_size: number of processes.
-        local_rank: of this process among those of its machine.
+        local_rank: of this process, on this machine.
     """
 
     def __init__(self) -> None:
@@ -37,12 +38,12 @@ class Processes:
         return self
 
     def __exit__(self, *exception) -> None:
-        # A group that is left to the interpreter's end can crash there.
+        # A process group that still exists at the end of the interpreter can crash the process.
         if self.world_size > 1:
             torch.distributed.destroy_process_group()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank; waits for all of them."""
+        """Returns the values of all processes in order of ranks; waits for all processes."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -50,16 +51,20 @@ class Processes:
         return values
 
 
-def shares(seconds: Sequence[float], number: int) -> list[list[int]]:
-    """Deals rows out so that the sums of their seconds are alike: the longest row first, always to the poorest.
+def assign_shares(seconds: Sequence[float], number: int) -> list[list[int]]:
+    """Assigns requests to shares of similar duration: longest first, each to the share with the smallest total.
+
+    Args:
+        seconds: duration of each request.
+        number: number of shares.
 
     Returns:
-        The indices of each share, ascending.
+        Sorted indices of each share.
     """
-    poorest = [(0.0, share) for share in range(number)]
+    totals = [(0.0, share) for share in range(number)]
     result: list[list[int]] = [[] for _ in range(number)]
     for index in sorted(range(len(seconds)), key=lambda index: -seconds[index]):
-        total, share = poorest[0]
+        total, share = totals[0]
         result[share].append(index)
-        heapq.heapreplace(poorest, (total + seconds[index], share))
+        heapq.heapreplace(totals, (total + seconds[index], share))
     return [sorted(share) for share in result]

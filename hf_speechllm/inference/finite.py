@@ -1,4 +1,4 @@
-"""Logits that are not finite: found while a batch is decoded, since search makes texts of them all the same."""
+"""Detection of non-finite logits, from which search would otherwise decode texts without an error."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import torch
 from transformers import PreTrainedModel
 
 
-class LogitsWatch:
-    """Watches the logits of every step of `generate`, for greedy and beam search, with or without CUDA graphs.
+class LogitsCheck:
+    """Checks the logits of every step of `generate`, for greedy and beam search, with or without CUDA graphs.
 
     ```python
-    with LogitsWatch(model) as watch:
+    with LogitsCheck(model) as check:
         output = model.generate(**inputs)
-    watch.finite(rows)
+    check.finite(rows)
     ```
 
-    Nothing is copied to the host before `finite` is called: a step costs one kernel.
+    A step costs one kernel. Nothing is copied to the host before `finite` is called.
 
     Args:
-        model: whose forward pass returns `logits`, shape = (rows times beams, tokens, vocabulary).
+        model: the forward pass must return `logits`, shape = (rows times beams, tokens, vocabulary).
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self._sums: list[torch.Tensor] = []
 
-    def __enter__(self) -> LogitsWatch:
-        self._handle = self.model.register_forward_hook(self._look)
+    def __enter__(self) -> LogitsCheck:
+        self._handle = self.model.register_forward_hook(self._add_sums)
         return self
 
     def __exit__(self, *exception) -> None:
         self._handle.remove()
 
-    def _look(self, module, arguments, output) -> None:
-        # A sum is finite only if all of its terms are; float32 holds that of any logits of sound weights.
+    def _add_sums(self, module, arguments, output) -> None:
+        # A sum is finite only if all terms are finite; the sum of normal logits fits into float32.
         self._sums.append(output.logits[:, -1].sum(-1, dtype=torch.float32))
 
     def finite(self, rows: int, tokens: torch.Tensor | None = None) -> list[bool]:
-        """Whether the logits of each row were finite, those of all its beams.
+        """Returns for each row whether the logits of all beams were finite.
 
         Args:
-            rows: of the batch.
-            tokens: what greedy search has generated, shape = (rows, steps): steps behind the end of a row, in which it
-                is only padded, then do not count.
+            rows: number of rows of the batch.
+            tokens: tokens that greedy search has generated, shape = (rows, steps); with tokens, steps after the end of
+                a row do not count.
         """
         finite = torch.stack(self._sums).isfinite().view(len(self._sums), rows, -1).all(2).T
         if tokens is not None:

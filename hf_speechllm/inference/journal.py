@@ -1,4 +1,4 @@
-"""The results of an unfinished run, so that they are not computed again."""
+"""Results of an unfinished run, which the next run does not compute again."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Results of a run beside its output file, `OUTPUT.partial-RANK.jsonl`, a line for each as soon as there is one.
+    """Results of a run in files `OUTPUT.partial-RANK.jsonl`; each result is written immediately, as one line.
 
-    The first line of each file has the run's settings. Every line has a checksum: one that is damaged is reported, and
-    its request decoded again. A result belongs to a request as a whole: ID, prompt, and the path, size and time of the
-    recording. Failures are not kept, so that they are tried again.
+    The first line of each file contains the settings of the run. Every line has a checksum: a damaged line is
+    reported, and the request is decoded again. A key identifies the request: ID, prompt, and path, size and time of
+    the recording. The journal does not contain failures, so that the next run tries again.
 
     Args:
         output_file: of the run.
-        settings: what the results depend on, besides the requests; of JSON's types. More can be added with `require`.
-        rank: of this process; each writes a file of its own, and reads those of all.
+        settings: settings that affect the results, besides the requests, as JSON values; `require` adds settings.
+        rank: of this process, which writes one file, and reads the files of all ranks.
     """
 
     def __init__(self, output_file: str | os.PathLike[str], settings: dict[str, Any], rank: int = 0):
@@ -46,23 +46,23 @@ class Journal:
         self._file: BinaryIO | None = None
 
     def files(self) -> list[str]:
-        """The files of all ranks that are there."""
+        """Returns the existing files of all ranks."""
         return sorted(glob.glob(glob.escape(self.prefix) + "[0-9]*.jsonl"))
 
     def read(self) -> dict[str, Transcript]:
-        """The results so far, by their request's `request_key`; their `index` is not set.
+        """Returns earlier results by `request_key`, without `index`.
 
-        Damaged lines are named in a warning of rank 0; the results of a file without settings are not used.
+        Rank 0 warns about damaged lines. Results of a file without settings are ignored.
 
         Raises:
-            ValueError: if they were made with other settings.
-            OSError: if a file can't be read.
+            ValueError: if the results have other settings.
+            OSError: if a file cannot be read.
         """
         results = {}
         self._found = {}
         damaged = []
         for path in self.files():
-            lines = Path(path).read_bytes().split(b"\n")[:-1]  # a last line without its end is what a kill cut off
+            lines = Path(path).read_bytes().split(b"\n")[:-1]  # without an incomplete last line
             for number, line in enumerate(lines, start=1):
                 row = _parse(line)
                 if row is None or (number == 1) != ("settings" in row):
@@ -81,10 +81,10 @@ class Journal:
         return results
 
     def require(self, settings: dict[str, Any]) -> None:
-        """Adds settings, which were not known when the journal was made, and compares all of them with what was read.
+        """Adds settings that become known later, and compares all settings with those of earlier results.
 
         Raises:
-            ValueError: if results were made with others; the message names them.
+            ValueError: if settings differ; the message names the settings.
         """
         self.settings |= json.loads(json.dumps(settings))
         for path, found in self._found.items():
@@ -92,31 +92,31 @@ class Journal:
             if differing:
                 changes = ", ".join(f"{name} ({found.get(name)!r}, now {self.settings[name]!r})" for name in differing)
                 raise ValueError(
-                    f"{path}: an unfinished run with other settings: {changes}. Give the same to resume it, or "
+                    f"{path}: an unfinished run with other settings: {changes}. Use the same settings to resume, or "
                     "--overwrite to start again"
                 )
 
     def add(self, key: str, transcript: Transcript) -> None:
-        """Keeps a result, so that it outlives this process.
+        """Writes a result, which is then safe if this process ends.
 
         Raises:
-            OSError: if the file can't be written, for example since the disk is full.
+            OSError: if the file cannot be written, for example because the disk is full.
         """
         segments = [dataclasses.astuple(segment) for segment in transcript.segments]
         self._write({"key": key, "text": transcript.text, "seconds": transcript.seconds, "segments": segments})
 
     def open(self) -> None:
-        """Begins this process's file, or goes on with it.
+        """Opens the file of this process, to append to earlier results.
 
         Raises:
-            OSError: if the file can't be written.
+            OSError: if the file cannot be written.
         """
         content = Path(self.path).read_bytes() if os.path.exists(self.path) else b""
         complete, end, _ = content.rpartition(b"\n")
         usable = "settings" in (_parse(complete.partition(b"\n")[0]) or ())
         if usable:
             os.truncate(self.path, len(complete) + len(end))
-        # Without a buffer: what is written outlives the process, though not the machine.
+        # Without a buffer: written results are safe after a crash of the process, but not of the machine.
         self._file = open(self.path, "ab" if usable else "wb", buffering=0)  # noqa: SIM115
         if not usable:
             self._write({"settings": self.settings})
@@ -134,10 +134,10 @@ class Journal:
             raise RuntimeError("the journal is not open")
         content = json.dumps({**row, "checksum": _checksum(row)}, ensure_ascii=False).encode() + b"\n"
         try:
-            while content:  # a disk that is nearly full takes a part
+            while content:  # a nearly full disk accepts only a part
                 content = content[self._file.write(content) :]
         except OSError as error:
-            raise OSError(f"{self.path} can't be written: {error.strerror}") from error
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 def _checksum(row: dict[str, Any]) -> int:
@@ -145,7 +145,7 @@ def _checksum(row: dict[str, Any]) -> int:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; `None` if it is damaged."""
+    """Parses a line; returns `None` if the line is damaged."""
     try:
         row = json.loads(line)
         checksum = row.pop("checksum")
@@ -160,10 +160,10 @@ def _transcript(row: dict[str, Any]) -> Transcript:
 
 
 def request_key(request: Request) -> str:
-    """A hash of a request: ID, prompt, and the path, size and time of each local recording."""
+    """Returns a hash of a request: ID, prompt, and path, size and time of each local recording."""
     try:
         recordings = request.dialogue.recordings
-    except ChatError:  # it fails when it is measured, and is not kept
+    except ChatError:  # measuring reports this error, and the journal does not contain failures
         recordings = []
     stamps = [source_stamp(source) for source in recordings if isinstance(source, str)]
     content = json.dumps([request.id, request.messages, request.hotwords, stamps], default=_json)

@@ -1,4 +1,4 @@
-"""Requests checked before anything is decoded: how long their recordings are, and whether the model can take them."""
+"""Checks of requests before decoding: duration of the recordings, and limits of the model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .requests import Request
 
 @dataclass
 class RequestMeter:
-    """Measures requests, for which the model need not be loaded.
+    """Measures requests without loading the model.
 
     Args:
-        config: the model's.
-        processor: the model's.
-        segment_seconds: the longest segment, with voice detection; `None` decodes each recording at once.
-        num_workers: threads that open recordings.
+        config: of the model.
+        processor: of the model.
+        segment_seconds: largest duration of a segment, with voice detection; `None` decodes whole recordings.
+        num_workers: number of threads that open recordings.
     """
 
     config: SpeechLLMConfig
     processor: SpeechLLMProcessor
     segment_seconds: float | None = None
     num_workers: int = 4
-    max_seconds: float = field(init=False)  # that the encoder takes
+    max_seconds: float = field(init=False)  # limit of the encoder
     _prompt_tokens: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class RequestMeter:
             return list(pool.map(self._measure, requests, chunksize=1))
 
     def is_segmented(self, dialogue: chat.Dialogue) -> bool:
-        """Whether its recording is cut into segments. Dialogues with several recordings are decoded as they are."""
+        """Whether the recording is split into segments; dialogues with several recordings are never split."""
         return self.segment_seconds is not None and len(dialogue.recordings) == 1
 
     def _measure(self, request: Request) -> float | str:
@@ -57,19 +57,19 @@ class RequestMeter:
         except (AudioError, chat.ChatError) as error:
             return str(error)
         if not durations:
-            return "no recording"
+            return "no recording; add a recording to the request"
         source = dialogue.recordings[int(np.argmax(durations))]
         if min(durations) == 0:
             return f"{_name(source)}: no samples"
         if max(durations) > self.max_seconds and not self.is_segmented(dialogue):
             return (
-                f"{_name(source)}: {max(durations):.1f} s; the encoder takes at most {self.max_seconds:.1f} s: --vad "
-                "cuts long recordings into segments"
+                f"{_name(source)}: {max(durations):.1f} s; the encoder accepts at most {self.max_seconds:.1f} s; use "
+                "--vad, which splits long recordings into segments"
             )
         return self._context_error(dialogue, durations) or sum(durations)
 
     def _context_error(self, dialogue: chat.Dialogue, durations: Sequence[float]) -> str | None:
-        """Why a request does not fit into the LLM's context, which is what long lists of hotwords lead to."""
+        """Returns an error message if a request exceeds the context of the LLM, for example with many hotwords."""
         limit = getattr(self.config.llm_config, "max_position_embeddings", None)
         if limit is None:
             return None
@@ -83,7 +83,7 @@ class RequestMeter:
         tokens = self._prompt_tokens[text] + sum(map(self.processor.num_audio_tokens, frames))
         if tokens < limit:
             return None
-        return f"{tokens} tokens of prompt and audio; the LLM takes at most {limit}: give fewer hotwords or less audio"
+        return f"{tokens} tokens of prompt and audio; the LLM accepts fewer than {limit}; use fewer hotwords or --vad"
 
 
 def _name(source: Any) -> str:

@@ -1,4 +1,4 @@
-"""What goes into a batch, and what comes of a request."""
+"""Data classes of decoding: pieces of a batch, and transcripts of requests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .segments import Segment
 
 @dataclass(frozen=True)
 class Transcript:
-    """A result.
+    """Result of a request.
 
     Args:
-        index: position of the request.
-        text: what was said; empty if it failed, or nothing was said.
-        seconds: of audio.
-        error: why it failed; `None` if it did not.
-        segments: the stretches that were decoded, in order; one, the whole recording, without voice detection.
+        index: index of the request.
+        text: recognised text; empty without speech, or after an error.
+        seconds: duration of the audio.
+        error: error message; `None` without error.
+        segments: decoded segments in order; without voice detection, one segment for the whole recording.
     """
 
     index: int
@@ -35,13 +35,13 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is decoded at once: a request, or a segment of its recording.
+    """One row of a batch: a whole request, or a segment of the recording.
 
     Args:
-        index: of the request.
+        index: index of the request.
         start, end: in the recording, in seconds.
         pieces: number of pieces of the request.
-        waveform: shape = (samples,); `None` where the recordings are still to be loaded.
+        waveform: shape = (samples,); `None` before loading.
     """
 
     index: int
@@ -52,5 +52,5 @@ class Piece:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration in seconds."""
         return self.end - self.start

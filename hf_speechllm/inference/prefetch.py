@@ -1,4 +1,4 @@
-"""Recordings measured and prepared ahead of the model."""
+"""Prefetching: measures and prepares recordings in threads."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ import numpy as np
 from ..audio.inputs import to_source
 from ..audio.waveform import header_seconds, is_url, probe_audio
 
-TRUSTED_HEADERS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG")  # libsndfile's names of formats that announce their length
+TRUSTED_HEADERS = (
+    "WAV",
+    "WAVEX",
+    "RF64",
+    "FLAC",
+    "OGG",
+)  # libsndfile's names of formats with a reliable length in the header
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def measure_seconds(source: Any, sampling_rate: int) -> float:
-    """Length of a recording in seconds, from its header where that can be trusted.
+    """Returns the duration of a recording in seconds, from the header if the header is reliable.
 
     Args:
-        source: as of `audio.load_audio`.
+        source: see `audio.load_audio`.
         sampling_rate: of waveforms without a rate, in Hz.
 
     Raises:
-        AudioError: if the recording can't be read.
+        AudioError: if the recording cannot be read.
     """
     if not isinstance(source, (str, os.PathLike, bytes)):
         source = to_source(source, sampling_rate)
@@ -41,23 +47,28 @@ def measure_seconds(source: Any, sampling_rate: int) -> float:
     return samples / rate
 
 
-def in_background(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[tuple[Item, float]], room: float
+def prefetch(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[tuple[Item, float]],
+    max_weight: float,
 ) -> Iterator[Result]:
-    """Results of `function(item)` in order, computed by the threads of a pool ahead of what is taken.
+    """Yields `function(item)` in order; a thread pool computes results in advance.
 
     Args:
-        items: each with its weight.
-        room: no more is begun while the weights of what is ahead exceed this.
+        pool: threads.
+        function: computes a result.
+        items: pairs of an item and a weight.
+        max_weight: no further item starts while the total weight of pending items exceeds this.
     """
-    ahead: deque[tuple[Future[Result], float]] = deque()
+    pending: deque[tuple[Future[Result], float]] = deque()
     load = 0.0
     for item, weight in items:
-        ahead.append((pool.submit(function, item), weight))
+        pending.append((pool.submit(function, item), weight))
         load += weight
-        while load > room:
-            future, done = ahead.popleft()
+        while load > max_weight:
+            future, done = pending.popleft()
             load -= done
             yield future.result()
-    for future, _ in ahead:
+    for future, _ in pending:
         yield future.result()

@@ -1,7 +1,7 @@
-"""Hypotheses that end in a loop: found, stopped and cut.
+"""Detection, stopping and cutting of loops at the end of hypotheses.
 
-A loop is told from what people do repeat by its length: nobody says the same digit, syllable or word twenty times in a
-row in one utterance, or a whole clause six times, but a model that loops goes on until it may not.
+A loop is longer than repetitions in speech. People do not say the same digit, syllable or word 20 times in a row in
+one utterance, or a clause 6 times. A model in a loop repeats until the limit of tokens.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import torch
 from transformers import StoppingCriteria
 
-MIN_REPEATS = 20  # of anything, however short: a trillion has twelve zeros, a laugh hardly fifteen "ha"
-MIN_REPEATS_OF_CLAUSE = 6  # a refrain comes back three or four times
-CLAUSE_BYTES = 24  # UTF-8: five English words, eight Chinese characters
-TAIL = 16  # characters; within the shortest loop, with its last period before it
-REPLACEMENT = "\ufffd"  # what bytes are decoded to that make no character
+MIN_REPEATS = 20  # of any text: a trillion has 12 zeros, and a laugh has at most about 15 times "ha"
+MIN_REPEATS_OF_CLAUSE = 6  # a refrain repeats 3 or 4 times
+CLAUSE_BYTES = 24  # UTF-8: 5 English words, 8 Chinese characters
+TAIL = 16  # characters; the shortest loop contains this tail and the tail one period earlier
+REPLACEMENT = "\ufffd"  # decoded from bytes that are no character
 CHECK_INTERVAL = 16  # tokens
 
 
 def find_loop(text: str) -> tuple[int, int] | None:
-    """The loop in which a text ends.
+    """Finds a loop at the end of a text.
 
     Args:
-        text: without white space at its end.
+        text: without trailing white space.
 
     Returns:
-        Where the loop starts, and the length of what is repeated, both in characters; `None` if there is no loop. The
-        last repetition may be incomplete.
+        Start of the loop and length of the repeated unit, in characters; `None` without a loop. The last repetition
+        may be incomplete.
     """
-    # A loop's last characters stand one period before them, too; so candidates are found without comparing periods.
+    # The last characters of a loop also occur one period earlier, so no search over periods is necessary.
     tail, place = text[-TAIL:], len(text) - TAIL
     if place < 1:
         return None
@@ -38,9 +38,9 @@ def find_loop(text: str) -> tuple[int, int] | None:
         while start > 0 and text[start - 1] == text[start - 1 + period]:
             start -= 1
         unit = text[start : start + period]
-        repeats = (len(text) - start + (" " in unit)) // period  # the last one has lost the space behind it
+        repeats = (len(text) - start + (" " in unit)) // period  # the last repetition lacks the trailing space
         long_enough = repeats >= MIN_REPEATS_OF_CLAUSE and len(unit.encode()) >= CLAUSE_BYTES
-        # What starts where a shorter period did repeats a multiple of it: ten times "ha ha" is twenty times "ha".
+        # A loop with the same start as a shorter period is a multiple: 10 times "ha ha" is 20 times "ha".
         if start not in starts and (repeats >= MIN_REPEATS or long_enough):
             return start, period
         starts.add(start)
@@ -49,10 +49,10 @@ def find_loop(text: str) -> tuple[int, int] | None:
 
 
 def cut_loop(text: str) -> tuple[str, bool]:
-    """Cuts the loop in which a text ends down to one occurrence, whole words of it.
+    """Reduces a loop at the end of a text to one occurrence, in whole words.
 
     Returns:
-        The text, and whether there was a loop.
+        The text, and whether the text had a loop.
     """
     loop = _loop_of_unfinished(text)
     if loop is None:
@@ -64,17 +64,17 @@ def cut_loop(text: str) -> tuple[str, bool]:
 
 
 def _loop_of_unfinished(text: str) -> tuple[int, int] | None:
-    """As `find_loop`, of a text whose last character may be half-generated."""
+    """Calls `find_loop` for a text whose last character may be incomplete."""
     text = text.rstrip()
     return find_loop(text) or find_loop(text.rstrip(REPLACEMENT))
 
 
 class LoopStop(StoppingCriteria):
-    """Ends the generation of rows that have run into a loop.
+    """Stops the generation of rows that end in a loop.
 
     Args:
         tokenizer: of the LLM.
-        prompt_tokens: how many tokens of each row are the prompt.
+        prompt_tokens: number of prompt tokens of each row.
     """
 
     def __init__(self, tokenizer, prompt_tokens: int):
@@ -82,7 +82,7 @@ class LoopStop(StoppingCriteria):
         self.prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Whether each row, shape = (rows,), is in a loop; looked at every `CHECK_INTERVAL` tokens."""
+        """Returns for each row whether it ends in a loop, shape = (rows,); checks every `CHECK_INTERVAL` tokens."""
         generated = input_ids[:, self.prompt_tokens :]
         if generated.shape[1] % CHECK_INTERVAL:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

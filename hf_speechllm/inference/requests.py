@@ -1,4 +1,4 @@
-"""What is to be transcribed, from Python or from lists."""
+"""Requests for transcripts, from lists, files or archives."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NOT_IN_ID = re.compile(r"[\t\r\n]")
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be transcribed.
+    """A request for one transcript.
 
     Args:
         id: of the recording.
-        messages: the dialogue that asks for the transcript; its last turn has no answer.
-        hotwords: named before the first prompt.
+        messages: dialogue that requests the transcript; the last turn has no answer.
+        hotwords: listed before the first prompt.
     """
 
     id: str
@@ -32,34 +32,36 @@ class Request:
 
     @property
     def dialogue(self) -> chat.Dialogue:
-        """The messages, parsed."""
+        """Parsed messages."""
         return chat.parse_messages(self.messages, self.hotwords)
 
 
 def requests_of_scp(path: str | os.PathLike[str], prompt: str, bad_rows: BadRows) -> list[Request]:
-    """Requests for the recordings of a `wav.scp`.
+    """Reads requests for the recordings of a `wav.scp`.
 
     Args:
-        prompt: what `chat.transcription_prompt` gives.
-        bad_rows: gets the lines that can't be used.
+        path: of the list.
+        prompt: from `chat.transcription_prompt`.
+        bad_rows: collects unusable lines.
 
     Raises:
-        OSError: if the list can't be read.
+        OSError: if the list cannot be read.
     """
     entries = read_scp(path, bad_rows).entries
     return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
 
 
 def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) -> list[Request]:
-    """Requests for files, URLs, folders and archives; see `sources.find_recordings`.
+    """Returns requests for files, URLs, folders and archives; see `sources.find_recordings`.
 
     Args:
-        prompt: what `chat.transcription_prompt` gives.
-        bad_rows: gets what can't be read of archives.
+        sources: names of files, URLs, folders and archives.
+        prompt: from `chat.transcription_prompt`.
+        bad_rows: collects unreadable parts of archives.
 
     Raises:
-        OSError: if a file or folder is missing or can't be read.
-        ValueError: if a source is of another kind, or a folder has no recordings.
+        OSError: if a file or folder is missing or cannot be read.
+        ValueError: if a source is of an unsupported kind, or a folder has no recordings.
     """
     requests = []
     for item in find_recordings(sources, bad_rows):
@@ -72,14 +74,15 @@ def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) 
 
 
 def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows: BadRows) -> list[Request]:
-    """Requests for the rows of a JSONL: for the answer of their last turn, which they need not have.
+    """Reads requests from the rows of a JSONL, for the answer of the last turn; rows may lack this answer.
 
     Args:
-        prompt: asked for each row's last recording, instead of the row's dialogue and hotwords; `None` keeps these.
-        bad_rows: gets the rows that can't be used.
+        path: of the list.
+        prompt: prompt for the last recording of each row; `None` keeps dialogue and hotwords of the row.
+        bad_rows: collects unusable rows.
 
     Raises:
-        OSError: if the list can't be read.
+        OSError: if the list cannot be read.
     """
     requests = []
     for row in read_jsonl(path, require_answers=False):

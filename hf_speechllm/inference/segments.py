@@ -1,4 +1,4 @@
-"""Stretches of a recording with their texts, and how these texts join."""
+"""Segments of a recording, and joining of their texts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ UNSPACED_RANGES = (
     (0x2E80, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF00, 0xFFEF),
     (0x20000, 0x3FFFF), (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),
 )  # fmt: skip
-UNSPACED_PUNCTUATION = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f\u300b\u300d\u300f\u3011"  # these close, in CJK
+UNSPACED_PUNCTUATION = (
+    "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f\u300b\u300d\u300f\u3011"  # closing punctuation in CJK
+)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a recording that was decoded at once.
+    """A decoded segment of a recording.
 
     Args:
         start, end: in the recording, in seconds.
-        text: what was said; empty if nothing was.
-        looped: whether the text ended in a loop, which was cut.
+        text: recognised text; empty without speech.
+        looped: whether a loop at the end of the text was cut.
     """
 
     start: float
@@ -31,7 +33,7 @@ class Segment:
 
 
 def join_texts(texts: Iterable[str]) -> str:
-    """Joins texts that follow each other: with a space, but none within a script that has no spaces between words."""
+    """Joins consecutive texts: with a space, except within a script without spaces between words."""
     joined = ""
     for text in texts:
         text = text.strip()

@@ -1,4 +1,4 @@
-"""Recordings named one by one, folders of them, and Parquet and tar files that hold them."""
+"""Sources of recordings: files, URLs, folders, Parquet and tar files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.shards import is_archive, recordings_of_archive
 
 logger = logging.getLogger(__name__)
 
-# What is taken for a recording in a folder; a file that is named itself may end in anything.
+# Suffixes of recordings in a folder; a file that the user names may have any suffix.
 AUDIO_SUFFIXES = {
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".amr", ".aif", ".aiff", ".au", ".caf",
     ".w64", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".ts",
@@ -26,8 +26,7 @@ _WHITE_SPACE = re.compile(r"\s+")
 
 
 class Source(NamedTuple):
-    """A recording: its ID, a longer name that tells it from others of the same ID, and its path, URL or place in an
-    archive (see `archives`)."""
+    """A recording: ID, a longer name for recordings with equal IDs, and path, URL or place in an archive."""
 
     id: str
     name: str
@@ -35,19 +34,19 @@ class Source(NamedTuple):
 
 
 def find_recordings(sources: Sequence[str], bad_rows: BadRows) -> list[Source]:
-    """The recordings that sources stand for, in their order, those of a folder in alphabetical order.
+    """Lists the recordings of sources in order; recordings of a folder are in alphabetical order.
 
-    An ID is the stem of a file's name, in a folder its path below that without the suffix; of a row in a Parquet file
-    the column `id`, the stem of its recording's path, or `FILE-ROW`; of a member of a tar file its name without the
-    suffix. White space in it becomes `_`. Where several would have the same, each takes its whole path instead.
+    The ID of a file is the stem of the name; in a folder, the relative path without the suffix. The ID of a Parquet
+    row is the column `id`, the stem of the path of the recording, or `FILE-ROW`. The ID of a tar member is the name
+    without the suffix. White space in an ID becomes `_`. Recordings with equal IDs get their whole paths as IDs.
 
     Args:
-        sources: files, URLs, folders (searched with all below them), `.parquet` and `.tar` files.
-        bad_rows: gets archives, or what follows in them, that can't be read.
+        sources: files, URLs, folders (searched recursively), `.parquet` and `.tar` files.
+        bad_rows: collects archives, or parts of archives, that cannot be read.
 
     Raises:
-        OSError: if a file or folder is missing or can't be read.
-        ValueError: if a source is of another kind, or a folder has no recordings.
+        OSError: if a file or folder is missing or cannot be read.
+        ValueError: if a source is of an unsupported kind, or a folder has no recordings.
     """
     found = [item for source in sources for item in _expand(source, bad_rows)]
     counts = Counter(item.id for item in found)
@@ -61,9 +60,9 @@ def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
         yield from _in_folder(source, bad_rows)
     elif source.endswith((".jsonl", ".scp")):
         option = "--jsonl_file" if source.endswith(".jsonl") else "--scp_file"
-        raise ValueError(f"{source} is a list; give it with {option}")
+        raise ValueError(f"{source} is a list; pass the list with {option}")
     elif source.endswith((".zip", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".7z", ".rar")):
-        raise ValueError(f"{source} is compressed; unpack it, and give the folder, recording or .tar file")
+        raise ValueError(f"{source} is compressed; unpack the file, and pass the folder, recording or .tar file")
     elif not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such file")
     elif is_archive(source):
@@ -94,9 +93,11 @@ def _in_folder(folder: str, bad_rows: BadRows) -> Iterator[Source]:
                 continue
             number += 1
     if not number:
-        raise ValueError(f"{folder}: a folder without recordings (.wav, .flac, .mp3, ...), .tar or .parquet files")
+        raise ValueError(
+            f"{folder}: no recordings (.wav, .flac, .mp3, ...), .tar or .parquet files; pass another folder"
+        )
     if others:
-        logger.info("%s: %d files that are no recordings are left out (%s)", folder, others.total(), ", ".join(others))
+        logger.info("%s: %d other files are skipped (%s)", folder, others.total(), ", ".join(others))
 
 
 def _in_archive(path: str, bad_rows: BadRows) -> Iterator[Source]:

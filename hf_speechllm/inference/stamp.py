@@ -1,4 +1,4 @@
-"""What a model's texts depend on, as digests, so that a run is only resumed with the same."""
+"""Fingerprints of a model, so that an unfinished run resumes only with the same model."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-PACKAGES = ("transformers", "tokenizers")  # whose releases may change prompts, search and texts, besides this package
-# In configurations, what is no property of the model: where it lies, and who wrote it.
+PACKAGES = ("transformers", "tokenizers")  # releases may change prompts, search and texts
+# Keys of configurations that are no properties of the model: paths and versions.
 PLACES = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
 
 
-def model_stamp(model: PreTrainedModel, processor: ProcessorMixin, num_workers: int = 4) -> dict[str, str]:
-    """Digests of a model and its processor as they were loaded, and the versions of the packages that run them.
+def model_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, num_workers: int = 4) -> dict[str, str]:
+    """Computes hashes of a loaded model and processor, and adds versions of packages.
 
-    They are taken of what is in memory, not of files: that holds for all formats alike, for an adapter merged into its
-    base model, and for a repository whose content has changed under its name. All bytes of the weights are read, about
-    a second a gigabyte and thread; samples of them would miss an edited row of an embedding table.
+    The hashes cover the objects in memory, not the files. This works for all formats, for merged adapters, and for a
+    repository whose content has changed. All bytes of the weights are read (about 1 s per GB and thread), because
+    samples would miss an edited row of an embedding table.
 
     Args:
-        model: preferably not yet on a GPU, from which its weights would be copied.
-        num_workers: threads.
+        model: preferably on the CPU; weights on a GPU would be copied to the host.
+        processor: of the model.
+        num_workers: number of threads.
 
     Returns:
-        By the names that an error message shows: `weights`, `configuration`, `generation configuration`, `processor`
-        (tokenizer, chat template, feature extractor), and the packages.
+        Values by the names in error messages: `weights`, `configuration`, `generation configuration`, `processor`
+        (tokenizer, chat template, feature extractor), and names of packages.
     """
     from ..version import __version__
 
@@ -58,7 +59,7 @@ def _digest_of_tensor(tensor: torch.Tensor) -> str:
 
 
 def _digest_of_processor(processor: ProcessorMixin) -> str:
-    """Of the files that it is saved as, which have all that it can be made of again."""
+    """Hashes the files that `save_pretrained` writes."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
@@ -84,6 +85,6 @@ def _without_places(value: Any) -> Any:
 def _digest(parts: Iterable[Any]) -> str:
     result = hashlib.sha256()
     for part in parts:
-        result.update(len(part).to_bytes(8, "little"))  # where one part ends and the next begins
+        result.update(len(part).to_bytes(8, "little"))  # separates the parts
         result.update(part)
     return result.hexdigest()[:16]

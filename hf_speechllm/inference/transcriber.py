@@ -1,4 +1,4 @@
-"""Recordings in, transcripts out: in batches by audio seconds, prepared in threads while the model works."""
+"""Transcribes recordings in batches by audio seconds; threads prepare batches while the model computes."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from ..model.generation import ignored_settings, transcribing, transcription_con
 from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
-from .finite import LogitsWatch
+from .finite import LogitsCheck
 from .measuring import RequestMeter
 from .pieces import Piece, Transcript
-from .prefetch import in_background
+from .prefetch import prefetch
 from .repetition import LoopStop, cut_loop
 from .requests import Request
 from .segments import Segment, join_texts
 
 logger = logging.getLogger(__name__)
 
-TOKEN_INPUTS = ("input_ids", "attention_mask")  # of each row; the others are of each recording
-PREFETCHED_BATCHES = 2  # prepared ahead of the model
-PREFETCHED_SECONDS = 3600.0  # or as many batches as have so much audio; 230 MB, and twice that as features
-WINDOW_SECONDS = 3600.0  # of recordings whose segments are sorted together
+TOKEN_INPUTS = ("input_ids", "attention_mask")  # inputs with one entry per row; others have one entry per recording
+PREFETCHED_BATCHES = 2  # number of batches that are prepared in advance, at least
+PREFETCHED_SECONDS = 3600.0  # audio that is prepared in advance, at least; 230 MB, and 460 MB as features
+WINDOW_SECONDS = 3600.0  # duration of the recordings whose segments are sorted together
 NOT_FINITE = (
-    "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow in this dtype; check "
+    "the model's logits are not finite (NaN or infinite): the weights are damaged, or overflow in this dtype; check "
     "the checkpoint, or try --dtype float32"
 )
-LISTENED_SECONDS = 4 * WINDOW_SECONDS  # of recordings that are held in memory to find their segments; 230 MB an hour
+SEGMENTED_SECONDS = 4 * WINDOW_SECONDS  # recordings in memory for segmentation; 230 MB per hour
 
 
 class Transcriber:
-    """Decodes requests with a model.
+    """Transcribes recordings with a model.
 
     Example:
 
@@ -62,15 +62,15 @@ class Transcriber:
     ```
 
     Args:
-        model: on its device, in its dtype.
-        processor: the model's.
-        batch_seconds: padded audio seconds in a batch.
-        max_new_tokens: the longest transcript, of each segment.
-        num_beams: 1 is greedy search.
-        num_workers: threads that load recordings, detect voices, and compute features.
-        repetition_guard: whether a hypothesis that ends in a loop is stopped and cut; see `repetition`.
-        vad: makes segments of recordings; `None` decodes each at once.
-        cuda_graphs: whether, on a GPU, greedy search replays a step of the LLM; see `steps`.
+        model: on the target device, in the target dtype.
+        processor: of the model.
+        batch_seconds: padded audio seconds per batch.
+        max_new_tokens: maximum length of a transcript, or of the transcript of a segment.
+        num_beams: number of beams; 1 is greedy search.
+        num_workers: number of threads that load recordings, detect speech, and compute features.
+        repetition_guard: whether to stop and cut loops at the end of hypotheses; see `repetition`.
+        vad: splits recordings into segments; `None` decodes whole recordings.
+        cuda_graphs: whether greedy search on a GPU uses CUDA graphs; see `fast.cuda_graphs`.
         fast: whether fast paths are used: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
             attention of cuDNN. If false, the model computes as torch and transformers do, also if an earlier fast
             transcriber has set it up: the same numbers, slower.
@@ -94,7 +94,7 @@ class Transcriber:
         fast: bool = True,
     ):
         self.model = model.eval()
-        self.steps: CudaGraphDecoder | None = None
+        self.greedy_decoder: CudaGraphDecoder | None = None
         self.fast = fast
         transcription_config(model)
         if ignored := ignored_settings(model.generation_config):
@@ -104,7 +104,7 @@ class Transcriber:
         if fast and model.device.type == "cuda":
             disable_host_syncs(model)
             if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
-                self.steps = CudaGraphDecoder(model.llm.get_decoder())
+                self.greedy_decoder = CudaGraphDecoder(model.llm.get_decoder())
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
@@ -114,11 +114,13 @@ class Transcriber:
         self.vad = vad
         self.meter = RequestMeter(model.config, processor, vad.max_seconds if vad else None, num_workers)
         if vad is not None and processor.sampling_rate != SAMPLE_RATE:
-            raise ValueError(f"voice detection needs {SAMPLE_RATE} Hz, the processor has {processor.sampling_rate} Hz")
+            raise ValueError(
+                f"--vad requires a processor with {SAMPLE_RATE} Hz; this processor has {processor.sampling_rate} Hz"
+            )
         if vad is not None and vad.max_seconds > self.meter.max_seconds:
             raise ValueError(
-                f"segments of {vad.max_seconds:g} s; the encoder takes at most {self.meter.max_seconds:.1f} s: lower "
-                "--vad_max_seconds"
+                f"--vad_max_seconds {vad.max_seconds:g}: the encoder accepts at most {self.meter.max_seconds:.1f} s; "
+                "lower --vad_max_seconds"
             )
 
     def rehearse(self, name: Any) -> None:
@@ -136,31 +138,31 @@ class Transcriber:
             self.model(**inputs, logits_to_keep=1)
 
     def transcribe(self, recordings: Any, sampling_rate: int | None = None, **prompt_options) -> Any:
-        """Transcripts of recordings, in their order; of a single one, which is not in a list, its transcript alone.
+        """Transcribes one recording or several.
 
         Args:
-            recordings: one or an iterable of: path, URL, bytes of a file, open file, waveform, `(waveform, rate)`, row
-                of `datasets`; see `audio.inputs.to_source`.
-            sampling_rate: of waveforms that come without a rate, in Hz; default the processor's.
+            recordings: a recording or an iterable of recordings: path, URL, bytes of a file, open file, waveform,
+                `(waveform, rate)`, row of `datasets`; see `audio.inputs.to_source`.
+            sampling_rate: of waveforms without a rate, in Hz; default the rate of the processor.
             **prompt_options: `language`, `itn`, `hotwords`, `prompt`, `context` of `chat.transcription_prompt`.
 
         Returns:
-            A text, or a list of texts.
+            A text for a single recording; otherwise a list of texts in the same order.
 
         Raises:
-            AudioError: if one of them can't be used.
+            AudioError: if a recording is unusable.
         """
         texts = [item.text for item in self.transcripts(recordings, sampling_rate, **prompt_options)]
         return texts[0] if as_list(recordings)[1] else texts
 
     def transcripts(self, recordings: Any, sampling_rate: int | None = None, **prompt_options) -> list[Transcript]:
-        """As `transcribe`, with all that is known of each: the times and texts of its segments, and whether it looped.
+        """Transcribes recordings as `transcribe` does, with times and texts of segments, and flags of loops.
 
         Returns:
-            A list, of a single recording, too.
+            A list, also for a single recording.
 
         Raises:
-            AudioError: if one of them can't be used.
+            AudioError: if a recording is unusable.
         """
         prompt = chat.transcription_prompt(**prompt_options)
         requests = []
@@ -179,12 +181,13 @@ class Transcriber:
     def __call__(
         self, requests: Sequence[Request], lengths: Sequence[float | str] | None = None
     ) -> Iterator[Transcript]:
-        """Decodes requests, sorted by length; each result tells its position.
+        """Decodes requests in order of duration; yields transcripts with the index of the request.
 
-        A request that fails, since its recording can't be read or is too long, gives a `Transcript` with an `error`.
+        The transcript of an unusable request, for example with an unreadable recording, has an `error`.
 
         Args:
-            lengths: what `measure` gave, if it is known already.
+            requests: all requests.
+            lengths: result of `measure`; default computed here.
         """
         lengths = self.measure(requests) if lengths is None else lengths
         usable = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
@@ -202,7 +205,7 @@ class Transcriber:
                 return batch if isinstance(batch, Transcript) else self._prepare(listeners, requests, batch)
 
             room = max(PREFETCHED_SECONDS, PREFETCHED_BATCHES * self.batch_seconds)
-            for result in in_background(loaders, prepare, ((batch, _seconds(batch)) for batch in batches), room):
+            for result in prefetch(loaders, prepare, ((batch, _seconds(batch)) for batch in batches), room):
                 if isinstance(result, Transcript):
                     yield result
                     continue
@@ -211,7 +214,7 @@ class Transcriber:
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
                     if piece.waveform is None:
                         seconds[piece.index] = piece.seconds  # a recording may have been replaced meanwhile
-                    if piece.index not in found:  # another segment of the recording has failed
+                    if piece.index not in found:  # another segment of this recording has failed
                         continue
                     if segment is None:
                         del found[piece.index]
@@ -224,14 +227,14 @@ class Transcriber:
                         yield Transcript(piece.index, text, seconds[piece.index], segments=segments)
 
     def measure(self, requests: Sequence[Request]) -> list[float | str]:
-        """Audio seconds of each request, or why it can't be decoded.
+        """Returns the audio seconds of each request, or an error message.
 
-        Where a recording's header says how long it is, nothing else is read; damage behind it is found on loading.
+        If the header of a recording contains the duration, only the header is read; loading finds other damage.
         """
         return self.meter(requests)
 
     def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
-        """Batches of pieces, the longest first: if memory does not suffice, that is known at once."""
+        """Returns batches of pieces, the longest first, so that insufficient memory shows immediately."""
         if not pieces:
             return []
         seconds = np.array([piece.seconds for piece in pieces])
@@ -241,23 +244,23 @@ class Transcriber:
     def _segmented(
         self, pool: ThreadPoolExecutor, requests: Sequence[Request], seconds: dict[int, float]
     ) -> Iterator[list[Piece] | Transcript]:
-        """Batches of segments of an hour of recordings after the other; and what needs none, since nothing is said."""
+        """Yields batches of segments, sorted in windows of one hour, and transcripts of recordings without speech."""
         window: list[Piece] = []
-        heard = 0.0
+        window_seconds = 0.0
         todo = ((index, seconds[index]) for index in seconds)
-        for result in in_background(pool, lambda index: self._segment(index, requests[index]), todo, LISTENED_SECONDS):
+        for result in prefetch(pool, lambda index: self._segment(index, requests[index]), todo, SEGMENTED_SECONDS):
             if isinstance(result, Transcript):
                 yield result if result.error else Transcript(result.index, seconds=seconds[result.index])
                 continue
             window += result
-            heard += seconds[result[0].index]
-            if heard >= WINDOW_SECONDS:
+            window_seconds += seconds[result[0].index]
+            if window_seconds >= WINDOW_SECONDS:
                 yield from self._batches(window)
-                window, heard = [], 0.0
+                window, window_seconds = [], 0.0
         yield from self._batches(window)
 
     def _segment(self, index: int, request: Request) -> list[Piece] | Transcript:
-        """The pieces of a request; a result if it fails, or has none."""
+        """Splits a request into pieces; returns a transcript after an error, or without speech."""
         dialogue = request.dialogue
         try:
             waveforms = [load_audio(source, SAMPLE_RATE) for source in dialogue.recordings]
@@ -267,7 +270,7 @@ class Transcriber:
             return [Piece(index, 0.0, sum(map(len, waveforms)) / SAMPLE_RATE)]
         spans = self.vad.segments(waveforms[0])
         return [
-            # Copied, so that the silence between them need not stay in memory.
+            # Copied, so that silence between segments does not stay in memory.
             Piece(index, start / SAMPLE_RATE, end / SAMPLE_RATE, len(spans), waveforms[0][start:end].copy())
             for start, end in spans
         ] or Transcript(index)
@@ -275,14 +278,14 @@ class Transcriber:
     def _prepare(
         self, pool: ThreadPoolExecutor, requests: Sequence[Request], batch: list[Piece]
     ) -> tuple[list[Transcript], list[Piece], list[int], BatchFeature | None]:
-        """What failed to load, the other pieces, how many recordings each has, and the model's inputs for these."""
+        """Loads a batch; returns failures, loaded pieces, numbers of their recordings, and inputs of the model."""
 
         def load(piece: Piece) -> list[np.ndarray] | AudioError:
             if piece.waveform is not None:
                 return [piece.waveform]
             try:
                 recordings = requests[piece.index].dialogue.recordings
-                # As for `measure`: a recording may have been replaced by a longer one, or not be what its header says.
+                # Checked again: a recording may have been replaced by a longer one, or the header may be wrong.
                 limit = self.meter.max_seconds + self.processor.frame_seconds
                 return [load_audio(source, self.processor.sampling_rate, limit) for source in recordings]
             except AudioError as error:
@@ -308,7 +311,7 @@ class Transcriber:
     def _decode(
         self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]
     ) -> Iterator[Segment | None]:
-        """The segment that each piece is, with its text, or `None` as of `generate`; `counts`: recordings of each."""
+        """Decodes pieces with `counts` recordings each; yields segments with texts, or `None` (see `generate`)."""
         texts = self._generate(inputs, counts) if pieces else []
         for piece, text in zip(pieces, texts, strict=True):
             if text is None:
@@ -318,13 +321,13 @@ class Transcriber:
             yield Segment(piece.start, piece.end, text, looped)
 
     def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[str | None]:
-        """As `generate`; a batch that does not fit into memory is decoded in halves."""
+        """Calls `generate`; splits a batch that does not fit into memory."""
         try:
             return self.generate(inputs)
         except torch.OutOfMemoryError:
             if len(counts) == 1:
                 raise
-        logger.warning("%d rows don't fit into memory and are decoded in halves; lower --batch_seconds", len(counts))
+        logger.warning("%d rows do not fit into memory and are split; lower --batch_seconds", len(counts))
         torch.cuda.empty_cache()
         middle = len(counts) // 2
         recordings = sum(counts[:middle])
@@ -336,21 +339,21 @@ class Transcriber:
 
     @torch.inference_mode()
     def generate(self, inputs) -> list[str | None]:
-        """Texts for a batch of the processor; loops are stopped if they are guarded against, but not yet cut.
+        """Decodes a batch of the processor. With `repetition_guard`, loops are stopped, but not cut.
 
         Returns:
-            The text of each row; `None` if its logits were not finite in a step on which the text depends.
+            Text of each row; `None` if logits were not finite in a step that the text depends on.
         """
         inputs = inputs.to(self.model.device)
         rows, prompt_tokens = inputs["input_ids"].shape
         options = {}
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
-        if self.steps is not None:
-            options[CACHE] = self.steps.new_cache()
+        if self.greedy_decoder is not None:
+            options[CACHE] = self.greedy_decoder.new_cache()
         attention = without_cudnn_attention() if self.fast else nullcontext()
         search = transcribing(self.model, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
-        with self.steps or nullcontext(), attention, search as config, LogitsWatch(self.model) as watch:
+        with self.greedy_decoder or nullcontext(), attention, search as config, LogitsCheck(self.model) as watch:
             output = self.model.generate(**inputs, generation_config=config, **options)
         tokens = output[:, prompt_tokens:]
         finite = watch.finite(rows, tokens if self.num_beams == 1 else None)

@@ -1,4 +1,4 @@
-"""The import path of voice activity detection in release 0.1; it is in `audio.vad`."""
+"""Import path of voice activity detection in release 0.1; the module is `audio.vad`."""
 
 from ..audio.vad import VoiceDetector
 

@@ -1,4 +1,4 @@
-"""Results in files: texts, and segment times as JSON lines, SRT and WebVTT."""
+"""Writes results: texts, and segments with times as JSON lines, SRT and WebVTT."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..files import atomic_write
 from .pieces import Transcript
 from .segments import Segment
 
-LONGEST_NAME = 250  # bytes of a file name without its ending; file systems take 255
+LONGEST_NAME = 250  # bytes of a file name without the suffix; file systems allow 255
 
 
 def srt(segments: Sequence[Segment]) -> str:
-    """Segments as SubRip subtitles; those without text are left out."""
+    """Formats segments with text as SubRip subtitles."""
     spoken = [segment for segment in segments if segment.text]
     return "\n".join(
         f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_line(segment.text)}\n"
@@ -27,7 +27,7 @@ def srt(segments: Sequence[Segment]) -> str:
 
 
 def vtt(segments: Sequence[Segment]) -> str:
-    """Segments as WebVTT subtitles (W3C); those without text are left out."""
+    """Formats segments with text as WebVTT subtitles (W3C)."""
     cues = [
         f"\n{_clock(segment.start, '.')} --> {_clock(segment.end, '.')}\n{_escaped(_line(segment.text))}\n"
         for segment in segments
@@ -42,18 +42,18 @@ def write_results(
     segments: bool = False,
     subtitles: bool = False,
 ) -> None:
-    """Writes `ID<tab>text` lines, and if asked for what goes beside them.
+    """Writes lines `ID<tab>text`, and optional segments and subtitles.
 
     Args:
-        output_file: say `DIR/hyp.txt`.
+        output_file: for example `DIR/hyp.txt`.
         results: ID and transcript of each recording.
-        segments: whether to write `DIR/hyp.segments.jsonl`, a line for each segment:
+        segments: whether to write `DIR/hyp.segments.jsonl`, one line per segment:
             `{"id", "start", "end", "text", "looped"}`, times in seconds.
-        subtitles: whether to write `DIR/hyp.subtitles/ID.srt` and `.vtt`; in file names, `/`, `\\` and
-            `%` of an ID become `%2F` and so on, and what is longer than a file name may be ends in a digest instead.
+        subtitles: whether to write `DIR/hyp.subtitles/ID.srt` and `.vtt`. In file names, `/`, `\\` and `%` of an ID
+            become `%2F` and so on, and the end of a name that is too long is replaced by a hash.
     """
     output = Path(output_file)
-    # Any other suffix stays, so that those of hyp.v1 and hyp.v2 differ.
+    # Other suffixes stay, so that the files of hyp.v1 and hyp.v2 differ.
     stem = os.fspath(output.with_suffix("") if output.suffix == ".txt" else output)
     if segments:
         with atomic_write(f"{stem}.segments.jsonl") as file:
@@ -70,20 +70,20 @@ def write_results(
             for ending, content in (("srt", srt(transcript.segments)), ("vtt", vtt(transcript.segments))):
                 with atomic_write(folder / f"{name}.{ending}") as file:
                     file.write(content)
-    # Last, since its being there says that all is.
+    # Written last: if this file exists, all files are complete.
     with atomic_write(output) as file:
         file.writelines(f"{id_}\t{_line(transcript.text)}\n" for id_, transcript in results)
 
 
 def write_failures(output_file: str | os.PathLike[str], failures: Sequence[str]) -> str:
-    """A message that names the first failures; if there are more, all of them are written to `OUTPUT.failures`.
+    """Returns a message with the first failures; writes all failures to `OUTPUT.failures` if there are more.
 
     Args:
         output_file: of the run; an older `OUTPUT.failures` is removed.
-        failures: `ID: REASON` of each.
+        failures: `ID: REASON` of each failure.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: if the file cannot be written.
     """
     path = Path(f"{os.fspath(output_file)}.failures")
     path.unlink(missing_ok=True)
@@ -91,13 +91,13 @@ def write_failures(output_file: str | os.PathLike[str], failures: Sequence[str])
     if len(failures) > NUM_NAMED:
         with atomic_write(path) as file:
             file.writelines(f"{_line(failure)}\n" for failure in failures)
-        named.append(f"and {len(failures) - NUM_NAMED} more; all of them are in {path}")
+        named.append(f"and {len(failures) - NUM_NAMED} more; {path} lists all")
     named += path_hint(failures)
     return "\n".join(named)
 
 
 def _file_name(id_: str) -> str:
-    """An ID as a file name, without its ending; different IDs have different names."""
+    """Returns a file name for an ID, without suffix; different IDs have different names."""
     name = re.sub(r"[/\\\0%]", lambda match: f"%{ord(match[0]):02X}", id_)
     content = name.encode()
     if len(content) <= LONGEST_NAME:
@@ -113,7 +113,7 @@ def _clock(seconds: float, point: str) -> str:
 
 
 def _line(text: str) -> str:
-    """On one line: an empty one would end the subtitle."""
+    """Joins a text to one line, because an empty line would end the subtitle."""
     return " ".join(text.split())
 
 

@@ -59,7 +59,7 @@ def test_unknown_option_is_reported_with_the_closest(run):
     code, output = run("score", "a", "b", "--output_dir", "c", "--utt2langs", "d")
     assert code == 2
     assert output.err == (
-        "hf-speechllm score: error: unknown option --utt2langs; did you mean --utt2lang?; all options: --help\n"
+        "hf-speechllm score: error: unknown option --utt2langs; did you mean --utt2lang?; --help lists all options\n"
     )
 
 
@@ -67,7 +67,8 @@ def test_typing_error_is_told_before_the_options_that_are_missing_because_of_it(
     code, output = run("decode", "--modle", "m", "--output_file", "o", "a.wav")
     assert code == 2
     assert output.err == (
-        "hf-speechllm decode: error: unknown option --modle; did you mean --model_name_or_path?; all options: --help\n"
+        "hf-speechllm decode: error: unknown option --modle; did you mean --model_name_or_path?; "
+        "--help lists all options\n"
     )
     code, output = run("decode", "--model", "m", "--context", "--an odd one", "a.wav")  # an abbreviation, a value
     assert output.err == "hf-speechllm decode: error: the following arguments are required: --output_file\n"

@@ -33,7 +33,7 @@ def test_preallocated_cache_decodes_the_same_texts(parts, requests, monkeypatch,
     monkeypatch.setattr(cuda_graphs, "ALIGNMENT", 4)
     expected = texts(Transcriber(*parts, max_new_tokens=40), requests)
     transcriber = Transcriber(*parts, max_new_tokens=40)
-    transcriber.steps = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
+    transcriber.greedy_decoder = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
     assert texts(transcriber, requests) == expected
     assert len(set(expected)) > 2 and max(map(len, expected)) > 20
 
@@ -44,7 +44,7 @@ def test_captured_steps_decode_the_same_texts(parts, requests):
     captured = Transcriber(model, processor, max_new_tokens=100)
     expected = texts(Transcriber(model, processor, max_new_tokens=100, cuda_graphs=False), requests)
     assert texts(captured, requests) == expected
-    assert captured.steps.graphs and captured.steps.graph is not None
+    assert captured.greedy_decoder.graphs and captured.greedy_decoder.graph is not None
 
 
 def damaged(parts):
@@ -70,7 +70,7 @@ def damaged(parts):
 def test_nan_logits_of_a_step_are_found(parts, waveforms):
     model = damaged(parts)
     transcriber = Transcriber(model, parts[1], max_new_tokens=20, batch_seconds=1000)
-    transcriber.steps = CudaGraphDecoder(model.llm.get_decoder(), graphs=False)
+    transcriber.greedy_decoder = CudaGraphDecoder(model.llm.get_decoder(), graphs=False)
     sound = Transcriber(*parts, max_new_tokens=20, batch_seconds=1000).transcribe(waveforms)
     prompt = transcription_prompt()
     requests = [Request(str(i), transcription_messages(item, prompt)) for i, item in enumerate(waveforms)]
@@ -88,14 +88,14 @@ def test_nan_logits_of_a_captured_step_are_found(parts, requests):
     assert all(item.error is None for item in transcriber(requests))
     model.llm.get_decoder().norm.weight.data[0] = float("nan")
     assert all("not finite" in item.error for item in transcriber(requests))
-    assert transcriber.steps.graph is not None and torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert transcriber.greedy_decoder.graph is not None and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_recordings_of_one_length_need_no_mask(parts):
     waveforms = [np.random.default_rng(i).standard_normal(16000).astype(np.float32) * 0.1 for i in range(3)]
     transcriber = Transcriber(*parts, max_new_tokens=20)
     expected = transcriber.transcribe(waveforms)
-    transcriber.steps = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
+    transcriber.greedy_decoder = CudaGraphDecoder(parts[0].llm.get_decoder(), graphs=False)
     assert transcriber.transcribe(waveforms) == expected
 
 

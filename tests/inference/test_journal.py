@@ -1,4 +1,4 @@
-"""What is decoded is kept over a kill, and used again for the same requests with the same settings only."""
+"""The journal: results survive a kill, and are used only for the same requests with the same settings."""
 
 import os
 import resource
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_speechllm.inference.distributed import shares
+from hf_speechllm.inference.distributed import assign_shares
 from hf_speechllm.inference.journal import Journal, request_key
 from hf_speechllm.inference.pieces import Transcript
 from hf_speechllm.inference.requests import Request
@@ -21,7 +21,7 @@ def request(path, prompt="语音转写：", id_="a", hotwords=()):
     return Request(id_, transcription_messages(path if isinstance(path, np.ndarray) else str(path), prompt), hotwords)
 
 
-def test_results_of_all_ranks_are_read_back(tmp_path):
+def test_results_of_all_ranks_are_read(tmp_path):
     for rank in (0, 1):
         journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1}, rank)
         journal.open()
@@ -34,7 +34,7 @@ def test_results_of_all_ranks_are_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 30, -1, -20])
-def test_a_line_that_a_kill_cut_off_is_dropped_and_written_over(tmp_path, kept_bytes):
+def test_line_cut_off_by_a_kill_is_overwritten(tmp_path, kept_bytes):
     journal = Journal(tmp_path / "hyp.txt", {})
     journal.open()
     journal.add("first", RESULT)
@@ -55,7 +55,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         Journal(tmp_path / "hyp.txt", {"num_beams": 4, "vad": False}).read()
 
 
-def test_settings_that_are_known_late_are_compared_all_the_same(tmp_path):
+def test_settings_added_later_are_compared(tmp_path):
     journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
     journal.require({"weights": "a"})
     journal.open()
@@ -92,7 +92,7 @@ def write_three(folder):
         lambda line: b'{"settings": {}}',
     ],
 )
-def test_a_damaged_line_is_named_and_its_result_left_out(tmp_path, caplog, damage):
+def test_damaged_line_is_reported_and_ignored(tmp_path, caplog, damage):
     path = write_three(tmp_path)
     lines = path.read_bytes().split(b"\n")
     lines[2] = damage(lines[2])
@@ -105,7 +105,7 @@ def test_a_damaged_line_is_named_and_its_result_left_out(tmp_path, caplog, damag
     assert Journal(tmp_path / "hyp.txt", {"num_beams": 1}).read().keys() == {"first", "second", "third"}
 
 
-def test_results_whose_settings_are_damaged_are_not_used(tmp_path, caplog):
+def test_results_with_damaged_settings_are_ignored(tmp_path, caplog):
     path = write_three(tmp_path)
     path.write_bytes(path.read_bytes().replace(b'"num_beams": 1', b'"num_beams": 2', 1))
     journal = Journal(tmp_path / "hyp.txt", {"num_beams": 2})
@@ -116,14 +116,14 @@ def test_results_whose_settings_are_damaged_are_not_used(tmp_path, caplog):
     assert Journal(tmp_path / "hyp.txt", {"num_beams": 2}).read().keys() == {"fourth"}
 
 
-def test_a_full_disk_is_reported_and_costs_no_earlier_result(tmp_path):
+def test_full_disk_is_reported_and_earlier_results_are_kept(tmp_path):
     path = write_three(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(tmp_path / "hyp.txt", {"num_beams": 1})
     journal.open()
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"hyp\.txt\.partial-0\.jsonl can't be written: "):
+        with pytest.raises(OSError, match=r"hyp\.txt\.partial-0\.jsonl cannot be written: "):
             journal.add("fourth", RESULT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -135,7 +135,7 @@ def test_a_full_disk_is_reported_and_costs_no_earlier_result(tmp_path):
     assert again.read().keys() == {"first", "second", "third", "fourth"}
 
 
-def test_a_request_is_known_by_its_recording_and_prompt(make_wav):
+def test_key_depends_on_recording_and_prompt(make_wav):
     path = make_wav()
     key = request_key(request(path))
     assert request_key(request(path)) == key
@@ -148,14 +148,14 @@ def test_a_request_is_known_by_its_recording_and_prompt(make_wav):
     assert request_key(request(path)) != key
 
 
-def test_shares_hold_alike_seconds_and_every_row_once():
+def test_shares_have_similar_durations_and_every_row_once():
     seconds = np.random.default_rng(0).lognormal(2, 0.6, 1000).tolist() + [0.0] * 5
-    parts = shares(seconds, 4)
+    parts = assign_shares(seconds, 4)
     assert sorted(sum(parts, [])) == list(range(1005))
     sums = [sum(seconds[index] for index in part) for part in parts]
     assert max(sums) - min(sums) < 0.01 * max(sums)
-    assert shares([1.0], 3) == [[0], [], []]
-    assert shares([], 2) == [[], []]
+    assert assign_shares([1.0], 3) == [[0], [], []]
+    assert assign_shares([], 2) == [[], []]
 
 
 def test_the_first_20_damaged_lines_are_named(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Loops at the end of a text: told from what people repeat, cut, and stopped while they are generated."""
+"""Loops at the end of a text: distinguished from repetitions in speech, cut, and stopped during generation."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CLAUSE = "感谢您的收看和支持。"
         "half a character \ufffd",
     ],
 )
-def test_what_people_repeat_stays_as_it_is(text):
+def test_repetitions_in_speech_do_not_change(text):
     assert cut_loop(text) == (text, False)
 
 
@@ -51,7 +51,7 @@ def test_a_loop_is_cut_to_one_occurrence(text, kept):
     assert cut_loop(text) == (kept, True)
 
 
-def test_generation_is_stopped_row_by_row_and_only_where_it_loops(compose_tiny):
+def test_generation_stops_only_rows_with_a_loop(compose_tiny):
     tokenizer = compose_tiny()[1].tokenizer
     prompt = [5, 6, 7]
     looped, other = tokenizer.encode("one " * 60), tokenizer.encode("one two three four " * 60)
@@ -63,7 +63,7 @@ def test_generation_is_stopped_row_by_row_and_only_where_it_loops(compose_tiny):
     assert stop(rows[:, :-1], None).tolist() == [False, False]  # not looked at in between
 
 
-def test_a_stopped_loop_costs_few_tokens_and_keeps_what_is_before_it(compose_tiny):
+def test_stopped_loop_has_few_tokens_and_keeps_the_text_before(compose_tiny):
     from hf_speechllm.inference.transcriber import Transcriber
 
     model, processor = compose_tiny(seed=2)

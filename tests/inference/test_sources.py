@@ -1,4 +1,4 @@
-"""Files, folders and archives as they are named on the command line."""
+"""Files, folders and archives on the command line."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def make_tar(make_wav, tmp_path):
     return make
 
 
-def test_files_and_urls_are_named_by_their_stem(make_wav, tmp_path):
+def test_ids_of_files_and_urls_are_stems(make_wav, tmp_path):
     files = [make_wav("b.wav"), make_wav("my talk.2.flac"), make_wav("a/c.wav")]
     (tmp_path / "raw").write_bytes(files[0].read_bytes())
     found, bad = find(*files, tmp_path / "raw", "https://host/x/d.mp3?key=1")
@@ -41,7 +41,7 @@ def test_files_and_urls_are_named_by_their_stem(make_wav, tmp_path):
     assert all(len(load_audio(item.recording)) for item in found[:4])
 
 
-def test_recordings_with_one_name_are_told_apart_by_their_paths(make_wav, tmp_path, monkeypatch):
+def test_recordings_with_equal_names_have_paths_as_ids(make_wav, tmp_path, monkeypatch):
     for name in ("one/a.wav", "two/a.wav", "two/a.flac", "two/b.wav"):
         make_wav(name)
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def test_recordings_with_one_name_are_told_apart_by_their_paths(make_wav, tmp_pa
     assert all(os.path.isabs(item.recording) for item in found)
 
 
-def test_a_folder_stands_for_all_recordings_below_it(make_wav, make_tar, tmp_path, caplog):
+def test_folder_is_searched_recursively(make_wav, make_tar, tmp_path, caplog):
     caplog.set_level("INFO")
     folder = tmp_path / "talks"
     for name in ("b.WAV", "a.flac", "deep/er/c.ogg", "._a.wav"):
@@ -61,9 +61,9 @@ def test_a_folder_stands_for_all_recordings_below_it(make_wav, make_tar, tmp_pat
     found, bad = find(folder)
     assert [item.id for item in found] == ["a", "b", "t/1", "deep/er/c"] and not bad
     assert all(len(load_audio(item.recording)) for item in found)
-    assert "2 files that are no recordings are left out" in caplog.text and ".txt" in caplog.text
+    assert "2 other files are skipped" in caplog.text and ".txt" in caplog.text
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: a folder without recordings"):
+    with pytest.raises(ValueError, match="empty: no recordings"):
         find(tmp_path / "empty")
 
 
@@ -117,7 +117,7 @@ def test_rows_of_a_parquet_file_need_no_transcripts(make_wav, tmp_path, kind):
         ("a.zip", "compressed"),
     ],
 )
-def test_what_is_no_recording_is_refused_with_what_to_give(tmp_path, name, message):
+def test_unsupported_sources_are_refused_with_advice(tmp_path, name, message):
     if not name.startswith("gone"):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises((ValueError, OSError), match=message):

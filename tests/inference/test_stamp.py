@@ -1,4 +1,4 @@
-"""The stamp of a model: the same wherever it lies, another after any change that can change a text."""
+"""Fingerprint of a model: independent of the path, and different after any change that can change a text."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.inference.stamp import model_stamp
+from hf_speechllm.inference.stamp import model_fingerprint
 
 
-def stamp_of(folder):
-    return model_stamp(
+def fingerprint_of(folder):
+    return model_fingerprint(
         SpeechLLMForConditionalGeneration.from_pretrained(folder), SpeechLLMProcessor.from_pretrained(folder)
     )
 
@@ -28,7 +28,7 @@ def folder(tiny_model, tmp_path):
 
 
 def edit_one_weight(folder):
-    """Neither size nor times of the file change."""
+    """Changes a weight, but not size and times of the file."""
     file = folder / "model.safetensors"
     status, tensors = file.stat(), load_file(file)
     tensors["llm.model.embed_tokens.weight"][11, 3] += 1e-3
@@ -77,8 +77,8 @@ def edit_generation(folder):
     model.generation_config.save_pretrained(folder)
 
 
-def test_a_model_is_the_same_wherever_it_lies(tiny_model, folder):
-    assert stamp_of(tiny_model) == stamp_of(tiny_model) == stamp_of(folder)
+def test_fingerprint_does_not_depend_on_the_path(tiny_model, folder):
+    assert fingerprint_of(tiny_model) == fingerprint_of(tiny_model) == fingerprint_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -93,26 +93,26 @@ def test_a_model_is_the_same_wherever_it_lies(tiny_model, folder):
         (edit_features, "processor"),
     ],
 )
-def test_each_change_is_seen_and_named(tiny_model, folder, change, name):
+def test_each_change_is_found_and_named(tiny_model, folder, change, name):
     change(folder)
-    assert changed(stamp_of(tiny_model), stamp_of(folder)) == {name}
+    assert changed(fingerprint_of(tiny_model), fingerprint_of(folder)) == {name}
 
 
-def test_an_adapter_is_known_by_itself_and_by_its_base(tiny_model, folder, tmp_path):
+def test_fingerprint_depends_on_adapter_and_base(tiny_model, folder, tmp_path):
     adapter = tmp_path / "adapter"
     torch.manual_seed(0)
     base = SpeechLLMForConditionalGeneration.from_pretrained(folder)
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(adapter)
-    before = stamp_of(adapter)
-    assert changed(before, stamp_of(folder)) == {"weights"}
-    assert stamp_of(adapter) == before
+    before = fingerprint_of(adapter)
+    assert changed(before, fingerprint_of(folder)) == {"weights"}
+    assert fingerprint_of(adapter) == before
     edit_one_weight(folder)
-    assert changed(before, stamp_of(adapter)) == {"weights"}
+    assert changed(before, fingerprint_of(adapter)) == {"weights"}
 
 
-def test_versions_of_the_packages_are_part_of_it(tiny_model, monkeypatch):
-    before = stamp_of(tiny_model)
+def test_fingerprint_contains_versions_of_packages(tiny_model, monkeypatch):
+    before = fingerprint_of(tiny_model)
     monkeypatch.setattr("hf_speechllm.version.__version__", "99.0")
-    assert changed(before, stamp_of(tiny_model)) == {"hf_speechllm"}
+    assert changed(before, fingerprint_of(tiny_model)) == {"hf_speechllm"}
     assert "transformers" in before

@@ -1,4 +1,4 @@
-"""Recordings to texts: the same in a batch as alone, prepared while the model works, a reason for every failure."""
+"""Transcription: batches have the same texts as single recordings, prefetching, and an error for every failure."""
 
 import copy
 import os
@@ -15,8 +15,8 @@ from hf_speechllm.audio.vad import VoiceDetector
 from hf_speechllm.audio.waveform import AudioError, load_audio
 from hf_speechllm.cli.hotwords import read_hotwords
 from hf_speechllm.fast.attention import disable_host_syncs
-from hf_speechllm.inference.finite import LogitsWatch
-from hf_speechllm.inference.prefetch import in_background, measure_seconds
+from hf_speechllm.inference.finite import LogitsCheck
+from hf_speechllm.inference.prefetch import measure_seconds, prefetch
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.core
 
 
 class Spans:
-    """A detector that finds what it is told."""
+    """A detector that returns given segments."""
 
     def __init__(self, spans, max_seconds=2.0):
         self.spans = spans
@@ -37,7 +37,7 @@ class Spans:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_batch_gives_what_recordings_give_alone(parts, waveforms, num_beams):
+def test_batch_has_the_same_texts_as_single_recordings(parts, waveforms, num_beams):
     options = {"max_new_tokens": 24, "num_beams": num_beams}
     hotwords = [(), ("one",), (), ("two", "three"), (), (), ()]  # prompts of many lengths are padded, too
     requests = [
@@ -50,7 +50,7 @@ def test_a_batch_gives_what_recordings_give_alone(parts, waveforms, num_beams):
     assert len(set(alone)) > 3
 
 
-def test_batches_that_do_not_fit_into_memory_are_decoded_in_halves(parts, waveforms, monkeypatch, caplog):
+def test_batches_that_do_not_fit_into_memory_are_split(parts, waveforms, monkeypatch, caplog):
     prompt = transcription_prompt()
     dialogues = [transcription_messages(waveform, prompt) for waveform in waveforms]
     dialogues[2:4] = [[*dialogues[2], {"role": "assistant", "content": "one"}, dialogues[3][-1]]]  # two recordings
@@ -68,7 +68,7 @@ def test_batches_that_do_not_fit_into_memory_are_decoded_in_halves(parts, wavefo
     monkeypatch.setattr(transcriber, "generate", generate_little)
     assert {item.index: item.text for item in transcriber(requests)} == expected
     assert sizes == [6, 3, 1, 2, 3, 1, 2]
-    assert "6 rows don't fit into memory" in caplog.text
+    assert "6 rows do not fit into memory" in caplog.text
     monkeypatch.setattr(transcriber, "generate", lambda inputs: generate_little({"input_ids": [0] * 3}))
     with pytest.raises(torch.OutOfMemoryError):
         list(transcriber(requests[:1]))
@@ -81,7 +81,7 @@ def test_beams_find_other_texts_than_greedy_search(parts, waveforms):
     assert greedy != beams
 
 
-def test_the_next_batches_are_prepared_while_the_model_works(parts, waveforms, monkeypatch):
+def test_next_batches_are_prepared_while_the_model_computes(parts, waveforms, monkeypatch):
     transcriber = Transcriber(*parts, batch_seconds=1, num_workers=2)
     batch, threads, counts, in_time = parts[1].batch, set(), {"prepared": 0, "decoded": 0}, []
     changed = threading.Condition()
@@ -108,12 +108,12 @@ def test_the_next_batches_are_prepared_while_the_model_works(parts, waveforms, m
     assert threading.main_thread() not in threads
 
 
-def test_results_come_in_the_background_in_order_and_not_too_far_ahead():
+def test_prefetching_keeps_the_order_and_the_limit():
     from concurrent.futures import ThreadPoolExecutor
 
     begun = []
     with ThreadPoolExecutor(2) as pool:
-        results = in_background(pool, lambda item: begun.append(item) or item, ((i, 2.0) for i in range(20)), 6.0)
+        results = prefetch(pool, lambda item: begun.append(item) or item, ((i, 2.0) for i in range(20)), 6.0)
         assert next(results) == 0
         assert len(begun) <= 4
         assert list(results) == list(range(1, 20))
@@ -139,7 +139,7 @@ def test_segments_are_joined_in_their_order_with_their_times(parts, waveforms, m
     assert result.seconds == pytest.approx(3.1)
 
 
-def test_a_segment_is_decoded_as_if_it_were_a_recording(parts, waveforms):
+def test_segment_is_decoded_like_a_recording(parts, waveforms):
     spans = [(0.1, 0.9), (1.0, 2.9)]
     (result,) = Transcriber(*parts, max_new_tokens=16, vad=Spans(spans)).transcripts(waveforms[1:2])
     stretches = [waveforms[1][int(start * 16000) : int(end * 16000)] for start, end in spans]
@@ -152,11 +152,11 @@ def test_without_speech_there_is_no_text(parts, waveforms):
     assert result.seconds == pytest.approx(0.9)
 
 
-def test_recordings_beyond_the_encoder_are_refused_unless_they_are_segmented(parts, waveforms):
+def test_recordings_too_long_for_the_encoder_are_refused_without_vad(parts, waveforms):
     model, processor = parts
     transcriber = Transcriber(model, processor, max_new_tokens=2)
     transcriber.meter.max_seconds = 3.0
-    with pytest.raises(AudioError, match=r"3\.1 s; the encoder takes at most 3\.0 s: --vad "):
+    with pytest.raises(AudioError, match=r"3\.1 s; the encoder accepts at most 3\.0 s; use --vad, "):
         transcriber.transcribe(waveforms)
     transcriber = Transcriber(model, processor, max_new_tokens=2, vad=Spans([(0.0, 1.0)]))
     transcriber.meter.max_seconds = 3.0
@@ -165,12 +165,12 @@ def test_recordings_beyond_the_encoder_are_refused_unless_they_are_segmented(par
         Transcriber(model, processor, vad=Spans([], max_seconds=1e6))
 
 
-def test_prompts_beyond_the_context_of_the_llm_are_refused(parts, waveforms):
+def test_prompts_too_long_for_the_llm_are_refused(parts, waveforms):
     words = [f"word{number}" for number in range(10_000)]
     (result,) = Transcriber(*parts)(
         [Request("a", transcription_messages(waveforms[0], transcription_prompt(hotwords=words)))]
     )
-    assert "the LLM takes at most 32768: give fewer hotwords" in result.error
+    assert "the LLM accepts fewer than 32768; use fewer hotwords" in result.error
 
 
 def test_hotwords_come_from_a_list_or_a_file_and_are_limited(tmp_path):
@@ -180,7 +180,7 @@ def test_hotwords_come_from_a_list_or_a_file_and_are_limited(tmp_path):
     assert read_hotwords("Qwen,开放时间， x") == ["Qwen", "开放时间", "x"]
     assert read_hotwords(None) == []
     path.write_text("\n".join(map(str, range(10_000))))
-    with pytest.raises(ValueError, match=f"{path}: 10000 hotwords; .* 1000 at most"):
+    with pytest.raises(ValueError, match=f"{path}: 10000 hotwords; the maximum is 1000"):
         read_hotwords(str(path))
     with pytest.raises(ValueError, match="--hotwords: 10000 hotwords"):
         read_hotwords(",".join(map(str, range(10_000))))
@@ -224,7 +224,7 @@ def test_lengths_come_from_headers_and_damage_is_found_on_loading(parts, make_wa
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"vad": Spans([(0.0, 0.1), (0.1, 0.2)])}])
-def test_logits_that_are_not_finite_are_an_error_and_no_empty_text(parts, waveforms, options):
+def test_non_finite_logits_are_an_error(parts, waveforms, options):
     model = copy.deepcopy(parts[0])
     transcriber = Transcriber(model, parts[1], max_new_tokens=8, **options)
     expected = transcriber.transcribe(waveforms)
@@ -243,7 +243,7 @@ def request(item):
     return Request("a", transcription_messages(item, transcription_prompt()))
 
 
-def test_one_recording_whose_logits_are_not_finite_costs_no_other_its_text(parts, waveforms, monkeypatch):
+def test_non_finite_logits_of_one_recording_do_not_affect_others(parts, waveforms, monkeypatch):
     expected = Transcriber(*parts, max_new_tokens=8).transcribe(waveforms)
     longest = max(len(waveform) for waveform in waveforms)
     encode = parts[0].encode_audio
@@ -261,16 +261,16 @@ def test_one_recording_whose_logits_are_not_finite_costs_no_other_its_text(parts
         assert result.text == ("" if result.error else text)
 
 
-def test_steps_behind_the_end_of_a_row_do_not_count():
+def test_steps_after_the_end_of_a_row_do_not_count():
     model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=[2, 3], pad_token_id=0))
-    watch = LogitsWatch(model)
+    watch = LogitsCheck(model)
     watch._sums = [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0]), torch.full((3,), np.inf)]
     tokens = torch.tensor([[5, 3, 0], [5, 2, 0], [5, 6, 7]])
     assert watch.finite(3, tokens) == [True, False, False]
     assert watch.finite(3) == [False, False, False]
 
 
-def test_a_transcriber_and_its_calls_leave_the_process_as_it_was(parts, waveforms, monkeypatch):
+def test_transcriber_does_not_change_the_process(parts, waveforms, monkeypatch):
     seen, generate = [], parts[0].generate
 
     def look(**options):
@@ -309,7 +309,7 @@ def process_state():
     )  # fmt: skip
 
 
-def test_every_way_to_hand_over_a_recording_gives_its_text(parts, waveforms, tmp_path):
+def test_all_kinds_of_recordings_have_the_same_text(parts, waveforms, tmp_path):
     transcriber = Transcriber(*parts, max_new_tokens=12)
     wave = waveforms[1]
     path = tmp_path / "a.wav"

@@ -1,4 +1,4 @@
-"""Results in files, and how texts join."""
+"""Output files, and joining of texts."""
 
 import json
 
@@ -30,7 +30,7 @@ SEGMENTS = (
         ([], ""),
     ],
 )
-def test_texts_join_as_their_script_does(texts, joined):
+def test_texts_join_according_to_the_script(texts, joined):
     assert join_texts(texts) == joined
 
 
@@ -45,7 +45,7 @@ def test_subtitles_in_both_formats():
     assert (srt(()), vtt(())) == ("", "WEBVTT\n")
 
 
-def test_files_beside_the_texts_are_written_as_asked(tmp_path):
+def test_segments_and_subtitles_are_optional(tmp_path):
     results = [("a/1", Transcript(0, "Hello\nthere.", 9.0, segments=SEGMENTS)), ("b", Transcript(1))]
     write_results(tmp_path / "hyp.txt", results)
     assert [path.name for path in tmp_path.iterdir()] == ["hyp.txt"]

@@ -1,4 +1,4 @@
-"""decode.py: killed and started again, by two processes, with voice detection, with a guard against loops."""
+"""decode.py: resuming, several processes, voice detection, repetition guard, failures."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 
 @pytest.fixture
 def decode(run_recipe, tiny_corpus, tiny_model, tmp_path):
-    """Runs decode.py in this process; gives its exit code or message, and what it wrote."""
+    """Runs decode.py in this process; returns exit code or message, and the output."""
 
     def run(*options, output="hyp.txt", scp=tiny_corpus.scp, model=tiny_model):
         output = tmp_path / output
@@ -44,7 +44,7 @@ def decode(run_recipe, tiny_corpus, tiny_model, tmp_path):
 
 
 def start_decoding(model, scp, output, *options):
-    """Starts decode.py in a process of its own, and waits until it has some texts."""
+    """Starts decode.py in a new process, and waits for some texts."""
     command = [
         sys.executable, REPOSITORY / "recipes/decode.py", "--model_name_or_path", model, "--scp_file", scp,
         "--output_file", output, *options,
@@ -58,9 +58,7 @@ def start_decoding(model, scp, output, *options):
     return process
 
 
-def test_a_list_that_was_killed_half_way_gives_the_same_file_as_in_one_go(
-    decode, tiny_corpus, tiny_model, tmp_path, caplog
-):
+def test_resumed_list_has_the_same_file_as_an_uninterrupted_run(decode, tiny_corpus, tiny_model, tmp_path, caplog):
     options = ["--max_new_tokens", "60", "--batch_seconds", "1"]
     killed, journal = tmp_path / "killed.txt", tmp_path / "killed.txt.partial-0.jsonl"
     process = start_decoding(tiny_model, tiny_corpus.scp, killed, *options)
@@ -72,12 +70,12 @@ def test_a_list_that_was_killed_half_way_gives_the_same_file_as_in_one_go(
     caplog.set_level(logging.INFO)
     assert "num_beams (1, now 2)" in decode("--num_beams", "2", *options, output="killed.txt")[0]
     assert decode(*options, output="killed.txt") == decode(*options, output="whole.txt")
-    assert f"{kept} of 24 are decoded already" in caplog.text
+    assert f"{kept} of 24 requests are already decoded" in caplog.text
     assert len((tmp_path / "whole.txt").read_text().splitlines()) == 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.txt", "whole.txt"]
 
 
-def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus, tiny_model, tmp_path, launch):
+def test_two_processes_share_a_list_and_write_the_same_file(decode, tiny_corpus, tiny_model, tmp_path, launch):
     scp, options = tmp_path / "wav.scp", ["--max_new_tokens", "20"]
     scp.write_text(tiny_corpus.scp.read_text() + "gone /no/such.wav\n")
     output = tmp_path / "two.txt"
@@ -87,7 +85,7 @@ def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus,
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("gone: /no/such.wav: no such file") == 1
-    # The launcher may end the second of two that fail, but neither may break on its way out.
+    # The launcher may end the second of two failed processes, but no process may crash at the end.
     assert not any(sign in result.stderr for sign in ("SIGABRT", "SIGSEGV", "terminate called"))
     parts = [
         {json.loads(line)["key"]: json.loads(line)["seconds"] for line in path.read_text().splitlines()[1:]}
@@ -95,13 +93,13 @@ def test_two_processes_share_a_list_and_write_what_one_does(decode, tiny_corpus,
     ]
     assert len(parts) == 2 and not parts[0].keys() & parts[1].keys()
     sums = [sum(part.values()) for part in parts]
-    assert max(sums) - min(sums) < 1.5  # seconds: no more than one recording
+    assert max(sums) - min(sums) < 1.5  # seconds, about one recording
     message, text = decode(*options, output="one.txt", scp=scp)
     assert "1 failed" in message
     assert output.read_text(encoding="utf-8") == text and len(text.splitlines()) == 24
 
 
-def test_mended_recordings_are_decoded_alone_when_started_again(decode, make_wav, tmp_path, caplog):
+def test_only_corrected_recordings_are_decoded_again(decode, make_wav, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     whole, empty = make_wav("whole.wav"), make_wav("empty.wav")
     content = empty.read_bytes()
@@ -114,9 +112,9 @@ def test_mended_recordings_are_decoded_alone_when_started_again(decode, make_wav
     assert [line.split("\t")[0] for line in text.splitlines()] == ["whole"]
     empty.write_bytes(content)
     end, text = decode(*options, scp=scp)
-    assert end is None and "1 of 2 are decoded already" in caplog.text
+    assert end is None and "1 of 2 requests are already decoded" in caplog.text
     assert [line.split("\t")[0] for line in text.splitlines()] == ["empty", "whole"]
-    assert decode(*options, scp=scp)[0] == 2  # complete: it is not replaced unasked
+    assert decode(*options, scp=scp)[0] == 2  # a complete file is not replaced without --overwrite
     assert decode(*options, "--overwrite", scp=scp) == (None, text)
     assert not list(tmp_path.glob("*.partial-*"))
     assert whole.exists()
@@ -169,10 +167,10 @@ def test_loops_are_cut_counted_and_flagged(decode, tmp_path, caplog):
     assert looped and all(len(guarded[name]) < len(free[name]) for name in looped)
     assert all(guarded[name] == free[name] for name in free.keys() - looped)
     assert f"{len(looped)} loops cut" in caplog.text
-    assert all(f"{name}: the text ended in a loop" in caplog.text for name in looped)
+    assert all(f"{name}: a loop at the end of the text is cut" in caplog.text for name in looped)
 
 
-def test_wrong_options_are_named_before_anything_is_decoded(decode, tmp_path, capsys):
+def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"word {number}" for number in range(10_000)))
     assert "words.txt: 10000 hotwords" in decode("--hotwords", words)[0]
@@ -191,7 +189,7 @@ def test_wrong_options_are_named_before_anything_is_decoded(decode, tmp_path, ca
     assert not list(tmp_path.glob("hyp*"))
 
 
-def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
+def test_each_hostile_recording_has_an_error(decode, tmp_path):
     speech = load_audio(next(iter(sorted((REPOSITORY / "recipes/quickstart_data/audio").glob("*.ogg")))))
     speech = np.interp(np.arange(0, len(speech), 16000 / 44100), np.arange(len(speech)), speech)
     soundfile.write(tmp_path / "surround.wav", np.stack([speech] * 6, axis=1), 44100)
@@ -209,7 +207,7 @@ def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
     assert [line.split("\t")[0] for line in text.splitlines()] == ["surround", "noise"]
     reasons = {line.partition(": ")[0]: line for line in message.splitlines()}
     assert "5 failed" in message
-    assert "3600.0 s; the encoder takes at most" in reasons["hour"] and "--vad" in reasons["hour"]
+    assert "3600.0 s; the encoder accepts at most" in reasons["hour"] and "--vad" in reasons["hour"]
     assert "the file is empty" in reasons["empty"] and "no such file" in reasons["such"]
     assert "not UTF-8" in reasons[f"{scp}:6"]
     assert "cannot be reached" in reasons["url"] and "secret" not in message and "key=k" not in message
@@ -222,7 +220,7 @@ def test_hostile_recordings_and_lists_get_an_answer_each(decode, tmp_path):
     assert {segment["id"] for segment in segments} == {"surround"}
 
 
-def test_context_and_hotwords_reach_the_prompt(decode, monkeypatch):
+def test_prompt_contains_context_and_hotwords(decode, monkeypatch):
     measure, prompts = RequestMeter.__call__, []
 
     def listen(meter, requests):
@@ -246,8 +244,8 @@ def test_a_second_run_is_refused_and_the_first_ends_with_all_texts(decode, tiny_
     assert [path.name for path in tmp_path.iterdir()] == ["hyp.txt"]
 
 
-def test_a_run_that_waited_for_another_does_not_replace_its_output(decode, tmp_path, monkeypatch):
-    """The other one ends between a look at the output file and the lock."""
+def test_run_does_not_replace_the_output_of_another_run_that_has_just_ended(decode, tmp_path, monkeypatch):
+    """The other run ends between the check of the output file and the lock."""
     output_file_lock = decoding.output_file_lock
 
     def wait(*args):
@@ -256,10 +254,10 @@ def test_a_run_that_waited_for_another_does_not_replace_its_output(decode, tmp_p
 
     monkeypatch.setattr(decoding, "output_file_lock", wait)
     message, text = decode("--max_new_tokens", "1")
-    assert "hyp.txt exists; remove it, or replace it with --overwrite" in message and text == "a\tb\n"
+    assert "hyp.txt exists; remove the file, or replace it with --overwrite" in message and text == "a\tb\n"
 
 
-def test_texts_outlive_a_journal_that_somebody_removes(decode, tmp_path, monkeypatch):
+def test_results_do_not_depend_on_a_removed_journal(decode, tmp_path, monkeypatch):
     add = Journal.add
 
     def add_and_remove(journal, key, transcript):
@@ -271,7 +269,7 @@ def test_texts_outlive_a_journal_that_somebody_removes(decode, tmp_path, monkeyp
     assert end is None and len(text.splitlines()) == 24
 
 
-def test_requests_of_which_nothing_came_are_failures(decode, monkeypatch):
+def test_requests_without_a_result_are_failures(decode, monkeypatch):
     call = Transcriber.__call__
 
     def lose_two(transcriber, *args):
@@ -282,11 +280,11 @@ def test_requests_of_which_nothing_came_are_failures(decode, monkeypatch):
     monkeypatch.setattr(Transcriber, "__call__", lose_two)
     message, text = decode("--max_new_tokens", "2")
     assert "2 failed" in message and len(text.splitlines()) == 22
-    assert "utt03: neither a text nor a failure came of it" in message and "utt05: neither" in message
+    assert "utt03: no result and no error" in message and "utt05: no result" in message
     monkeypatch.undo()
 
 
-def test_a_damaged_journal_is_named_and_what_it_lost_decoded_again(decode, tiny_corpus, tiny_model, tmp_path, caplog):
+def test_results_lost_from_a_damaged_journal_are_decoded_again(decode, tiny_corpus, tiny_model, tmp_path, caplog):
     options = ["--max_new_tokens", "60", "--batch_seconds", "1"]
     process = start_decoding(tiny_model, tiny_corpus.scp, tmp_path / "hyp.txt", *options)
     process.send_signal(signal.SIGKILL)
@@ -340,12 +338,12 @@ def test_recordings_folders_and_archives_are_decoded_without_a_list(decode, part
     assert end is None and two == f"a\t{lines[0][1]}\nb\t{lines[1][1]}\n"
 
 
-def test_only_one_kind_of_input_is_taken(decode, make_wav, tiny_corpus, tmp_path, capsys):
+def test_only_one_kind_of_input_is_accepted(decode, make_wav, tiny_corpus, tmp_path, capsys):
     wav = make_wav()
     for options in ([wav], ["--jsonl_file", tiny_corpus.jsonl]):
         assert decode(*options)[0] == 2
     assert decode(scp=None)[0] == 2
-    assert capsys.readouterr().err.count("give one of") == 3
+    assert capsys.readouterr().err.count("pass exactly one of") == 3
     assert "gone.wav: no such file" in decode(tmp_path / "gone.wav", scp=None)[0]
 
 
@@ -359,7 +357,7 @@ def test_a_list_is_checked_before_the_model_is_loaded(decode, tiny_model, tmp_pa
     make_wav("whole.wav")
     scp.write_text("one gone.wav\ntwo whole.wav\n")
     message, _ = decode(scp=scp, model=model)
-    assert "1 of 2 can't be decoded" in caplog.text and "model.safetensors is damaged" in message
+    assert "1 of 2 requests are unusable" in caplog.text and "model.safetensors is damaged" in message
 
 
 def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path, make_wav):
@@ -368,7 +366,7 @@ def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path,
     message, _ = decode(scp=scp)
     lines = message.splitlines()
     assert "25 failed" in lines[0] and sum("no such file" in line for line in lines) == 20
-    assert f"and 5 more; all of them are in {failures}" in message
+    assert f"and 5 more; {failures} lists all" in message
     named = failures.read_text().splitlines()
     assert [line.split(":")[0] for line in named] == [f"id{number:02d}" for number in range(25)]
     for number in range(25):
@@ -377,7 +375,7 @@ def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path,
     assert not failures.exists()
 
 
-def test_ids_of_any_length_and_characters_become_different_files(decode, make_wav, tmp_path):
+def test_ids_of_any_length_and_characters_have_different_files(decode, make_wav, tmp_path):
     make_wav()
     ids = ["x" * 300 + "1", "x" * 300 + "2", "语" * 200, "a/b", "a%2Fb", ".."]
     scp = tmp_path / "wav.scp"
@@ -387,7 +385,7 @@ def test_ids_of_any_length_and_characters_become_different_files(decode, make_wa
     assert len(list((tmp_path / "hyp.subtitles").iterdir())) == 2 * len(ids)
 
 
-def test_pipes_and_devices_in_a_list_end_nothing(decode, make_wav, tmp_path):
+def test_pipes_and_devices_in_a_list_are_errors(decode, make_wav, tmp_path):
     make_wav()
     os.mkfifo(tmp_path / "pipe.wav")
     os.mkfifo(tmp_path / "pipe.tar")
@@ -401,7 +399,7 @@ def test_pipes_and_devices_in_a_list_end_nothing(decode, make_wav, tmp_path):
     assert text.startswith("id4\t") and len(text.splitlines()) == 1
 
 
-def test_a_full_disk_ends_a_run_with_a_line_and_costs_no_text(decode, tmp_path, monkeypatch, caplog):
+def test_full_disk_ends_a_run_in_one_line_and_keeps_results(decode, tmp_path, monkeypatch, caplog):
     add, added = Journal.add, []
 
     class Full:
@@ -416,12 +414,12 @@ def test_a_full_disk_ends_a_run_with_a_line_and_costs_no_text(decode, tmp_path, 
 
     monkeypatch.setattr(Journal, "add", fill)
     message, text = decode("--max_new_tokens", "2", "--batch_seconds", "1")
-    assert "hyp.txt.partial-0.jsonl can't be written: No space left on device" in message and text is None
+    assert "hyp.txt.partial-0.jsonl cannot be written: No space left on device" in message and text is None
     assert "start again" in message and len(message.splitlines()) == 1
     monkeypatch.setattr(Journal, "add", add)
     caplog.set_level(logging.INFO)
     end, text = decode("--max_new_tokens", "2", "--batch_seconds", "1")
-    assert end is None and len(text.splitlines()) == 24 and "5 of 24 are decoded already" in caplog.text
+    assert end is None and len(text.splitlines()) == 24 and "5 of 24 requests are already decoded" in caplog.text
 
 
 def test_a_model_whose_logits_are_not_finite_ends_with_an_error(decode, tiny_model, tmp_path):
