@@ -17,8 +17,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the formatting of the description, and adds informative defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        help = action.help
-        shown = action.nargs != 0 and action.default not in (None, False, argparse.SUPPRESS, [])  # 0: a switch
+        help = action.help  # nargs 0: a switch
+        shown = action.nargs != 0 and action.default not in (None, False, argparse.SUPPRESS, "", (), [])
         if help and shown and "default" not in help:
             return f"{help.rstrip('.')} (default: %(default)s)"
         return help
