@@ -86,7 +86,7 @@ class CheckpointVerifier:
             model = forward = engine
         else:
             # The forward pass of the class, because Accelerate replaces the model's by a forward pass with autocast.
-            model = self.accelerator.unwrap_model(engine)
+            model = self.accelerator.unwrap_model(engine, keep_torch_compile=False)
             forward = partial(type(model).forward, model)
         was_training = model.training
         model.eval()
@@ -112,7 +112,9 @@ class CheckpointVerifier:
             with self.accelerator.autocast() if fsdp else contextlib.nullcontext():
                 found = _logits(model.to(self.args.device).eval(), batch)
         difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-        tolerance = LORA_TOLERANCE if uses_lora(self.accelerator.unwrap_model(engine)) else TOLERANCE
+        tolerance = (
+            LORA_TOLERANCE if uses_lora(self.accelerator.unwrap_model(engine, keep_torch_compile=False)) else TOLERANCE
+        )
         if difference <= (tolerance if dtype == torch.float32 else HALF_TOLERANCE) * scale:
             logger.info("%s is verified: logits differ by at most %.2g of %.3g", folder, difference, scale)
             return None

@@ -278,3 +278,10 @@ def test_trained_parts_are_refused_with_another_base_model(make_trainer, tiny_mo
         SpeechLLMForConditionalGeneration.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="model.base .* does not fit another model"):
         make_trainer(**options).train(resume_from_checkpoint=str(folder))
+
+
+def test_checkpoint_of_a_compiled_model_is_verified(make_trainer, caplog):
+    options = {**SAVING, "torch_compile": True, "torch_compile_backend": "eager"}
+    with caplog.at_level("INFO"):
+        make_trainer(**options).train()
+    assert "is verified" in caplog.text
