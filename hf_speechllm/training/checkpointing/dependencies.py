@@ -51,18 +51,28 @@ VERSION = 1
 MAX_BLOCKS = 10_000
 BATCH_ROWS = 10_000  # rows per hash update
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
-# Patterns of options that are not recorded, with the reason why these options do not affect the result.
+# Options that are not recorded, by the reason why they do not affect the result. Any other option is recorded.
 HARMLESS = {
-    r"output_dir|cache_dir": "paths; the files are compared",
-    r"resume_from_checkpoint|ignore_data_skip": "options of resuming",
-    r"(push_to_)?hub_.*|push_to_hub": "publishes the finished model",
-    r"log(ging)?_.*|report_to|run_name|project|trackio_.*|disable_tqdm|skip_memory_metrics|include_.*": "logging",
-    r"local_rank|_n_gpu|ddp_timeout": "set by the launcher; the number of processes is recorded",
-    r"preprocessing_num_workers": "features do not depend on the number of processes",
-    r"url_.*|allow_private_redirects": "limits of downloads: a recording is complete or an error",
-    r"do_.*": "refused, see inherited_options.py",
-    r"debug": "only detects overflows",
-}
+    "paths; the files are compared": ("output_dir", "cache_dir"),
+    "options of resuming": ("resume_from_checkpoint", "ignore_data_skip"),
+    "publishes the finished model": (
+        "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+        "hub_always_push",
+    ),
+    "logging": (
+        "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps",
+        "logging_strategy", "logging_nan_inf_filter", "report_to", "run_name", "project", "trackio_bucket_id",
+        "trackio_space_id", "trackio_static_space_id", "disable_tqdm", "skip_memory_metrics",
+        "include_num_input_tokens_seen", "include_for_metrics",
+    ),
+    "set by the launcher; the number of processes is recorded": ("local_rank", "ddp_timeout"),
+    "features do not depend on the number of processes": ("preprocessing_num_workers",),
+    "limits of downloads: a recording is complete or an error": (
+        "url_max_megabytes", "url_timeout_seconds", "allow_private_redirects",
+    ),
+    "refused, see inherited_options.py": ("do_train", "do_eval", "do_predict"),
+    "only detects overflows": ("debug",),
+}  # fmt: skip
 DEEPSPEED_SETTINGS = ("zero_optimization", "bf16", "fp16", "gradient_clipping")
 FSDP_SETTINGS = ("reshard_after_forward", "cpu_offload", "mixed_precision_policy", "auto_wrap_policy")
 DIALOGUE_FIELDS = (
@@ -71,7 +81,7 @@ DIALOGUE_FIELDS = (
 CONFIG_NOTES = re.compile(  # the record of the tokenizer contains the tokens
     r"transformers_version|_?name_or_path|(torch_)?dtype|architectures|funasr_files|(bos|eos|pad)_token_id|_.*"
 )
-_HARMLESS = re.compile("|".join(HARMLESS))
+_HARMLESS = {name for names in HARMLESS.values() for name in names}
 _RECORDING = re.compile(f"(?<={re.escape(chat.SPEECH_START)}!).*?(?={re.escape(chat.SPEECH_END)})", re.DOTALL)
 
 
@@ -156,7 +166,7 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
 def describe_options(args: SpeechLLMTrainingArguments) -> dict[str, Any]:
     """Returns the options that can affect the result, by name."""
     values = {**args.run_options, **args.to_dict()}
-    options = {name: value for name, value in values.items() if not _HARMLESS.fullmatch(name)}
+    options = {name: value for name, value in values.items() if name not in _HARMLESS}
     if not options.get("use_lora"):
         options = {name: value for name, value in options.items() if not name.startswith("lora_")}
     return _as_json(options)

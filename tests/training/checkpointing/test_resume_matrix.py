@@ -26,6 +26,7 @@ from hf_speechllm.model.options import ModelOptions
 from hf_speechllm.training.callbacks import TrainingCurve
 from hf_speechllm.training.checkpointing.comparison import check_options, compare
 from hf_speechllm.training.checkpointing.dependencies import HARMLESS, RECORD_FILE, describe_options
+from hf_speechllm.training.inherited_options import EFFECTIVE, WITHOUT_EFFECT
 from hf_speechllm.training.options import TrainedPartsOptions
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -377,15 +378,11 @@ FIELDS = {
 def test_every_option_is_recorded_or_harmless(make_arguments):
     """New options of this project and of transformers are compared, unless `HARMLESS` contains a reason."""
     options = describe_options(make_arguments(use_lora=True))
-    harmless = {name: [pattern for pattern in HARMLESS if re.fullmatch(pattern, name)] for name in FIELDS}
+    harmless = [name for names in HARMLESS.values() for name in names]
+    assert len(harmless) == len(set(harmless)) and set(harmless) <= FIELDS | EFFECTIVE | WITHOUT_EFFECT.keys()
     for name in FIELDS:
-        assert (name in options) != bool(harmless[name]), name
-        assert len(harmless[name]) <= 1, name
+        assert (name in options) != (name in harmless), name
     assert not any(name.endswith("_token") for name in options)
-    own = {name for kind in (ModelOptions, DataOptions, TrainedPartsOptions) for name in vars(kind())}
-    assert {name for name in own if harmless[name]} == {
-        "cache_dir", "preprocessing_num_workers", "url_max_megabytes", "url_timeout_seconds", "allow_private_redirects"
-    }  # fmt: skip
     for name in options:
         changes = compare({"options": options}, {"options": {**options, name: "another"}})
         assert changes.refused or changes.reported or changes.kept, name
