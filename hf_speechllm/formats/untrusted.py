@@ -72,7 +72,9 @@ def reading(source: Any, what: str = "cannot be used") -> Iterator[None]:
         raise
     except CheckpointError as error:
         raise CheckpointError(one_line(error)) from error
-    except BAD_VALUES as error:
+    except Exception as error:
+        if not isinstance(error, BAD_VALUES) and type(error) is not Exception:  # the latter by tokenizers
+            raise
         kind = "" if isinstance(error, (ValueError, StrictDataclassError)) else f"{type(error).__name__}: "
         raise CheckpointError(f"{source} {what} ({kind}{one_line(error)})") from error
 

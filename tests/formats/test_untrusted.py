@@ -246,3 +246,12 @@ def test_links_in_a_circle_are_refused(make_checkpoint):
     for load in (SpeechLLMForConditionalGeneration.from_pretrained, SpeechLLMProcessor.from_pretrained):
         with pytest.raises(CheckpointError, match="link that leads nowhere"):
             load(folder)
+
+
+def test_damaged_vocabulary_ends_in_one_line(make_checkpoint):
+    folder = make_checkpoint("speech_llm")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text()[:-200] + "}{")
+    with pytest.raises(CheckpointError) as caught:
+        SpeechLLMProcessor.from_pretrained(folder)
+    assert str(caught.value).isprintable()
