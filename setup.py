@@ -50,6 +50,7 @@ TRAIN = [
 VAD = ["silero-vad[onnx-cpu]>=6.2.3"]
 EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
+LHOTSE = "lhotse>=1.33"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
@@ -81,8 +82,9 @@ setup(
         "vad": VAD,
         "all": EVERYTHING,
         "deepspeed": [DEEPSPEED],
+        "lhotse": [LHOTSE],  # `prepare` of lhotse's manifests and Shar
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "test": [*EVERYTHING, *TEST],
-        "dev": [*EVERYTHING, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "test": [*EVERYTHING, LHOTSE, *TEST],
+        "dev": [*EVERYTHING, LHOTSE, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

@@ -3,6 +3,7 @@
 A few examples always run; `pytest -m slow tests/test_fuzz.py` runs 2,000.
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -17,13 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_speechllm.audio.waveform import AudioError, load_audio, probe_audio
-from hf_speechllm.data.bad_rows import BadRow, BadRows
+from hf_speechllm.data.bad_rows import BadDataError, BadRow, BadRows
 from hf_speechllm.data.jsonl import Row, read_jsonl
 from hf_speechllm.data.kaldi import join, read_list, read_scp
+from hf_speechllm.data.preparation import RowMaker
 from hf_speechllm.data.shards import read_shard, shards_of
-from hf_speechllm.model.chat import transcription_messages
+from hf_speechllm.data.sources import read_source, recognize
+from hf_speechllm.data.sources.reading import Reading
+from hf_speechllm.model.chat import ChatError, transcription_messages
 
-QUICK, LONG = 25, 250  # examples of each of the eight readers
+QUICK, LONG = 25, 250  # examples of each of the ten readers
 
 
 def fuzz(strategy):
@@ -267,3 +271,87 @@ def test_blocks_of_a_damaged_jsonl(data, folder):
         patch.setattr("hf_speechllm.data.shards.BLOCK_SIZE", 64)
         rows = [item.row for shard in shards_of(str(path)) for item in read_shard(shard)]
     assert [isinstance(row, BadRow) for row in rows] == whole
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+SEGMENT = {
+    "sid": "a_1", "begin_time": 0.5, "end_time": 1.5, "subsets": ["{XL}", "S"], "text": "一", "text_tn": "A <COMMA> B",
+}  # fmt: skip
+LONG_RECORDINGS = json.dumps(
+    {"dataset": "GigaSpeech", "audios": [{"aid": "a", "path": "a.opus", "segments": [SEGMENT, SEGMENT]}]}
+).encode()
+# By format: the names of files that have it, and their content.
+SOURCE_FILES = {
+    "csv": ("a.csv", b'path,text,start,end\na.wav,"one, two",0.5,1\nb.wav,three,,\n'),
+    "common-voice": ("a.tsv", b'client_id\tpath\tsentence\nx\ta.mp3\t"One"\ny\tb.mp3\tTwo\n'),
+    "ljspeech": ("metadata.csv", b"a|One 2|one two\nb|Three|three\n"),
+    "nemo": ("a.json", lines({"audio_filepath": "a.wav", "duration": 3.5, "offset": 1, "text": "one"}) * 2),
+    "funasr": ("a.jsonl", lines({"key": "a", "source": "a.wav", "target": "一", "text_language": "<|zh|>"})),
+    "qwen3-asr": ("a.jsonl", lines({"audio": "a.wav", "text": "language English<asr_text>One."})),
+    "ms-swift": (
+        "a.jsonl",
+        lines(
+            {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "o"}], "audios": "a"},
+            {"query": "<audio>", "response": "o", "history": [["a", "b"]], "audios": ["a"], "system": "s"},
+        ),
+    ),
+    "llama-factory": (
+        "a.json",
+        b'[{"conversations": [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": "o"}], "audios": "a"}]',
+    ),
+    "gigaspeech": ("GigaSpeech.json", LONG_RECORDINGS),
+    "wenetspeech": ("WenetSpeech.json", LONG_RECORDINGS.replace(b"GigaSpeech", b"WenetSpeech")),
+}  # fmt: skip
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["a.wav", [{}]])
+)
+
+
+def read_damaged(format, data, folder):
+    path = folder / SOURCE_FILES[format][0]
+    path.write_bytes(data)
+    recognize(str(path))
+    bad_rows = BadRows(1.0)
+    try:
+        found = list(read_source(str(path), Reading(bad_rows), format))
+    except BadDataError as error:
+        assert str(path) in str(error)
+        return
+    for utterance in found:
+        with contextlib.suppress(BadDataError, ChatError):
+            RowMaker("Write:").messages(utterance)
+        assert utterance.recordings and utterance.transcript_file == str(path)
+    assert all(row.reason and row.file == str(path) for row in bad_rows)
+
+
+@fuzz(st.sampled_from([*SOURCE_FILES]).flatmap(lambda name: st.tuples(st.just(name), damaged(SOURCE_FILES[name][1]))))
+def test_damaged_sources(data, folder):
+    """Rows of sources of other tools are usable or reported; a source that is not readable names its file."""
+    read_damaged(*data, folder)
+
+
+@st.composite
+def records_of_another_shape(draw):
+    """A source with JSON in which a value is replaced."""
+    format = draw(st.sampled_from([name for name, (file, _) in SOURCE_FILES.items() if ".json" in file]))
+    content = SOURCE_FILES[format][1]
+    whole = format not in ("nemo", "funasr", "qwen3-asr", "ms-swift")
+    records = json.loads(content) if whole else [json.loads(line) for line in content.splitlines()]
+    place = records
+    while True:
+        keys = [*place] if isinstance(place, dict) else [*range(len(place))]
+        key = draw(st.sampled_from(keys))
+        if not isinstance(place[key], (dict, list)) or not place[key] or draw(st.integers(0, 3)) == 0:
+            place[key] = draw(VALUES)
+            break
+        place = place[key]
+    return format, json.dumps(records).encode() if whole else lines(*records)
+
+
+@fuzz(records_of_another_shape())
+def test_sources_of_another_shape(data, folder):
+    """Values of another type in the JSON of other tools."""
+    read_damaged(*data, folder)

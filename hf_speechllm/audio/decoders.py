@@ -17,6 +17,8 @@ from .truncation import missing_bytes
 if TYPE_CHECKING:
     import soundfile
 
+    from .time_range import TimeRange
+
 logger = logging.getLogger(__name__)
 
 # Limits of recordings. No speech recording exceeds them; others would waste memory and time.
@@ -57,7 +59,9 @@ class TooLongError(AudioError):
     """A recording that exceeds the maximum length."""
 
 
-def decode_blocks(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Iterator[Block]:
+def decode_blocks(
+    stream: BinaryIO, path: Any, name: str, max_seconds: float, part: TimeRange | None = None
+) -> Iterator[Block]:
     """Decodes a file with one recording.
 
     Args:
@@ -65,7 +69,8 @@ def decode_blocks(stream: BinaryIO, path: Any, name: str, max_seconds: float) ->
         path: path of the file, if any. libsndfile then reads the file without Python, so threads do not block each
             other.
         name: name of the recording in messages.
-        max_seconds: maximum length of the recording.
+        max_seconds: maximum length of the recording, or of its part.
+        part: part to decode; default: all. libsndfile seeks to its start; FFmpeg decodes from the start of the file.
 
     Raises:
         AudioError: if the file is damaged, is not audio, or exceeds a limit; possibly after some blocks.
@@ -74,7 +79,7 @@ def decode_blocks(stream: BinaryIO, path: Any, name: str, max_seconds: float) ->
     if missing := missing_bytes(stream):
         raise AudioError(f"{name}: truncated: according to its header, {missing} more bytes should follow")
     samples = 0
-    for block, rate in _decode(stream, path, name, max_seconds):
+    for block, rate in _decode(stream, path, name, max_seconds, part):
         samples += len(block)
         _check_limits(samples, rate, name, max_seconds, f"more than {max_seconds:.1f}")
         if not len(block):
@@ -101,7 +106,7 @@ def _check_limits(samples: int, rate: int, name: str, max_seconds: float, length
         raise TooLongError(f"{name}: length of {length} s; the maximum is {max_seconds:.1f} s")
 
 
-def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Iterator[Block]:
+def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float, part: TimeRange | None) -> Iterator[Block]:
     import soundfile
 
     stream.seek(0)
@@ -112,32 +117,36 @@ def _decode(stream: BinaryIO, path: Any, name: str, max_seconds: float) -> Itera
     # libsndfile needs the length in the header; without a length it stops early or does not start. It trusts damaged
     # MP3 tags and cannot read MP3 in blocks; it reports MP3 inside WAV as truncated. FFmpeg decodes these files.
     if file and file.format in FORMATS and 0 < file.frames < UNKNOWN_LENGTH and not file.subtype.startswith("MPEG"):
-        seconds = file.frames / file.samplerate
-        _check_limits(file.frames, file.samplerate, name, max_seconds, f"{seconds:.1f}")
-        return _blocks_of_libsndfile(file, name)
+        first, stop = part.samples(file.frames, file.samplerate, name) if part else (0, file.frames)
+        seconds = (stop - first) / file.samplerate
+        _check_limits(stop - first, file.samplerate, name, max_seconds, f"{seconds:.1f}")
+        return _blocks_of_libsndfile(file, name, first, stop)
     if file:
         file.close()
     stream.seek(0)
-    return _blocks_of_ffmpeg(stream, name, cause)
+    blocks = _blocks_of_ffmpeg(stream, name, cause)
+    return part.cut(blocks, name) if part else blocks
 
 
-def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str) -> Iterator[Block]:
+def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str, first: int, stop: int) -> Iterator[Block]:
     import soundfile
 
     length = max(1, BLOCK_LENGTH // file.channels)
-    samples, peak = 0, 0.0
+    samples, peak = first, 0.0
     with file:
         try:
-            while len(block := file.read(length, dtype="float32", always_2d=True)):
+            if first:
+                file.seek(first)
+            while len(block := file.read(min(length, stop - samples), dtype="float32", always_2d=True)):
                 samples += len(block)
                 if file.subtype == "PCM_32":
                     peak = max(peak, -float(block.min()), float(block.max()))
                 yield block, file.samplerate
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{name}: truncated or damaged: {error.error_string}") from error
-        if samples < file.frames:
+        if samples < stop:
             raise AudioError(f"{name}: truncated: only {samples} of {file.frames} samples can be read")
-        if 0 < peak <= MIN_PEAK_32:
+        if 0 < peak <= MIN_PEAK_32 and stop - first == file.frames:  # a part may be quiet
             raise AudioError(f"{name}: 32-bit samples in the range of 16 bits; write them as 16 bits")
 
 

@@ -29,6 +29,7 @@ from .decoders import (
 )
 from .downloads import DownloadError, download, is_url, redact_url
 from .resampling import resample_blocks
+from .time_range import TimeRange, split_time_range
 from .truncation import second_recording
 from .wav_header import probe_plain_wav
 
@@ -62,7 +63,7 @@ def check_root(source: str, root: str) -> None:
         return
     if "\0" in source:
         raise AudioError(f"{source!r}: a path must not contain a zero byte")
-    path = os.path.realpath(find_archive(source) or source)
+    path = os.path.realpath(local_path(source))
     if os.path.commonpath((path, _real_folder(root))) != _real_folder(root):
         raise AudioError(f"{source}: outside --audio_root {root}; move the recording or change --audio_root")
 
@@ -77,7 +78,7 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
 
     Args:
         source: path, http(s) URL, bytes of a file, or another input of `inputs.to_source`; samples without a rate must
-            have the rate `sampling_rate`.
+            have the rate `sampling_rate`. `PATH#t=START,END` is a part of a recording (see `time_range`).
         sampling_rate: rate of the result in Hz.
         max_seconds: maximum length; decoding of a longer recording stops at this length.
 
@@ -95,7 +96,7 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
         source = to_source(source, sampling_rate)
     if isinstance(source, np.ndarray):
         return source
-    content, name = _content(source), display_name(source)
+    (content, part), name = _content(source), display_name(source)
     energies = _Energies()
 
     def waveform(mono: Iterable[Block]) -> np.ndarray:
@@ -103,7 +104,7 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
         first, rate = next(blocks)
         return _join(resample_blocks(_chain(first, blocks), rate, sampling_rate))
 
-    mixed = waveform((energies.mix(block), rate) for block, rate in _decode(content, name, max_seconds))
+    mixed = waveform((energies.mix(block), rate) for block, rate in _decode(content, name, max_seconds, part))
     if len(mixed) < 2:
         raise AudioError(f"{name}: only one sample")
     if not energies.cancelled:
@@ -111,7 +112,7 @@ def load_audio(source: Any, sampling_rate: int = SAMPLE_RATE, max_seconds: float
     del mixed
     channel = energies.loudest
     logger.warning(CANCELLED_CHANNELS, name, channel + 1)
-    return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds))
+    return waveform((block[:, channel], rate) for block, rate in _decode(content, name, max_seconds, part))
 
 
 def _chain(first: np.ndarray, others: Iterable[Block]) -> Iterator[np.ndarray]:
@@ -168,7 +169,8 @@ def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     Raises:
         AudioError: see `load_audio`.
     """
-    blocks = _decode(_content(source), display_name(source))
+    content, part = _content(source)
+    blocks = _decode(content, display_name(source), part=part)
     first, rate = next(blocks)
     return _join(_chain(first, blocks)), rate
 
@@ -201,11 +203,12 @@ def probe_audio(source: str | Path | bytes) -> tuple[int, int]:
     Raises:
         AudioError: see `load_audio`.
     """
-    content = _content(source)
-    plain = probe_plain_wav(content)
-    if plain:
-        return plain
-    lengths, rates = zip(*((len(block), rate) for block, rate in _decode(content, display_name(source))), strict=True)
+    (content, part), name = _content(source), display_name(source)
+    if plain := probe_plain_wav(content):
+        first, stop = part.samples(*plain, name) if part else (0, plain[0])
+        return stop - first, plain[1]
+    blocks = ((len(block), rate) for block, rate in _decode(content, name, part=part))
+    lengths, rates = zip(*blocks, strict=True)
     return sum(lengths), rates[0]
 
 
@@ -229,21 +232,25 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
     return None
 
 
-def _content(source: str | Path | bytes) -> str | Path | bytes:
-    """Returns the path of a local file; the bytes of any other source."""
-    is_file = not isinstance(source, bytes) and not is_url(source) and not find_archive(source)
-    return source if is_file else read_bytes(source)
+def _content(source: str | Path | bytes) -> tuple[str | bytes, TimeRange | None]:
+    """Returns the path of a local file or the bytes of any other source, and the part of it that is meant."""
+    if isinstance(source, bytes):
+        return source, None
+    whole, part = split_time_range(source)
+    return (read_bytes(whole) if is_url(whole) or find_archive(whole) else whole), part
 
 
-def _decode(content: str | Path | bytes, name: str, max_seconds: float = MAX_SECONDS) -> Iterator[Block]:
+def _decode(
+    content: str | bytes, name: str, max_seconds: float = MAX_SECONDS, part: TimeRange | None = None
+) -> Iterator[Block]:
     """Yields blocks (at least one) of float32, shape = (samples, channels), in [-1, 1], with the rate in Hz.
 
     Decodes several consecutive recordings in one file as one recording.
 
     Args:
-        content: result of `_content`.
+        content, part: results of `_content`.
         name: name of the recording in messages.
-        max_seconds: maximum length of the recording.
+        max_seconds: maximum length of the recording, or of its part.
 
     Raises:
         AudioError: see `load_audio`; possibly after some blocks.
@@ -255,15 +262,27 @@ def _decode(content: str | Path | bytes, name: str, max_seconds: float = MAX_SEC
             raise AudioError(f"{name}: the file is empty")
         if size > MAX_FILE_BYTES:
             raise AudioError(f"{name}: size of {size / 1e9:.1f} GB; the maximum is {MAX_FILE_BYTES / 1e9:g} GB")
-        if not second_recording(stream):
-            yield from decode_blocks(stream, path, name, max_seconds)
+        if path is not None and part is not None:  # one of many parts, perhaps of hours
+            joined = _is_joined(path, size, os.fstat(stream.fileno()).st_mtime_ns)
+        else:
+            joined = bool(second_recording(stream))
+        if not joined:
+            yield from decode_blocks(stream, path, name, max_seconds, part)
             return
         if size > MAX_BYTES_IN_MEMORY:
             raise AudioError(
                 f"{name}: several recordings in a file of more than {MAX_BYTES_IN_MEMORY / 1e9:g} GB; split the file"
             )
         stream.seek(0)
-        yield from _decode_joined(stream.read(), name, max_seconds)
+        blocks = _decode_joined(stream.read(), name, MAX_SECONDS if part else max_seconds)
+        yield from part.cut(blocks, name) if part else blocks
+
+
+@functools.lru_cache(maxsize=256)
+def _is_joined(path: str, size: int, modified: int) -> bool:
+    """Returns whether a file has several recordings; remembered, since some formats must be read as a whole."""
+    with open_regular(path) as stream:
+        return bool(second_recording(stream))
 
 
 def _decode_joined(data: bytes, name: str, max_seconds: float) -> Iterator[Block]:
@@ -328,12 +347,18 @@ def _as_audio_error(source: str) -> Iterator[None]:
         raise AudioError(f"{source}: cannot be read: {error}") from error
 
 
+def local_path(source: str) -> str:
+    """Returns the path of the file that contains a source: a recording, a part of one, or a member of an archive."""
+    whole = split_time_range(source)[0]
+    return find_archive(whole) or whole
+
+
 def source_stamp(source: str) -> str:
     """Returns size and modification time of a file, to detect changes; empty for a URL or a missing file."""
     if is_url(source):
         return ""
     try:
-        status = os.stat(find_archive(source) or source)
+        status = os.stat(local_path(source))
     except (OSError, ValueError):  # ValueError: the path contains a zero byte
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"

@@ -30,6 +30,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
     parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
+    parser.add_argument("--segments_file", help="Kaldi list: ID, recording of --scp_file, start and end in seconds")
     parser.add_argument("--jsonl_file", help="training rows with prompts; IDs are the stems of the file names")
     parser.add_argument("--output_file", required=True, help="file for the texts")
     parser.add_argument(
@@ -66,10 +67,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.sources, args.scp_file, args.jsonl_file))) != 1:
         parser.error("pass exactly one of: recordings (or folders, ...), --scp_file, --jsonl_file")
+    if args.segments_file and not args.scp_file:
+        parser.error("--segments_file requires --scp_file")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
-    for file in filter(None, (args.scp_file, args.jsonl_file)):
+    for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file)):
         if not Path(file).is_file():
             parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     output = Path(args.output_file).resolve()

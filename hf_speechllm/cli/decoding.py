@@ -53,7 +53,7 @@ def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Proces
     if args.sources:
         requests = requests_of_sources(args.sources, prompt, bad_rows)
     elif args.scp_file:
-        requests = requests_of_scp(args.scp_file, prompt, bad_rows)
+        requests = requests_of_scp(args.scp_file, prompt, bad_rows, args.segments_file)
     else:
         is_own = args.language or args.no_itn or args.prompt or args.context or hotwords
         requests = requests_of_jsonl(args.jsonl_file, prompt if is_own else None, bad_rows)

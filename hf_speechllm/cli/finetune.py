@@ -98,7 +98,7 @@ def main() -> None:
                 )
             collator.hotwords = hotword_sampler(data, None if data.streaming else train_rows, args.seed)
             validation_rows = {
-                name: prepare_rows([file], processor, limit, data, **limits)[0]
+                name: prepare_rows([file], processor, limit, data, **limits, split="dev")[0]
                 for name, file in options.validation_files.items()
             }
     except (BadDataError, OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from ..version import __version__
 from .parser import did_you_mean, prog, report
 
 VERBS = {
+    "prepare": "converts a corpus in any known layout to training JSONL",
     "scp2jsonl": "converts Kaldi lists to training JSONL",
     "inspect": "shows training data as the model receives them: ids, labels, loss",
     "finetune": "trains a model; --num_processes N starts N processes",
@@ -28,6 +29,7 @@ EXTRAS = {
     **dict.fromkeys(("compute_wer", "evaluate", "jinja2", "matplotlib", "rapidfuzz", "whisper_normalizer"), "eval"),
     "zhconv": "eval",
     "silero_vad": "vad",
+    "lhotse": "lhotse",
 }
 
 

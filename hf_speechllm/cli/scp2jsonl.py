@@ -1,7 +1,8 @@
 """Convert two Kaldi lists to a training JSONL: recordings (`ID PATH_OR_URL`) and transcripts (`ID TEXT`).
 
-Joins the lists by ID, in the order of the recordings. Checks every recording completely. Reports bad lines and
-recordings with file and line, and writes no output if their share is above --max_bad_fraction.
+Joins the lists by ID, in the order of the recordings. If the transcripts have the IDs of a Kaldi `segments` file next
+to --scp_file, rows are these parts of the recordings, cut when they are loaded. Checks every recording completely.
+Reports bad lines and recordings with file and line, and writes no output if their share is above --max_bad_fraction.
 
     hf-speechllm scp2jsonl --scp_file data/wav.scp --transcript_file data/text --jsonl_file data/train.jsonl \\
         --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-hf
@@ -87,7 +88,7 @@ def make_rows(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.kaldi import join, read_list, read_scp, require_transcripts
+    from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts
     from ..data.preparation import RowMaker, prepare
     from ..files import atomic_write
     from ..model import chat
@@ -106,14 +107,12 @@ def make_rows(args: argparse.Namespace) -> None:
     if segments.is_file() and not {entry.id for entry in recordings.entries} & {
         entry.id for entry in transcripts.entries
     }:
-        raise BadDataError(
-            f"{args.transcript_file} has the IDs of {segments}, which cuts the recordings of {args.scp_file} and is "
-            "not supported; cut the recordings first (Kaldi: extract-segments), and pass the new wav.scp"
-        )
+        logging.info("%s cuts the recordings of %s", segments, args.scp_file)
+        recordings = read_segments(segments, recordings, bad_rows)
     utterances = join(recordings, transcripts, bad_rows)
 
     folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None
-    maker = RowMaker(args.scp_file, args.transcript_file, prompt, tokenizer, folder)
+    maker = RowMaker(prompt, tokenizer, folder)
     lines: list[str] = []
     durations: list[float] = []
     num_tokens = 0

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,49 +17,47 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import SequenceFeatureExtractor
 
-from ..audio.archives import find_archive
 from ..audio.fbank import cacheable_features, num_encoder_input_frames
-from ..audio.waveform import MAX_SECONDS, AudioError, check_root, display_name, is_url, load_audio, source_stamp
+from ..audio.waveform import (
+    MAX_SECONDS,
+    AudioError,
+    check_root,
+    display_name,
+    is_url,
+    load_audio,
+    local_path,
+    source_stamp,
+)
 from ..model.processing import SpeechLLMProcessor
-from .bad_rows import BadDataError, BadRow, BadRows
+from .bad_rows import BadDataError, BadRows
 from .cache_files import report_damaged_cache
 from .file_lists import expand_paths
-from .jsonl import read_jsonl
 from .kaldi import FRAME_LENGTH, measure_recording
 from .options import DataOptions
-from .shards import Shard, as_columns, is_archive, read_shard
+from .row_files import ROW_FEATURES, generate_rows, generator_arguments, weight_of
 
 logger = logging.getLogger(__name__)
 
 FEATURES_VERSION = 1  # increase if results of `cacheable_features` change, to invalidate old caches
-ROWS_VERSION = 2  # increase if other rows are read from the same files, to invalidate old caches
 FRAMES_PER_SECOND = 100  # frame rate of the cached features
-
-ROW_FEATURES = Features(
-    {
-        "messages": Value("large_string"),  # as JSON, so dialogues of any structure fit one column
-        "recordings": List(Value("string")),
-        "hotwords": List(Value("string")),
-        "speech_length": Value("int64"),
-        "text_length": Value("int64"),
-        "file": Value("string"),
-        "line": Value("int64"),
-        "error": Value("string"),
-    }
-)
 
 
 def load_rows(
-    files: Sequence[str | Path], bad_rows: BadRows, cache_dir: str | None = None, audio_root: str | None = None
+    files: Sequence[str | Path],
+    bad_rows: BadRows,
+    cache_dir: str | None = None,
+    audio_root: str | None = None,
+    split: str = "train",
 ) -> Dataset:
     """Reads the rows of training files, one dialogue per row.
 
     Args:
-        files: JSONL, tar or Parquet files. Rows are cached until the size or time of a file changes. Recordings in tar
-            and Parquet files are not copied; see `archives`.
+        files: JSONL, tar or Parquet files, or other sources (see `sources`). Rows are cached until a file or source
+            changes. Recordings in tar and Parquet files are not copied; see `archives`.
         bad_rows: receives all unusable rows; call `bad_rows.check` afterwards.
         cache_dir: default: the cache folder of `datasets`.
         audio_root: folder that must contain all recordings.
+        split: split of sources with splits, `train` or `dev`.
 
     Returns:
         A dataset with `messages` (JSON), `recordings` (paths or URLs), `stamps` (size and time of recordings),
@@ -68,21 +66,16 @@ def load_rows(
     Raises:
         FileNotFoundError: if a file is missing.
     """
-    parts = []
-    for file in files:
-        status = os.stat(file)
-        part = Dataset.from_generator(
-            _generate_rows,
+    # One file a call: with several shards, `datasets` may read them in processes of their own.
+    parts = [
+        Dataset.from_generator(
+            generate_rows,
             features=ROW_FEATURES,
             cache_dir=cache_dir,
-            # One file per call: `datasets` may read several files in separate processes.
-            # Not `resolve`: relative paths start at the list as it was named, not at the target of a link.
-            gen_kwargs={
-                "file": os.path.abspath(file),
-                "stamp": f"{ROWS_VERSION}-{status.st_size}-{status.st_mtime_ns}",
-            },
+            gen_kwargs=generator_arguments(file, split),
         )
-        parts.append(part)
+        for file in files
+    ]
     rows = drop_bad_rows(concatenate_datasets(parts), bad_rows)
     if audio_root is not None:
         rows = _drop_outside(rows, bad_rows, audio_root)
@@ -101,25 +94,6 @@ def _drop_outside(rows: Dataset, bad_rows: BadRows, audio_root: str) -> Dataset:
             row = rows[index]
             bad_rows.add(row["file"], row["line"], str(error))
     return rows if len(good) == len(rows) else rows.select(good)
-
-
-def _generate_rows(file: str, stamp: str) -> Iterator[dict[str, Any]]:
-    empty = True
-    if is_archive(file):
-        rows: Iterable = (item.row for item in read_shard(Shard(file), embed=False))
-    else:
-        rows = read_jsonl(file)
-    for number, row in enumerate(rows, start=1):
-        empty = False
-        if not isinstance(row, BadRow):
-            yield {**(row if isinstance(row, dict) else as_columns(row)), "error": None}
-        elif isinstance(row.line, int):
-            yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": row.line, "error": row.reason}
-        else:
-            error = f"{row.line}: {row.reason}"
-            yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": number, "error": error}
-    if empty:  # `datasets` does not support a generator without rows
-        yield {**dict.fromkeys(ROW_FEATURES), "file": file, "line": 1, "error": "no rows: the file is empty"}
 
 
 def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
@@ -259,7 +233,7 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
     try:
         if length is None or len(recordings) > 1:
             return {"num_frames": [measure_recording(source)[1] for source in recordings], "error": None}
-        if not is_url(recordings[0]) and os.path.getsize(find_archive(recordings[0]) or recordings[0]) == 0:
+        if not is_url(recordings[0]) and os.path.getsize(local_path(recordings[0])) == 0:
             raise AudioError(f"{recordings[0]}: the file is empty")
     except AudioError as error:
         return {"num_frames": [], "error": str(error)}
@@ -333,17 +307,19 @@ def prepare_rows(
     *,
     batch_seconds: float = math.inf,
     max_bad_fraction: float = 0.0,
+    split: str = "train",
 ) -> tuple[Dataset, np.ndarray | None]:
     """Prepares training rows: reads files, adds features or lengths, and checks both.
 
     Args:
-        files: JSONL, tar or Parquet files, or globs.
+        files: JSONL, tar or Parquet files, globs, or other sources (see `sources`).
         processor: processor of the model.
         max_feature_frames: maximum number of feature frames per recording, see `SpeechLLMConfig.max_feature_frames`.
         options: options for caches, workers and the folder of recordings.
         weights: one weight per entry of `files`, or none.
         batch_seconds: batch budget in seconds, the maximum length of a row; 0 if the budget is determined later.
         max_bad_fraction: allowed share of bad rows.
+        split: split of sources with splits, `train` or `dev`.
 
     Returns:
         The rows, and the weight of each row (times per epoch), shape = (rows,), or `None` without weights.
@@ -355,7 +331,8 @@ def prepare_rows(
     bad_rows = BadRows(max_bad_fraction)
     found = expand_paths(files)
     with report_damaged_cache(options.cache_dir):
-        rows = load_rows([file for group in found for file in group], bad_rows, options.cache_dir, options.audio_root)
+        named = [file for group in found for file in group]
+        rows = load_rows(named, bad_rows, options.cache_dir, options.audio_root, split)
     total = len(rows) + len(bad_rows)
     bad_rows.check(total)
     if len(rows) == 0:
@@ -380,4 +357,4 @@ def prepare_rows(
     if not weights:
         return rows, None
     by_file = {os.path.abspath(file): weight for group, weight in zip(found, weights, strict=True) for file in group}
-    return rows, np.array([by_file[file] for file in rows["file"]])
+    return rows, np.array([weight_of(file, by_file) for file in rows["file"]])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .shards import is_archive
 
-ROW_SUFFIXES = (".jsonl", ".json")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def expand_paths(patterns: Sequence[str]) -> list[list[str]]:

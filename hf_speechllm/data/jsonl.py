@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..audio.downloads import is_url
+from ..audio.time_range import split_time_range
 from ..audio.waveform import resolve_source
 from ..files import atomic_write
 from ..model import chat
@@ -54,9 +55,12 @@ class Row:
 def recording_id(source: str) -> str:
     """Returns the default ID of a recording: the stem of the file name, without the query of a URL.
 
-    Spaces and byte order marks around the stem are removed; they would be lost when a list is read back.
+    Spaces and byte order marks around the stem are removed; they would be lost when a list is read back. The ID of a
+    part of a recording ends with its times: `talk#t=12.5,17.25`.
     """
-    return PurePosixPath(urlsplit(source).path if is_url(source) else source).stem.strip(" \ufeff")
+    whole = split_time_range(source)[0]
+    stem = PurePosixPath(urlsplit(whole).path if is_url(whole) else whole).stem.strip(" \ufeff")
+    return stem + source[len(whole) :]
 
 
 def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..audio.downloads import redact
+from ..audio.time_range import add_time_range
 from ..audio.waveform import AudioError, check_root, display_name, is_url, probe_audio, resolve_source
 from .bad_rows import BadRows
+from .utterance import Utterance
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +39,6 @@ class KaldiList:
     file: str
     entries: list[Entry]
     bad_ids: set[str]
-
-
-class Utterance(NamedTuple):
-    """A recording (absolute path or URL) and its transcript, with line numbers in both lists, counted from 1."""
-
-    id: str
-    recording: str
-    transcript: str
-    recording_line: int
-    transcript_line: int
 
 
 def read_list(path: str | os.PathLike[str], bad_rows: BadRows, content: str = "value") -> KaldiList:
@@ -145,6 +137,42 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     return KaldiList(scp.file, entries, scp.bad_ids)
 
 
+def read_segments(path: str | os.PathLike[str], recordings: KaldiList, bad_rows: BadRows) -> KaldiList:
+    """Reads Kaldi's `segments`: an utterance, its recording, and its first and last second in each line.
+
+    Args:
+        recordings: the `wav.scp`.
+        bad_rows: receives bad lines as in `read_list`, unknown recordings and invalid times.
+
+    Returns:
+        The utterances, with the address of their part of a recording (see `audio.time_range`). A last second of -1
+        stands for the end of the recording, as in Kaldi.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    segments = read_list(path, bad_rows, "recording, start and end")
+    sources = {entry.id: entry.value for entry in recordings.entries}
+    entries = []
+    for entry in segments.entries:
+        recording, *times = entry.value.split()
+        try:
+            start, end = map(float, times)
+            if recording in sources:
+                part = add_time_range(sources[recording], start, None if end == -1 else end)
+                entries.append(entry._replace(value=part))
+                continue
+            reason = f'unknown recording: "{recording}" is not in {recordings.file}'
+        except AudioError as error:
+            reason = f"bad segment: {error}"
+        except ValueError:
+            reason = f'bad segment: "{entry.value}"; write UTTERANCE RECORDING START END, in seconds'
+        segments.bad_ids.add(entry.id)
+        if recording not in recordings.bad_ids:
+            bad_rows.add(path, entry.line, reason)
+    return KaldiList(segments.file, entries, segments.bad_ids)
+
+
 def join(scp: KaldiList, transcripts: KaldiList, bad_rows: BadRows) -> list[Utterance]:
     """Joins recordings and transcripts with the same ID, in the order of the scp.
 
@@ -162,7 +190,9 @@ def join(scp: KaldiList, transcripts: KaldiList, bad_rows: BadRows) -> list[Utte
         if entry.id not in recordings and entry.id not in scp.bad_ids:
             bad_rows.add(transcripts.file, entry.line, f'ID in one list only: "{entry.id}" is not in {scp.file}')
     return [
-        Utterance(entry.id, entry.value, texts[entry.id].value, entry.line, texts[entry.id].line)
+        Utterance(
+            entry.id, entry.value, texts[entry.id].value, entry.line, texts[entry.id].line, scp.file, transcripts.file
+        )
         for entry in scp.entries
         if entry.id in texts
     ]
@@ -197,7 +227,7 @@ def measure_recording(source: str) -> tuple[float, int]:
 
 
 def add_text_lengths(rows: list[dict], tokenizer) -> None:
-    """Adds `text_length` to rows: the tokens of the last message, as in Fun-ASR's `tools/scp2jsonl.py`.
+    """Adds `text_length` to rows: the tokens of the answers, as in Fun-ASR's `tools/scp2jsonl.py`.
 
     Args:
         rows: rows with `messages`; changed in place.
@@ -205,7 +235,13 @@ def add_text_lengths(rows: list[dict], tokenizer) -> None:
     """
     for start in range(0, len(rows), TEXTS_AT_ONCE):
         batch = rows[start : start + TEXTS_AT_ONCE]
-        texts = [row["messages"][-1]["content"] for row in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-        for row, ids in zip(batch, encoded["input_ids"], strict=True):
-            row["text_length"] = len(ids)
+        answers = [_answers(row["messages"]) for row in batch]
+        encoded = tokenizer(sum(answers, []), add_special_tokens=False, return_attention_mask=False)
+        counts = map(len, encoded["input_ids"])
+        for row, texts in zip(batch, answers, strict=True):
+            row["text_length"] = sum(next(counts) for _ in texts)
+
+
+def _answers(messages: list[dict]) -> list[str]:
+    contents = [message["content"] for message in messages if message["role"] == "assistant"]
+    return [text if isinstance(text, str) else "".join(part["text"] for part in text) for text in contents]

@@ -17,7 +17,8 @@ class DataOptions:
     """
 
     train_file: list[str] = option(
-        [], "Training data: JSONL, .tar (WebDataset) or .parquet files, or globs ('data/*.tar')."
+        [],
+        "Training data: JSONL, .tar (WebDataset) or .parquet files, globs ('data/*.tar'), or other sources.",
     )
     train_weight: list[float] = option([], "Times per epoch that the rows of each --train_file are used (default: 1).")
     validation_file: list[str] = option([], "Validation data: one or several of FILE or NAME=FILE.")

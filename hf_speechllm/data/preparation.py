@@ -10,17 +10,19 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
-from ..audio.waveform import AudioError, is_url
+from ..audio.waveform import AudioError, is_url, local_path
 from ..model.chat import ChatError, parse_messages, transcription_messages
-from .jsonl import json_line
-from .kaldi import TEXTS_AT_ONCE, Utterance, add_text_lengths, measure_recording
+from .bad_rows import BadDataError
+from .jsonl import json_line, map_recordings
+from .kaldi import TEXTS_AT_ONCE, add_text_lengths, measure_recording
+from .utterance import Utterance
 
 NUM_PER_PROCESS = 128  # utterances per worker above which processes are faster than threads
 HEADER_SIZE = 4096  # bytes (one page); contains the header of nearly every recording
@@ -35,12 +37,14 @@ class Prepared(NamedTuple):
         seconds: durations of the recordings of good utterances.
         num_tokens: tokens of the transcripts of good utterances; 0 without a tokenizer.
         bad: file, line and reason of bad utterances, for `BadRows.add`.
+        good: whether each utterance is good.
     """
 
     lines: list[str]
     seconds: list[float]
     num_tokens: int
-    bad: list[tuple[str, int, str]]
+    bad: list[tuple[str, int | str, str]]
+    good: list[bool]
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,37 @@ class RowMaker:
     """Converts utterances to rows.
 
     Args:
-        scp_file, transcript_file: paths of the lists, for bad rows.
         prompt: result of `chat.transcription_prompt`.
         tokenizer: tokenizer of the model, to count `text_length`; with `None`, rows have no `text_length`.
         folder: absolute path of the folder to which written paths are relative; `None` for absolute paths.
+        prompts: prompt by language of an utterance, instead of `prompt`.
     """
 
-    scp_file: str
-    transcript_file: str
     prompt: str
     tokenizer: Any = None
     folder: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+    def messages(self, utterance: Utterance) -> list[dict]:
+        """Builds and checks the dialogue of an utterance, with paths as they are written.
+
+        Raises:
+            ChatError: if the dialogue is not usable, or lacks its answer or recording.
+        """
+        if utterance.messages is None:
+            prompt = self.prompts.get(utterance.language or "", self.prompt)
+            messages = transcription_messages(self._relative(utterance.recording), prompt, utterance.transcript)
+        else:
+            messages = map_recordings(utterance.messages, self._relative)
+        dialogue = parse_messages(messages, utterance.hotwords or ())
+        if not dialogue.recordings:
+            raise ChatError("no recording in the dialogue")
+        if dialogue.turns[-1].answer is None:
+            raise ChatError("no answer: the last message must be the assistant's, with the transcript")
+        return messages
+
+    def _relative(self, source: str) -> str:
+        return source if self.folder is None or is_url(source) else os.path.relpath(source, self.folder)
 
     def make(self, utterances: Sequence[Utterance], measured: Iterable[tuple[float, int] | AudioError]) -> Prepared:
         """Converts utterances to rows.
@@ -68,25 +92,28 @@ class RowMaker:
             measured: result of `measure` for each utterance.
         """
         rows: list[dict[str, Any]] = []
-        seconds, bad = [], []
-        for utterance, result in zip(utterances, measured, strict=True):
-            source = utterance.recording
-            if self.folder is not None and not is_url(source):
-                source = os.path.relpath(source, self.folder)
-            messages = transcription_messages(source, self.prompt, utterance.transcript)
+        result = Prepared([], [], 0, [], [])
+        for utterance, length in zip(utterances, measured, strict=True):
+            result.good.append(False)
             try:
-                parse_messages(messages)
-            except ChatError as error:
-                bad.append((self.transcript_file, utterance.transcript_line, f"unusable transcript: {error}"))
+                messages = self.messages(utterance)
+            except (BadDataError, ChatError) as error:
+                place = utterance.transcript_file, utterance.transcript_line
+                result.bad.append((*place, f"unusable transcript: {error}"))
                 continue
-            if isinstance(result, AudioError):
-                bad.append((self.scp_file, utterance.recording_line, f"unusable recording: {result}"))
+            if isinstance(length, AudioError):
+                place = utterance.recording_file, utterance.recording_line
+                result.bad.append((*place, f"unusable recording: {length}"))
                 continue
-            rows.append({"messages": messages, "speech_length": result[1]})
-            seconds.append(result[0])
+            rows.append({"messages": messages, "speech_length": length[1]})
+            if utterance.hotwords:
+                rows[-1]["hotwords"] = utterance.hotwords
+            result.seconds.append(length[0])
+            result.good[-1] = True
         if self.tokenizer is not None:
             add_text_lengths(rows, self.tokenizer)
-        return Prepared([json_line(row) for row in rows], seconds, sum(row.get("text_length", 0) for row in rows), bad)
+        result.lines.extend(map(json_line, rows))
+        return result._replace(num_tokens=sum(row.get("text_length", 0) for row in rows))
 
 
 def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) -> Generator[Prepared, None, None]:
@@ -138,11 +165,14 @@ def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) 
 
 
 def measure(utterance: Utterance) -> tuple[float, int] | AudioError:
-    """Returns the result of `measure_recording`, or its error."""
+    """Returns the result of `measure_recording`, summed over the recordings of a dialogue, or its error."""
     try:
-        return measure_recording(utterance.recording)
+        lengths = [measure_recording(source) for source in utterance.recordings]
     except AudioError as error:
         return error
+    except BadDataError:  # a dialogue that is not usable; making its row reports the reason
+        return 0.0, 0
+    return sum(seconds for seconds, _ in lengths), sum(frames for _, frames in lengths)
 
 
 def _start_worker(maker: RowMaker) -> None:
@@ -176,5 +206,5 @@ def _read_ahead(source: str) -> None:
 def _prepare_chunk(utterances: Sequence[Utterance]) -> Prepared:
     # A disk reads many files in parallel nearly as fast as a few; read-ahead is cheaper than waiting threads.
     for utterance in utterances:
-        _read_ahead(utterance.recording)
+        _read_ahead(local_path(utterance.recording))
     return _maker.make(utterances, map(measure, utterances))

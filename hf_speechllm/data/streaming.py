@@ -19,6 +19,7 @@ from .dataset import FRAMES_PER_SECOND, decoding_limit, too_long_reason
 from .file_lists import expand_paths
 from .kaldi import measure_recording, speech_length
 from .options import DataOptions
+from .row_files import require_row_file
 from .sampler import ROW_COST, BudgetBatchSampler
 from .shards import read_shard, shards_of
 
@@ -108,6 +109,7 @@ class RowStream(IterableDataset):
         self.shards, shares = [], []
         for names, weight in zip(expand_paths(files), weights or [1.0] * len(files), strict=True):
             for name in names:
+                require_row_file(name)
                 shards = shards_of(name)
                 self.shards += shards
                 shares += [weight] * len(shards)

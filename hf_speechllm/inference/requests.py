@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import read_jsonl, recording_id
-from ..data.kaldi import read_scp
+from ..data.kaldi import read_scp, read_segments
 from ..model import chat
 from .sources import find_recordings
 
@@ -36,18 +36,22 @@ class Request:
         return chat.parse_messages(self.messages, self.hotwords)
 
 
-def requests_of_scp(path: str | os.PathLike[str], prompt: str, bad_rows: BadRows) -> list[Request]:
+def requests_of_scp(
+    path: str | os.PathLike[str], prompt: str, bad_rows: BadRows, segments: str | os.PathLike[str] | None = None
+) -> list[Request]:
     """Reads requests for the recordings of a `wav.scp`.
 
     Args:
         path: of the list.
         prompt: from `chat.transcription_prompt`.
         bad_rows: collects unusable lines.
+        segments: Kaldi's `segments`, to transcribe these parts of the recordings; default: whole recordings.
 
     Raises:
         OSError: if the list cannot be read.
     """
-    entries = read_scp(path, bad_rows).entries
+    recordings = read_scp(path, bad_rows)
+    entries = (recordings if segments is None else read_segments(segments, recordings, bad_rows)).entries
     return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
 
 

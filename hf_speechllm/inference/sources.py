@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audio.downloads import is_url, redact_url
+from ..audio.waveform import local_path
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import recording_id
 from ..data.shards import is_archive, recordings_of_archive
@@ -63,12 +64,12 @@ def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
         raise ValueError(f"{source} is a list; pass the list with {option}")
     elif source.endswith((".zip", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".7z", ".rar")):
         raise ValueError(f"{source} is compressed; unpack the file, and pass the folder, recording or .tar file")
-    elif not os.path.exists(source):
+    elif not os.path.exists(local_path(source)):
         raise FileNotFoundError(f"{source}: no such file")
     elif is_archive(source):
         yield from _in_archive(source, bad_rows)
     else:
-        yield Source(_as_id(Path(source).stem), source, os.path.abspath(source))
+        yield Source(_as_id(recording_id(Path(source).as_posix())), source, os.path.abspath(source))
 
 
 def _in_folder(folder: str, bad_rows: BadRows) -> Iterator[Source]:

@@ -32,7 +32,7 @@ def utterances(make_wav, tmp_path):
         elif number % 11 == 0:
             recording = f"{tmp_path}/words.wav"
         text = "<|im_end|>" if number % 13 == 0 else f"text {number}"
-        result.append(Utterance(f"id{number}", recording, text, number + 1, 1000 - number))
+        result.append(Utterance(f"id{number}", recording, text, number + 1, 1000 - number, "wav.scp", "text"))
     return result
 
 
@@ -43,7 +43,7 @@ def processes(monkeypatch):
 
 
 def maker(**options):
-    return RowMaker("wav.scp", "text", "Write:", Tokenizer(), **options)
+    return RowMaker("Write:", Tokenizer(), **options)
 
 
 def joined(parts):

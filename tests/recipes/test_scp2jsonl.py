@@ -343,3 +343,17 @@ def test_real_lists_have_a_row_for_each_recording(shared, tmp_path, run_recipe):
     flags = ["--scp_file", folder / "wav.scp", "--transcript_file", folder / "text"]
     assert run_recipe("scp2jsonl.py", *flags, "--jsonl_file", tmp_path / "train.jsonl") is None
     assert len(written(tmp_path)) == 1800
+
+
+def test_segments_are_rows_if_the_transcripts_have_their_ids(corpus, tmp_path, run_recipe):
+    flags = corpus(["a", "b"])
+    (tmp_path / "lists" / "text").write_text("s1 one\ns2 two\n", encoding="utf-8")
+    (tmp_path / "lists" / "segments").write_text("s1 a 0.1 0.4\ns2 b 0.25 -1\n", encoding="utf-8")
+    assert run_recipe("scp2jsonl.py", *flags, "--relative") is None
+    assert users(tmp_path) == [
+        f"语音转写：<|startofspeech|>!audio/{part}<|endofspeech|>" for part in ("a.wav#t=0.1,0.4", "b.wav#t=0.25")
+    ]
+    assert [row["speech_length"] for row in written(tmp_path)] == [28, 48]
+    (tmp_path / "lists" / "segments").write_text("s1 a 0.1 0.9\ns2 b 0.25 0.5\n", encoding="utf-8")
+    message = run_recipe("scp2jsonl.py", *flags, "--relative", "--overwrite")
+    assert "lists/segments:1: unusable recording:" in message and "outside the recording, which has 0.50 s" in message

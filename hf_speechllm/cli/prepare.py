@@ -1,0 +1,145 @@
+"""Convert a corpus in any known layout to training JSONL: train.jsonl, dev.jsonl, test.jsonl and summary.json.
+
+hf-speechllm prepare data/train --output_dir data/jsonl                    (Kaldi: wav.scp, text, segments, utt2spk)
+hf-speechllm prepare cv-corpus-21.0/de --output_dir data/de                (Common Voice, with its splits)
+hf-speechllm prepare calls.csv --output_dir data/calls --columns text=said --split 0.8 0.1 0.1
+hf-speechllm prepare google/fleurs --config de_de --output_dir data/fleurs (a data set of the Hub)
+
+SOURCE is a file, a folder, or the id of a data set on the Hub. Its format is recognised. Splits are those of the
+source, or they are drawn: by speaker if speakers are known, and never with one recording in two splits. Recordings are
+not copied, except recordings of `datasets` without files. Parts of long recordings are cut when they are loaded.
+Checks every recording completely, and writes no output if the share of bad rows is above --max_bad_fraction.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from .parser import Parser, prog
+from .scp2jsonl import fraction, load_tokenizer
+
+DEFAULT_SPLIT = [0.9, 0.05, 0.05]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line, and finds before any work what is wrong with it."""
+    parser = Parser(__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="file, folder or Hub id")
+    parser.add_argument("--output_dir", required=True, help="folder to write to")
+    parser.add_argument("--format", help="of SOURCE, if it is not recognised; a wrong one lists all")
+    parser.add_argument(
+        "--split",
+        nargs=3,
+        type=fraction,
+        metavar=("TRAIN", "DEV", "TEST"),
+        help="shares of drawn splits, instead of the source's splits (default: 0.9 0.05 0.05 if it has none)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of drawn splits")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=NAME",
+        help="columns that are not found by name: audio, text, speaker, language, start, end, duration, id, split",
+    )
+    parser.add_argument("--subset", help="of WenetSpeech and GigaSpeech: the training subset, e.g. S")
+    parser.add_argument("--config", help="configuration of a data set on the Hub")
+    parser.add_argument("--hub_split", help="split of a data set on the Hub (default: all)")
+    parser.add_argument("--streaming", action="store_true", help="read a data set of the Hub without a cached copy")
+    parser.add_argument("--model_name_or_path", help="its tokenizer counts text_length; else that is left out")
+    parser.add_argument(
+        "--language", help="ISO code or Chinese name of the language that prompts ask for; source: each row's own"
+    )
+    parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
+    parser.add_argument("--prompt", help='instead of the default one, as in "Speech transcription:"')
+    parser.add_argument("--relative", action="store_true", help="write paths relative to --output_dir, not absolute")
+    parser.add_argument("--audio_root", help="folder that recordings must lie in, links followed (default: anywhere)")
+    parser.add_argument("--max_bad_fraction", type=fraction, default=0.0, help="share of rows that may be left out")
+    parser.add_argument("--bad_rows_file", help="file for the list of all bad rows")
+    parser.add_argument(
+        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="recordings checked at once"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run has written")
+    args = parser.parse_args()
+    args.columns = dict(item.partition("=")[::2] for item in args.columns)
+    if not all(args.columns.values()):
+        parser.error("--columns: write ROLE=NAME, e.g. text=sentence")
+    if args.num_workers < 1:
+        parser.error("--num_workers must be 1 or more")
+    if args.split is not None and not sum(args.split):
+        parser.error("--split: one of the shares must be above 0")
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
+        path = os.path.join(args.output_dir, name)
+        if os.path.exists(path) and not args.overwrite:
+            parser.error(f"{path} exists; give another --output_dir or --overwrite")
+    return args
+
+
+def prepare_source(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..data.bad_rows import BadDataError, BadRows
+    from ..data.corpus import choose_splits, read_utterances, write_corpus, write_summary
+    from ..data.preparation import RowMaker
+    from ..data.sources import SOURCES, read_source, recognize
+    from ..data.sources.reading import Reading, TarWriter
+    from ..data.sources.tables import ROLES
+    from ..data.utterance import SPLITS
+    from ..model import chat
+
+    if args.format is not None and args.format not in SOURCES:
+        raise BadDataError(f"--format {args.format}: must be one of {', '.join(SOURCES)}")
+    if unknown := [role for role in args.columns if role not in ROLES]:
+        raise BadDataError(f"--columns {unknown[0]}=...: must be one of {', '.join(ROLES)}")
+    own_language = args.language == "source"
+    prompt = chat.transcription_prompt(None if own_language else args.language, not args.no_itn, prompt=args.prompt)
+    chat.parse_messages(chat.transcription_messages("recording", prompt))
+    tokenizer = load_tokenizer(args.model_name_or_path) if args.model_name_or_path else None
+    format = args.format or recognize(args.source)
+    if format is not None:
+        logging.info("%s: %s", args.source, format)
+    os.makedirs(args.output_dir, exist_ok=True)
+    bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
+    with TarWriter(args.output_dir) as tar:
+        reading = Reading(bad_rows, args.columns, args.subset, args.config, args.hub_split, args.streaming, tar)
+        found = tqdm(read_source(args.source, reading, format), desc="reading", unit=" rows")
+        utterances = read_utterances(found, bad_rows, args.audio_root)
+        tar.finish()
+        languages = {item.language for item in utterances if item.language is not None} if own_language else set()
+        prompts = {language: chat.transcription_prompt(language, not args.no_itn) for language in languages}
+        splits, chosen = choose_splits(utterances, args.split, DEFAULT_SPLIT, args.seed)
+        folder = os.path.realpath(args.output_dir) if args.relative else None
+        maker = RowMaker(prompt, tokenizer, folder, prompts)
+        with tqdm(desc="checking", total=len(utterances), unit=" rows") as progress:
+            counts = write_corpus(
+                utterances, splits, maker, args.output_dir, bad_rows, args.num_workers, progress.update
+            )
+    for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
+        if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
+            logging.warning("%s is empty: the source has too few speakers or recordings to divide", split)
+    summary = {
+        "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
+    }  # fmt: skip
+    write_summary(summary, args.output_dir)
+    for name, values in summary.items():
+        if name == "splits":
+            for split, numbers in values.items():
+                print(f"{split}: " + ", ".join(f"{number} {unit}" for unit, number in numbers.items()))
+        elif values not in ({}, None):
+            listed = (
+                ", ".join(f"{key} {count}" for key, count in values.items()) if isinstance(values, dict) else values
+            )
+            print(f"{name.replace('_', ' ')}: {listed}")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    arguments = parse_arguments()
+    try:
+        prepare_source(arguments)
+    except (OSError, ValueError) as error:  # bad data, unknown language or model, full disk
+        sys.exit(f"{prog()}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{prog()}: interrupted; no JSONL was written", file=sys.stderr)
+        sys.exit(130)

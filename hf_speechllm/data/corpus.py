@@ -1,0 +1,127 @@
+"""Conversion of a corpus to `train.jsonl`, `dev.jsonl`, `test.jsonl` and a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from typing import Any
+
+from ..audio.waveform import AudioError, check_root
+from ..files import atomic_write
+from .bad_rows import BadDataError, BadRows
+from .preparation import RowMaker, prepare
+from .splits import own_splits, split_utterances
+from .utterance import SPLITS, Utterance
+
+SUMMARY_FILE = "summary.json"
+
+
+def read_utterances(found: Iterable[Utterance], bad_rows: BadRows, audio_root: str | None = None) -> list[Utterance]:
+    """Lists utterances.
+
+    Args:
+        bad_rows: receives utterances with recordings outside `audio_root`.
+        audio_root: folder that must contain all recordings.
+    """
+    if audio_root is None:
+        return list(found)
+    inside = []
+    for utterance in found:
+        try:
+            for source in utterance.recordings:
+                check_root(source, audio_root)
+            inside.append(utterance)
+        except AudioError as error:
+            bad_rows.add(utterance.recording_file, utterance.recording_line, str(error))
+    return inside
+
+
+def choose_splits(
+    utterances: Sequence[Utterance], shares: Sequence[float] | None, default: Sequence[float], seed: int
+) -> tuple[list[str], str]:
+    """Chooses the split of each utterance; also returns a description of the choice.
+
+    Args:
+        shares: shares of the splits set by the user; `None`: the splits of the source, if it has any.
+        default: shares for a source without splits.
+    """
+    own = None if shares else own_splits(utterances)
+    if own is not None:
+        return own, "those of the source"
+    speakers = sum(utterance.speaker is not None for utterance in utterances)
+    by = "speaker" if speakers == len(utterances) else "recording" if not speakers else "speaker or recording"
+    return split_utterances(utterances, shares or default, seed), f"drawn by {by}, seed {seed}"
+
+
+def write_corpus(
+    utterances: Sequence[Utterance], splits: Sequence[str], maker: RowMaker, output_dir: str, bad_rows: BadRows,
+    num_workers: int, report: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Checks all recordings and writes the rows of each split; nothing is written if too many are bad.
+
+    Args:
+        splits: split of each utterance.
+        bad_rows: receives bad rows; may contain some already.
+        num_workers: recordings checked at once.
+        report: called with the number of checked utterances.
+
+    Returns:
+        A summary: rows, hours, speakers and tokens by split, languages, bad rows by kind.
+
+    Raises:
+        BadDataError: if more rows are bad than allowed, or none is left.
+        ChildProcessError: if a process was killed.
+        OSError: if a file cannot be written.
+    """
+    lines: dict[str, list[str]] = {}
+    summary: dict[str, Any] = {"splits": {}}
+    languages: Counter[str] = Counter()
+    for split in SPLITS:
+        chosen = [utterance for utterance, its in zip(utterances, splits, strict=True) if its == split]
+        lines[split] = []
+        seconds = num_tokens = 0.0
+        good: list[bool] = []
+        with closing(prepare(chosen, maker, num_workers)) as parts:
+            for part in parts:
+                lines[split] += part.lines
+                seconds += sum(part.seconds)
+                num_tokens += part.num_tokens
+                good += part.good
+                for bad_row in part.bad:
+                    bad_rows.add(*bad_row)
+                report(len(part.good))
+        kept = [utterance for utterance, is_good in zip(chosen, good, strict=True) if is_good]
+        languages.update(utterance.language or "unknown" for utterance in kept)
+        summary["splits"][split] = {
+            "rows": len(kept),
+            "hours": round(seconds / 3600, 4),
+            "speakers": len({utterance.speaker for utterance in kept} - {None}),
+            **({"tokens": int(num_tokens)} if maker.tokenizer is not None else {}),
+        }
+    total = sum(map(len, lines.values()))
+    bad_rows.check(total + len(bad_rows))
+    if not total:
+        raise BadDataError("the source has no rows to write")
+    for split, rows in lines.items():
+        path = os.path.join(output_dir, f"{split}.jsonl")
+        if rows:
+            with atomic_write(path) as file:
+                file.writelines(rows)
+        elif os.path.exists(path):  # of an earlier run
+            os.unlink(path)
+    summary |= {
+        "languages": dict(languages.most_common()),
+        "bad_rows": len(bad_rows),
+        "bad_kinds": dict(bad_rows.kinds().most_common()),
+    }
+    return summary
+
+
+def write_summary(summary: dict[str, Any], output_dir: str) -> None:
+    """Writes the summary as JSON."""
+    with atomic_write(os.path.join(output_dir, SUMMARY_FILE)) as file:
+        json.dump(summary, file, ensure_ascii=False, indent=2)
+        file.write("\n")

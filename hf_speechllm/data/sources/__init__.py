@@ -1,0 +1,70 @@
+"""Sources of training data in the layouts of corpora and other tools."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from ..bad_rows import BadDataError
+from ..utterance import Utterance
+from . import corpora, dialogues, hugging_face, lhotse_cuts, tables
+from .reading import Reading
+
+Reader = Callable[[str, Reading], Iterator[Utterance]]
+
+# By format: whether a source has it, and its reader. The first one that recognises a source is taken.
+SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
+    "kaldi": (corpora.is_kaldi, corpora.read_kaldi),
+    "aishell": (corpora.is_aishell, corpora.read_aishell),
+    "wenetspeech": (corpora.is_wenetspeech, corpora.read_long_recordings),
+    "gigaspeech": (corpora.is_gigaspeech, corpora.read_long_recordings),
+    "common-voice": (tables.is_common_voice, tables.read_delimited),
+    "ljspeech": (tables.is_ljspeech, tables.read_ljspeech),
+    "datasets": (hugging_face.is_saved, hugging_face.read_saved),
+    "lhotse-shar": (lhotse_cuts.is_shar, lhotse_cuts.read_shar),
+    "lhotse": (lhotse_cuts.is_cuts, lhotse_cuts.read_cuts),
+    "ms-swift": (lambda source: dialogues.is_dialogue(source) and not _is_list(source), dialogues.read_dialogues),
+    "llama-factory": (dialogues.is_dialogue, dialogues.read_dialogues),
+    "chatml": (dialogues.is_chatml, dialogues.read_chatml),
+    "nemo": (tables.has_keys("audio_filepath"), tables.read_json_table),
+    "funasr": (tables.has_keys("source", "target"), tables.read_json_table),
+    "qwen3-asr": (tables.is_qwen3_asr, tables.read_json_table),
+    "csv": (tables.is_delimited, tables.read_delimited),
+    "json": (tables.is_json_table, tables.read_json_table),
+    "librispeech": (corpora.is_librispeech, corpora.read_librispeech),
+    "parquet": (hugging_face.is_parquet, hugging_face.read_parquet),
+    "hub": (hugging_face.is_hub_id, hugging_face.read_hub),
+}
+
+
+def recognize(source: str) -> str | None:
+    """The format of a source; `None` if it is in no known one."""
+    return next((name for name, (is_one, _) in SOURCES.items() if is_one(source)), None)
+
+
+def read_source(source: str, reading: Reading, format: str | None = None) -> Iterator[Utterance]:
+    """Reads the utterances of a source.
+
+    Args:
+        source: file or folder, or the id of a data set on the Hub.
+        reading: options; receives bad rows.
+        format: one of `SOURCES`; default: what `recognize` finds.
+
+    Raises:
+        BadDataError: if the format is not recognised, or the source as a whole is not usable.
+        OSError: if a file cannot be read.
+    """
+    format = format or recognize(source)
+    if format is None:
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        raise BadDataError(f"{source}: no known layout; name it with --format, one of {', '.join(SOURCES)}")
+    return SOURCES[format][1](source, reading)
+
+
+def _is_list(source: str) -> bool:
+    """Returns whether a source is a JSON list, as LLaMA-Factory's, instead of a JSONL."""
+    if not os.path.isfile(source):
+        return False
+    with open(source, "rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")

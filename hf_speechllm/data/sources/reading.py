@@ -1,0 +1,265 @@
+"""Functions and classes shared by the readers of all sources."""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...audio.archives import tar_member
+from ...audio.time_range import add_time_range
+from ...audio.waveform import AudioError, resolve_source
+from ..bad_rows import BadDataError, BadRows
+from ..jsonl import hotwords_of, parse_object
+from ..utterance import SPLITS, Utterance
+
+HEAD_BYTES = 1 << 16  # of a JSON file, to recognise it
+LONGEST_LINE = 1 << 24  # bytes of a line, to recognise a JSONL
+# Names of languages in sources, in lower case; codes are unchanged.
+LANGUAGE_NAMES = {
+    "chinese": "zh", "mandarin": "zh", "cmn": "zh", "english": "en", "cantonese": "yue", "japanese": "ja",
+    "korean": "ko", "vietnamese": "vi", "indonesian": "id", "thai": "th", "malay": "ms", "filipino": "tl",
+    "arabic": "ar", "hindi": "hi", "german": "de", "french": "fr", "spanish": "es", "portuguese": "pt",
+    "italian": "it", "russian": "ru", "turkish": "tr", "dutch": "nl", "swedish": "sv", "danish": "da",
+    "finnish": "fi", "polish": "pl", "czech": "cs", "persian": "fa", "greek": "el", "romanian": "ro",
+    "hungarian": "hu",
+}  # fmt: skip
+_SPLIT_NAMES = {
+    "train": "train", "training": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev",
+    "eval": "dev", "test": "test", "testing": "test",
+}  # fmt: skip
+_ASR_TEXT = re.compile(r"\s*language (?P<language>[^<]*)<asr_text>(?P<text>.*)", re.DOTALL)
+
+
+@dataclass
+class Reading:
+    """Options of a reader, and its reports.
+
+    Args:
+        bad_rows: receives every row that cannot be used.
+        columns: names of columns by role (see `tables.ROLES`), where they are not found by name.
+        subset: of WenetSpeech and GigaSpeech: the training subset, for example `S`; default: all.
+        config: of a data set of the Hub.
+        hub_split: the split of a data set of the Hub; default: all.
+        streaming: whether a data set of the Hub is read without a copy in the cache of `datasets`.
+        recordings_tar: receives recordings without files (`datasets` with bytes); `None`: these are errors.
+        left_out: number of items that are not utterances, by reason; these items are not bad rows.
+    """
+
+    bad_rows: BadRows
+    columns: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    config: str | None = None
+    hub_split: str | None = None
+    streaming: bool = False
+    recordings_tar: TarWriter | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def utterance(
+        self,
+        file: str,
+        line: int | str,
+        recording: str,
+        text: Any,
+        *,
+        folder: str = "/",
+        start: float | None = None,
+        end: float | None = None,
+        list_of_recordings: tuple[str, int] | None = None,
+        **others: Any,
+    ) -> Utterance | None:
+        """Builds an utterance. Reports a bad row and returns `None`.
+
+        Args:
+            file, line: the place of the transcript.
+            recording: path, relative to `folder`, or URL.
+            text: the transcript.
+            folder: absolute.
+            start, end: of a part of the recording, in seconds.
+            list_of_recordings: file and line that name the recording; default: `file` and `line`.
+            **others: fields of `Utterance`.
+        """
+        try:
+            if not isinstance(text, str) or not text.strip():
+                raise BadDataError(f"empty transcript: {text!r}")
+            require_utf8(text + recording)
+            text, language = clean_text(text)
+            source = resolve_source(recording, folder)
+            if start is not None or end is not None:
+                source = add_time_range(source, start or 0.0, end)
+            recording_file, recording_line = list_of_recordings or (file, line)
+            language = language_code(others.pop("language", None)) or language
+            hotwords = hotwords_of({"hotwords": others.pop("hotwords", None)})
+            return Utterance(
+                others.pop("id", ""), source, text, recording_line, line, recording_file, file,
+                language=language, hotwords=hotwords, **others,
+            )  # fmt: skip
+        except (AudioError, BadDataError) as error:
+            self.bad_rows.add(file, line, str(error))
+            return None
+
+
+class TarWriter:
+    """Writes recordings into a new tar file of a folder and gives their addresses.
+
+    After an exception in its block, the file is removed.
+
+    Args:
+        folder: the file is made with the first recording; one of an earlier run stays.
+    """
+
+    def __init__(self, folder: str):
+        numbers = (f"recordings-{number}.tar" for number in itertools.count(1))
+        self.path = next(
+            path for name in numbers if not os.path.exists(path := os.path.join(os.path.abspath(folder), name))
+        )
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, name: str, content: bytes) -> str:
+        """Writes a recording; returns its address (see `audio.archives`)."""
+        if self._tar is None:
+            self._tar = tarfile.open(self.path, "x", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._tar.addfile(info, io.BytesIO(content))
+        padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return tar_member(self.path, name, self._tar.offset - padded, len(content))
+
+    def finish(self) -> None:
+        """Writes the end of the file, if there is one."""
+        if self._tar is not None:
+            self._tar.close()
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.finish()
+        if kind is not None and self._tar is not None:
+            os.unlink(self.path)
+
+
+def split_of(name: str) -> str | None:
+    """Returns the split in the name of a file, folder or value, such as `train-clean-100` or `validation`."""
+    for word in re.split(r"[^a-z]+", name.lower()):
+        if word in _SPLIT_NAMES:
+            return _SPLIT_NAMES[word]
+    return None
+
+
+def language_code(language: Any) -> str | None:
+    """Returns the code of a language: `zh` for `zh-CN`, `Chinese` and `<|zh|>`; `None` without a language."""
+    if not isinstance(language, str):
+        return None
+    name = re.split(r"[-_]", language.strip("<|> ").lower())[0]
+    return None if name in ("", "none", "auto", "nospeech") else LANGUAGE_NAMES.get(name, name)
+
+
+def clean_text(text: str) -> tuple[str, str | None]:
+    """Removes Qwen3-ASR's prefix, such as `language English<asr_text>`; returns text and language."""
+    match = _ASR_TEXT.match(text)
+    if match is None:
+        return text.strip(), None
+    if not match["text"].strip():
+        raise BadDataError("empty transcript: nothing follows <asr_text>")
+    return match["text"].strip(), language_code(match["language"])
+
+
+def lists_in(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Returns the lists of a source, each with the split in its name.
+
+    Args:
+        source: a list, or a folder with one list, or with several lists named after splits.
+        suffixes: of lists, in lower case, with the dot.
+
+    Raises:
+        BadDataError: if a folder has several lists without splits in their names.
+    """
+    found = find_lists(source, suffixes)
+    if with_split := [item for item in found if item[1] is not None]:
+        return sorted(with_split, key=lambda item: (SPLITS.index(str(item[1])), item[0]))
+    if len(found) > 1:
+        names = ", ".join(os.path.basename(path) for path, _ in found)
+        raise BadDataError(f"{source}: several lists ({names}); name one of them instead of the folder")
+    return found
+
+
+def require_utf8(text: str) -> None:
+    """Checks that a text can be encoded in UTF-8: no bytes kept by `surrogateescape`, no half surrogate pairs.
+
+    Raises:
+        BadDataError: if the text cannot be encoded.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadDataError("not UTF-8: save the list as UTF-8") from error
+
+
+def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Returns a list, or all lists in a folder or else in its subfolders, each with the split in its name."""
+    root = os.path.abspath(source)
+    if os.path.isfile(root):
+        return [(root, None)] if root.lower().endswith(tuple(suffixes)) else []
+    for below in ("", "*/"):
+        files = [path for suffix in suffixes for path in sorted(glob.glob(f"{glob.escape(root)}/{below}*{suffix}"))]
+        if files:
+            return [(path, split_of(os.path.relpath(path, root))) for path in files]
+    return []
+
+
+def first_record(path: str) -> dict | None:
+    """Returns the first object of a JSONL or JSON list; `None` for other files."""
+    try:
+        with open(path, "rb") as file:
+            head = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if head.startswith(b"{"):
+                return parse_object(head)
+            if head.startswith(b"["):
+                head += file.read(HEAD_BYTES)
+                record, _ = json.JSONDecoder().raw_decode(head.decode("utf-8", "ignore")[1:].lstrip())
+                return record if isinstance(record, dict) else None
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def read_records(path: str, bad_rows: BadRows) -> Iterator[tuple[int, dict]]:
+    """Yields the objects of a JSONL with their lines, or of a JSON list with their numbers, counted from 1.
+
+    Raises:
+        BadDataError: if a JSON list cannot be read.
+    """
+    with open(path, "rb") as file:
+        if file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            file.seek(0)
+            try:
+                records = json.loads(file.read().decode("utf-8-sig"))
+            except ValueError as error:
+                raise BadDataError(f"{path}: not JSON: {error}") from error
+            for number, record in enumerate(records, start=1):
+                try:
+                    if not isinstance(record, dict):
+                        raise BadDataError("not an object")
+                    require_utf8(json.dumps(record, ensure_ascii=False))
+                    yield number, record
+                except BadDataError as error:
+                    bad_rows.add(path, f"item {number}", str(error))
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                yield number, parse_object(line)
+            except BadDataError as error:
+                bad_rows.add(path, number, str(error))

@@ -1,0 +1,244 @@
+"""Lists with named columns: CSV, TSV, JSONL and JSON, among them those of NeMo, FunASR, Qwen3-ASR, Common Voice."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ...audio.waveform import header_seconds, resolve_source
+from ..bad_rows import BadDataError
+from ..utterance import Utterance
+from .reading import Reading, find_lists, first_record, lists_in, read_records, split_of
+
+# Names of columns by their role, the most telling first.
+ROLES = {
+    "audio": (
+        "audio_filepath", "audio_path", "audio_file", "audio", "file_name", "filename", "file_path", "path", "file",
+        "wav", "wav_path", "source", "recording",
+    ),
+    "text": ("text", "sentence", "transcript", "transcription", "target", "txt", "normalized_text", "raw_text"),
+    "id": ("id", "key", "utt_id", "utterance_id", "segment_id"),
+    "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
+    "language": ("language", "lang", "locale", "text_language"),
+    "start": ("start", "offset", "start_time", "begin_time"),
+    "end": ("end", "end_time"),
+    "duration": ("duration",),
+    "split": ("split",),
+    "hotwords": ("hotwords",),
+}  # fmt: skip
+FOLDERS = ("", "clips", "wavs", "wav", "audio", "audios", "data")  # where recordings lie, relative to their list
+SUFFIXES = ("", ".wav", ".flac", ".mp3", ".opus", ".m4a", ".ogg")  # that a list may leave out
+NEMO_AUDIO = "audio_filepath"
+LONGER = 0.5  # seconds by which a recording is longer than its row says before it is cut there
+JSON_SUFFIXES = (".jsonl", ".json", ".manifest")
+
+
+def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> dict[str, str]:
+    """Finds the columns by role.
+
+    Args:
+        names: of all columns.
+        given: names by role that the user has set.
+        where: the list, for messages.
+
+    Raises:
+        BadDataError: if a given column is missing, or there is none for recordings or transcripts.
+    """
+    names = list(names)
+    by_lower = {name.lower(): name for name in reversed(names)}
+    found = {role: by_lower[known] for role in ROLES for known in reversed(ROLES[role]) if known in by_lower}
+    for role, name in given.items():
+        if name not in names:
+            raise BadDataError(f"{where}: no column {name!r}; the columns are {', '.join(names)}")
+        found[role] = name
+    for role in ("audio", "text"):
+        if role not in found:
+            raise BadDataError(
+                f"{where}: no column of {'recordings' if role == 'audio' else 'transcripts'} was recognised; name it: "
+                f"--columns {role}=NAME (the columns are {', '.join(names)})"
+            )
+    return found
+
+
+def utterance_of_record(
+    reading: Reading, record: Mapping[str, Any], columns: Mapping[str, str], file: str, line: int | str,
+    folder: str, split: str | None, audio: Any = None,
+) -> Utterance | None:  # fmt: skip
+    """Builds an utterance from a row of a table. Reports a bad row and returns `None`.
+
+    Args:
+        record: by the names of columns.
+        columns: names by role.
+        folder: where relative paths start, absolute.
+        split: of the whole list, if it has one.
+        audio: the address of the recording, instead of the column's content.
+    """
+    values = {role: record.get(name) for role, name in columns.items()}
+    audio = values["audio"] if audio is None else audio
+    if not isinstance(audio, str) or not audio.strip():
+        reading.bad_rows.add(file, line, f"no recording: {columns['audio']!r} is {str(audio)[:60]!r}")
+        return None
+    try:
+        start, end, duration = (_seconds(values.get(role)) for role in ("start", "end", "duration"))
+    except (TypeError, ValueError) as error:
+        reading.bad_rows.add(file, line, f"bad time: {error}; write seconds")
+        return None
+    if start is None and duration is not None and columns["audio"] == NEMO_AUDIO:  # NeMo cuts there, too
+        seconds = header_seconds(resolve_source(audio, folder))
+        start = 0.0 if seconds is not None and seconds > duration + LONGER else None
+    if start is not None and end is None and duration is not None:
+        end = start + duration
+    names = {
+        role: None if values.get(role) in (None, "") else str(values[role]) for role in ("id", "speaker", "split")
+    }
+    return reading.utterance(
+        file, line, audio, values["text"], folder=folder, start=start, end=end, id=names["id"] or "",
+        speaker=names["speaker"], language=values.get("language"), hotwords=values.get("hotwords"),
+        split=split or (split_of(names["split"]) if names["split"] else None),
+    )  # fmt: skip
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value in (None, "") else float(value)
+
+
+def _read_table(
+    rows: Iterable[tuple[int, dict]], path: str, split: str | None, reading: Reading
+) -> Iterator[Utterance]:
+    folder = os.path.dirname(path)
+    columns: dict[tuple[str, ...], dict[str, str]] = {}  # objects of a JSONL may have different keys
+    place: Callable[[str], str] | None = None
+    for line, record in rows:
+        names = tuple(record)
+        if names not in columns:
+            try:
+                columns[names] = find_columns(names, reading.columns, path)
+            except BadDataError as error:
+                if not columns:
+                    raise
+                reading.bad_rows.add(path, line, str(error))
+                continue
+        audio = record.get(columns[names]["audio"])
+        if isinstance(audio, str) and audio.strip():
+            place = place or _find_place(folder, audio)
+            audio = place(audio)
+        item = utterance_of_record(reading, record, columns[names], path, line, folder, split, audio)
+        if item is not None:
+            yield item
+
+
+def _find_place(folder: str, audio: str) -> Callable[[str], str]:
+    """Returns a function that adds a folder and a suffix to the paths of a list, as the first path needs."""
+    for below in FOLDERS:
+        for suffix in SUFFIXES:
+            if os.path.isfile(os.path.join(folder, below, audio + suffix)):
+                return lambda path: os.path.join(below, path + suffix)
+    return lambda path: path
+
+
+def read_delimited(source: str, reading: Reading) -> Iterator[Utterance]:
+    """Reads CSV and TSV lists with a line of names."""
+    for path, split in lists_in(source, (".csv", ".tsv")):
+        # What is not UTF-8 is kept, so that its row can be named.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            tabs = path.lower().endswith(".tsv") or "\t" in file.readline()
+            file.seek(0)
+            # In a TSV, a quotation mark is most often one that is spoken about: a lone one must not join lines.
+            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+            reader = csv.DictReader(file, restkey="", **style)
+            if reader.fieldnames is None:
+                raise BadDataError(f"{path}: the file is empty")
+            yield from _read_table(_lines(reader, path, reading, tabs), path, split, reading)
+
+
+def _lines(reader: csv.DictReader, path: str, reading: Reading, tabs: bool) -> Iterator[tuple[int, dict]]:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise BadDataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+        if "" in row:
+            reading.bad_rows.add(path, reader.line_num, "more fields than names; quote fields that have the delimiter")
+            continue
+        yield reader.line_num, {name: _unquoted(value) for name, value in row.items()} if tabs else row
+
+
+def _unquoted(value: Any) -> Any:
+    """Removes the quotation marks that a CSV writer has added to a field."""
+    if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == '"':
+        inner = value[1:-1].replace('""', "")
+        return value[1:-1].replace('""', '"') if '"' not in inner else value
+    return value
+
+
+def read_json_table(source: str, reading: Reading) -> Iterator[Utterance]:
+    """Reads JSONL and JSON lists of objects with named values: NeMo, FunASR, Qwen3-ASR, `metadata.jsonl`."""
+    for path, split in lists_in(source, JSON_SUFFIXES):
+        yield from _read_table(read_records(path, reading.bad_rows), path, split, reading)
+
+
+def read_ljspeech(source: str, reading: Reading) -> Iterator[Utterance]:
+    """Reads LJSpeech's `metadata.csv`: `ID|text|normalized text`, without a line of names; `wavs/ID.wav`."""
+    names = ("id", "text", "normalized_text")
+    path = os.path.abspath(os.path.join(source, "metadata.csv") if os.path.isdir(source) else source)
+    reading.columns = {"audio": "id", **reading.columns}
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = ((number, line.rstrip("\r\n").split("|")) for number, line in enumerate(file, start=1) if line.strip())
+        records = ((number, dict(zip(names, fields, strict=False))) for number, fields in rows)
+        yield from _read_table(records, path, None, reading)
+
+
+def _records(source: str) -> dict | None:
+    """Returns the first record of the JSON lists of a source."""
+    return next((record for path, _ in find_lists(source, JSON_SUFFIXES) if (record := first_record(path))), None)
+
+
+def has_keys(*keys: str) -> Callable[[str], bool]:
+    """Returns a detector of JSON lists whose first record has the given keys."""
+    return functools.partial(_has_keys, keys)
+
+
+def _has_keys(keys: tuple[str, ...], source: str) -> bool:
+    record = _records(source)
+    return record is not None and all(key in record for key in keys)
+
+
+def is_qwen3_asr(source: str) -> bool:
+    """Returns whether a source is Qwen3-ASR's JSONL."""
+    return has_keys("audio", "text")(source) and "<asr_text>" in str((_records(source) or {})["text"])
+
+
+def is_json_table(source: str) -> bool:
+    """Returns whether a source is a JSON list with named columns of recordings and transcripts."""
+    record = _records(source)
+    try:
+        return record is not None and bool(find_columns(record, {}, source))
+    except BadDataError:
+        return False
+
+
+def is_common_voice(source: str) -> bool:
+    """Returns whether a source is a language's folder of Common Voice, or one of its lists."""
+    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
+    lists = glob.glob(f"{glob.escape(source)}/*.tsv") if os.path.isdir(source) else [source]
+    return os.path.isdir(os.path.join(folder, "clips")) and any(path.endswith(".tsv") for path in lists)
+
+
+def is_ljspeech(source: str) -> bool:
+    """Returns whether a source is LJSpeech's folder or list."""
+    path = os.path.join(source, "metadata.csv") if os.path.isdir(source) else source
+    if not path.endswith(".csv") or not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline().count("|") in (1, 2) and os.path.isdir(os.path.join(os.path.dirname(path), "wavs"))
+
+
+def is_delimited(source: str) -> bool:
+    """Returns whether a source is a CSV or TSV list, or a folder with such."""
+    return bool(find_lists(source, (".csv", ".tsv")))

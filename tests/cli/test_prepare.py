@@ -1,0 +1,195 @@
+"""`hf-speechllm prepare`: its files, its summary, what it refuses; and what comes after it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from hf_speechllm.cli.main import main
+from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.options import DataOptions
+from hf_speechllm.data.row_files import generator_arguments, require_row_file
+from hf_speechllm.model.processing import SpeechLLMProcessor
+
+RATE = 16000
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `hf-speechllm ...` in this process; gives its exit code and what it wrote."""
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
+        code = None
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def kaldi(tmp_path):
+    """A Kaldi folder: 6 recordings of 3 s, with two segments of one speaker each."""
+    folder = tmp_path / "kaldi"
+    folder.mkdir()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (6, 3 * RATE)).astype(np.float32)
+    lists = {"wav.scp": "", "text": "", "segments": "", "utt2spk": ""}
+    for number, samples in enumerate(noise):
+        soundfile.write(folder / f"r{number}.flac", samples, RATE)
+        lists["wav.scp"] += f"r{number} r{number}.flac\n"
+        for part in (0, 1):
+            id_ = f"s{number}-{part}"
+            lists["text"] += f"{id_} one two\n"
+            lists["segments"] += f"{id_} r{number} {1.5 * part} {1.5 * part + 1.25}\n"
+            lists["utt2spk"] += f"{id_} s{number}\n"
+    for name, content in lists.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def recordings(path):
+    return [row["messages"][1]["content"].partition("!")[2].partition("<|")[0] for row in rows_of(path)]
+
+
+def test_files_and_summary(run, kaldi, tmp_path, tiny_model):
+    out = tmp_path / "out"
+    options = ["--output_dir", out, "--split", 0.48, 0.32, 0.16, "--model_name_or_path", tiny_model, "--relative"]
+    code, output = run("prepare", kaldi, *options)
+    assert code is None, code
+    paths = {name: recordings(out / f"{name}.jsonl") for name in ("train", "dev", "test")}
+    assert {name: len(found) for name, found in paths.items()} == {"train": 6, "dev": 4, "test": 2}
+    files = {name: {path.partition("#")[0] for path in found} for name, found in paths.items()}
+    assert (
+        not files["train"] & files["dev"] and not files["train"] & files["test"] and not files["dev"] & files["test"]
+    )
+    assert paths["train"][0].startswith("../kaldi/r") and "#t=0,1.25" in paths["train"][0]
+    row = rows_of(out / "train.jsonl")[0]
+    assert row["speech_length"] == 123 and row["text_length"] > 0 and row["messages"][2]["content"] == "one two"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["format"] == "kaldi" and summary["split"] == "drawn by speaker, seed 0" and not summary["bad_rows"]
+    assert summary["splits"]["train"]["speakers"] == 3 and summary["splits"]["train"]["hours"] == 0.0021
+    assert "train: 6 rows, 0.0021 hours, 3 speakers" in output.out and "languages: unknown 12" in output.out
+
+
+def test_a_second_run_is_the_same_and_replaces_only_what_it_may(run, kaldi, tmp_path):
+    out = tmp_path / "out"
+    assert run("prepare", kaldi, "--output_dir", out)[0] is None
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, output = run("prepare", kaldi, "--output_dir", out)
+    assert code == 2 and "train.jsonl exists; give another --output_dir or --overwrite" in output.err
+    assert run("prepare", kaldi, "--output_dir", out, "--overwrite")[0] is None
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("prepare", kaldi, "--output_dir", out, "--overwrite", "--split", 1, 0, 0)[0] is None
+    assert sorted(path.name for path in out.iterdir()) == ["summary.json", "train.jsonl"]
+
+
+def test_bad_rows_stop_it_before_anything_is_written(run, kaldi, tmp_path):
+    with open(kaldi / "segments", "a") as file:
+        file.write("s0-2 r0 2 4\n")
+    with open(kaldi / "text", "a") as file:
+        file.write("s0-2 outside\ns9-9 nowhere\n")
+    code, _ = run("prepare", kaldi, "--output_dir", tmp_path / "out")
+    assert f"{kaldi}/segments:13: unusable recording: {kaldi}/r0.flac#t=2,4: outside the recording" in code
+    assert f'{kaldi}/text:14: ID in one list only: "s9-9"' in code and "2 of 14 rows are bad" in code
+    assert not list((tmp_path / "out").iterdir())
+    assert run("prepare", kaldi, "--output_dir", tmp_path / "out", "--max_bad_fraction", 0.2)[0] is None
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["bad_rows"] == 2 and set(summary["bad_kinds"]) == {"ID in one list only", "unusable recording"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--format", "cassette"], "--format cassette: must be one of kaldi"),
+        (["--columns", "voice=a"], "--columns voice=...: must be one of audio"),
+        (["--audio_root", "/proc"], "outside --audio_root"),
+        (["--language", "xx"], "unknown language"),
+    ],
+)
+def test_wrong_options_are_named(run, kaldi, tmp_path, options, message):
+    code, _ = run("prepare", kaldi, "--output_dir", tmp_path / "out", *options)
+    assert message in code
+
+
+def test_prompts_name_the_language_of_the_source(run, kaldi, tmp_path):
+    ids = [line.split()[0] for line in (kaldi / "text").read_text().splitlines()]
+    (kaldi / "utt2lang").write_text("".join(f"{id_} {'en' if id_ < 's3' else 'zh'}\n" for id_ in ids))
+    options = ["--split", 1, 0, 0, "--language", "source"]
+    assert run("prepare", kaldi, "--output_dir", tmp_path / "out", *options)[0] is None
+    prompts = [row["messages"][1]["content"].partition("：")[0] for row in rows_of(tmp_path / "out/train.jsonl")]
+    assert prompts == ["语音转写成英文"] * 6 + ["语音转写成中文"] * 6
+
+
+def test_training_reads_sources_directly(kaldi, tmp_path, tiny_model):
+    for split in ("train", "dev", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / split).mkdir()
+        for path in kaldi.iterdir():
+            (tmp_path / "data" / split / path.name).write_bytes(path.read_bytes())
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    options = DataOptions(cache_dir=str(tmp_path / "cache"), preprocessing_num_workers=1)
+
+    def load(*sources, **others):
+        return prepare_rows([str(source) for source in sources], processor, 2048, options, **others)
+
+    rows, _ = load(kaldi)
+    assert len(rows) == 12 and rows[0]["recordings"] == [f"{kaldi}/r0.flac#t=0,1.25"]
+    assert [sum(frames) for frames in rows["num_frames"]] == [123] * 12
+    for split in ("train", "dev"):
+        rows, _ = load(tmp_path / "data", split=split)
+        assert len(rows) == 12 and all(f"/{split}/" in paths[0] for paths in rows["recordings"])
+    _, weights = load(kaldi, tmp_path / "data", weights=[1.0, 2.0])
+    assert weights.tolist() == [1.0] * 12 + [2.0] * 12
+    before = generator_arguments(kaldi, "train")
+    (kaldi / "text").write_text((kaldi / "text").read_text().replace("one", "five"))
+    assert generator_arguments(kaldi, "train")["stamp"] != before["stamp"]
+    (kaldi / "segments").write_text((kaldi / "segments").read_text().replace("1.25", "0"))
+    with pytest.raises(BadDataError, match=r"segments:1: bad segment"):
+        load(kaldi)
+
+
+def test_sources_that_must_be_prepared_name_the_command(kaldi, tmp_path):
+    with pytest.raises(
+        BadDataError, match="format kaldi; --streaming .* use hf-speechllm prepare .*kaldi --output_dir"
+    ):
+        require_row_file(str(kaldi))
+    with pytest.raises(BadDataError, match="folder in no known layout"):
+        require_row_file(str(tmp_path))
+    (tmp_path / "list.csv").write_text("clip,said\na.wav,b\n")
+    with pytest.raises(
+        BadDataError, match=r"--columns audio=NAME .*; use hf-speechllm prepare .*list.csv --output_dir"
+    ):
+        generator_arguments(tmp_path / "list.csv", "train")
+
+
+def test_from_a_source_to_transcripts(run, kaldi, tmp_path, tiny_model, launch):
+    out = tmp_path / "out"
+    assert run("prepare", kaldi, "--output_dir", out, "--split", 0.6, 0.2, 0.2)[0] is None
+    code, output = run("inspect", "--model_name_or_path", tiny_model, "--jsonl_file", out / "train.jsonl")
+    assert not code and "one two" in output.out
+    result = launch(
+        "recipes/finetune.py", "--model_name_or_path", tiny_model, "--train_file", kaldi,
+        "--validation_file", out / "dev.jsonl", "--output_dir", tmp_path / "run", "--max_steps", 1,
+        "--per_device_train_batch_seconds", 20, "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1,
+        "--dataloader_num_workers", 0, "--report_to", "none", "--use_cpu", "true",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "kaldi, 12 rows" in result.stderr
+    decoding = ["decode", "--model_name_or_path", tmp_path / "run", "--max_new_tokens", 4, "--output_file"]
+    assert not run(*decoding, tmp_path / "hyp.txt", "--jsonl_file", out / "test.jsonl")[0]
+    ids = [line.partition("\t")[0] for line in (tmp_path / "hyp.txt").read_text().splitlines()]
+    assert ids == [path.rpartition("/")[2].replace(".flac", "") for path in recordings(out / "test.jsonl")]
+    lists = ["--scp_file", kaldi / "wav.scp", "--segments_file", kaldi / "segments"]
+    assert not run(*decoding, tmp_path / "hyp2.txt", *lists)[0]
+    ids = [line.partition("\t")[0] for line in (tmp_path / "hyp2.txt").read_text().splitlines()]
+    assert ids == [line.split()[0] for line in (kaldi / "segments").read_text().splitlines()]
