@@ -109,7 +109,9 @@ def test_parts_of_joined_recordings_count_from_the_first(tmp_path, noise, suffix
     one, two = (write(tmp_path, f"{name}.{suffix}", noise[name * RATE :]) for name in (0, 1))
     joined = tmp_path / f"joined.{suffix}"
     joined.write_bytes(b"".join((tmp_path / path).read_bytes() for path in (one, two)))
-    np.testing.assert_array_equal(load_audio(f"{joined}#t=2.5,3.5"), load_audio(str(joined))[40000:56000])
+    np.testing.assert_array_equal(
+        load_audio(f"{joined}#t=2.5,3.5", max_seconds=1.0), load_audio(str(joined))[40000:56000]
+    )
 
 
 def test_members_of_archives_and_urls_have_parts(tmp_path, noise, serve):
