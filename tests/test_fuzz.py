@@ -283,7 +283,7 @@ SEGMENT = {
 LONG_RECORDINGS = json.dumps(
     {"dataset": "GigaSpeech", "audios": [{"aid": "a", "path": "a.opus", "segments": [SEGMENT, SEGMENT]}]}
 ).encode()
-# By format: the names of files that have it, and their content.
+# Name and content of a file in each format.
 SOURCE_FILES = {
     "csv": ("a.csv", b'path,text,start,end\na.wav,"one, two",0.5,1\nb.wav,three,,\n'),
     "common-voice": ("a.tsv", b'client_id\tpath\tsentence\nx\ta.mp3\t"One"\ny\tb.mp3\tTwo\n'),
@@ -329,13 +329,13 @@ def read_damaged(format, data, folder):
 
 @fuzz(st.sampled_from([*SOURCE_FILES]).flatmap(lambda name: st.tuples(st.just(name), damaged(SOURCE_FILES[name][1]))))
 def test_damaged_sources(data, folder):
-    """Rows of sources of other tools are usable or reported; a source that is not readable names its file."""
+    """Rows of other tools are usable or reported; the error for an unreadable source names the file."""
     read_damaged(*data, folder)
 
 
 @st.composite
 def records_of_another_shape(draw):
-    """A source with JSON in which a value is replaced."""
+    """Returns a JSON source with one value replaced."""
     format = draw(st.sampled_from([name for name, (file, _) in SOURCE_FILES.items() if ".json" in file]))
     content = SOURCE_FILES[format][1]
     whole = format not in ("nemo", "funasr", "qwen3-asr", "ms-swift")
@@ -353,5 +353,5 @@ def records_of_another_shape(draw):
 
 @fuzz(records_of_another_shape())
 def test_sources_of_another_shape(data, folder):
-    """Values of another type in the JSON of other tools."""
+    """JSON of other tools may contain values of wrong types."""
     read_damaged(*data, folder)

@@ -49,7 +49,7 @@ Block = tuple[np.ndarray, int]  # float32, shape = (samples, channels), and the 
 
 
 class AudioError(ValueError):
-    """An unusable recording; the message has the path and the reason, on one line, without secrets of a URL."""
+    """An unusable recording. The message has path and reason on one line, without secrets of a URL."""
 
     def __init__(self, message: str):
         super().__init__(printable(redact(message)))

@@ -107,7 +107,7 @@ def redact(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text on one line that can't steer a terminal: what is not printable becomes U+FFFD."""
+    """Replaces non-printable characters by U+FFFD: the result is one line without control sequences of a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

@@ -18,7 +18,7 @@ FBANK_FRAMES_AT_ONCE = 30_000  # frames per chunk on a CPU: 5 minutes, 0.3 GB of
 FRAME_SHIFT = 0.01  # seconds between two frames before stacking, in every supported front end
 
 
-# The least and the most of each option; a checkpoint, which may come from anybody, says them.
+# Minimum and maximum of each option. The options come from a checkpoint, which may be untrusted.
 LIMITS = {
     "feature_size": (1, 1000), "sampling_rate": (MIN_RATE, MAX_RATE), "frame_length": (1, 1000),
     "frame_shift": (1, 1000), "num_frames_lfr": (1, 100), "stride_lfr": (1, 100), "waveform_scale": (1e-9, 1e9),

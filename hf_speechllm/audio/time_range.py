@@ -1,7 +1,7 @@
 """Parts of recordings, addressed by a path or URL with a temporal fragment: `talk.flac#t=12.5,17.25`.
 
 The syntax is that of W3C Media Fragments: first and last second, counted from the start of the recording; without the
-last one, the part ends with the recording. Loading cuts the part; nothing is copied.
+last one, the part ends with the recording. Loading cuts the part; no file is copied.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ def split_time_range(source: str | os.PathLike[str]) -> tuple[str, TimeRange | N
 
 
 def _decimal(seconds: float) -> str:
-    """Writes seconds to a microsecond, which is less than a sample."""
+    """Formats seconds with a precision of one microsecond, which is shorter than a sample."""
     return f"{seconds:.6f}".rstrip("0").rstrip(".")

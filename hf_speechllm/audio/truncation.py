@@ -8,16 +8,15 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-MAX_CHUNKS = 1_000_000  # chunks or pages of a container that are looked at: hours of speech have 100,000
-MAX_TAIL = 1 << 24  # bytes behind the end of a recording; tags and pictures are smaller
+MAX_CHUNKS = 1_000_000  # chunks or pages read per container; hours of speech have 100,000
+MAX_TAIL = 1 << 24  # bytes after the end of a recording; tags and pictures are smaller
 _READ = 1 << 20  # bytes searched at once
-_MARGIN = 64  # bytes of the longest mark
-TWO_CHUNKS = "two chunks of samples ({}); write it again with one"
-# What recordings start with, as it is searched for in formats that do not announce where they end: long enough not to
-# occur by chance.
-_MARKS = {
-    mark: re.compile(pattern, re.DOTALL)
-    for mark, pattern in {
+_MARGIN = 64  # maximum length of a signature, in bytes
+TWO_CHUNKS = "two chunks of samples ({}); rewrite the file with one chunk"
+# Signatures of recordings, searched in files whose header has no length. They are long enough not to occur by chance.
+_SIGNATURES = {
+    prefix: re.compile(pattern, re.DOTALL)
+    for prefix, pattern in {
         b"RIFF": rb"RIFF.{4}(WAVE|AVI )", b"RF64": rb"RF64.{4}WAVE", b"FORM": rb"FORM.{4}AIF[FC]",
         b"fLaC": rb"fLaC[\x00\x80]\x00\x00\x22", b"OggS": rb"OggS\x00\x02\x00{8}", b"#!AMR": rb"#!AMR(-WB)?\n",
         b"caff": rb"caff\x00\x01\x00\x00desc", b"TTA1": rb"TTA1[\x01\x02]\x00[\x01-\x08]\x00",
@@ -31,12 +30,12 @@ _HEADS = (
     b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b".snd", b"caff", b"riff\x2e\x91", b"#!AMR", b"\x1aE\xdf\xa3",
     b"NIST_1A\n", b"TTA1", b"wvpk", b"FLV\x01", b"Creative Voice", b"\x0bw",
 )  # fmt: skip
-_BOXES = (  # of an MP4 file, at its top
+_BOXES = (  # top-level boxes of an MP4 file
     b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"udta", b"meta",
     b"mfra", b"sidx", b"ssix", b"pdin", b"prft", b"emsg",
 )  # fmt: skip
 _MP3_TAGS = (b"Xing", b"Info")  # in the first frame, with the number of bytes
-_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits in the other order
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with reversed bits
 
 
 def missing_bytes(file: BinaryIO) -> int:
@@ -53,8 +52,8 @@ def second_recording(file: BinaryIO) -> int:
     `cat a.wav b.wav` and chained Ogg produce files with several recordings. Decoders stop after the first one.
 
     Raises:
-        ValueError: if the file goes on with something else that is too long for a tag, as a WAV file of more than
-            4 GiB does; if a page of an Ogg file is damaged or missing, which decoders pass over.
+        ValueError: if other data after the recording are too long for a tag, as in a WAV file of more than 4 GiB; if a
+            page of an Ogg file is damaged or missing, which decoders silently skip.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -63,7 +62,7 @@ def second_recording(file: BinaryIO) -> int:
         return _second_chain(file)
     end = _ends(file)[1]
     if not end:
-        return _find_again(file, _flac_start(file) if head == b"fLaC" else 4)
+        return _find_signature(file, _flac_start(file) if head == b"fLaC" else 4)
     if end >= size:
         return 0
     for start in (end, end + 1):  # there may be one byte of padding
@@ -75,7 +74,7 @@ def second_recording(file: BinaryIO) -> int:
 
 def _check_tail(size: int) -> None:
     if size > MAX_TAIL:
-        raise ValueError(f"{size} bytes follow after the end that its header announces; write it again")
+        raise ValueError(f"{size} bytes after the end of the recording according to the header; rewrite the file")
 
 
 def _is_recording(file: BinaryIO, start: int) -> bool:
@@ -124,11 +123,12 @@ def _ends(file: BinaryIO) -> tuple[int, int]:
 def _chunks(
     file: BinaryIO, order: Literal["little", "big"], position: int = 12, width: int = 4
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Names, starts of the content and sizes of the chunks of a RIFF, RF64, AIFF or CAF file.
+    """Yields name, start of the content, and size of each chunk in a RIFF, RF64, AIFF or CAF file.
 
     Args:
-        position: of the first chunk.
-        width: of a size, in bytes; chunks with sizes of 4 bytes have even lengths.
+        order: byte order of the sizes.
+        position: position of the first chunk.
+        width: bytes per size; with 4 bytes, chunks are padded to even lengths.
     """
     for _ in range(MAX_CHUNKS):
         file.seek(position)
@@ -138,7 +138,7 @@ def _chunks(
             return
         yield header[:4], position + 4 + width, size
         position += 4 + width + size + (size % 2 if width == 4 else 0)
-        if position >= 1 << 63:  # beyond what a file can be asked for
+        if position >= 1 << 63:  # beyond the largest file position
             return
 
 
@@ -161,7 +161,7 @@ def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> 
         elif chunk == name:
             if samples_end:
                 raise ValueError(TWO_CHUNKS.format(name.decode()))
-            # Writers that can't seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
+            # Writers that cannot seek back leave a number near 2^31 or 2^32: the length is then unknown, not wrong.
             size = size if size < 0x7FFFF000 else large_size
             if not size:
                 return 0, 0
@@ -170,10 +170,10 @@ def _riff_ends(file: BinaryIO, name: bytes, order: Literal["little", "big"]) -> 
 
 
 def _caf_ends(file: BinaryIO) -> tuple[int, int]:
-    """Ends of a CAF file: of the samples (and the table of their packets), and of all.
+    """Returns the end of the samples (with the packet table) and of the whole CAF file.
 
     Raises:
-        ValueError: as `_riff_ends`.
+        ValueError: see `_riff_ends`.
     """
     samples_end = end = number = 0
     for chunk, start, size in _chunks(file, "big", position=8, width=8):
@@ -191,7 +191,7 @@ def _caf_ends(file: BinaryIO) -> tuple[int, int]:
 
 
 def _nist_end(file: BinaryIO) -> int:
-    """Where a NIST SPHERE file ends, whose samples are not compressed: the header is text."""
+    """Returns the end of a NIST SPHERE file according to the text header; 0 for compressed samples."""
     file.seek(8)
     line = file.readline(16).strip()
     start = int(line) if line.isdigit() else 0
@@ -207,7 +207,7 @@ def _nist_end(file: BinaryIO) -> int:
 
 
 def _voc_end(file: BinaryIO, position: int) -> int:
-    """Where the blocks of a VOC file end: a type of one byte, a size of three; type 0 is the end."""
+    """Returns the end of the last block in a VOC file: blocks have a type (one byte; 0: end) and a size (three)."""
     for _ in range(MAX_CHUNKS):
         file.seek(position)
         header = file.read(4)
@@ -231,13 +231,15 @@ def _last_ogg_page_end(file: BinaryIO, size: int) -> int:
 
 
 def _second_chain(file: BinaryIO) -> int:
-    """Where a second chain begins in an Ogg file (RFC 3533, section 4): a first page of a stream after others.
+    """Returns the start of a second chain in an Ogg file (RFC 3533, section 4); 0 for a single chain.
+
+    A chain starts with the first pages of its streams.
 
     Raises:
-        ValueError: if a page is damaged or missing, or something else stands between two pages.
+        ValueError: if a page is damaged or missing, or other data are between two pages.
     """
     position, after_first = 0, False
-    numbers: dict[bytes, int] = {}  # of the last page of each stream
+    numbers: dict[bytes, int] = {}  # number of the last page, by stream
     for _ in range(MAX_CHUNKS):
         file.seek(position)
         page = file.read(27 + 255)
@@ -251,10 +253,10 @@ def _second_chain(file: BinaryIO) -> int:
         length = 27 + segments + sum(page[27 : 27 + segments])
         page += file.read(max(0, length - len(page)))
         page = page[:length]
-        if len(page) < length:  # truncated, which `missing_bytes` tells
+        if len(page) < length:  # truncated, which `missing_bytes` reports
             return 0
         if _ogg_checksum(page) != int.from_bytes(page[22:26], "little"):
-            raise ValueError(f"damaged: the Ogg page at byte {position} does not have its checksum")
+            raise ValueError(f"damaged: wrong checksum of the Ogg page at byte {position}")
         stream, number = page[14:18], int.from_bytes(page[18:22], "little")
         if not first and number != numbers.get(stream, number - 1) + 1:
             raise ValueError(f"damaged: Ogg pages are missing before byte {position}")
@@ -264,34 +266,34 @@ def _second_chain(file: BinaryIO) -> int:
 
 
 def _after_pages(file: BinaryIO, position: int, start: bytes) -> int:
-    """Where a recording begins behind the pages of an Ogg file; 0 if something else does, which is short."""
+    """Returns the start of a recording after the pages of an Ogg file; 0 for a short tail of other data."""
     if not start.startswith(b"OggS") and _is_recording(file, position):
         return position
     size = file.seek(0, os.SEEK_END) - position
     _check_tail(size)
     file.seek(position + 1)
     if file.read(size).find(b"OggS") >= 0:
-        raise ValueError(f"damaged: what stands at byte {position} is no Ogg page, and more of them follow")
+        raise ValueError(f"damaged: no Ogg page at byte {position}, but more pages follow")
     return 0
 
 
 def _ogg_checksum(page: bytes) -> int:
-    """The checksum of a page (RFC 3533, section 6): zlib's polynomial, but the first bit of a byte comes first."""
+    """Returns the checksum of a page (RFC 3533, section 6): the polynomial of zlib, with the bits in reverse order."""
     reverse = (page[:22] + bytes(4) + page[26:]).translate(_REVERSED)
     checksum = zlib.crc32(reverse, 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{checksum:032b}"[::-1], 2)
 
 
-def _find_again(file: BinaryIO, position: int) -> int:
-    """Where a recording of any kind starts behind a position; 0 if none does."""
+def _find_signature(file: BinaryIO, position: int) -> int:
+    """Returns the start of the first recording of any format after a position; 0 without another recording."""
     file.seek(position)
     held = b""
     while block := file.read(_READ):
         searched = held + block
         found = [
-            place - 4 * (mark == b"ftyp")  # which stands behind a size
-            for mark, pattern in _MARKS.items()
-            for place in _places(searched, mark)
+            place - 4 * (prefix == b"ftyp")  # a size precedes the name of a box
+            for prefix, pattern in _SIGNATURES.items()
+            for place in _places(searched, prefix)
             if pattern.match(searched, place)
         ]
         if found:
@@ -301,15 +303,15 @@ def _find_again(file: BinaryIO, position: int) -> int:
     return 0
 
 
-def _places(data: bytes, mark: bytes) -> Iterator[int]:
-    place = data.find(mark)
+def _places(data: bytes, prefix: bytes) -> Iterator[int]:
+    place = data.find(prefix)
     while place >= 0:
         yield place
-        place = data.find(mark, place + 1)
+        place = data.find(prefix, place + 1)
 
 
 def _flac_start(file: BinaryIO) -> int:
-    """Where the frames of a FLAC file start: its metadata may hold the header of the WAV file that it was made of."""
+    """Returns the start of the frames in a FLAC file. Metadata may contain the header of the original WAV file."""
     position = 4
     for _ in range(MAX_CHUNKS):
         file.seek(position)

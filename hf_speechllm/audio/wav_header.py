@@ -12,7 +12,7 @@ from ..files import open_regular
 from .decoders import MAX_RATE, MAX_SECONDS, MIN_RATE
 from .truncation import missing_bytes, second_recording
 
-# libsndfile's names. Not 32 bits: the samples show whether they use only 16 of them.
+# libsndfile's names. PCM_32 is excluded: only the samples show whether the scale is that of 16 bits.
 PLAIN_PCM = ("PCM_U8", "PCM_16", "PCM_24")
 # Header of most integer PCM WAV files: before the data only the format, and possibly FFmpeg's version.
 _SIMPLE_WAV = re.compile(

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16000  # Hz
 CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of independent channels' energy
 CANCELLED_CHANNELS = "%s: channels in opposite phase cancel each other; using only channel %d"
-GROWTH = 8  # an array grows by one part in so many of its length
+GROWTH = 8  # an array grows by at least 1/8 of its length
 MAX_HEADER_SECONDS = 1e9  # seconds; the header of a stream without a length may contain 2^63 samples
 
 
@@ -154,7 +154,12 @@ class _Energies:
 
 
 def mix_channels(samples: np.ndarray, name: str) -> np.ndarray:
-    """The mean of channels, shape = (samples, channels), or the loudest one, with a warning, where they cancel."""
+    """Averages channels; returns the loudest channel, with a warning, if the channels cancel each other.
+
+    Args:
+        samples: shape = (samples, channels).
+        name: name of the recording, for the warning.
+    """
     energies = _Energies()
     mixed = energies.mix(samples)
     if not energies.cancelled:
@@ -176,16 +181,16 @@ def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
 
 
 def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """One array of all blocks; a list of them would need as much memory again."""
+    """Concatenates blocks. A list of the blocks would need twice the memory."""
     iterator = iter(blocks)
     first = joined = np.ascontiguousarray(next(iterator))
     filled = len(joined)
     for block in iterator:
         end = filled + len(block)
         if end > len(joined):
-            if joined is first:  # which is not ours to resize
+            if joined is first:  # owned by the caller, so it must not be resized
                 joined = first.copy()
-            # In place where the system can move pages. Not by blocks: elsewhere, each time copies all.
+            # Some systems resize in place; others copy the whole array. Growing by a share keeps copies rare.
             joined.resize((max(end, filled + filled // GROWTH), *joined.shape[1:]), refcheck=False)
         joined[filled:end] = block
         filled = end
@@ -233,7 +238,7 @@ def header_seconds(path: str | Path, formats: Collection[str] | None = None) -> 
 
 
 def _content(source: str | Path | bytes) -> tuple[str | bytes, TimeRange | None]:
-    """Returns the path of a local file or the bytes of any other source, and the part of it that is meant."""
+    """Returns the path of a local file, or the bytes of any other source, and the part to decode."""
     if isinstance(source, bytes):
         return source, None
     whole, part = split_time_range(source)
@@ -262,7 +267,7 @@ def _decode(
             raise AudioError(f"{name}: the file is empty")
         if size > MAX_FILE_BYTES:
             raise AudioError(f"{name}: size of {size / 1e9:.1f} GB; the maximum is {MAX_FILE_BYTES / 1e9:g} GB")
-        if path is not None and part is not None:  # one of many parts, perhaps of hours
+        if path is not None and part is not None:  # one of many parts of a possibly long file
             joined = _is_joined(path, size, os.fstat(stream.fileno()).st_mtime_ns)
         else:
             joined = bool(second_recording(stream))
@@ -280,7 +285,7 @@ def _decode(
 
 @functools.lru_cache(maxsize=256)
 def _is_joined(path: str, size: int, modified: int) -> bool:
-    """Returns whether a file has several recordings; remembered, since some formats must be read as a whole."""
+    """Returns whether a file has several recordings. Cached, because some formats must be read completely."""
     with open_regular(path) as stream:
         return bool(second_recording(stream))
 

@@ -1,4 +1,4 @@
-"""Recordings that decoders read as shorter, quieter or other ones without an error: refused, or read in full."""
+"""Recordings that decoders silently read as shorter, quieter or different: refused, or read completely."""
 
 import io
 import random
@@ -43,7 +43,7 @@ def pages_of(content):
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_ogg_with_a_damaged_or_missing_page_is_refused(tone, subtype):
-    """Decoders pass over such a page, which can hold a second of speech."""
+    """Decoders silently skip such a page, which may contain a second of speech."""
     content = encoded(tone, "OGG", subtype, seconds=5)
     whole = len(load_audio(content))
     rng = random.Random(0)
@@ -56,17 +56,17 @@ def test_ogg_with_a_damaged_or_missing_page_is_refused(tone, subtype):
     assert len(pages) > 3 and b"".join(pages) == content
     with pytest.raises(AudioError, match="Ogg pages are missing before byte"):
         load_audio(b"".join(pages[:2] + pages[3:]))
-    with pytest.raises(AudioError, match="is no Ogg page, and more of them follow"):
+    with pytest.raises(AudioError, match="no Ogg page at byte .*, but more pages follow"):
         load_audio(b"".join([*pages[:-1], b"x" * 5, pages[-1]]))
     assert len(load_audio(content + b"TAG" + bytes(125))) == whole
 
 
 @pytest.mark.parametrize("kind", ["CAF", "CAF ALAC_16", "NIST", "voc", "avi"])
-def test_every_container_that_announces_a_length_is_compared_with_its_file(tone, kind):
+def test_truncated_file_of_each_container_is_refused(tone, kind):
     format, _, subtype = kind.partition(" ")
     content = encoded(tone, format, subtype or None) if format.isupper() else muxed(tone, format, "pcm_s16le")
     assert len(load_audio(content)) == pytest.approx(24000, abs=400)
-    for missing in (2, 50, 400, len(content) // 2):  # the last byte may be a mark of the end, or padding
+    for missing in (2, 50, 400, len(content) // 2):  # the last byte may be an end marker or padding
         with pytest.raises(AudioError, match="truncated: according to its header"):
             load_audio(content[:-missing])
 
@@ -104,7 +104,7 @@ def test_joined_recordings_of_different_rates_are_refused(tone):
 
 @pytest.mark.parametrize("format", ["WAV", "AIFF"])
 def test_two_chunks_of_samples_are_refused(tone, format):
-    """As some recorders write on a pause; decoders read the first one alone."""
+    """Some recorders write a second chunk after a pause. Decoders read only the first."""
     content = encoded(tone, format)
     start = content.index(b"data" if format == "WAV" else b"SSND")
     content += content[start:]
@@ -123,15 +123,15 @@ def test_caf_with_two_chunks_of_samples_is_refused(tone):
 
 
 @pytest.mark.parametrize("format", ["WAV", "AIFF", "CAF", "W64"])
-def test_samples_of_16_bits_that_were_saved_as_32_are_refused(tone, format):
-    """They would be heard as silence."""
+def test_unscaled_16_bit_samples_in_32_bits_are_refused(tone, format):
+    """Such samples would be almost silent."""
     content = io.BytesIO()
     samples = (tone(1.0) * 32767).astype(np.int32)
     soundfile.write(content, samples, 16000, format=format, subtype="PCM_32")
     for function in (load_audio, probe_audio):
         with pytest.raises(AudioError, match="32-bit samples in the range of 16 bits"):
             function(content.getvalue())
-    for scale in (1 << 16, 0):  # scaled, and silence
+    for scale in (1 << 16, 0):  # scaled samples, and silence
         content = io.BytesIO()
         soundfile.write(content, samples * scale, 16000, format=format, subtype="PCM_32")
         assert probe_audio(content.getvalue()) == (16000, 16000)
@@ -139,7 +139,7 @@ def test_samples_of_16_bits_that_were_saved_as_32_are_refused(tone, format):
 
 
 @pytest.mark.parametrize("scale", [1 << 15, 128, 8])
-def test_floats_at_the_scale_of_integers_are_refused_and_clipping_is_not(tone, scale, tmp_path):
+def test_floats_in_the_range_of_integers_are_refused_and_clipping_is_accepted(tone, scale, tmp_path):
     for factor, is_refused in ((scale, True), (3.9 / 0.5, False)):
         soundfile.write(tmp_path / "a.wav", tone(1.0) * factor * (1.01 if is_refused else 1), 16000, subtype="FLOAT")
         for function in (load_audio, probe_audio):
@@ -163,10 +163,10 @@ def test_channels_in_opposite_phase_do_not_cancel(tone, caplog, tmp_path, channe
     soundfile.write(tmp_path / "a.wav", wave[:, None] * signs + 0.1 + noise, 16000, subtype="FLOAT")
     level = np.abs(load_audio(tmp_path / "a.wav") - 0.1).max()
     assert level > (0.45 if channels != 3 else 0.1)
-    assert ("in opposite phase" in caplog.text) == (channels != 3)  # of three, one is left
+    assert ("in opposite phase" in caplog.text) == (channels != 3)  # of three channels, one remains
 
 
-def test_channels_of_a_decoder_of_datasets_do_not_cancel_each_other(tone, caplog):
+def test_channels_of_an_audio_decoder_do_not_cancel(tone, caplog):
     class Decoder:
         sample_rate = 16000
 
@@ -182,15 +182,15 @@ def test_channels_of_a_decoder_of_datasets_do_not_cancel_each_other(tone, caplog
     assert "in opposite phase" in caplog.text
 
 
-def test_further_tracks_are_named(tone, caplog):
+def test_unused_audio_tracks_are_reported(tone, caplog):
     assert len(load_audio(muxed(tone, "matroska", "pcm_s16le"))) == 24000
     assert not caplog.text
     assert len(load_audio(muxed(tone, "matroska", "pcm_s16le", tracks=2))) == 24000
     assert "has 2 audio tracks; using only the first" in caplog.text
 
 
-def test_blocks_are_joined_in_little_more_memory_than_they_need():
-    """Those of the resampler are parts of larger arrays: kept in a list, eight hours at 48 kHz took 16 GB."""
+def test_joining_blocks_needs_little_extra_memory():
+    """Blocks of the resampler are views of larger arrays. A list of the blocks of eight hours at 48 kHz took 16 GB."""
 
     def blocks():
         for number in range(100):
@@ -209,7 +209,7 @@ def test_blocks_are_joined_in_little_more_memory_than_they_need():
     [("OGG", "FLAC"), ("FLAC", "AU"), ("CAF", "OGG"), ("mp4", "CAF"), ("mov", "NIST"), ("tta", "WAV"), ("flv", "mp4"),
      ("matroska", "AIFF"), ("NIST", "mpegts"), ("mpegts", "W64")],
 )  # fmt: skip
-def test_recordings_of_different_kinds_are_joined_or_refused(tone, first, second):
+def test_recordings_of_different_formats_are_joined_or_refused(tone, first, second):
     codecs = {"mov": "pcm_s16le", "matroska": "pcm_s16le", "tta": "tta"}
     parts = [encoded(tone, n) if n.isupper() else muxed(tone, n, codecs.get(n, "aac")) for n in (first, second)]
     try:
@@ -220,14 +220,14 @@ def test_recordings_of_different_kinds_are_joined_or_refused(tone, first, second
         assert "recordings with different" in str(error) or "two chunks" in str(error)
 
 
-def test_wav_header_in_the_metadata_of_flac_is_no_second_recording(tone):
-    """As `flac --keep-foreign-metadata` writes it."""
+def test_wav_header_in_flac_metadata_is_not_a_second_recording(tone):
+    """`flac --keep-foreign-metadata` writes such files."""
     content, header = encoded(tone, "FLAC"), b"riff" + encoded(tone, "WAV")[:44]
-    block = bytes([2]) + len(header).to_bytes(3, "big") + header  # an APPLICATION block, behind STREAMINFO
+    block = bytes([2]) + len(header).to_bytes(3, "big") + header  # an APPLICATION block, after STREAMINFO
     assert len(load_audio(content[:42] + block + content[42:])) == 24000
 
 
-def test_a_reason_is_one_printable_line():
+def test_error_message_is_one_printable_line():
     error = AudioError("https://me:word@host/a: junk\r\n\x1b[31m")
     assert str(error).isprintable() and "word" not in str(error)
 
@@ -235,7 +235,7 @@ def test_a_reason_is_one_printable_line():
 @pytest.mark.parametrize(
     "format", ["OGG", "FLAC", "CAF", "W64", "AIFF", "NIST", "mp4", "matroska", "voc", "flv", "adts"]
 )
-def test_the_first_bytes_of_a_recording_are_refused(tone, format):
+def test_file_of_only_the_first_bytes_is_refused(tone, format):
     codecs = {"matroska": "pcm_s16le", "voc": "pcm_s16le"}
     content = encoded(tone, format) if format.isupper() else muxed(tone, format, codecs.get(format, "aac"))
     for length in (*range(1, 30), 40, 63, 64, 65):

@@ -1,4 +1,4 @@
-"""Recordings that would take memory, time or sockets: refused, or read at little cost."""
+"""Recordings that would waste memory, time or sockets: refused, or read at low cost."""
 
 import os
 import time
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.core
 
 
 def with_rate(make_wav, rate):
-    """A WAV file of 0.5 s at 16 kHz whose header says another rate."""
+    """Returns a WAV file of 0.5 s at 16 kHz with another rate in the header."""
     path = make_wav()
     content = bytearray(path.read_bytes())
     content[24:32] = rate.to_bytes(4, "little") + (2 * rate % 2**32).to_bytes(4, "little")
@@ -26,7 +26,7 @@ def with_rate(make_wav, rate):
 
 
 @pytest.mark.parametrize("rate", [1, 100, 3999, 768_001, 2**31 - 1])
-def test_rates_that_no_recording_has_are_refused(make_wav, rate):
+def test_impossible_sampling_rates_are_refused(make_wav, rate):
     path = with_rate(make_wav, rate)
     for function in (load_audio, probe_audio):
         with pytest.raises(AudioError, match=f"{path}: .*{rate} Hz"):
@@ -34,8 +34,8 @@ def test_rates_that_no_recording_has_are_refused(make_wav, rate):
 
 
 @pytest.mark.parametrize("rate", [22_254, 48_001, 44_099, 16_001, 767_999])
-def test_rates_without_a_common_factor_take_little_memory(tone, tmp_path, rate):
-    """torchaudio's filters take 2.8 GB for 22,254 Hz."""
+def test_resampling_of_coprime_rates_needs_little_memory(tone, tmp_path, rate):
+    """The filters of torchaudio need 2.8 GB for 22,254 Hz."""
     soundfile.write(tmp_path / "a.wav", tone(1.0, rate), rate)
     load_audio(tmp_path / "a.wav")  # imports
     began = time.monotonic()
@@ -48,7 +48,7 @@ def test_rates_without_a_common_factor_take_little_memory(tone, tmp_path, rate):
     np.testing.assert_allclose(waveform[500:-500], tone(1.0)[500:-500, 0], atol=0.01)
 
 
-def test_what_is_too_short_too_long_or_no_file_is_refused_at_once(tmp_path):
+def test_empty_too_long_and_special_files_are_refused_immediately(tmp_path):
     soundfile.write(tmp_path / "one.wav", np.zeros(1), 16000)
     with soundfile.SoundFile(tmp_path / "long.flac", "w", 4000, 1, "PCM_16", format="FLAC") as file:
         for _ in range(9):
@@ -73,8 +73,8 @@ def test_what_is_too_short_too_long_or_no_file_is_refused_at_once(tmp_path):
         "<smil><body><audio src='{file}'/></body></smil>",
     ],
 )
-def test_lists_that_ffmpeg_would_follow_are_no_recordings(make_wav, tmp_path, content):
-    """In SDP form, FFmpeg opens UDP sockets and waits."""
+def test_lists_of_urls_or_files_are_refused(make_wav, tmp_path, content):
+    """For SDP, FFmpeg would open UDP sockets and wait."""
     (tmp_path / "list.sdp").write_text(content.format(file=make_wav()))
     began = time.monotonic()
     with pytest.raises(AudioError, match="not audio"):
@@ -82,7 +82,7 @@ def test_lists_that_ffmpeg_would_follow_are_no_recordings(make_wav, tmp_path, co
     assert time.monotonic() - began < 5
 
 
-def test_nothing_is_computed_of_a_recording_that_is_too_long_for_training(tmp_path, tiny_model, monkeypatch):
+def test_too_long_recordings_are_refused_before_features_are_computed(tmp_path, tiny_model, monkeypatch):
     from hf_speechllm import SpeechLLMProcessor
 
     with soundfile.SoundFile(tmp_path / "long.flac", "w", 16000, 1, "PCM_16", format="FLAC") as file:
@@ -98,7 +98,7 @@ def test_nothing_is_computed_of_a_recording_that_is_too_long_for_training(tmp_pa
 
 
 class Answer(BaseHTTPRequestHandler):
-    """Answers by the path: a part of a file, or a redirect; notes the addresses."""
+    """Answers with a part of a file, or a redirect, according to the path; records the addresses."""
 
     seen: list[str] = []  # noqa: RUF012
 
@@ -114,7 +114,7 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_part_of_a_file_is_not_the_file(serve):
+def test_partial_answers_are_refused(serve):
     with pytest.raises(AudioError, match="206"):
         load_audio(f"{serve(handler=Answer)}/part.wav")
 
@@ -122,7 +122,7 @@ def test_a_part_of_a_file_is_not_the_file(serve):
 @pytest.mark.parametrize(
     "address", ["http://169.254.169.254/latest", "http://[fe80::1]/a", "http://100.100.100.200/a"]
 )
-def test_a_proxy_is_not_asked_for_forbidden_addresses(serve, monkeypatch, address):
+def test_forbidden_addresses_are_not_requested_from_a_proxy(serve, monkeypatch, address):
     Answer.seen.clear()
     monkeypatch.setenv("http_proxy", serve(handler=Answer))
     with pytest.raises(AudioError, match="--allow_private_redirects"):

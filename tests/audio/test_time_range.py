@@ -24,7 +24,7 @@ def write(folder, name, samples, **options):
 
 
 @pytest.mark.parametrize("start, end, address", [(1.5, 2.25, "a.wav#t=1.5,2.25"), (0, None, "a.wav#t=0")])
-def test_an_address_has_the_times(start, end, address):
+def test_times_are_added_to_the_address(start, end, address):
     assert add_time_range("a.wav", start, end) == address
     assert split_time_range(address) == ("a.wav", TimeRange(start, end))
     assert recording_id(f"/b/{address}") == address.replace("a.wav", "a")
@@ -36,7 +36,7 @@ def test_other_addresses_are_whole_recordings(source):
 
 
 @pytest.mark.parametrize("start, end", [(-1, 2), (2, 2), (2, 1), (float("nan"), 1), (0, float("inf"))])
-def test_times_that_are_no_part_are_refused(start, end):
+def test_invalid_times_are_refused(start, end):
     with pytest.raises(AudioError, match="a.wav: from .* is not a part"):
         add_time_range("a.wav", start, end)
 
@@ -48,7 +48,7 @@ def test_a_part_of_a_part_is_refused():
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.aiff", "a.w64"])
 @pytest.mark.parametrize("start, end", [(0, 0.5), (1.23456, 2.5), (2, None), (2, 3.05)])
-def test_a_part_is_what_was_there(tmp_path, noise, name, start, end):
+def test_part_equals_the_samples_of_the_whole_recording(tmp_path, noise, name, start, end):
     whole = write(tmp_path, name, noise)
     part = add_time_range(whole, start, end)
     expected = load_audio(whole)[round(start * RATE) : round((end or 3) * RATE)]
@@ -57,7 +57,7 @@ def test_a_part_is_what_was_there(tmp_path, noise, name, start, end):
     np.testing.assert_array_equal(waveform.read_audio(part)[0][:, 0], expected)
 
 
-def test_formats_that_only_ffmpeg_reads_are_cut_too(tmp_path, noise, monkeypatch):
+def test_part_is_cut_from_formats_that_only_ffmpeg_reads(tmp_path, noise, monkeypatch):
     whole = write(tmp_path, "a.wav", noise)
     monkeypatch.setattr(decoders, "FORMATS", ())
     monkeypatch.setattr(decoders, "BLOCK_LENGTH", 5000)
@@ -90,14 +90,14 @@ def test_a_part_outside_the_recording_is_refused(tmp_path, noise, name, times):
             read(part)
 
 
-def test_the_limit_of_seconds_is_that_of_the_part(tmp_path, noise):
+def test_maximum_length_applies_to_the_part(tmp_path, noise):
     whole = write(tmp_path, "a.wav", noise)
     assert len(load_audio(f"{whole}#t=1,1.5", max_seconds=0.6)) == RATE // 2
     with pytest.raises(AudioError, match="the maximum is 0.4"):
         load_audio(f"{whole}#t=1,1.5", max_seconds=0.4)
 
 
-def test_a_truncated_recording_is_refused_in_all_its_parts(tmp_path, noise):
+def test_every_part_of_a_truncated_recording_is_refused(tmp_path, noise):
     path = write(tmp_path, "a.wav", noise)
     (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-1000])
     with pytest.raises(AudioError, match="truncated"):
@@ -105,7 +105,7 @@ def test_a_truncated_recording_is_refused_in_all_its_parts(tmp_path, noise):
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
-def test_parts_of_joined_recordings_count_from_the_first(tmp_path, noise, suffix):
+def test_times_in_joined_recordings_start_at_the_first_recording(tmp_path, noise, suffix):
     one, two = (write(tmp_path, f"{name}.{suffix}", noise[name * RATE :]) for name in (0, 1))
     joined = tmp_path / f"joined.{suffix}"
     joined.write_bytes(b"".join((tmp_path / path).read_bytes() for path in (one, two)))
@@ -114,7 +114,7 @@ def test_parts_of_joined_recordings_count_from_the_first(tmp_path, noise, suffix
     )
 
 
-def test_members_of_archives_and_urls_have_parts(tmp_path, noise, serve):
+def test_parts_of_archive_members_and_urls_are_read(tmp_path, noise, serve):
     whole = write(tmp_path, "a.wav", noise)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(whole, "a.wav")
@@ -126,7 +126,7 @@ def test_members_of_archives_and_urls_have_parts(tmp_path, noise, serve):
     assert local_path(f"{member}#t=1,2") == str(path)
 
 
-def test_a_part_has_the_stamp_and_the_place_of_its_file(tmp_path, noise):
+def test_stamp_and_path_of_a_part_are_those_of_the_file(tmp_path, noise):
     path = write(tmp_path, "a.wav", noise)
     assert source_stamp(f"{path}#t=1,2") == source_stamp(path) != ""
     check_root(f"{path}#t=1,2", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What is damaged: recordings of many encoders, lists, archives, settings; and how bytes and values are."""
+"""Undamaged inputs (recordings of many encoders, archives), and functions that damage bytes, texts and settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.parquet
 import soundfile
 
 SECONDS = 1.2
-# (container, codec) of libsndfile, rates of 8 kHz for GSM.
+# (container, codec) of libsndfile.
 BY_LIBSNDFILE = [
     ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "IMA_ADPCM"), ("WAV", "ULAW"),
     ("WAV", "GSM610"), ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("W64", "PCM_16"), ("AIFF", "PCM_16"), ("AU",
@@ -29,10 +29,10 @@ BY_FFMPEG = [
     ("tta", "tta"), ("wv", "wavpack"), ("mpegts", "aac"), ("avi", "libmp3lame"), ("flv", "aac"), ("mov", "pcm_s16le"),
     ("wav", "libmp3lame"), ("voc", "pcm_s16le"), ("ac3", "ac3"),
 ]  # fmt: skip
-# Where an end that is missing must be noticed; the others are streams of frames that announce nothing.
+# Containers with a length: truncation must be detected. Others are streams of frames without a length.
 ANNOUNCED = {name for name, _ in (*BY_LIBSNDFILE, *BY_FFMPEG)} - {"adts", "mpegts", "ac3", "flv", "mp3", "tta", "wv"}
-CHECKED = ("FLAC", "OGG")  # containers with a checksum of every byte of the samples
-# Streams whose frames are known by a few bits alone are not found behind recordings that don't say where they end.
+CHECKED = ("FLAC", "OGG")  # containers with checksums over all samples
+# After a recording without a length, a second recording is found only if it has a signature.
 END_UNKNOWN, UNMARKED = ("FLAC", "tta", "flv", "mpegts", "adts", "ac3"), ("adts", "mpegts", "ac3", "mp3", "MP3")
 RATES = {"libopus": 48000, "ac3": 48000, "libmp3lame": 44100, "flv": 44100, "GSM610": 8000}
 
@@ -45,7 +45,7 @@ def _tone(rate: int, frequency: float = 440.0) -> np.ndarray:
 
 @functools.cache
 def recordings() -> dict[str, bytes]:
-    """Recordings of `SECONDS`, by "CONTAINER CODEC"."""
+    """Returns recordings with a duration of `SECONDS`, by "CONTAINER CODEC"."""
     found = {}
     for container, codec in BY_LIBSNDFILE:
         rate = RATES.get(codec, 16000)
@@ -70,7 +70,7 @@ def recordings() -> dict[str, bytes]:
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
-    """Bytes with parts changed, cut out, put in, doubled, or cut off; headers more often than the rest."""
+    """Changes, removes, inserts, repeats or truncates bytes, more often in headers than elsewhere."""
     result = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         if not result:
@@ -79,7 +79,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
         action = rng.choice(("set", "set", "field", "field", "flip", "cut", "insert", "double", "end", "zero"))
         if action == "set":
             result[place] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
-        elif action == "field":  # of 2, 4 or 8 bytes, in either order
+        elif action == "field":  # an integer of 2, 4 or 8 bytes, in either byte order
             width = rng.choice((2, 4, 8))
             bits = 8 * width
             value = rng.choice((0, 1, 2, (1 << bits - 1) - 1, 1 << bits - 1, (1 << bits) - 1, rng.getrandbits(bits)))
@@ -99,7 +99,7 @@ def damage(data: bytes, rng: random.Random) -> bytes:
     return bytes(result)
 
 
-# What strangers write into lists and transcripts.
+# Unusual texts in lists and transcripts from untrusted sources.
 ODD_TEXTS = [
     "\u00a0", "\u3000", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\ufeff", "\u200b", "\t", "  ",
     "\0", "\x1b[31m",
@@ -112,13 +112,13 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "gb18030", "latin-1", "utf-32"]
 
 
 def odd(text: str, rng: random.Random) -> str:
-    """Text with something odd in it, before it or behind it."""
+    """Inserts an unusual text at the start, at the end or inside a text."""
     place = rng.choice((0, len(text), rng.randrange(len(text) + 1)))
     return text[:place] + rng.choice(ODD_TEXTS) + text[place:]
 
 
 def tar_of(members: list[tuple[str, bytes]]) -> bytes:
-    """A tar file."""
+    """Returns a tar file with these members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in members:
@@ -129,7 +129,7 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
 
 
 def parquet_of(rows: list[dict], rng: random.Random) -> bytes:
-    """A Parquet file."""
+    """Returns a Parquet file with these rows."""
     buffer = io.BytesIO()
     compression = rng.choice(("snappy", "none", "zstd", "gzip"))
     pyarrow.parquet.write_table(
@@ -138,7 +138,7 @@ def parquet_of(rows: list[dict], rng: random.Random) -> bytes:
     return buffer.getvalue()
 
 
-# What stands in a hostile configuration.
+# Values and keys of hostile configurations.
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 10**5, 10**9, 2**31, 2**63, 10**30, 0.5, -1.5, 1e300, float("inf"),
     "", "a", "1",
@@ -161,7 +161,7 @@ KEYS = [
 
 
 def places(value, path=()):
-    """Paths of all values inside nested settings."""
+    """Yields the paths (keys and indices) of all values in nested settings."""
     if path:
         yield path
     if isinstance(value, (dict, list)):
@@ -170,7 +170,7 @@ def places(value, path=()):
 
 
 def change_settings(content, rng: random.Random):
-    """Settings in which a value is replaced, left out, or added."""
+    """Returns a copy of settings with one value replaced, removed or added."""
     content = json.loads(json.dumps(content))
     path = rng.choice(list(places(content)) or [()])
     target = content

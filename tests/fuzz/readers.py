@@ -1,6 +1,6 @@
-"""One damaged input of each kind, and what must hold whatever the damage: `case(world, rng, folder)`.
+"""Cases of fuzzing: a function `case(world, rng, folder)` per family damages an input and checks the result.
 
-Everything is read, or refused with one printable line; nothing is lost, and what was not damaged stays as it was.
+Every input is read, or refused in one printable line. No input is lost, and undamaged inputs give the usual results.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ PROMPT = chat.transcription_prompt()
 
 
 class World:
-    """What the cases share: a tiny model in all layouts, good recordings, and what becomes of them.
+    """Objects shared by all cases: a tiny model in all layouts, and good recordings with their transcripts.
 
     Args:
         model, processor: of a speech LLM.
-        folder: for all files.
+        folder: folder for all files.
     """
 
     def __init__(self, model, processor, folder: Path):
@@ -80,7 +80,7 @@ class World:
 
     @functools.cached_property
     def checkpoints(self) -> list[Path]:
-        """Folders of the model in every layout."""
+        """The model in every layout, one folder each."""
         from hf_speechllm.formats.checkpoint import Checkpoint
 
         for layout in ("speech_llm", "native", "funasr"):
@@ -101,14 +101,14 @@ def request(name: str, source) -> Request:
 
 
 def refusal(error: Exception) -> str:
-    """The message of an error, which must be one printable line."""
+    """Returns the message of an error; asserts that the message is one printable line."""
     text = str(error)
     assert text and text.isprintable(), f"not one printable line: {text[:300]!r}"
     return text
 
 
 def loaded(path: Path) -> np.ndarray | None:
-    """A recording, or `None` if it is refused with a line that names it."""
+    """Loads a recording; returns `None` if the recording is refused in a line with its path."""
     try:
         waveform = load_audio(path)
     except AudioError as error:
@@ -119,7 +119,7 @@ def loaded(path: Path) -> np.ndarray | None:
 
 
 def damaged_recording(world: World, rng: random.Random, folder: Path) -> None:
-    """Through loading, measuring, decoding in a list (with and without voice detection), and features of training."""
+    """Loads, measures and decodes a recording (with and without voice detection), and computes its features."""
     name = rng.choice([*recordings()])
     content = recordings()[name]
     path = folder / "a.audio"
@@ -140,7 +140,9 @@ def damaged_recording(world: World, rng: random.Random, folder: Path) -> None:
     if waveform is not None:
         container = name.split()[0]
         if kind == "end" and container in ANNOUNCED:
-            assert len(whole) - len(waveform) <= 400, f"{name}: {len(waveform)} of {len(whole)} samples, unnoticed"
+            assert len(whole) - len(waveform) <= 400, (
+                f"{name}: {len(waveform)} of {len(whole)} samples, without an error"
+            )
         elif kind == "flip" and container in CHECKED:
             np.testing.assert_allclose(waveform, whole, atol=1e-6, err_msg=name)
         elif kind == "join" and not (container in END_UNKNOWN and other.split()[0] in UNMARKED):
@@ -170,7 +172,7 @@ def row(path, text: str) -> dict:
 
 
 def damaged_rows(world: World, rng: random.Random, folder: Path) -> None:
-    """A JSONL with odd names, transcripts, encodings and bytes, through decoding, writing, reading and training."""
+    """Decodes, writes, reads and prepares a JSONL with unusual names, transcripts, encodings and bytes."""
     rows, names = [], []
     for number in range(rng.randrange(1, 6)):
         name = f"utt{number}"
@@ -219,10 +221,10 @@ def damaged_rows(world: World, rng: random.Random, folder: Path) -> None:
     requests = requests_of_jsonl(jsonl, None, bad_rows)
     assert len(requests) + len(bad_rows) == len(full)
     results = [(item.id, Transcript(0, text=f"text {number}")) for number, item in enumerate(requests)]
-    if len({id_ for id_, _ in results}) == len(results):  # as they are written, so they are read back
+    if len({id_ for id_, _ in results}) == len(results):  # results are read back unchanged
         write_results(folder / "hyp.txt", results, segments=True, subtitles=True)
         assert list(read_map(folder / "hyp.txt").items()) == [(id_, item.text) for id_, item in results]
-        keep_journal(requests, folder, rng)
+        check_damaged_journal(requests, folder, rng)
     if rng.random() < 0.04:
         options = DataOptions(cache_dir=str(folder / "cache"), preprocessing_num_workers=1)
         try:
@@ -232,8 +234,8 @@ def damaged_rows(world: World, rng: random.Random, folder: Path) -> None:
             assert "\x1b" not in str(error) and "secret" not in str(error)
 
 
-def keep_journal(requests: list[Request], folder: Path, rng: random.Random) -> None:
-    """A journal that was damaged gives what was written, or nothing, for each request."""
+def check_damaged_journal(requests: list[Request], folder: Path, rng: random.Random) -> None:
+    """Checks that a damaged journal returns the written text, or no text, for each request."""
     journal = Journal(folder / "hyp.txt", {"a": 1})
     journal.open()
     keys = [request_key(item) for item in requests]
@@ -247,7 +249,7 @@ def keep_journal(requests: list[Request], folder: Path, rng: random.Random) -> N
 
 
 def damaged_kaldi(world: World, rng: random.Random, folder: Path) -> None:
-    """`wav.scp`, `text` and `segments` with odd values and bytes: every line is a row or named."""
+    """Reads `wav.scp`, `text` and `segments` with unusual values and bytes: every line is a row or reported."""
     scp, text = [], []
     for number in range(rng.randrange(1, 6)):
         id_ = f"utt{number}"
@@ -261,7 +263,7 @@ def damaged_kaldi(world: World, rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.2:
         scp.append(rng.choice(scp))
     rng.shuffle(text)
-    secrets = 0  # files in which addresses may not be recognised as such
+    secrets = 0  # number of files in which URLs may be unrecognisable
     for name, lines in (("wav.scp", scp), ("text", text), ("segments", [f"{scp[0].split()[0]}-1 utt0 0.0 1.0"])):
         content = ("\n".join(lines) + "\n").encode(rng.choice((*["utf-8"] * 12, *ENCODINGS)), "replace")
         if is_damaged := rng.random() < 0.2:
@@ -286,9 +288,9 @@ def damaged_kaldi(world: World, rng: random.Random, folder: Path) -> None:
     lines = {n for n, line in enumerate(content, 1) if line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n")}
     assert numbers | named <= lines and not numbers & named
     texts_bad = len([item for item in bad_rows if item.file.endswith("text")])
-    assert len(lines) <= len(numbers) + len(named) + texts_bad, "a line is neither a row nor named"
+    assert len(lines) <= len(numbers) + len(named) + texts_bad, "a line is neither a row nor reported"
     if rng.random() < 0.3:
-        maker = RowMaker("wav.scp", "text", PROMPT, None)
+        maker = RowMaker(PROMPT)
         parts = list(prepare(utterances, maker, 1))
         made = [json.loads(line) for part in parts for line in part.lines]
         assert len(made) + sum(len(part.bad) for part in parts) == len(utterances)
@@ -298,7 +300,7 @@ def damaged_kaldi(world: World, rng: random.Random, folder: Path) -> None:
 
 
 def damaged_archive(world: World, rng: random.Random, folder: Path) -> None:
-    """Tar and Parquet files through decoding (every recording, also without transcript) and training (both ways)."""
+    """Reads tar and Parquet files for decoding (also without transcripts) and for training (embedded or not)."""
     samples = [(f"s{n}", odd("one two", rng) if rng.random() < 0.3 else "one two") for n in range(rng.randrange(1, 5))]
     names = [*recordings()]
     contents = [recordings()[rng.choice(names)] if rng.random() < 0.2 else world.good[0].read_bytes() for _ in samples]
@@ -352,7 +354,7 @@ def damaged_archive(world: World, rng: random.Random, folder: Path) -> None:
 
 
 def damaged_checkpoint(world: World, rng: random.Random, folder: Path) -> None:
-    """A checkpoint in any layout with a changed, damaged, missing or linked file: it transcribes, or is refused."""
+    """Loads a checkpoint with a changed, damaged, missing or linked file: the model transcribes, or is refused."""
     source = rng.choice(world.checkpoints)
     copy = folder / "model"
     shutil.copytree(source, copy)
@@ -394,7 +396,7 @@ REDIRECTS = [
 
 
 def answer_of(rng: random.Random) -> tuple[list[bytes], bool]:
-    """Parts of a server's answer, and whether it is an honest one."""
+    """Returns the parts of an HTTP answer, and whether the answer is valid."""
     length = rng.choice((len(BODY),) * 6 + (0, -1, 10**30, len(BODY) + 50, len(BODY) - 50, "a", " 5"))
     status = rng.choice((b"HTTP/1.1 200 OK",) * 8 + (
         b"HTTP/1.1 206 Partial", b"HTTP/1.1 204 No", b"HTTP/1.1 100 Continue", b"HTTP/1.1 999 X",
@@ -425,7 +427,7 @@ def answer_of(rng: random.Random) -> tuple[list[bytes], bool]:
 
 
 def misbehaving_server(world: World, rng: random.Random, folder: Path) -> None:
-    """A download ends in time with the content or a line, which tells no secret."""
+    """Downloads from a misbehaving server: returns in time, with the content or one line without secrets."""
     parts, honest = answer_of(rng)
     server = socket.create_server(("127.0.0.1", 0))
     over = threading.Event()

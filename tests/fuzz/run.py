@@ -1,9 +1,9 @@
-"""Reads damaged inputs by the thousand, each by a seed of its own, within limits of memory and time.
+"""Reads thousands of damaged inputs, each with its own seed, within limits of memory and time.
 
 python tests/fuzz/run.py --cases 1000 [--families recordings urls] [--seed 0] [--folder DIR] [--report FILE.jsonl]
 
-A case of a family has the seed "FAMILY-SEED-NUMBER"; what it read is kept in DIR if it fails. A line for each family
-comes out. Exit status 1 if a case failed. The suite runs a few cases of each family: test_seeds.py.
+A case has the seed "FAMILY-SEED-NUMBER". The inputs of failed cases are kept in DIR. Prints one line per family. Exit
+status: 1 if a case failed. test_seeds.py runs a few cases of each family in the test suite.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-MAX_BYTES = 4 * 10**9  # of memory, beyond what the process has before the first case
-MAX_SECONDS = 60  # of a case; what hangs ends the process with a traceback
+MAX_BYTES = 4 * 10**9  # memory in addition to that of the process before the first case
+MAX_SECONDS = 60  # per case; a case that hangs ends the process with a traceback
 PACKAGES = ("torch", "transformers", "datasets", "soundfile", "av", "pyarrow", "safetensors")
 
 
 def make_world(folder: Path):
-    """A tiny random model, whose tokenizer also has tokens that are not special."""
+    """Builds a tiny random model; the tokenizer also has added tokens that are not special."""
     import torch
     from readers import World
 
@@ -58,7 +58,7 @@ def make_world(folder: Path):
 
 
 def run_family(name: str, cases: range, seed: int, folder: Path, world) -> dict:
-    """Runs cases of a family; gives its line of the report."""
+    """Runs cases of a family; returns the report of the family."""
     from readers import FAMILIES
 
     failures, slowest, began = [], 0.0, time.monotonic()
@@ -84,21 +84,21 @@ def run_family(name: str, cases: range, seed: int, folder: Path, world) -> dict:
 
 
 def limit_memory() -> None:
-    """Lets the process have `MAX_BYTES` more than it has."""
+    """Limits the memory of the process to the current use and `MAX_BYTES`."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MAX_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> None:
-    """Runs the families, each in a process of its own."""
+    """Runs each family in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100, help="of each family")
+    parser.add_argument("--cases", type=int, default=100, help="cases per family")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--families", nargs="+")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="default: a temporary one")
-    parser.add_argument("--report", type=Path, help="gets a line of JSON for each family")
+    parser.add_argument("--folder", type=Path, help="default: a temporary folder")
+    parser.add_argument("--report", type=Path, help="file to append one line of JSON per family")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -124,7 +124,7 @@ def main() -> None:
             os._exit(bool(line["failures"]))
         status = os.waitpid(process, 0)[1]
         if status not in (0, 256):
-            print(f"{name}: a case ended the process (status {status}); its folder is the last one in {folder}")
+            print(f"{name}: a case ended the process (status {status}); see the last folder in {folder}")
         failed |= status != 0
     sys.exit(f"failed cases are in {folder}" if failed else 0)
 

@@ -1,4 +1,4 @@
-"""A few damaged inputs of each kind in the suite; `python tests/fuzz/run.py --cases 1000` reads many."""
+"""Reads a few damaged inputs of each family; `python tests/fuzz/run.py --cases 1000` reads many."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def fuzz():
-    """The modules `run` and `readers`."""
+    """Imports the modules `run` and `readers`."""
     folder = Path(__file__).parent
     sys.path.insert(0, str(folder))
     found = []
@@ -32,14 +32,14 @@ def world(fuzz, tmp_path_factory):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("family", ["recordings", "rows", "kaldi", "archives", "checkpoints", "urls"])
-def test_damaged_input_is_read_or_refused_with_a_line(fuzz, world, tmp_path, family):
+def test_damaged_input_is_read_or_refused_in_one_line(fuzz, world, tmp_path, family):
     run, readers = fuzz
     assert family in readers.FAMILIES and len(readers.FAMILIES) == 6
     line = run.run_family(family, range(12), 7, tmp_path, world)
     assert not line["failures"], line["failures"]
 
 
-def test_the_tool_sees_failures(fuzz, world, tmp_path, monkeypatch):
+def test_failures_are_reported_and_inputs_are_kept(fuzz, world, tmp_path, monkeypatch):
     run, readers = fuzz
 
     def broken(world, rng, folder):
