@@ -180,7 +180,7 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     if not features and (folder / "preprocessor_config.json").is_file():
         features = read_json(folder / "preprocessor_config.json")
     options = {name: features[name] for name in (*FEATURE_FIELDS, "waveform_scale", "dither") if name in features}
-    options["window_type"] = features.get("window", "hamming")
+    options["window_type"] = features.get("window_type", features.get("window", "hamming"))
     return SpeechLLMProcessor(
         FbankFeatureExtractor(**options),
         tokenizer,
@@ -282,7 +282,8 @@ def native_processor(processor: SpeechLLMProcessor) -> FunAsrNanoProcessor:
     ours = processor.feature_extractor
     features = FunAsrNanoFeatureExtractor(
         window=ours.window_type,
-        # Unknown to the native class; stored for the conversion back.
+        # Unknown to the native class, or dropped when it is saved (window); stored for the conversion back.
+        window_type=ours.window_type,
         waveform_scale=ours.waveform_scale,
         dither=ours.dither,
         **{name: getattr(processor, name) for name in DIALOGUE_FIELDS},

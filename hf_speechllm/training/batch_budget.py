@@ -90,10 +90,10 @@ def find_batch_seconds(
             longest=float(seconds.max()),
             limit=min(LARGEST, max(per_step, float(seconds.max()))),
         )
-    smallest = torch.tensor(budget, device=device, dtype=torch.float64)
     if args.world_size > 1:
+        smallest = torch.tensor(budget, device=device, dtype=torch.float64)
         torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
-    budget = float(smallest)
+        budget = float(smallest)
     if args.should_save:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
