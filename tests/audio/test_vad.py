@@ -122,6 +122,21 @@ def test_padding_meets_in_the_middle_of_short_pauses():
     assert pad([(2, 50), (50, 60)], 5, 100) == [(0, 50), (50, 65)]  # cut within speech: no sample is in two segments
 
 
+def test_speech_begins_at_the_threshold(monkeypatch):
+    class Scripted:
+        """Gives a second of silence, a second of what may be speech, and a second of what is, by windows of 32 ms."""
+
+        def audio_forward(self, waveform):
+            return torch.tensor([0.0] * 31 + [0.6] * 31 + [0.9] * 31)
+
+    starts = {}
+    for threshold in (0.5, 0.8, 0.95):
+        detector = VoiceDetector(threshold=threshold)
+        monkeypatch.setattr(detector, "_model", Scripted())
+        starts[threshold] = [start // 512 for start, _ in detector.speech_regions(np.zeros(93 * 512, np.float32))]
+    assert starts == {0.5: [31], 0.8: [62], 0.95: []}
+
+
 def test_segments_shorter_than_a_second_are_refused():
     with pytest.raises(ValueError, match="at least 1 s"):
         VoiceDetector(max_seconds=0.2)

@@ -142,6 +142,16 @@ def test_changed_jsonl_is_read_again(prepare, edit):
     assert json.loads(rows[1]["messages"])[2]["content"] == "anders"
 
 
+def test_correction_of_equal_size_is_read(prepare, edit):
+    path = edit([2], lambda row: row["messages"][2].update(content="zwei"))
+    prepare()
+    status = path.stat()
+    edit([2], lambda row: row["messages"][2].update(content="drei"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert path.stat().st_size == status.st_size
+    assert json.loads(prepare()[0][1]["messages"])[2]["content"] == "drei"
+
+
 @pytest.mark.parametrize(
     "extractor",
     [
@@ -325,13 +335,14 @@ def test_recording_too_long_for_the_budget_is_reported_with_length_and_limit(pre
     assert "--per_device_train_batch_seconds" in str(error.value)
 
 
-def test_encoder_limit_is_per_recording_and_budget_is_per_dialogue(prepare, edit, corpus):
+@pytest.mark.parametrize("length", [None, 148])
+def test_encoder_limit_is_per_recording_and_budget_is_per_dialogue(prepare, edit, corpus, length):
     """Two turns of 1.5 s each fit an encoder of 2.4 s, but not a batch of 2.5 s."""
     soundfile.write(corpus / "utt00.wav", np.zeros(24000), 16000)
 
     def double(row):
         row["messages"] += row["messages"][1:]
-        row.pop("speech_length")
+        row["speech_length"] = length
 
     edit([1], double)
     rows, _ = prepare(limit=40, per_device_train_batch_seconds=5.0, feature_cache="off")
@@ -470,6 +481,22 @@ def test_masks_have_bounded_width_and_do_not_change_the_input():
     assert torch.equal(features, original)
     assert max(width for width, _ in widths) == 10
     assert max(width for _, width in widths) == 20
+
+
+def test_masks_are_by_default_two_stripes_of_either_kind():
+    """Stripes that overlap or are empty count less; in many draws, all are apart."""
+    features = torch.randn(1000, 80)
+    stripes, ends = [], set()
+    for seed in range(300):
+        masked = SpecAugment()(features, np.random.default_rng(seed)) != features
+        ends |= {(0, index) for index in (0, -1) if masked.all(0)[index]}
+        short = SpecAugment(num_frequency_masks=0)(features[:10], np.random.default_rng(seed)) != features[:10]
+        ends |= {(1, index) for index in (0, -1) if short.all(1)[index]}
+        lines = [torch.nn.functional.pad(masked.all(axis).int(), (1, 1)) for axis in (0, 1)]
+        stripes.append([int((line.diff() == 1).sum()) for line in lines])
+        assert lines[0].sum() <= 40 and lines[1].sum() <= 60
+    assert ends == {(axis, index) for axis in (0, 1) for index in (0, -1)}  # anywhere, also at the ends
+    assert max(columns for columns, _ in stripes) == max(times for _, times in stripes) == 2
 
 
 def test_tempo_is_changed_within_its_spread_and_the_spectrum_is_kept():

@@ -21,6 +21,7 @@ from hf_speechllm.data.hotword_lists import (
     contains_word,
     hotword_sampler,
     mine_words,
+    parse_word_list,
     phrases,
     read_words,
 )
@@ -75,6 +76,17 @@ def test_no_distractor_is_spoken():
     assert drawn == {"Ann", "art"}
 
 
+def test_an_option_gives_the_words_of_a_file_or_the_words_themselves(write_list, tmp_path):
+    assert parse_word_list(write_list("Ann\nBob\nAnn\n")) == ["Ann", "Bob"]
+    assert parse_word_list("Ann,Bob，Ann") == ["Ann", "Bob"]
+    assert parse_word_list("words.txt,Ann") == ["words.txt", "Ann"]
+    assert parse_word_list(None) == parse_word_list("") == []
+    assert parse_word_list("a" * 10_000) == ["a" * 10_000]
+    for name in ("none.txt", "none.list"):
+        with pytest.raises(ValueError, match="no such file"):
+            parse_word_list(str(tmp_path / name))
+
+
 def test_dropout_removes_all_hotwords_of_a_share_of_rows():
     sampler = HotwordSampler(distractors=NAMES, num_distractors=5, dropout=0.3)
     empty = [not sampler(["Ann"], ["Ann"], seed) for seed in SEEDS]
@@ -102,7 +114,7 @@ def test_phrases_are_short_and_contain_no_punctuation():
     assert phrases("4 5") == phrases("") == []
 
 
-def test_listed_words_are_hotwords_of_rows_that_contain_them_and_distractors_of_others():
+def test_parse_word_list_are_hotwords_of_rows_that_contain_them_and_distractors_of_others():
     words = ["Gregson", "art", "北京"]
     sampler = HotwordSampler(known=words, distractors=words, num_distractors=0)
     assert set(sampler([], ["In 北京, GREGSON's party"], (0, 1))) == {"Gregson", "北京"}

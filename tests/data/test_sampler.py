@@ -210,6 +210,16 @@ def test_batches_of_one_row_are_assigned_evenly_with_any_weights(weight, num_rep
         assert sum(seen[index] for index in range(10, 200)) == pytest.approx(190 * weight, rel=0.1)
 
 
+def test_rows_that_are_drawn_besides_are_different_while_there_are_enough():
+    sampler = BudgetBatchSampler(np.ones(10), 1, weights=[1.5] * 4 + [1.0] * 6)
+    drawn = np.array([0, 1, 2, 3, 0, 1])  # 2 and 3 are left out of the sample
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        assert sorted(sampler._fractional(drawn, 2, rng)) == [2, 3]
+        assert sorted(sampler._fractional(drawn, 4, rng)) == [0, 1, 2, 3]
+        assert set(sampler._fractional(drawn, 9, rng)) <= {0, 1, 2, 3}
+
+
 def test_weights_that_leave_no_rows_are_an_error():
     with pytest.raises(ValueError, match="weights are so small"):
         BudgetBatchSampler([1.0, 2.0], 30.0, weights=[0.1, 0.1])

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -116,6 +117,13 @@ def test_columns_of_parquet_may_be_messages_or_plain_bytes(write_parquet):
     assert (answers([row]), row["recordings"], row["hotwords"]) == (["hello"], [WAV], ["a", "b"])
     (row,) = rows_of(write_parquet([{"audio": WAV, "messages": json.dumps(messages), "speech_length": 9}]))
     assert (answers([row]), row["speech_length"]) == (["hello"], 9)
+
+
+def test_values_of_parquet_that_json_has_not_make_a_bad_row(write_parquet):
+    said = {"role": "assistant", "content": "hello", "when": datetime(2026, 1, 1)}
+    asked = {"role": "user", "content": "<|startofspeech|>!x<|endofspeech|>", "when": None}
+    (row,) = rows_of(write_parquet([{"audio": WAV, "messages": [asked, said]}]))
+    assert isinstance(row, BadRow) and row.line == "row 0" and "bad dialogue" in row.reason
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,22 @@ def test_resuming_from_any_state_gives_the_same_batches(stream, write_tar, write
     assert rest == whole[cut:]
 
 
+@pytest.mark.parametrize("weight", [0.5, 2.5])
+def test_weighted_stream_goes_on_with_the_rows_that_were_drawn(stream, weight):
+    whole = take(stream(weights=[weight]), 20)
+    for cut in (1, 2, 5, 11, 19):
+        assert take(stream(weights=[weight]), 20 - cut, state=whole[cut - 1][1]) == whole[cut:]
+
+
+def test_dialogue_of_several_recordings_is_as_long_as_all_of_them(stream, tmp_path, tiny_corpus):
+    row = json.loads(tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()[0])
+    length = row["speech_length"]
+    row["messages"] += row["messages"][1:]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (batch, _), *_ = take(stream(tmp_path / "a.jsonl"), 1)
+    assert [item["frames"] for item in batch][:1] == [2 * length]
+
+
 def test_weights_set_how_often_rows_are_used_in_a_pass(stream, write_tar, samples):
     made = write_tar(
         [(f"{n}.{e}", d) for n, data, text in samples for e, d in (("wav", data), ("txt", text.encode()))]
@@ -155,6 +171,16 @@ def test_loader_resumes_from_a_checkpoint(stream, tmp_path, workers):
     again.load(tmp_path)
     assert again.batches == 9
     assert [batch for batch, _ in zip(again, range(8), strict=False)] == expected[9:]
+
+
+def test_bad_rows_and_recordings_of_all_workers_are_counted(stream):
+    places = [place for _, place in take(stream(window_rows=24), 20)]
+    assert all((place.bad_rows, place.bad_recordings) == (0, 0) for place in places)
+    assert {(place.window, place.rows) for place in places} == {(0, 0), (1, 24), (2, 48)}
+    loader = StreamLoader(stream(), 2)
+    assert loader.bad_rows == 0
+    loader.states = [StreamState(bad_rows=3, bad_recordings=1), StreamState(bad_recordings=5)]
+    assert loader.bad_rows == 9
 
 
 def test_state_of_other_data_or_processes_is_refused(stream, tmp_path):
@@ -188,11 +214,22 @@ def test_batches_equal_the_processor_output(stream, processor, tiny_corpus):
 
 
 def test_augmentation_differs_between_passes_but_not_after_resume(stream, processor):
-    collator = SpeechLLMCollator(processor, [SpecAugment()])
-    whole = take(stream(collator=collator), 12)
-    rest = take(stream(collator=collator), 6, state=whole[5][1])
+    class Masked(SpeechLLMCollator):
+        """Gives the features of each row with its pass and its number."""
+
+        def __call__(self, rows):
+            return [(row["seed"][1], row["seed"][2:], self.row_features(row)[0]) for row in rows]
+
+    collator = Masked(processor, [SpecAugment()])
+    whole = take(stream(collator=collator), 60)
+    rest = take(stream(collator=collator), 54, state=whole[5][1])
     for (batch, _), (again, _) in zip(whole[6:], rest, strict=True):
-        assert torch.equal(batch["input_features"], again["input_features"])
+        for (*name, features), (*other, same) in zip(batch, again, strict=True):
+            assert name == other and torch.equal(features, same)
+    seen = {(number, row): features for batch, _ in whole for number, row, features in batch}
+    both = [row for number, row in seen if number == 1 and (0, row) in seen]
+    assert len(both) > 12
+    assert not any(torch.equal(seen[0, row], seen[1, row]) for row in both)
 
 
 @pytest.fixture

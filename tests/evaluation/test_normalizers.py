@@ -1,6 +1,8 @@
 """Normalisation: pairs of spellings that must have equal tokens, properties, and a few expected results."""
 
+import math
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_speechllm.evaluation import normalize_text
+from hf_speechllm.evaluation.normalizers import language_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / ".." / "shared" / "golden" / "normalize"
@@ -67,6 +70,8 @@ version two point zero ~ version 2.0
 two and a half million people ~ 2 and a half million people ~ 2.5 million people
 the twenty first century ~ the 21st century
 meet at five thirty pm ~ meet at 5:30 pm
+it is 7 pm now ~ it is 7 p.m. now ~ it is seven p m now
+on march third ~ on March 3 ~ on March 3rd
 the ten oh five train ~ the 10:05 train
 minus five degrees ~ -5 degrees ~ negative five degrees
 it grew by one per cent ~ it grew by 1% ~ it grew by one percent
@@ -89,13 +94,24 @@ Es kostet 12,50 € für mich ~ es kostet 12,50 Euro für mich
 50 % der Menschen sind größer ~ 50 Prozent der Menschen sind größer ~ 50% der Menschen sind größer
 L'été est là ~ l’été est là ~ l été est là
 50 % des élèves ~ 50 pour cent des élèves
+要3-5天时间 ~ 要3到5天时间 ~ 要三到五天时间 ~ 要 3 – 5 天时间
+比分是3-2 ~ 比分是3比2 ~ 比分是三比二
+增长百分之五到百分之十 ~ 增长5%到10% ~ 增长5%-10%
+增长百分之五到十 ~ 增长5到10%
+3～5人です ~ 3から5人です
+it takes 3-5 days now ~ it takes three to five days now ~ it takes 3 to 5 days now
+国の借金は一兆二千億円です ~ 国の借金は1兆2000億円です ~ 国の借金は1200000000000円です
 plus de 1 000 000 d'euros ~ plus de 1000000 d'euros
+wir haben 12.500 Stück verkauft ~ wir haben 12,500 Stück verkauft ~ wir haben 12500 Stück verkauft
+das kostet 1.234.567 Euro und mehr ~ das kostet 1234567 Euro und mehr
 ¿Cómo estás? ~ cómo estás
 el 20% de los niños ~ el 20 por ciento de los niños
 Привет, мир! ~ привет мир
 """
 
 DIFFERENT = """
+the 10:05 train ~ the 1005 train
+take 1/2 cup ~ take 12 cup
 -5度 ~ 5度
 1/3的人 ~ 13的人
 5:30 p.m. ~ 5:03 p.m.
@@ -118,6 +134,9 @@ TOKENS = {
     "안녕하세요": "안 녕 하 세 요",
     "สวัสดี": "ส วั ส ดี",
     "مرحبا بالعالم ٣": "مرحبا بالعالم 3",
+    "Işıklar sokağında ILIK bir akşam": "ışıklar sokağında ılık bir akşam",
+    "IŞIK YAĞMUR ALTINDA": "ışık yağmur altında",
+    "Ilık bir gün": "ılık bir gün",
     "नमस्ते दुनिया": "नमस्ते दुनिया",
     "Wir treffen uns um acht und gehen": "wir treffen uns um acht und gehen",
     "Où est-ce ? À côté, j'ai six cafés": "où est ce à côté j ai six cafés",
@@ -179,6 +198,11 @@ def test_spellings_of_the_same_words_have_equal_tokens(line):
     assert len(set(results.values())) == 1, results
     for result in results.values():
         assert normalize_text(result) == result
+
+
+def test_language_is_that_of_the_script_and_of_letters_that_only_turkish_has():
+    texts = {"他说ışık很好": "zh", "ışık すき": "ja", "I saw Işık": "other", "Işık çok güzel": "tr", "the light": "en"}
+    assert {text: language_of(text) for text in texts} == texts
 
 
 @pytest.mark.parametrize("line", lines_of(DIFFERENT))
@@ -318,7 +342,16 @@ def test_tokens_of_any_text_are_separated_by_single_spaces(text):
 
 def test_time_is_not_quadratic_in_the_length_of_a_line():
     for part in ("两", "一", "1", "1 ", "一点", "a1,", "0.", "(<[a"):
-        normalize_text(part * 20_000)
+        seconds = []
+        for number in (5_000, 40_000):
+            best = math.inf
+            for _ in range(3):
+                began = time.process_time()
+                normalize_text(part * number)
+                best = min(best, time.process_time() - began)
+            seconds.append(best)
+        # Eight times the text: 8 times as long if linear, 64 times if quadratic.
+        assert seconds[1] < 20 * seconds[0] + 0.05, part
 
 
 @pytest.mark.parametrize(

@@ -34,22 +34,26 @@ def random_texts(seed, number=60):
 
 
 def test_text_file_equals_the_output_of_compute_wer(tmp_path):
-    references, hypotheses = random_texts(0), random_texts(1)
+    references, hypotheses = random_texts(0), {**random_texts(1), "utt-without-reference": "hello"}
     for name, texts in (("ref", references), ("hyp", hypotheses)):
-        rows = [f"{id_}\t{normalize_text(text, rules_for(references[id_]))}\n" for id_, text in texts.items()]
+        rules = {id_: rules_for(references.get(id_, "")) for id_ in texts}
+        rows = [f"{id_}\t{normalize_text(text, rules[id_])}\n" for id_, text in texts.items()]
         (tmp_path / name).write_text("".join(rows), encoding="utf-8")
     files = [tmp_path / name for name in ("ref", "hyp", "theirs.txt")]
     command = Path(sys.executable).with_name("compute-wer")
     subprocess.run([command, "--sort", "utt", *files], check=True, capture_output=True)
 
     file = io.StringIO()
-    write_compute_wer(score_utterances(references, hypotheses), 0, 0, file)
+    write_compute_wer(score_utterances(references, hypotheses), 0, 1, file)
     ours, theirs = file.getvalue().splitlines(), files[2].read_text(encoding="utf-8").splitlines()
     start = theirs.index(report.RULE)
     # Our file lists scripts in the order of occurrence, compute-wer in any order.
     assert ours[: start + 2] == theirs[: start + 2]
     assert sorted(ours[start + 2 : -2]) == sorted(theirs[start + 2 : -2])
-    assert len(ours) == len(theirs) and ours[-2].startswith("SER -> ") and ours[-2].endswith(" ML=0 MH=0")
+    assert ours[-2:] == theirs[-2:] and ours[-2].startswith("SER -> ") and ours[-2].endswith(" ML=1 MH=0")
+    # The command takes a missing hypothesis for an empty one, and always writes MH=0.
+    write_compute_wer(score_utterances(references, hypotheses), 2, 1, file := io.StringIO())
+    assert file.getvalue().splitlines()[-2].endswith(" ML=1 MH=2")
 
 
 def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, others=None):

@@ -62,6 +62,10 @@ def test_characters_and_words_are_counted(reference, hypothesis, counts):
     assert count_errors(reference, hypothesis) == counts
 
 
+def test_tokens_of_texts_as_they_are_keep_their_case_and_punctuation():
+    assert tokenize("Hello, World 你好", normalize=False) == ["Hello", ",", "World", "你", "好"]
+
+
 def test_counts_add_up_to_the_rate_of_all():
     total = sum([count_errors("a b c", "a x c"), count_errors("d", "")], ErrorCounts())
     assert (total, total.errors, total.rate) == (ErrorCounts(1, 1, 0, 4), 2, 0.5)
@@ -175,8 +179,11 @@ def test_metric_of_a_set(texts, metric):
 
 
 def test_several_processes_return_the_same_tokens():
-    texts = [f"你好 {index}" for index in range(6000)]
-    assert tokenize_all(texts, num_workers=2) == [tokenize(text) for text in texts]
+    # The first chunk takes longest, so that it is the last to be done.
+    texts = [f"你好 {index}" * (40 if index < 500 else 1) for index in range(6000)]
+    languages = ["en" if index % 2 else "" for index in range(6000)]
+    expected = [tokenize(text, language=language) for text, language in zip(texts, languages, strict=True)]
+    assert tokenize_all(texts, num_workers=2, languages=languages) == expected
 
 
 def simulated(rng, rate, num_utterances=200):

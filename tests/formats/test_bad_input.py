@@ -14,7 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import LAYOUTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -90,6 +91,28 @@ DAMAGE = [
     *[(layout, rename_a_part("audio_adaptor"), "(?i)conformer") for layout in ("speech_llm", "funasr")],
     *[(layout, drop_a_special_token, r"the tokenizer lacks <\|im_start\|>") for layout in LAYOUTS],
 ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("projector_hidden_size", "wide"),
+        ("hidden_dropout", "high"),
+        ("layer_norm_eps", "small"),
+        ("num_hidden_layers", 2.5),
+        ("use_low_frame_rate", "yes"),
+        ("adaptor_type", "conformer"),
+    ],
+)
+def test_config_that_is_not_one_is_told_with_file_and_field(make_checkpoint, field, value):
+    folder = make_checkpoint("speech_llm")
+    config = json.loads((folder / "config.json").read_text())
+    config["audio_adaptor_config"][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    for reader in (SpeechLLMConfig, SpeechLLMForConditionalGeneration):
+        with pytest.raises(CheckpointError, match=rf"config\.json.*{field}") as info:
+            reader.from_pretrained(folder)
+        assert "None" not in str(info.value)
 
 
 @pytest.mark.parametrize(("layout", "damage", "message"), DAMAGE)

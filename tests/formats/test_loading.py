@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import FunAsrNanoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats import native
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import (
@@ -121,6 +122,13 @@ def test_sharded_safetensors(layout, make_model, tmp_path, make_checkpoint, run_
     assert len(list(output.glob("model-*.safetensors"))) > 1
     assert same(read_checkpoint(output).tensors, read_checkpoint(folder).tensors)
     assert same(dict(load(output).state_dict()), dict(load(folder).state_dict()))
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    shard = next(iter(index["weight_map"].values()))
+    wrong = {**index, "weight_map": {**index["weight_map"], "gone": shard}}
+    (output / "model.safetensors.index.json").write_text(json.dumps(wrong))
+    with pytest.raises(CheckpointError, match="index.* gone"):
+        read_checkpoint(output)
+    (output / "model.safetensors.index.json").write_text(json.dumps(index))
     next(output.glob("model-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         read_checkpoint(output)
@@ -142,6 +150,8 @@ def test_existing_output_is_refused_and_unchanged(make_checkpoint, tmp_path, run
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dtype_is_the_stored_or_the_requested_one(layout, make_model, make_checkpoint, logits):
     folder = make_checkpoint(layout, None, *mixed_model(make_model))
+    if layout == "speech_llm":
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"  # the widest
     model = load(folder)
     assert {parameter.dtype for parameter in model.llm.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.audio_encoder.parameters()} == {torch.float32}
@@ -189,6 +199,84 @@ def test_training_settings_are_kept_in_every_layout(layout, make_checkpoint):
         assert SpeechLLMProcessor.from_pretrained(folder).use_low_frame_rate == flag
 
 
+@pytest.fixture
+def unlike_all_defaults(make_model):
+    """Makes a model and a processor whose every setting differs from the default of every layout's reader."""
+
+    def make(layout):
+        adaptor = {
+            "hidden_dropout": 0.13,
+            "attention_dropout": 0.14,
+            "layer_norm_eps": 1e-7,
+            "projector_hidden_size": 28,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "use_low_frame_rate": layout != "native",  # whose class can't have it, and where it is the default
+        }
+        if layout != "native":
+            adaptor["downsample_rate"] = 3
+        if layout != "funasr":
+            adaptor |= {"hidden_act": "gelu", "projector_hidden_act": "silu"}
+        model, processor = make_model(adaptor=adaptor, attention_dropout=0.17, rms_norm_eps=1e-4)
+        config = model.config.to_dict()
+        config["audio_encoder_config"] |= {
+            "hidden_dropout": 0.15,
+            "attention_dropout": 0.16,
+            "fsmn_kernel_size": 7,
+            "max_position_embeddings": 777,
+            "num_mel_bins": 20,
+            "num_stacked_frames": 5,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 1,
+        }
+        config["audio_token_id"] = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        if layout != "funasr":
+            config["initializer_range"] = 0.03
+        model = SpeechLLMForConditionalGeneration(SpeechLLMConfig.from_dict(config))
+        model.generation_config.update(max_new_tokens=77, repetition_penalty=1.3)
+        features = FbankFeatureExtractor(
+            feature_size=20, sampling_rate=8000, frame_length=30, frame_shift=15, window_type="povey",
+            num_frames_lfr=5, stride_lfr=4, waveform_scale=1.0, dither=0.5,
+        )  # fmt: skip
+        return model, SpeechLLMProcessor(
+            features, processor.tokenizer, audio_token="<|im_start|>", think_block=True, system_prompt=False,
+            downsample_rate=model.config.downsample_rate, use_low_frame_rate=model.config.use_low_frame_rate,
+        )  # fmt: skip
+
+    return make
+
+
+def settings(config):
+    """A config without what tells of its origin and the libraries."""
+    ignored = {"transformers_version", "_name_or_path", "architectures", "dtype", "funasr_files", "model_type"}
+    return {
+        key: settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ignored
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_setting_is_lost_in_any_layout(layout, unlike_all_defaults, make_checkpoint):
+    model, processor = unlike_all_defaults(layout)
+    folder = make_checkpoint(layout, model=model, processor=processor)
+    loaded, again = load(folder), SpeechLLMProcessor.from_pretrained(folder)
+    assert settings(loaded.config.to_dict()) == settings(model.config.to_dict())
+    assert again.feature_extractor.to_dict() == {
+        **processor.feature_extractor.to_dict(),
+        # FunASR's readers leave dither off, which would make decoding random.
+        "dither": 0.0 if layout == "funasr" else 0.5,
+    }
+    for name in ("audio_token", "audio_token_id", "downsample_rate", "use_low_frame_rate", "think_block"):
+        assert getattr(again, name) == getattr(processor, name), name
+    assert again.system_prompt is False
+    if layout == "funasr":  # FunASR asks for what the other parts tell us
+        conf = yaml.safe_load((folder / "config.yaml").read_text())["audio_adaptor_conf"]
+        assert (conf["encoder_dim"], conf["llm_dim"]) == (16, 16)
+    found, expected = (settings(item.generation_config.to_diff_dict()) for item in (loaded, model))
+    assert found == expected and expected["max_new_tokens"] == 77
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dialogue_settings_are_kept_in_every_layout(layout, make_model, make_checkpoint):
     model, processor = make_model(adaptor={"use_low_frame_rate": False})
@@ -215,6 +303,34 @@ def test_dialogue_settings_are_read_from_a_funasr_config(make_checkpoint):
     save_funasr(load(folder), processor, folder.parent / "again")
     again = yaml.safe_load((folder.parent / "again" / "config.yaml").read_text())
     assert again["dataset_conf"] == conf["dataset_conf"]
+
+
+def test_settings_that_a_funasr_config_lacks_have_the_defaults_of_its_classes(make_checkpoint):
+    folder = make_checkpoint("funasr")
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    short = {key: value for key, value in conf.items() if not key.endswith("_conf") and key != "hf_speechllm"}
+    short["audio_encoder_conf"] = {"tp_blocks": 20}
+    short["llm_conf"] = {"init_param_path": "Qwen3-0.6B"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(short))
+    config = SpeechLLMConfig.from_pretrained(folder)
+    encoder, adaptor = config.audio_encoder_config, config.audio_adaptor_config
+    # SenseVoiceEncoderSmall, Transformer, WavFrontend; tables and tokens as of Fun-ASR-Nano.
+    sizes = encoder.hidden_size, encoder.num_attention_heads, encoder.intermediate_size, encoder.fsmn_kernel_size
+    assert sizes == (256, 4, 2048, 11)
+    assert (encoder.num_hidden_layers, encoder.num_timestamp_prediction_layers) == (26, 20)
+    assert (encoder.hidden_dropout, encoder.attention_dropout) == (0.1, 0.0)
+    assert (encoder.num_mel_bins, encoder.num_stacked_frames, encoder.max_position_embeddings) == (80, 1, 10001)
+    sizes = adaptor.projector_hidden_size, adaptor.num_hidden_layers, adaptor.num_attention_heads
+    assert sizes == (2048, 2, 8)
+    assert (adaptor.downsample_rate, adaptor.use_low_frame_rate, adaptor.layer_norm_eps) == (2, False, 1e-12)
+    assert (adaptor.hidden_dropout, adaptor.attention_dropout) == (0.0, 0.0)
+    assert config.audio_token_id == 151646
+    short["hf_speechllm"] = {"audio_token_id": conf["hf_speechllm"]["audio_token_id"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(short))
+    processor = SpeechLLMProcessor.from_pretrained(folder)
+    features = FbankFeatureExtractor(num_frames_lfr=1, stride_lfr=1)
+    assert processor.feature_extractor.to_dict() == features.to_dict()
+    assert (processor.think_block, processor.system_prompt) == (False, True)
 
 
 def test_a_native_release_gets_the_original_numerics(make_checkpoint):
@@ -577,6 +693,7 @@ def test_adapter_is_merged_into_its_base_model(adapter, logits, tmp_path, run_re
     folder, trained, processor = adapter
     assert find_layout(folder) == "adapter"
     merged = load(folder)
+    assert all(parameter.requires_grad for parameter in merged.parameters()) and not merged.training
     assert not any("lora" in name or "base_layer" in name for name in merged.state_dict())
     assert torch.equal(merged.audio_adaptor.linear1.weight, trained.audio_adaptor.linear1.weight)
     torch.testing.assert_close(logits(merged, processor), logits(trained, processor), atol=1e-4, rtol=1e-4)
@@ -586,6 +703,49 @@ def test_adapter_is_merged_into_its_base_model(adapter, logits, tmp_path, run_re
     arguments = ["--input", folder, "--output", tmp_path / "funasr", "--format", "funasr"]
     assert run_recipe("convert_checkpoint.py", *arguments) is None
     assert same(dict(load(tmp_path / "funasr").state_dict()), dict(merged.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *[({"r": rank}, "r and rank_pattern must be whole numbers from 1") for rank in (0, -1, 2.5, "2", 10**6)],
+        ({"rank_pattern": {"q_proj": 0}}, "r and rank_pattern must be whole numbers from 1"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is not supported"),
+        ({"megatron_config": {"a": 1}}, "megatron_config is not supported"),
+        ({"modules_to_save": ["audio_adaptor", "a b"]}, "modules_to_save: 'a b' "),
+        ({"modules_to_save": [3]}, "modules_to_save: '3' "),
+        ({"layers_pattern": "(a|b)"}, "layers_pattern: '(a|b)' "),
+        ({"init_lora_weights": "/etc/x"}, "init_lora_weights is '/etc/x'; set it to true"),
+        ({"init_lora_weights": 3}, "init_lora_weights is '3'; set it to true"),
+        ({"target_modules": "q_proj("}, "target_modules"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
+    ],
+)
+def test_adapter_settings_that_are_not_for_a_stranger_to_choose(adapter, settings, message):
+    file = adapter[0] / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*{re.escape(message)}"):
+        load(adapter[0])
+
+
+def test_adapter_with_ranks_and_scales_of_its_own_for_some_layers_is_merged(make_model, logits, tmp_path):
+    model, processor = make_model()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    targets = r"llm\..*\.(q_proj|v_proj|down_proj)"
+    patterns = {
+        "rank_pattern": {r"layers\.1\..*q_proj": 3},
+        "alpha_pattern": {"v_proj": 40, r"layers.0.*down_proj": 9},
+    }
+    trained = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=targets, **patterns))
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = logits(trained.eval(), processor)
+    torch.testing.assert_close(logits(load(tmp_path / "adapter"), processor), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_processor_and_config_of_an_adapter(adapter, tmp_path):

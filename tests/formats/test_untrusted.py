@@ -13,7 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats import untrusted
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
 from hf_speechllm.formats.untrusted import check_name, inside, read_json, read_yaml
@@ -31,9 +32,10 @@ HOSTILE = [
 @pytest.mark.parametrize("name", [*HOSTILE, None, 3, ["a"]])
 def test_only_plain_relative_names_are_accepted(name, tmp_path):
     name = name.format(out=tmp_path) if isinstance(name, str) and "{" in name else name
-    with pytest.raises(CheckpointError, match="^the source: ") as caught:
-        check_name(name, "the source")
-    assert "\n" not in str(caught.value)
+    for check in (check_name, lambda *args: inside(tmp_path, *args)):
+        with pytest.raises(CheckpointError, match="^the source: ") as caught:
+            check(name, "the source")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,17 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
     (tmp_path / "model" / "a.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(CheckpointError, match="link to a target outside the checkpoint"):
         inside(tmp_path / "model", "a.json", "it")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "chat_template.jinja", "other.txt"])
+def test_checkpoint_with_a_link_out_of_it_is_not_loaded(make_checkpoint, tmp_path, name):
+    folder = make_checkpoint("speech_llm")
+    (tmp_path / "secret").write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    for reader in (SpeechLLMForConditionalGeneration, SpeechLLMProcessor):
+        with pytest.raises(CheckpointError, match=f"{name}.* link"):
+            reader.from_pretrained(folder)
 
 
 def files_under(folder):
@@ -69,6 +82,45 @@ def test_files_of_a_ctc_branch_are_not_written_elsewhere(make_checkpoint, tmp_pa
         )
     assert files_under(tmp_path) == before
     assert not Path("/escaped").exists() and not Path.home().joinpath("escaped").exists()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"file:a.txt": torch.zeros(3, dtype=torch.uint8)},
+        {"file:a.tiktoken": torch.zeros(3)},
+        {"file:a.tiktoken": torch.zeros(3, 1, dtype=torch.uint8)},
+        {"weight": torch.zeros(3)},
+    ],
+)
+def test_ctc_branch_holds_its_tensors_and_its_vocabulary_alone(make_checkpoint, tensors):
+    folder = make_checkpoint("speech_llm")
+    save_file(tensors, folder / "ctc.safetensors")
+    with pytest.raises(CheckpointError, match=f"ctc.safetensors: {next(iter(tensors))} .*; remove it"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("audio_encoder_conf", "dropout_rate", 1.5), ("audio_encoder_conf", "attention_heads", True),
+        ("audio_encoder_conf", "output_size", 0), ("audio_encoder_conf", "num_blocks", 10_001),
+        ("audio_encoder_conf", "linear_units", 2.0), ("audio_adaptor_conf", "downsample_rate", 10_001),
+        ("audio_adaptor_conf", "use_low_frame_rate", 1), ("frontend_conf", "n_mels", 1001),
+        ("frontend_conf", "lfr_m", 0), ("frontend_conf", "lfr_n", 1001), ("frontend_conf", "fs", 999),
+        ("frontend_conf", "fs", 1_000_001), ("frontend_conf", "frame_length", 1001),
+        ("frontend_conf", "frame_shift", 0), ("frontend_conf", "window", 3), ("dataset_conf", "do_think", "no"),
+        ("hf_speechllm", "layer_norm_eps", -0.1), ("hf_speechllm", "audio_token_id", -1),
+        ("hf_speechllm", "max_position_embeddings", "10"), ("llm_conf", "init_param_path", 3),
+    ],
+)  # fmt: skip
+def test_values_of_a_funasr_config_that_are_beyond_all_measure_are_named(make_checkpoint, section, key, value):
+    folder = make_checkpoint("funasr")
+    conf = yaml.safe_load((folder / "config.yaml").read_text())
+    conf.setdefault(section, {})[key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    with pytest.raises(CheckpointError, match=rf"config\.yaml: {section}\.{key} is {value}"):
+        SpeechLLMConfig.from_pretrained(folder)
 
 
 def paths_of(value, path=()):
@@ -159,6 +211,34 @@ def test_invalid_settings_raise_a_one_line_error_quickly(make_checkpoint, field,
     else:
         assert field == ("auto_map",)  # no code of the folder is run
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("reader", "limit"), [(read_json, "MAX_JSON"), (read_yaml, "MAX_YAML")])
+def test_settings_may_have_the_largest_size_and_no_more(tmp_path, monkeypatch, reader, limit):
+    (tmp_path / "a").write_text('{"a": "b"}')
+    monkeypatch.setattr(untrusted, limit, 10)
+    assert reader(tmp_path / "a") == {"a": "b"}
+    monkeypatch.setattr(untrusted, limit, 9)
+    with pytest.raises(CheckpointError, match="has 10 bytes.* 9"):
+        reader(tmp_path / "a")
+
+
+@pytest.mark.parametrize("reader", [read_json, read_yaml])
+def test_sizes_that_no_model_has_are_refused_in_any_file(tmp_path, reader):
+    file = tmp_path / "config.json"
+    for content in ({"num_hidden_layers": 10**9}, {"a": {"vocab_size": 10**12}}, {"hidden_size": 0}):
+        file.write_text(json.dumps(content))  # JSON is YAML
+        with pytest.raises(CheckpointError, match=r"config\.json.* it must be"):
+            reader(file)
+
+
+def test_values_of_settings_are_counted_with_their_aliases(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a: &x [1, 2]\nb: *x\n")  # the mapping, two keys, two lists, four numbers
+    monkeypatch.setattr(untrusted, "MAX_VALUES", 9)
+    assert read_yaml(tmp_path / "a") == {"a": [1, 2], "b": [1, 2]}
+    monkeypatch.setattr(untrusted, "MAX_VALUES", 8)
+    with pytest.raises(CheckpointError, match="more than 8 values"):
+        read_yaml(tmp_path / "a")
 
 
 def test_bombs_and_damaged_settings_are_refused(tmp_path):

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.utils.hub
+import yaml
 from huggingface_hub import constants, hf_api
 
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats.loading import save_funasr
 from hf_speechllm.hub.code import requirements
 from hf_speechllm.hub.publishing import publish
 from hf_speechllm.hub.upload import reporting_unreachable
@@ -176,6 +178,17 @@ def test_other_models_are_pushed_in_the_own_layout_with_the_code(
     assert all(torch.equal(again[key], inputs[key]) for key in inputs)
 
 
+@pytest.mark.parametrize("adaptor", [{}, {"adaptor_type": "linear"}, {"use_low_frame_rate": True}])
+def test_processor_and_config_come_without_the_weights(adaptor, hub, compose_tiny, tiny_config, tmp_path):
+    for item in compose_tiny(tiny_config(**adaptor)):
+        item.push_to_hub("user/tiny")
+    SpeechLLMProcessor.from_pretrained("user/tiny")
+    SpeechLLMConfig.from_pretrained("user/tiny")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    SpeechLLMForConditionalGeneration.from_pretrained("user/tiny")
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_card_of_a_model_pushed_without_training(hub, tiny_model, tmp_path):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
     model.push_to_hub("user/tiny")
@@ -195,12 +208,18 @@ def test_card_of_a_model_pushed_without_training(hub, tiny_model, tmp_path):
 
 def test_folders_and_secrets_of_a_funasr_run_are_not_published(hub, tiny_model, inputs):
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)
-    secrets = ["/home/anna", "wandb-secret", "C:\\Users", "~/anna"]
+    secrets = ["anna", "wandb-secret", "train.jsonl"]
     model.config.funasr_files = {
         "config.yaml": {
             "model": "FunASRNano",
             "audio_encoder_conf": {"freeze": False, "init_param": "/home/anna/encoder.pt"},
-            "llm_conf": {"init_param_path": "/home/anna/Qwen3-0.6B", "lists": ["~/anna/a.jsonl", "kept"]},
+            "llm_conf": {
+                "init_param_path": "/home/anna/Qwen3-0.6B",
+                "lists": ["~/anna/a.jsonl", "kept", {"deep": "/home/anna", "too": ["FILE:///home/anna", "kept"]}],
+                "share": "\\\\server\\anna",
+                "drive": "d:/anna",
+            },
+            "tokenizer_conf": {"init_param_path": "${llm_conf.init_param_path}"},
             "dataset_conf": {"do_think": False, "data_split_num": 1, "hotwords": "/home/anna/words"},
             "train_data_set_list": "/home/anna/train.jsonl",
             "train_conf": {"wandb_token": "wandb-secret"},
@@ -215,12 +234,36 @@ def test_folders_and_secrets_of_a_funasr_run_are_not_published(hub, tiny_model, 
         "config.yaml": {
             "model": "FunASRNano",
             "audio_encoder_conf": {"freeze": False},
-            "llm_conf": {"lists": ["kept"]},
+            "llm_conf": {"lists": ["kept", {"too": ["kept"]}]},
+            "tokenizer_conf": {"init_param_path": "${llm_conf.init_param_path}"},
             "dataset_conf": {"do_think": False},
         },
         "configuration.json": {"file_path_metas": {"config": "config.yaml"}},
     }
     assert "output_dir" in model.config.funasr_files["config.yaml"]  # the model in memory is unchanged
+
+
+@pytest.mark.parametrize("low_frame_rate", [True, False], ids=["ours", "native"])
+def test_a_funasr_folder_is_published_without_its_paths(hub, compose_tiny, tiny_config, low_frame_rate, tmp_path):
+    model, processor = compose_tiny(tiny_config(use_low_frame_rate=low_frame_rate))
+    save_funasr(model, processor, tmp_path / "anna")
+    for name, section, values in (
+        ("config.yaml", "llm_conf", {"init_param_path": f"{tmp_path}/anna/Qwen3-0.6B", "other": "~/anna"}),
+        ("config.yaml", "train_conf", {"tensorboard_dir": "/home/anna"}),
+        ("configuration.json", "file_path_metas", {"init_param": "model.pt", "other": f"{tmp_path}/anna/model.pt"}),
+    ):
+        content = yaml.safe_load((tmp_path / "anna" / name).read_text())
+        content.setdefault(section, {}).update(values)
+        dump = yaml.safe_dump if name.endswith(".yaml") else json.dumps
+        (tmp_path / "anna" / name).write_text(dump(content))
+    publish(tmp_path / "anna", "user/tiny")
+    files = files_of(hub, "user/tiny")
+    kind = "speech_llm" if low_frame_rate else "fun_asr_nano"
+    assert json.loads(files["config.json"].content)["model_type"] == kind
+    assert_nothing_private(files, tmp_path, "anna")
+    kept = json.loads(files["config.json"].content)["funasr_files"]
+    assert kept["configuration.json"]["file_path_metas"]["init_param"] == "model.pt"
+    assert "train_conf" not in kept["config.yaml"]
 
 
 def test_uploaded_large_files_are_not_sent_again(hub, tiny_model, inputs):

@@ -19,7 +19,7 @@ from hf_speechllm.inference.finite import LogitsCheck
 from hf_speechllm.inference.prefetch import measure_seconds, prefetch
 from hf_speechllm.inference.segments import Segment
 from hf_speechllm.inference.transcriber import Request, Transcriber
-from hf_speechllm.model.chat import transcription_messages, transcription_prompt
+from hf_speechllm.model.chat import clean_answer, transcription_messages, transcription_prompt
 from hf_speechllm.model.generation import REPLACED
 
 pytestmark = pytest.mark.core
@@ -74,11 +74,29 @@ def test_batches_that_do_not_fit_into_memory_are_split(parts, waveforms, monkeyp
         list(transcriber(requests[:1]))
 
 
-def test_beams_find_other_texts_than_greedy_search(parts, waveforms):
+def test_beams_find_the_texts_of_transformers_beam_search_which_are_not_those_of_greedy_search(parts, waveforms):
+    model, processor = parts
     greedy, beams = (
         Transcriber(*parts, max_new_tokens=24, num_beams=number).transcribe(waveforms) for number in (1, 4)
     )
+    expected = []
+    for waveform in waveforms:
+        inputs = processor.apply_transcription_request(waveform)
+        found = model.generate(**inputs, max_new_tokens=24, num_beams=4, do_sample=False)
+        text = processor.tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(clean_answer(text))
+    assert beams == expected
     assert greedy != beams
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_nothing_is_sampled_where_the_checkpoint_would(parts, waveforms, monkeypatch, num_beams):
+    transcriber = Transcriber(*parts, max_new_tokens=12, num_beams=num_beams)
+    expected = transcriber.transcribe(waveforms[:3])
+    sampling = copy.deepcopy(parts[0].generation_config)
+    sampling.update(do_sample=True, temperature=50.0, top_k=0, num_beams=2)
+    monkeypatch.setattr(parts[0], "generation_config", sampling)
+    assert transcriber.transcribe(waveforms[:3]) == expected
 
 
 def test_next_batches_are_prepared_while_the_model_computes(parts, waveforms, monkeypatch):

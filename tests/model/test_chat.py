@@ -71,6 +71,19 @@ def test_layout_is_that_of_the_original():
     assert set(asked.labels) == {IGNORE_INDEX}
 
 
+def test_tokens_that_a_tokenizer_puts_around_texts_stay_away():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(TOKENIZER)
+    start = tokenizer.convert_tokens_to_ids(TURN_START)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{TURN_START} $A", pair=f"{TURN_START} $A $B", special_tokens=[(TURN_START, start)]
+    )
+    assert tokenizer.encode("one")[0] == start
+    dialogue = parse_messages([user(f"語{SPEECH}"), assistant("one")])
+    assert tokenize(dialogue, tokenizer, [2], AUDIO_ID) == tokenize(dialogue, TOKENIZER, [2], AUDIO_ID)
+
+
 def test_turns_follow_each_other_without_a_newline():
     messages = [user(f"语音转写：{SPEECH}"), assistant("one"), user(f"Again: {SPEECH}!"), assistant("two three")]
     result = example(messages, [2, 4])
@@ -180,6 +193,13 @@ def test_thinking_block_and_system_prompt_are_options_of_the_processor(tmp_path)
     waveform = np.zeros(1600, np.float32)
     asked = decoded(loaded.apply_transcription_request(waveform, prompt="P:")["input_ids"][0].tolist())
     assert asked.startswith("<|im_start|>user\nP:") and asked.endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_messages_are_left_as_they_are():
+    messages = [{"role": "system", "content": "x"}, user(SPEECH), assistant("one")]
+    copied = copy.deepcopy(messages)
+    parse_messages(messages)
+    assert messages == copied
 
 
 def test_ids_of_an_answer_do_not_depend_on_the_preceding_text():
@@ -395,6 +415,8 @@ def test_encoder_downsampling_precedes_the_adaptor():
     assert chat.num_audio_tokens(3000, 4, False, encoder_downsample_rate=2) == 375
     assert chat.num_audio_tokens(7, 2, False, encoder_downsample_rate=2) == 2
     assert chat.num_audio_tokens(7, 1, True, encoder_downsample_rate=2) == 1
+    assert chat.num_audio_tokens(7, 1, False, encoder_downsample_rate=2) == 4  # a last odd frame counts
+    assert chat.num_audio_tokens(9, 2, False, encoder_downsample_rate=2) == 3
 
 
 @pytest.mark.parametrize(

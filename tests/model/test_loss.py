@@ -61,6 +61,21 @@ def test_loss_and_gradients_equal_those_of_full_logits(inputs, head, autocast, t
             assert error < (1e-2 if autocast else 1e-6)  # bfloat16 has three digits
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_only_the_loss_is_divided_by_the_tokens_of_the_whole_step(inputs, bias):
+    torch.manual_seed(1)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
+    states, labels = inputs
+    predicted = head(states[:, :-1]).argmax(-1)
+    labels[:, 10:20] = predicted[:, 9:19].detach()  # 30 of 93 are right, or a few more by chance
+    loss, count, accuracy = supervised_loss(states, labels, head)
+    in_step, *same = supervised_loss(states, labels, head, num_items_in_batch=2 * int(count))
+    assert int(count) == 3 * 31
+    assert accuracy.item() == pytest.approx((predicted == labels[:, 1:]).sum().item() / 93) and accuracy > 0.3
+    assert same == [count, accuracy]
+    assert in_step.item() == pytest.approx(loss.item() / 2)
+
+
 def test_head_and_hooks_run_once_for_any_number_of_chunks(inputs, head):
     calls = []
     head.register_forward_pre_hook(lambda *_: calls.append("before"))

@@ -64,12 +64,12 @@ def test_three_files_are_written(score, tmp_path):
 
 
 def test_different_ids_are_listed_and_missing_hypotheses_are_deletions(score, tmp_path, caplog):
-    result = score({"a": "one two", "b": "three four five"}, {"a": "one two", "x": "six"})
-    assert (result["deletions"], result["reference_tokens"], result["insertions"]) == (3, 5, 0)
-    assert (result["missing_hypotheses"], result["extra_hypotheses"]) == (["b"], ["x"])
-    assert "without a hypothesis, counted as deletions: 1: b" in caplog.text
+    result = score({"a": "one two", "b": "three four five", "c": "six"}, {"a": "one two", "x": "six"})
+    assert (result["deletions"], result["reference_tokens"], result["insertions"]) == (4, 6, 0)
+    assert (result["missing_hypotheses"], result["extra_hypotheses"]) == (["b", "c"], ["x"])
+    assert "without a hypothesis, counted as deletions: 2: b, c" in caplog.text
     assert "without a reference, not scored: 1: x" in caplog.text
-    assert "ML=1 MH=1" in (tmp_path / "out" / "cer.txt").read_text(encoding="utf-8")
+    assert "ML=1 MH=2" in (tmp_path / "out" / "cer.txt").read_text(encoding="utf-8")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert '<code dir="auto">b</code>' in page and '<code dir="auto">x</code>' in page
 

@@ -1,15 +1,21 @@
 """Batch budgets that fit into memory, and splitting of batches that do not fit."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.cli.arguments import parse_arguments
 from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.encoder_cache import add_encoded
+from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
 from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
-from hf_speechllm.training.batch_budget import largest_budget
+from hf_speechllm.training import batch_budget
+from hf_speechllm.training.batch_budget import find_batch_seconds, largest_budget
 from hf_speechllm.training.out_of_memory import run_in_halves, split_batch
 
 
@@ -51,6 +57,121 @@ def test_auto_is_an_option_and_refused_on_a_cpu(make_trainer, make_options, tmp_
         trainer.train()
     with pytest.raises(ValueError, match="auto is not supported with --streaming"):
         make_options(per_device_train_batch_seconds="auto", streaming=True, max_steps=3)
+
+
+class Gpu:
+    """Stands for a GPU: of a batch, it takes 10 bytes and one for each frame with its padding."""
+
+    def __init__(self, memory):
+        self.total_memory, self.used, self.batches = memory, 0, []
+
+    def backward(self, batch):
+        self.batches.append(batch)
+        if self.used_by(batch) > self.total_memory:
+            raise torch.OutOfMemoryError
+        self.used = max(self.used, self.used_by(batch))
+
+    def used_by(self, batch):
+        return 10 + batch["input_features_mask"].numel()
+
+    def reset(self, device):
+        self.used = 0
+
+
+def memory_file(rows):
+    return Path(rows.cache_files[0]["filename"]).with_name(batch_budget.MEMORY_FILE)
+
+
+@pytest.fixture
+def measure(monkeypatch, make_arguments, parts, tiny_rows, tmp_path):
+    """Runs `find_batch_seconds` on such a GPU; gives the budget and the GPU."""
+
+    def run(memory=10_000, rows=tiny_rows, sharded=False, name="a GPU", trained=None, **options):
+        gpu = Gpu(memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.used)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "state")
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+        model, processor = parts
+        for parameter in model.parameters():
+            parameter.requires_grad = parameter is trained
+        args = make_arguments(**{"output_dir": str(tmp_path / "run"), **options})
+        assert args.device.type == "cpu"  # which also sets up what `world_size` asks
+        with monkeypatch.context() as patch:
+            patch.setattr(type(args), "device", torch.device("cuda", 0))
+            budget = find_batch_seconds(args, model, rows, SpeechLLMCollator(processor), gpu.backward, sharded)
+        return budget, gpu
+
+    memory_file(tiny_rows).unlink(missing_ok=True)  # of other tests with these rows
+    monkeypatch.setattr(batch_budget, "STEPS_PER_EPOCH", 0.1)  # the corpus lasts 20 s
+    monkeypatch.setattr(batch_budget, "FIRST_PROBE", 2.0)
+    return run
+
+
+def test_batches_of_the_measured_budget_fill_the_memory_and_fit(measure, tiny_rows, parts):
+    budget, gpu = measure(memory=200)
+    sizes = [len(batch["input_ids"]) for batch in gpu.batches]
+    assert min(sizes) < max(sizes) // 2  # of the longest rows, and of the shortest
+    collator = SpeechLLMCollator(parts[1])
+    sampler = BudgetBatchSampler(row_seconds(tiny_rows), budget, row_cost=ROW_COST)
+    used = [gpu.used_by(collator([tiny_rows[int(index)] for index in batch])) for batch in sampler.batches(0)]
+    assert 0.75 * 176 < max(used) <= 176  # 88 % of the memory
+
+
+def test_budget_leaves_an_epoch_its_steps(measure, tiny_rows, monkeypatch):
+    total = row_seconds(tiny_rows).sum()
+    assert measure()[0] == pytest.approx(10 * total)
+    monkeypatch.setattr(batch_budget, "STEPS_PER_EPOCH", 5)
+    assert measure(seed=2, bf16=True)[0] == pytest.approx(total / 5)
+    assert measure(gradient_accumulation_steps=2, gradient_checkpointing=True)[0] == pytest.approx(total / 10)
+    assert measure(memory=9_999, gradient_accumulation_steps=1000)[0] == row_seconds(tiny_rows).max()
+
+
+def test_budget_is_measured_once_for_a_setting(measure, tiny_rows):
+    budget, gpu = measure(memory=200)
+    again, idle = measure(memory=200)
+    assert (again, idle.batches) == (budget, []) and gpu.batches
+    assert budget in json.loads(memory_file(tiny_rows).read_text()).values()
+    for change in (
+        {"memory": 201}, {"name": "another GPU"}, {"gradient_checkpointing": True}, {"bf16": True},
+        {"rows": tiny_rows.select(range(20))},
+    ):  # fmt: skip
+        assert measure(**{"memory": 200, **change})[1].batches, change
+
+
+def test_moments_of_the_optimizer_have_their_room(measure, parts, monkeypatch):
+    bias = parts[0].audio_adaptor.linear1.bias
+    monkeypatch.setattr(batch_budget, "OPTIMIZER_BYTES", 100 / bias.numel())
+    without, _ = measure(memory=400)
+    assert measure(memory=400, trained=bias)[0] < without - 50 * 0.06
+
+
+def test_model_that_will_be_sharded_is_refused(measure):
+    with pytest.raises(ValueError, match="DeepSpeed or FSDP"):
+        measure(sharded=True)
+
+
+def test_gradients_and_random_numbers_are_left_as_they_were(monkeypatch, parts):
+    model, _ = parts
+    states = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "before")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append(state))
+
+    def backward(batch):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if batch == "too large":
+            raise torch.OutOfMemoryError
+
+    assert batch_budget._peak_memory(model, ["small"], backward, torch.device("cuda")) == 7
+    with pytest.raises(torch.OutOfMemoryError):
+        batch_budget._peak_memory(model, ["small", "too large"], backward, torch.device("cuda"))
+    assert states == ["before"] * 2
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.fixture

@@ -65,6 +65,31 @@ def test_states_are_computed_again_only_when_weights_or_rows_change(parts, tiny_
     assert computed == [24, 5, 24]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_states_are_computed_without_dropout_and_the_model_is_left_as_it_was(
+    parts, tiny_rows, tmp_path, monkeypatch, training
+):
+    modes, encode = [], encoder_cache._encode
+    monkeypatch.setattr(encoder_cache, "_encode", lambda *args: modes.append(args[1].training) or encode(*args))
+    parts[0].train(training)
+    add_encoded(tiny_rows.select(range(2)), *parts, "encoder", str(tmp_path))
+    assert modes == [False] and parts[0].training is training
+
+
+def test_level_precision_and_weights_of_each_part_have_files_of_their_own(parts, tiny_rows, tmp_path):
+    model, processor = parts
+
+    def folders_after(level, bf16=False):
+        add_encoded(tiny_rows.select(range(3)), model, processor, level, str(tmp_path), bf16=bf16)
+        return len(list((tmp_path / "encoded").iterdir()))
+
+    assert [folders_after("encoder"), folders_after("adaptor"), folders_after("adaptor")] == [1, 2, 2]
+    assert [folders_after("encoder", bf16=True), folders_after("adaptor", bf16=True)] == [3, 4]
+    with torch.no_grad():
+        next(model.audio_adaptor.parameters()).add_(1)
+    assert [folders_after("encoder"), folders_after("adaptor")] == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("options", "level"),
     [

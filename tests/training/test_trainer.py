@@ -165,6 +165,21 @@ def test_parameters_of_every_part_are_counted(compose_tiny):
     assert counts["llm"][0] == 2 * 2 * (32 + 32)  # layers, rank, in + out
 
 
+def test_dropout_stands_before_the_adapters_and_is_on_in_training_alone(compose_tiny, tiny_rows):
+    model, processor = compose_tiny()
+    model = add_lora(model, r=4, dropout=0.4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros would hide what stands before them
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = SpeechLLMCollator(processor)([tiny_rows[0]])
+    with torch.no_grad():
+        training = {model.train()(**batch).loss.item() for _ in range(3)}
+        assert len(training) == 3
+        assert len({model.eval()(**batch).loss.item() for _ in range(3)}) == 1
+    dropouts = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert len(dropouts) == 4 and {module.p for module in dropouts} == {0.4}
+
+
 def test_unknown_lora_layers_are_named(compose_tiny):
     model, _ = compose_tiny()
     with pytest.raises(ValueError, match="--lora_target_modules.*q_prj"):
@@ -352,6 +367,24 @@ def test_loss_with_gradient_accumulation_is_weighted_by_tokens(make_trainer):
         torch.testing.assert_close(accumulated[name], together[name], rtol=0, atol=1e-4 * scale, msg=name)
 
 
+def test_accuracy_under_accumulation_is_the_share_of_all_tokens(make_trainer, tiny_rows, monkeypatch):
+    trainer = make_trainer(gradient_accumulation_steps=3, max_steps=1, per_device_train_batch_seconds=2.0)
+    shares, counts, compute = iter((0.5, 0.25, 1.0)), [], trainer.model.forward
+
+    def forward(**inputs):
+        output = compute(**inputs)
+        output.token_accuracy = torch.tensor(next(shares))
+        counts.append(int(output.num_label_tokens))
+        return output
+
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    trainer.train()
+    (line,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    correct = 0.5 * counts[0] + 0.25 * counts[1] + counts[2]
+    assert len(set(counts)) > 1
+    assert line["token_accuracy"] == pytest.approx(correct / sum(counts), abs=1e-4)
+
+
 @pytest.mark.parametrize("frozen", FREEZES, ids="+".join)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 def test_gradient_checkpointing_has_the_same_gradients(make_trainer, frozen, lora):
@@ -436,10 +469,21 @@ def test_validation_sets_are_reported_by_name_and_do_not_change_training(make_tr
 
 
 def test_validation_has_no_augmentation_and_no_dropout(make_trainer, tiny_rows):
-    trainer = make_trainer(eval_dataset=tiny_rows, spec_augment=True, use_lora=True, lora_dropout=0.5)
-    trainer.model.train()
-    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
-    assert trainer.data_collator.augmentations and not trainer.validator.collator.augmentations
+    options = {"eval_dataset": tiny_rows, "use_lora": True, "lora_dropout": 0.5, "tempo_perturb": 0.1}
+    trainer = make_trainer(spec_augment=True, **options)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zeros would hide the dropout
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = trainer.model.train()
+    found = trainer.evaluate()["eval_loss"]
+    collator, sums = SpeechLLMCollator(trainer.processing_class), np.zeros(2)
+    with torch.no_grad():
+        for row in tiny_rows:
+            output = model.eval()(**collator([row]))
+            sums += [output.loss.item() * int(output.num_label_tokens), int(output.num_label_tokens)]
+        batch = collator([tiny_rows[0]])
+        assert model.train()(**batch).loss != model(**batch).loss  # the dropout does something
+    assert found == pytest.approx(sums[0] / sums[1], rel=1e-5)
 
 
 def test_training_curve_is_drawn(make_trainer, tiny_rows):

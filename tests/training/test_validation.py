@@ -1,6 +1,7 @@
 """Validation by decoding, best checkpoints, early stopping, retention guard, averaging."""
 
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -129,6 +130,22 @@ def test_gradient_checkpointing_and_adapters_do_not_change_the_cer(make_trainer,
     other.model.train()
     assert plain["eval_insertions"] > 0
     assert [other.evaluate()[f"eval_{name}"] for name in COUNTS] == [plain[f"eval_{name}"] for name in COUNTS]
+
+
+def test_decoding_is_greedy_where_the_checkpoint_would_sample(make_trainer, sets, talkative_model, tmp_path):
+    shutil.copytree(talkative_model, tmp_path / "sampling")
+    file = tmp_path / "sampling" / "generation_config.json"
+    sampling = {"do_sample": True, "temperature": 50.0, "top_k": 0, "num_beams": 2}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **sampling}))
+    samples = []
+    for name in (talkative_model, str(tmp_path / "sampling")):
+        trainer = make_trainer(
+            eval_dataset=sets["near"], model_name_or_path=name, output_dir=str(tmp_path / "run"), **DECODING
+        )
+        trainer.evaluate()
+        samples.append((tmp_path / "run" / "validation_samples" / "step-0.txt").read_text(encoding="utf-8"))
+    assert trainer.model.generation_config.do_sample and trainer.model.generation_config.num_beams == 2
+    assert samples[0] == samples[1] and samples[0].count("\nhyp: ") == 3
 
 
 def test_last_answer_is_decoded_with_the_previous_dialogue(tiny_corpus, tiny_model, tmp_path):

@@ -171,9 +171,11 @@ def finished(make_arguments, **options):
         ({"max_steps": 11}, False),
     ],
 )
-def test_finished_run_resumes_only_for_more_steps(make_arguments, tmp_path, options, ended):
+@pytest.mark.parametrize("unlimited", [-1, 0])
+def test_finished_run_resumes_only_for_more_steps(make_arguments, tmp_path, options, ended, unlimited):
     (tmp_path / "run").mkdir()
-    write_finished(finished(make_arguments), 10, 1.5)  # ended early, e.g. by --early_stopping_patience
+    args = finished(make_arguments, max_steps=unlimited)
+    write_finished(args, 10, 1.5)  # ended early, e.g. by --early_stopping_patience
     args = finished(make_arguments, **options)
     if not ended:
         check_unfinished(args, None, is_named=False)

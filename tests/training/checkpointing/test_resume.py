@@ -18,6 +18,7 @@ from hf_speechllm.data.sampler import BudgetBatchSampler, CompletedRun
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.training.checkpointing import position as position_module
 from hf_speechllm.training.checkpointing.manifest import last_complete
+from hf_speechllm.training.checkpointing.position import Position
 from hf_speechllm.training.errors import Preempted
 from hf_speechllm.training.preemption import EXIT_STATUS, SIGNALS
 
@@ -217,6 +218,25 @@ def test_other_rows_are_refused_unless_the_epoch_starts_again(make_trainer, tiny
     trainer.train(resume_from_checkpoint=folder)
     assert trainer.state.global_step == steps + 1 + steps
     assert trainer.state.epoch == 2
+
+
+def test_position_holds_for_the_same_lengths_weights_and_seed_alone(make_arguments, tmp_path):
+    def position(seconds=SECONDS, seed=5, weights=None):
+        return Position(BudgetBatchSampler(seconds, 40, 2, 0, seed=seed, weights=weights), make_arguments())
+
+    weights = np.where(np.arange(len(SECONDS)) % 3 == 0, 2.0, 1.0)
+    saved = position(weights=weights)
+    saved.consumed = 3
+    saved.save(tmp_path)
+    same = position(weights=weights)
+    same.load(tmp_path)
+    assert (same.epoch, same.consumed) == (0, 3)
+    for change in (
+        {}, {"weights": weights[::-1].copy()}, {"weights": weights, "seconds": SECONDS[::-1].copy()},
+        {"weights": weights, "seed": 6},
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match="--ignore_data_skip"):
+            position(**change).load(tmp_path)
 
 
 def test_position_is_written_with_every_checkpoint(make_trainer, tmp_path):

@@ -168,6 +168,18 @@ def test_limit_keeps_the_best_and_the_last(make_trainer, tiny_rows, tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-4"}
 
 
+def test_limit_holds_for_checkpoints_written_in_the_background_once_they_are_complete(make_trainer, tmp_path):
+    make_trainer(**SAVING, **FROZEN, save_total_limit=1, async_save=True, max_steps=3).train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_only_the_first_checkpoint_is_read_back(make_trainer, monkeypatch):
+    trainer, read = make_trainer(**SAVING, **FROZEN, max_steps=3), []
+    monkeypatch.setattr(trainer, "verify_checkpoint", lambda folder: read.append(folder.name))
+    trainer.train()
+    assert read == ["checkpoint-1"]
+
+
 def test_background_checkpoint_is_not_changed_by_later_steps(make_trainer, tmp_path, monkeypatch):
     """A checkpoint is written while training continues."""
     step_done, write = threading.Event(), writer.CheckpointWriter._write_weights

@@ -1,0 +1,104 @@
+"""Models from parts: pretrained weights and tokens come in unchanged, what is missing is added."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
+
+from hf_speechllm.formats.composition import PAD_TOKEN, SPECIAL_TOKENS, compose, train_tokenizer
+from hf_speechllm.model import chat
+
+
+@pytest.fixture
+def plain_tokenizer(tokenizer):
+    """A tokenizer of an LLM that knows no dialogues, without padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=260, special_tokens=["</s>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["hello world"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.fixture
+def config(make_model):
+    """Sizes of a tiny model."""
+    return {**make_model()[0].config.to_dict(), "feature_extractor": {"window_type": "povey"}}
+
+
+def test_trained_tokenizer_knows_dialogues_and_gives_every_text_back():
+    tokenizer = train_tokenizer(["hello world"] * 50, 280)
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (chat.TURN_END, PAD_TOKEN)
+    assert 260 < len(tokenizer) <= 280
+    for text in ("hello world", "几点了？ ünïcode", " a  b"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    long = train_tokenizer([], 400)
+    prompt = chat.transcription_prompt()
+    assert len(long.encode(prompt, add_special_tokens=False)) < len(prompt.encode()) / 2  # the prompts are learned
+
+
+def test_tokens_that_dialogues_need_are_added(plain_tokenizer, config, tmp_path):
+    plain_tokenizer.save_pretrained(tmp_path)
+    before = len(plain_tokenizer)
+    model, processor = compose(config, str(tmp_path))
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) == before + 3 == model.get_input_embeddings().num_embeddings
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (chat.TURN_END, "</s>")
+    assert model.config.audio_token_id == processor.audio_token_id == tokenizer.convert_tokens_to_ids(chat.AUDIO_TOKEN)
+    for settings in (model.generation_config, model.llm.generation_config):
+        ids = settings.eos_token_id, settings.pad_token_id, settings.bos_token_id
+        assert ids == (tokenizer.eos_token_id, tokenizer.pad_token_id, None)
+    assert processor.feature_extractor.window_type == "povey"
+    assert config["feature_extractor"] and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_pretrained_llm_keeps_its_weights_and_gets_rows_for_new_tokens(plain_tokenizer, config, tmp_path):
+    llm = AutoModelForCausalLM.from_config(
+        Qwen3Config(
+            vocab_size=len(plain_tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
+            num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    llm.to(torch.bfloat16).save_pretrained(tmp_path / "llm")
+    model, processor = compose(config, plain_tokenizer, llm=str(tmp_path / "llm"))
+    assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer) > llm.config.vocab_size
+    for name, tensor in llm.state_dict().items():
+        assert torch.equal(model.llm.state_dict()[name][: len(tensor)], tensor.float()), name
+    roomy = Qwen3Config(**{**llm.config.to_dict(), "vocab_size": 400})
+    AutoModelForCausalLM.from_config(roomy).save_pretrained(tmp_path / "roomy")
+    model, _ = compose(config, plain_tokenizer, llm=str(tmp_path / "roomy"))
+    assert model.get_input_embeddings().num_embeddings == 400  # rows to spare stay
+
+
+def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, tmp_path):
+    encoder = make_model(seed=5)[0].audio_encoder
+    AutoModel.from_config(encoder.config)  # as it is published
+    encoder.save_pretrained(tmp_path / "sanm")
+    model, _ = compose(config, tokenizer, audio_encoder=str(tmp_path / "sanm"))
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    whisper = WhisperModel(
+        WhisperConfig(
+            d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, num_mel_bins=20, vocab_size=100, pad_token_id=0,
+            bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, **sizes,
+        )
+    )  # fmt: skip
+    whisper.save_pretrained(tmp_path / "whisper")
+    WhisperFeatureExtractor(feature_size=20).save_pretrained(tmp_path / "whisper")
+    model, processor = compose(config, tokenizer, audio_encoder=str(tmp_path / "whisper"))
+    for name, tensor in whisper.encoder.state_dict().items():
+        assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
+    assert isinstance(processor.feature_extractor, WhisperFeatureExtractor)
+    assert processor.encoder_downsample_rate == 2
