@@ -232,9 +232,12 @@ def write(
     """Writes a native checkpoint, and a processor if given, to an existing folder.
 
     Raises:
-        CheckpointError: see `check_exportable`; or if tensors of the LLM have no name in the native class.
+        CheckpointError: see `check_exportable`; if tensors of the LLM have no name in the native class; or, unless
+            forced, if the window of the front end differs from the native one.
     """
     check_exportable(checkpoint.config, force)
+    if processor is not None and not force:
+        _check_window(processor.feature_extractor)
     tensors = {_to_native(name): tensor for name, tensor in checkpoint.tensors.items()}
     if unsupported := [name for name in tensors if name.startswith("llm.")]:
         raise CheckpointError(
@@ -248,6 +251,15 @@ def write(
         native_processor(processor).save_pretrained(folder)
     write_safetensors(tensors, folder, max_shard_size)
     write_ctc_tensors(checkpoint.ctc_tensors, folder / CTC_FILE)
+
+
+def _check_window(features: FbankFeatureExtractor) -> None:
+    """Refuses windows other than Hamming: the native feature extractor does not read the window from its file."""
+    if features.window_type != "hamming":
+        raise CheckpointError(
+            f"transformers' fun_asr_nano class uses a Hamming window, this model a {features.window_type} window, so it "
+            "would compute other features there; to write it for this package, use force"
+        )
 
 
 def _native_config(checkpoint: Checkpoint) -> FunAsrNanoConfig:

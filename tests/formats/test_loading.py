@@ -584,6 +584,14 @@ def test_exports_with_different_results_are_refused(layout, adaptor, force, mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_native_export_of_another_window_is_refused(make_model, tmp_path):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False})
+    processor.feature_extractor.window_type = "povey"
+    with pytest.raises(CheckpointError, match="uses a Hamming window, this model a povey window"):
+        save_native(model, processor, tmp_path / "out")
+    save_native(model, processor, tmp_path / "out", force=True)
+
+
 # Readers of the exports
 
 STOCK = """
