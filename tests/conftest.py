@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +32,12 @@ from hf_speechllm.training.options import FinetuningOptions, TrainedPartsOptions
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def python_handles_ctrl_c():
+    """Restores Python's handler of SIGINT, which background jobs and their children ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -257,8 +257,8 @@ def _check_window(features: FbankFeatureExtractor) -> None:
     """Refuses windows other than Hamming: the native feature extractor does not read the window from its file."""
     if features.window_type != "hamming":
         raise CheckpointError(
-            f"transformers' fun_asr_nano class uses a Hamming window, this model a {features.window_type} window, so it "
-            "would compute other features there; to write it for this package, use force"
+            f"transformers' fun_asr_nano class uses a Hamming window, this model a {features.window_type} window, so "
+            "it would compute other features there; to write it for this package, use force"
         )
 
 

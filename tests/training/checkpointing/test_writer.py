@@ -160,7 +160,8 @@ def test_failed_save_deletes_nothing(make_trainer, tmp_path, monkeypatch):
 def test_limit_keeps_the_best_and_the_last(make_trainer, tiny_rows, tmp_path):
     trainer = make_trainer(
         **SAVING, **FROZEN, save_total_limit=2, eval_dataset=tiny_rows.select(range(4)), eval_strategy="steps",
-        eval_steps=1, metric_for_best_model="loss", learning_rate=1.0, max_steps=4, per_device_train_batch_seconds=3.0,
+        eval_steps=1, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-2, max_steps=4,
+        per_device_train_batch_seconds=3.0,
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_global_step
