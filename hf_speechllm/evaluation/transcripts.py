@@ -41,7 +41,7 @@ def _read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
     """
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
-            line = raw.removeprefix(codecs.BOM_UTF8)  # of any line: lists are joined with `cat`
+            line = raw.removeprefix(codecs.BOM_UTF8)  # in any line: `cat` joins lists
             try:
                 text = line.decode("utf-8").strip("\r\n")  # keeps the tab before an empty text
             except UnicodeDecodeError as error:

@@ -122,7 +122,7 @@ def build_config(values: dict[str, Any], file: Path) -> SpeechLLMConfig:
         config.validate()
         config.to_json_string()
         if config.max_feature_frames < 1:
-            raise ValueError("the positions of the audio encoder leave no room for a recording")
+            raise ValueError("the position table of the audio encoder is too short for a recording")
     return config
 
 

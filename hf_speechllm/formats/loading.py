@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
@@ -34,8 +32,9 @@ from .checkpoint import (
     write_ctc_tensors,
     write_safetensors,
 )
+from .hub_files import find_file, offline_if_unreachable, read_json_file
 from .quantization import only_whole_blocks
-from .untrusted import base_model, check_folder, inside, one_line, read_json, reading, stored_base
+from .untrusted import base_model, check_folder, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
 LAYOUTS = (OWN, NATIVE, FUNASR)
@@ -69,22 +68,22 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
     if os.path.isfile(name):  # the path of a config.json instead of its folder
         read_json(Path(name))
         return OWN
-    hub = _reachable(name, hub)
-    model_type = _read_json(name, "config.json", hub).get("model_type")
+    hub = offline_if_unreachable(name, hub)
+    model_type = read_json_file(name, "config.json", hub).get("model_type")
     if model_type == SpeechLLMConfig.model_type:
-        return OWN if _find(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
+        return OWN if find_file(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
     if model_type == native.MODEL_TYPE:
         return NATIVE
-    if _find(name, adapters.CONFIG_FILE, hub) is not None:
+    if find_file(name, adapters.CONFIG_FILE, hub) is not None:
         return ADAPTER
-    if _find(name, funasr_files.CONFIG_FILE, hub) is not None:
+    if find_file(name, funasr_files.CONFIG_FILE, hub) is not None:
         return FUNASR
     if model_type is not None:
         raise CheckpointError(
             f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
     if hub.get("local_files_only") and not os.path.exists(name):
-        raise CheckpointError(f"{name}: no such folder, nor in the cache of the Hub, which is not reached")
+        raise CheckpointError(f"{name}: no such folder, and not in the cache of the Hub; the Hub cannot be reached")
     raise CheckpointError(
         f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
         "or config.yaml (FunASR)"
@@ -100,33 +99,6 @@ def _read(name: str | os.PathLike[str], layout: str, folder: Path) -> Checkpoint
         if _is_funasr_weights(name):
             return funasr.read(folder, os.path.basename(name))
         return READERS[layout].read(folder)
-
-
-def _reachable(name: str | os.PathLike[str], hub: dict) -> dict:
-    """The options, with `local_files_only` where the Hub does not answer: its client tries half a minute a file."""
-    if os.path.exists(name):
-        return hub
-    try:
-        hf_hub_download(str(name), "config.json", **{key: value for key, value in hub.items() if value is not None})
-    except LocalEntryNotFoundError:
-        return {**hub, "local_files_only": True}
-    except HFValidationError as error:  # a path, not a name of the Hub
-        raise CheckpointError(f"{name}: no such folder") from error
-    except (OSError, ValueError):
-        pass  # an answer: no such repository, no such file
-    return hub
-
-
-def _find(name: str | os.PathLike[str], file: str, hub: dict) -> str | None:
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-
-
-def _read_json(name: str | os.PathLike[str], file: str, hub: dict) -> dict:
-    path = _find(name, file, hub)
-    if path is None:
-        return {}
-    inside(Path(path).parent, Path(path).name, path)
-    return read_json(Path(path))
 
 
 def _fetch(name: str | os.PathLike[str], layout: str, hub: dict, weights: bool = True) -> Path:
@@ -150,7 +122,7 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     hub = _hub_options(options)
     layout = find_layout(name, **hub)
     if layout in (OWN, PARTIAL):
-        file = Path(name if os.path.isfile(name) else str(_find(name, "config.json", hub)))
+        file = Path(name if os.path.isfile(name) else str(find_file(name, "config.json", hub)))
         build_config(read_json(file), file)  # errors of transformers name neither file nor field
         return None
     folder = _fetch(name, layout, hub, weights=False)
@@ -189,7 +161,7 @@ def load_model(
         return (model, info) if want_info else model
 
     if layout == OWN:
-        source, ctc_tensors = name, read_ctc_tensors(_find(name, CTC_FILE, hub))
+        source, ctc_tensors = name, read_ctc_tensors(find_file(name, CTC_FILE, hub))
         headers = _check_own(folder, options)
         stored = part_dtypes({key: item.dtype for key, item in headers.items() if item.dtype is not None})
         sizes = {key: item.shape for key, item in headers.items()}
@@ -289,13 +261,13 @@ def load_processor(
     """
     hub = _hub_options(options)
     options.setdefault("trust_remote_code", False)  # `None` would start a prompt on the terminal
-    hub = _reachable(name, hub)
+    hub = offline_if_unreachable(name, hub)
     is_folder = not _is_funasr_weights(name)
-    written_by = _read_json(name, "processor_config.json", hub).get("processor_class") if is_folder else None
+    written_by = read_json_file(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
     processor = _read_processor(processor_class, name, layout, written_by, hub, options)
-    with reading(name, PROCESSOR_ERROR):  # settings of a tokenizer are only looked at when it is used
+    with reading(name, PROCESSOR_ERROR):  # bad settings of a tokenizer only fail when the tokenizer is used
         ids = processor.tokenizer.encode("a", add_special_tokens=False)
         processor.tokenizer.batch_decode([ids], skip_special_tokens=True)
     return processor

@@ -73,7 +73,7 @@ def reading(source: Any, what: str = "cannot be used") -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointError(one_line(error)) from error
     except Exception as error:
-        if not isinstance(error, BAD_VALUES) and type(error) is not Exception:  # the latter by tokenizers
+        if not isinstance(error, BAD_VALUES) and type(error) is not Exception:  # tokenizers raises plain `Exception`
             raise
         kind = "" if isinstance(error, (ValueError, StrictDataclassError)) else f"{type(error).__name__}: "
         raise CheckpointError(f"{source} {what} ({kind}{one_line(error)})") from error
@@ -102,8 +102,10 @@ def inside(folder: Path, name: Any, source: Any) -> Path:
     path = folder / name
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as error:  # the latter for links in a circle, in older releases of Python
-        raise CheckpointError(f"{source}: {one_line(name)!r} is a link that leads nowhere") from error
+    except (OSError, RuntimeError) as error:  # `RuntimeError` for circular links, before Python 3.13
+        raise CheckpointError(
+            f"{source}: {one_line(name)!r} is a broken or circular link; replace the link with the file"
+        ) from error
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise CheckpointError(
             f"{source}: {one_line(name)!r} is a link to a target outside the checkpoint's folder; copy the file "

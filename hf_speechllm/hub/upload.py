@@ -40,7 +40,7 @@ ABSOLUTE_PATH = re.compile(r"[/~]|[A-Za-z]:[\\/]|\\\\|file:", re.IGNORECASE)
 
 
 def hub_id(name: str) -> str | None:
-    """Returns the Hub id of a model name; `None` for a local folder and for an impossible id."""
+    """Returns the Hub id of a model name; `None` for a local folder or an invalid id."""
     if not name or os.path.exists(name) or os.path.isabs(name):
         return None
     try:
@@ -92,7 +92,7 @@ def usage(name: str) -> str:
     Args:
         name: Hub id or folder name of the model; a folder name may contain any character.
     """
-    name = "".join(char if char.isprintable() and char != "`" else " " for char in name)  # no end of the code
+    name = "".join(char if char.isprintable() and char != "`" else " " for char in name)  # cannot end the code block
     quoted, argument = json.dumps(name, ensure_ascii=False), shlex.quote(name)
     return f"""## Use
 ```python
@@ -192,7 +192,7 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool |
         commit: options of `HfApi.upload_folder` (`commit_message`, `revision`, ...).
 
     Raises:
-        OSError: if the Hub refuses the upload, or can't be reached.
+        OSError: if the Hub refuses the upload, or cannot be reached.
     """
     api = HfApi(library_name=PACKAGE.name, token=token)
     with reporting_unreachable(repo_id):
@@ -202,13 +202,13 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool |
 
 @contextlib.contextmanager
 def reporting_unreachable(repo_id: str) -> Iterator[None]:
-    """Turns what the Hub's HTTP client raises without a connection into a `ConnectionError`."""
+    """Converts exceptions of the HTTP client without a connection to `ConnectionError`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError):
         raise
-    except Exception as error:  # of a library that differs between releases of huggingface_hub
-        raise ConnectionError(f"{repo_id}: the Hub can't be reached: {error}") from error
+    except Exception as error:  # releases of huggingface_hub use different HTTP clients
+        raise ConnectionError(f"{repo_id}: the Hub cannot be reached: {error}") from error
 
 
 def push_model(

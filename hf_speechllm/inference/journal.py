@@ -66,8 +66,8 @@ class Journal:
             for number, line in enumerate(lines, start=1):
                 row = _parse(line)
                 if row is None or (number == 1) != ("settings" in row):
-                    lost = "its result is" if number > 1 else f"without settings, {len(lines) - 1} results are"
-                    damaged.append(f"{path}:{number}: damaged: {lost} not used, but decoded again")
+                    lost = "its result is" if number > 1 else f"without settings, all {len(lines) - 1} results are"
+                    damaged.append(f"{path}:{number}: damaged: {lost} ignored and decoded again")
                     if number == 1:
                         break
                 elif number == 1:

@@ -39,9 +39,9 @@ class RequestMeter:
         self.max_seconds = self.config.max_feature_frames * self.processor.frame_seconds
 
     def __call__(self, requests: Sequence[Request]) -> list[float | str]:
-        """Audio seconds of each request, or why it can't be decoded.
+        """Returns the audio seconds of each request, or an error message.
 
-        Where a recording's header says how long it is, nothing else is read; damage behind it is found on loading.
+        If the header of a recording contains the duration, only the header is read; loading finds other damage.
         """
         with ThreadPoolExecutor(self.num_workers) as pool:
             return list(pool.map(self._measure, requests, chunksize=1))

@@ -106,11 +106,11 @@ def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows
 
 
 def _problem_of_id(id_: str) -> str | None:
-    """Why an ID that is made of a file name can't be written into a list and read back."""
+    """Returns an error message if an ID cannot be written to a list and read back; otherwise `None`."""
     if not id_:
-        return "bad ID: the file name is empty but for spaces and its suffix; rename the file"
+        return "bad ID: the file name is empty apart from spaces and the suffix; rename the file"
     if _NOT_IN_ID.search(id_):
-        return f"bad ID: the file name {id_!r} has a tab or a line end, which separate fields of the output"
+        return f"bad ID: the file name {id_!r} contains a tab or a line end; rename the file"
     try:
         id_.encode("utf-8")
     except UnicodeEncodeError:

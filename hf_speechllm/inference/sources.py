@@ -27,7 +27,13 @@ _WHITE_SPACE = re.compile(r"\s+")
 
 
 class Source(NamedTuple):
-    """A recording: ID, a longer name for recordings with equal IDs, and path, URL or place in an archive."""
+    """A recording.
+
+    Args:
+        id: ID of the recording.
+        name: longer name, for recordings with equal IDs.
+        recording: path, URL, or address in an archive.
+    """
 
     id: str
     name: str

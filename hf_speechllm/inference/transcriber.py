@@ -71,13 +71,13 @@ class Transcriber:
         repetition_guard: whether to stop and cut loops at the end of hypotheses; see `repetition`.
         vad: splits recordings into segments; `None` decodes whole recordings.
         cuda_graphs: whether greedy search on a GPU uses CUDA graphs; see `fast.cuda_graphs`.
-        fast: whether fast paths are used: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
-            attention of cuDNN. If false, the model computes as torch and transformers do, also if an earlier fast
-            transcriber has set it up: the same numbers, slower.
+        fast: whether to use fast paths: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
+            attention of cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
+            same numbers), even after use by a fast transcriber.
 
     Raises:
-        ValueError: if an end token of the generation configuration is no token; with `vad`, if the processor's
-            sampling rate is not that of the voice detection.
+        ValueError: if an end token of the generation configuration is invalid; with `vad`, if the sampling rate of the
+            processor differs from the rate of the voice detection.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Transcriber:
         self.fast = fast
         transcription_config(model)
         if ignored := ignored_settings(model.generation_config):
-            logger.warning("not used of the model's generation configuration: %s", one_line(ignored))
+            logger.warning("ignored settings in the generation configuration of the model: %s", one_line(ignored))
         if not fast:
             enable_host_syncs(model)
         if fast and model.device.type == "cuda":
@@ -124,15 +124,15 @@ class Transcriber:
             )
 
     def rehearse(self, name: Any) -> None:
-        """Computes one step for half a second of silence: settings of a stranger's checkpoint show only when used.
+        """Computes one step for half a second of silence. Some bad settings of a checkpoint fail only when used.
 
         Args:
-            name: of the checkpoint, for the message.
+            name: of the checkpoint, for the error message.
 
         Raises:
-            CheckpointError: if that is not possible.
+            CheckpointError: if the step fails.
         """
-        with reading(name, "can't transcribe"), torch.inference_mode():
+        with reading(name, "cannot transcribe"), torch.inference_mode():
             silence = np.zeros(self.processor.sampling_rate // 2, np.float32)
             inputs = self.processor.apply_transcription_request(silence).to(self.model.device)
             self.model(**inputs, logits_to_keep=1)
@@ -213,7 +213,9 @@ class Transcriber:
                 yield from failed
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
                     if piece.waveform is None:
-                        seconds[piece.index] = piece.seconds  # a recording may have been replaced meanwhile
+                        seconds[piece.index] = (
+                            piece.seconds
+                        )  # the recording may have been replaced since the measurement
                     if piece.index not in found:  # another segment of this recording has failed
                         continue
                     if segment is None:
@@ -296,7 +298,7 @@ class Transcriber:
             if isinstance(loaded, AudioError):
                 failed.append(Transcript(piece.index, error=str(loaded)))
                 continue
-            if piece.waveform is None:  # as long as it is now, not as it was when it was measured
+            if piece.waveform is None:  # the current duration, which may differ from the measured one
                 length = sum(map(len, loaded)) / self.processor.sampling_rate
                 piece = replace(piece, end=piece.start + length)
             decodable.append(piece)
@@ -353,10 +355,10 @@ class Transcriber:
             options[CACHE] = self.greedy_decoder.new_cache()
         attention = without_cudnn_attention() if self.fast else nullcontext()
         search = transcribing(self.model, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
-        with self.greedy_decoder or nullcontext(), attention, search as config, LogitsCheck(self.model) as watch:
+        with self.greedy_decoder or nullcontext(), attention, search as config, LogitsCheck(self.model) as check:
             output = self.model.generate(**inputs, generation_config=config, **options)
         tokens = output[:, prompt_tokens:]
-        finite = watch.finite(rows, tokens if self.num_beams == 1 else None)
+        finite = check.finite(rows, tokens if self.num_beams == 1 else None)
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [chat.clean_answer(text) if ok else None for text, ok in zip(texts, finite, strict=True)]
 

@@ -38,7 +38,12 @@ POSITIVE = {
     "encoder_ffn_dim", "max_source_positions", "num_mel_bins", "num_stacked_frames", "fsmn_kernel_size",
     "projector_hidden_size", "downsample_rate",
 }  # fmt: skip
-BY_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"}  # or one for all layers
+BY_LAYER = {
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "head_dim",
+}  # one value per layer, or one value for all layers
 NOT_NEGATIVE = {"audio_token_id", "num_timestamp_prediction_layers", "num_labels"}
 
 

@@ -1,4 +1,4 @@
-"""What of a checkpoint's generation configuration holds for transcription: its tokens, and nothing else."""
+"""Generation configuration for transcription: only the special tokens come from the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What transcription replaces without a word: it never samples, and has lengths, beams and outputs of its own.
+# Settings that transcription replaces without a warning: transcription sets sampling, lengths, beams and outputs.
 REPLACED = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "num_beams",
     "use_cache", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
@@ -18,13 +18,17 @@ REPLACED = (
 
 
 def transcription_config(model: PreTrainedModel, **options: Any) -> GenerationConfig:
-    """The tokens of a model's generation configuration, and options; the defaults of transformers for all else.
+    """Returns the tokens of the model's generation configuration with options, and defaults of transformers otherwise.
 
-    A checkpoint comes from anybody. Most of its settings would end transcription with an error (several sequences,
-    assisted decoding, caches that need other packages) or change texts (penalties, biases, watermarks).
+    The configuration may be untrusted. Most settings would end transcription with an error (several sequences,
+    assisted decoding, caches that require other packages) or change texts (penalties, biases, watermarks).
+
+    Args:
+        model: model with a generation configuration.
+        **options: options of the search, such as `max_new_tokens` and `num_beams`.
 
     Raises:
-        ValueError: if an end or padding token is no token.
+        ValueError: if the id of a special token is not in the vocabulary.
     """
     config = model.generation_config
     size = model.get_input_embeddings().num_embeddings
@@ -37,17 +41,20 @@ def transcription_config(model: PreTrainedModel, **options: Any) -> GenerationCo
 
 
 def ignored_settings(config: GenerationConfig) -> dict[str, Any]:
-    """Settings of a generation configuration that would change texts, and that transcription leaves out."""
+    """Returns the settings of a generation configuration that would change texts, and that transcription ignores."""
     settings = config.to_diff_dict().items()
     return {key: value for key, value in settings if key not in (*TOKENS, *REPLACED) and not key.startswith("_")}
 
 
 @contextmanager
 def transcribing(model: PreTrainedModel, **options: Any) -> Iterator[GenerationConfig]:
-    """Gives what to call `generate` with, which fills in nothing of the model's own while the block runs.
+    """Yields the configuration for `generate`, and sets it on the model while the block runs.
+
+    Otherwise `generate` would add settings from the model's own configuration.
 
     Args:
-        options: of greedy or beam search, such as `max_new_tokens` and `num_beams`.
+        model: model with a generation configuration.
+        **options: options of greedy or beam search, such as `max_new_tokens` and `num_beams`.
     """
     own = model.generation_config
     model.generation_config = transcription_config(model, do_sample=False, **options)

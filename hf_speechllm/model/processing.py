@@ -20,7 +20,7 @@ from ..audio.waveform import load_audio
 from . import chat, pretrained
 from .configuration import SpeechLLMConfig
 
-MAX_DOWNSAMPLING = 1000  # neighbouring frames that become one
+MAX_DOWNSAMPLING = 1000  # frames merged into one, at most
 # Options of a call, grouped by the dict that may contain them (`text_kwargs`, ...).
 OPTIONS = {
     group: frozenset(options.__annotations__ if is_typeddict(options) else ())
@@ -361,15 +361,15 @@ def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class NoSpeechSeq2Seq:
-    """Stands where `pipeline("automatic-speech-recognition")` looks for a model, and names what to use instead."""
+    """Placeholder for `pipeline("automatic-speech-recognition")`; the error names the supported alternatives."""
 
     config_class = SpeechLLMConfig
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Raises an `AttributeError`, which the pipeline passes on; others end among its own tracebacks."""
+        """Raises `AttributeError`, the only exception that the pipeline reports without tracebacks of its own."""
         raise AttributeError(
-            'a speech LLM needs a prompt, which the pipeline "automatic-speech-recognition" does not give; use '
+            'a speech LLM needs a prompt, and the pipeline "automatic-speech-recognition" has none; use '
             'hf_speechllm.Transcriber(model, processor).transcribe(audio), or pipeline("any-to-any")'
         )
 

@@ -48,7 +48,7 @@ class SpeechLLMTrainingArguments(
         super().__post_init__()
 
     def check(self) -> None:
-        """Finds options that contradict each other or have no effect, before a device is taken.
+        """Checks for options that contradict each other or have no effect, before a device is used.
 
         Raises:
             ValueError: the message names the options.

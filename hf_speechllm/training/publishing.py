@@ -36,10 +36,10 @@ class PublishingTrainer(Trainer):
             )  # fmt: skip
 
     def init_hf_repo(self, token: str | None = None, **options) -> None:
-        """Creates the repository, as the parent does.
+        """Creates the repository on the Hub; arguments as in the parent class.
 
         Raises:
-            OSError: if the Hub refuses it, or can't be reached.
+            OSError: if the Hub refuses the repository, or cannot be reached.
         """
         with reporting_unreachable(self.args.hub_model_id or str(self.args.output_dir)):
             super().init_hf_repo(token, **options)

@@ -102,7 +102,7 @@ def test_reason_contains_no_secrets_and_no_control_characters():
     assert str(row) == "a.jsonl:\ufffd[31mkey: https://***@host/a.wav?***: gone \ufffd[2J"
 
 
-def test_nobody_is_told_to_leave_out_all_rows():
+def test_error_does_not_suggest_to_skip_all_rows():
     with pytest.raises(BadDataError) as error:
         rows_with(3).check(total=3)
     assert str(error.value).endswith("\nFix these rows")

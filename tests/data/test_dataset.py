@@ -510,8 +510,8 @@ def test_tempo_is_changed_within_its_spread_and_the_spectrum_is_kept():
     assert 270 <= min(lengths) < 275 and 325 < max(lengths) <= 330
 
 
-def test_paths_in_a_list_that_is_a_link_start_where_the_link_lies(prepare, corpus, tmp_path):
-    """As for decoding and streaming."""
+def test_paths_are_relative_to_the_link_of_a_list(prepare, corpus, tmp_path):
+    """Decoding and streaming use the same rule."""
     (tmp_path / "elsewhere").mkdir()
     (corpus / "train.jsonl").rename(tmp_path / "elsewhere" / "train.jsonl")
     (corpus / "train.jsonl").symlink_to(tmp_path / "elsewhere" / "train.jsonl")

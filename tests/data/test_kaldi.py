@@ -152,12 +152,12 @@ def test_paths_outside_the_root_are_bad(tmp_path):
     assert all("outside --audio_root" in row.reason for row in bad_rows)
 
 
-def test_byte_order_marks_of_lists_that_were_joined_are_no_part_of_an_id(lists):
+def test_byte_order_marks_inside_joined_lists_are_removed(lists):
     utterances, bad = lists(b"a a.wav\n\xef\xbb\xbfb b.wav\n", b"\xef\xbb\xbfb two\na one\n")
     assert [u.id for u in utterances] == ["a", "b"] and bad == []
 
 
-def test_segments_beside_a_list_are_named(lists, tmp_path, caplog):
+def test_ignored_segments_file_is_reported(lists, tmp_path, caplog):
     lists("a a.wav\n", "a one\n")
     assert not caplog.text
     (tmp_path / "segments").write_text("a-1 a 0.0 1.0\n")
@@ -165,7 +165,7 @@ def test_segments_beside_a_list_are_named(lists, tmp_path, caplog):
     assert f"{tmp_path}/segments is not used" in caplog.text
 
 
-def test_lists_in_each_others_place_are_named_without_secrets(tmp_path):
+def test_swapped_lists_are_reported_without_secrets(tmp_path):
     (tmp_path / "text").write_text("a https://user:word@host/a.wav?key=1\n")
     with pytest.raises(ValueError, match="swapped") as error:
         require_transcripts(read_list(tmp_path / "text", BadRows()))

@@ -1,4 +1,4 @@
-"""Each source as a small tree in its layout, read, written as JSONL and loaded as training does."""
+"""Reads a small example of each source, writes its rows as JSONL, and loads the JSONL as training does."""
 
 import io
 import json
@@ -24,7 +24,7 @@ RATE = 16000
 
 @pytest.fixture
 def write_audio(tmp_path):
-    """Writes noise of a length in seconds below the test's folder, another for every name, and gives its path."""
+    """Writes noise of a length in seconds to the test's folder, different for every name; returns the path."""
 
     def write(name, seconds=1.0):
         path = tmp_path / name
@@ -38,7 +38,7 @@ def write_audio(tmp_path):
 
 @pytest.fixture
 def write_lines(tmp_path):
-    """Writes lines, or objects as lines of JSON, below the test's folder."""
+    """Writes lines, or objects as lines of JSON, to the test's folder."""
 
     def write(name, lines):
         path = tmp_path / name
@@ -139,7 +139,7 @@ def test_folder_with_csv(write_audio, write_lines, read, tmp_path):
     ]  # fmt: skip
 
 
-def test_columns_are_named_where_they_are_not_recognised(write_audio, write_lines, read):
+def test_unrecognised_columns_can_be_named(write_audio, write_lines, read):
     write_audio("a.wav")
     path = write_lines("list.csv", ["clip,said", "a.wav,one", "a.wav,"])
     with pytest.raises(BadDataError, match="--columns audio=NAME .the columns are clip, said"):
@@ -356,7 +356,7 @@ def wav_bytes(seconds=1.0):
 
 @pytest.fixture
 def dataset(write_audio):
-    """A row with bytes, and one with a path."""
+    """Returns a row with bytes and a row with a path."""
     rows = {
         "audio": [{"bytes": wav_bytes(), "path": "x.wav"}, {"bytes": None, "path": str(write_audio("a.wav", 2))}],
         "sentence": ["one", "two"],
@@ -435,27 +435,27 @@ def test_lhotse_cuts_and_shar(write_audio, read, tmp_path):
     np.testing.assert_allclose(load_audio(found[0].recording), load_audio(f"{tmp_path}/a.wav")[24000:40000], atol=1e-4)
 
 
-def test_sources_that_are_nothing_known(tmp_path, write_lines):
+def test_unknown_sources_are_refused(tmp_path, write_lines):
     for source, error in [(tmp_path, BadDataError), (tmp_path / "none", FileNotFoundError)]:
         assert recognize(str(source)) is None
         with pytest.raises(error, match="no known layout|no such file"):
             list(read_source(str(source), Reading(BadRows())))
 
 
-def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
+def test_unloadable_hub_id_is_reported(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(BadDataError, match="data/none: no such file, and no data set that can be loaded .*offline"):
         list(read_source("data/none", Reading(BadRows())))
 
 
-def test_several_lists_without_splits_are_not_guessed(write_lines, tmp_path):
+def test_several_lists_without_splits_are_refused(write_lines, tmp_path):
     for name in ("a.csv", "b.csv"):
         write_lines(name, ["path,text"])
     with pytest.raises(BadDataError, match=r"several lists \(a.csv, b.csv\); name one"):
         list(read_source(str(tmp_path), Reading(BadRows())))
 
 
-def test_rows_of_a_csv_that_are_not_usable_are_named(write_audio, read, tmp_path):
+def test_unusable_rows_of_a_csv_are_reported(write_audio, read, tmp_path):
     write_audio("a.wav")
     (tmp_path / "a.csv").write_bytes(b"path,text\na.wav,\xff\na.wav,b,c\na.wav,d\na.wav\n")
     found, reading = read(tmp_path / "a.csv", "csv", num_bad=3)

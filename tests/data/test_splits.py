@@ -14,7 +14,7 @@ def utterance(recording, speaker=None, split=None, origin=None, messages=None):
 
 @pytest.fixture
 def corpus():
-    """10 speakers with 5 to 14 utterances, each a recording of its own."""
+    """Returns 10 speakers with 5 to 14 utterances, each in a separate recording."""
     return [utterance(f"/{speaker}-{n}.wav", f"s{speaker}") for speaker in range(10) for n in range(5 + speaker)]
 
 
@@ -30,7 +30,7 @@ def test_a_speaker_is_in_one_split_and_shares_are_met(corpus):
         assert shares == pytest.approx(SHARES, abs=0.1) and min(shares) > 0
 
 
-def test_the_seed_draws(corpus):
+def test_splits_depend_on_the_seed(corpus):
     draws = [split_utterances(corpus, SHARES, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -77,7 +77,7 @@ def test_all_recordings_of_a_dialogue_count():
 
 
 @pytest.mark.parametrize("number, splits", [(1, ["train"]), (2, ["dev", "train"]), (3, ["dev", "test", "train"])])
-def test_small_corpora_have_as_many_splits_as_they_can(number, splits):
+def test_small_corpora_have_as_many_splits_as_groups(number, splits):
     corpus = [utterance(f"/{n}.wav") for n in range(number)]
     assert sorted(split_utterances(corpus, (0.9, 0.05, 0.05))) == splits
 
@@ -95,5 +95,5 @@ def test_a_share_of_0_gives_no_split(corpus):
         (["train", None], None), ([], None),
     ],
 )  # fmt: skip
-def test_splits_of_the_source_count_if_there_are_any(given, own):
+def test_splits_of_the_source_are_used_if_complete(given, own):
     assert own_splits([utterance("/a.wav", split=split) for split in given]) == own

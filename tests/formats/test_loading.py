@@ -877,16 +877,16 @@ def test_written_models_have_the_permissions_of_new_files(make_model, make_check
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
 
 
-def test_hub_that_does_not_answer_is_asked_once_and_is_not_taken_for_an_empty_folder(monkeypatch):
+def test_unreachable_hub_is_reported_after_one_request(monkeypatch):
     asked = []
 
     def unreachable(name, file, **options):
         asked.append(bool(options.get("local_files_only")))
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("hf_speechllm.formats.loading.hf_hub_download", unreachable)
+    monkeypatch.setattr("hf_speechllm.formats.hub_files.hf_hub_download", unreachable)
     for kind in (SpeechLLMProcessor, SpeechLLMConfig):
-        with pytest.raises(CheckpointError, match="no/such: no such folder, nor in the cache of the Hub"):
+        with pytest.raises(CheckpointError, match="no/such: no such folder, and not in the cache of the Hub"):
             kind.from_pretrained("no/such")
     assert asked == [False, True, False]  # then only the cache
     monkeypatch.undo()
@@ -894,7 +894,7 @@ def test_hub_that_does_not_answer_is_asked_once_and_is_not_taken_for_an_empty_fo
         SpeechLLMProcessor.from_pretrained("../no/such")
 
 
-def test_4_bit_quantization_leaves_out_widths_that_are_no_whole_blocks():
+def test_4_bit_quantization_excludes_layers_with_partial_blocks():
     shapes = {"a.weight": (32, 560), "b.weight": (32, 128), "c.bias": (32,)}
     config = SimpleNamespace(load_in_4bit=True, llm_int8_skip_modules=None)
     assert only_whole_blocks(config, shapes).llm_int8_skip_modules == ["lm_head", "a"]

@@ -1,4 +1,4 @@
-"""Model cards: what names of files, folders, sets and base models hold is shown, and is no markup."""
+"""Model cards: names of files, folders, data sets and base models are shown, without effect as markup."""
 
 import re
 
@@ -15,8 +15,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_are_no_markup(name):
-    """The card has the lines and cells that one with harmless names has, and markup is code or text."""
+def test_markup_in_names_is_escaped(name):
+    """The card has the same lines and cells as a card with harmless names; markup in names is code or text."""
 
     def card(name):
         data = [DataSummary(name, "training", 3, 10.0), DataSummary(name, "validation", 1, 1.0)]
@@ -33,10 +33,10 @@ def test_names_are_no_markup(name):
 
 
 @pytest.mark.parametrize("name", ["x](javascript:alert(1))", "org/na me", "a/b/c", "org/<b>", "../x", "/abs", ""])
-def test_what_is_no_hub_id_is_no_link(name):
+def test_invalid_hub_ids_are_not_links(name):
     assert hub_id(name) is None
 
 
 @pytest.mark.parametrize("name", ["org/model-1.5_b", "model"])
-def test_hub_ids_are_known(name):
+def test_valid_hub_ids_are_recognised(name):
     assert hub_id(name) == name

@@ -383,11 +383,11 @@ def test_checkpoints_are_not_published():
         SpeechLLMTrainingArguments(output_dir="x", hub_strategy="every_save")
 
 
-def test_hub_that_can_not_be_reached_is_one_line():
+def test_unreachable_hub_is_reported_in_one_line():
     class ClientError(Exception):
-        """Of a library that `huggingface_hub` uses."""
+        """An exception of a library that `huggingface_hub` uses."""
 
-    expected = pytest.raises(ConnectionError, match="user/model: the Hub can't be reached: no route")
+    expected = pytest.raises(ConnectionError, match="user/model: the Hub cannot be reached: no route")
     with expected, reporting_unreachable("user/model"):
         raise ClientError("no route")
     with pytest.raises(ValueError, match="as it is"), reporting_unreachable("user/model"):

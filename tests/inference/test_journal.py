@@ -158,7 +158,7 @@ def test_shares_have_similar_durations_and_every_row_once():
     assert assign_shares([], 2) == [[], []]
 
 
-def test_the_first_20_damaged_lines_are_named(tmp_path, caplog):
+def test_warning_lists_the_first_20_damaged_lines(tmp_path, caplog):
     path = write_three(tmp_path)
     with path.open("ab") as file:
         file.write(b"{}\n" * 30)

@@ -124,12 +124,12 @@ def test_unsupported_sources_are_refused_with_advice(tmp_path, name, message):
         find(tmp_path / name)
 
 
-def test_addresses_of_one_name_are_told_apart_without_their_secrets():
+def test_urls_with_equal_names_have_different_ids_without_secrets():
     found, _ = find("https://me:word@host/x/a.wav?key=1", "https://host/y/a.wav?key=2")
     assert [item.id for item in found] == ["https://***@host/x/a.wav?***", "https://host/y/a.wav?***"]
 
 
-def test_file_names_that_no_list_can_hold_are_named(make_wav, tmp_path):
+def test_file_names_that_cannot_be_ids_are_reported(make_wav, tmp_path):
     name = os.fsdecode(b"bad\xff.wav")
     os.rename(make_wav("a.wav"), tmp_path / name)
     make_wav("b.wav")

@@ -345,7 +345,7 @@ def test_all_kinds_of_recordings_have_the_same_text(parts, waveforms, tmp_path):
     assert transcriber.transcribe([]) == []
 
 
-def test_a_recording_that_was_replaced_meanwhile_is_measured_again(parts, waveforms, tmp_path):
+def test_replaced_recording_has_the_new_duration(parts, waveforms, tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, waveforms[0], 16000, subtype="FLOAT")
     transcriber = Transcriber(*parts, max_new_tokens=8)
@@ -366,7 +366,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("settings", FOREIGN)
-def test_settings_of_a_strangers_generation_change_no_text(parts, waveforms, caplog, settings):
+def test_texts_do_not_depend_on_the_generation_configuration(parts, waveforms, caplog, settings):
     model, processor = parts
     expected = Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3])
     assert not caplog.text
@@ -382,7 +382,7 @@ def test_settings_of_a_strangers_generation_change_no_text(parts, waveforms, cap
         assert f"'{name}'" in caplog.text
 
 
-def test_ends_that_are_no_tokens_are_named(parts):
+def test_invalid_end_tokens_are_refused(parts):
     model, processor = parts
     own = model.generation_config
     try:
@@ -395,14 +395,14 @@ def test_ends_that_are_no_tokens_are_named(parts):
         model.generation_config = own
 
 
-def test_settings_of_generation_in_the_models_own_configuration_change_no_text(compose_tiny, waveforms):
+def test_texts_do_not_depend_on_generation_settings_in_the_model_configuration(compose_tiny, waveforms):
     model, processor = compose_tiny(seed=3)
     expected = Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3])
     model.config.repetition_penalty = 5.0
     assert Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms[:3]) == expected
 
 
-def test_a_plain_transcriber_undoes_what_a_fast_one_has_set_up(compose_tiny, waveforms):
+def test_plain_transcriber_disables_fast_paths(compose_tiny, waveforms):
     model, processor = compose_tiny(seed=3)
     before = [type(module) for module in model.modules()]
     implementations = [part.config._attn_implementation for part in (model.audio_encoder, model.audio_adaptor)]

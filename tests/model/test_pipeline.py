@@ -20,7 +20,7 @@ def test_any_to_any_returns_the_text_of_generate(tiny_model):
     assert result == transcribe.processor.decode(ids, skip_special_tokens=True) != ""
 
 
-def test_pipeline_without_a_prompt_names_what_to_use(tiny_model):
+def test_unsupported_pipeline_names_alternatives(tiny_model):
     with pytest.raises(AttributeError, match=r'^a speech LLM needs a prompt.*Transcriber.*pipeline\("any-to-any"\)$'):
         pipeline("automatic-speech-recognition", model=str(tiny_model), device="cpu")
 

@@ -235,8 +235,8 @@ def test_ids_with_spaces_are_read_from_decoding_output(score, write):
     assert (result["deletions"], result["reference_tokens"], result["empty_hypotheses"]) == (1, 3, ["meeting 2"])
 
 
-def test_ids_of_file_names_with_odd_spaces_are_read_back(decode_rows, run_recipe, tmp_path):
-    """What decoding writes for a JSONL is found again by scoring and normalising, at all ends of a line."""
+def test_ids_with_unicode_spaces_are_read_back(decode_rows, run_recipe, tmp_path):
+    """Scoring and normalising find the IDs that decoding writes for a JSONL, with spaces at both ends of the name."""
     names = [
         "\ufeffmark",
         " before",
@@ -261,7 +261,7 @@ def test_ids_of_file_names_with_odd_spaces_are_read_back(decode_rows, run_recipe
 
 @pytest.fixture
 def decode_rows(make_wav, run_recipe, tiny_model, tmp_path):
-    """Decodes recordings of given names, as rows of a JSONL; gives this and the texts."""
+    """Decodes recordings with given names, as rows of a JSONL; returns the JSONL and the texts."""
 
     def decode(names):
         rows = []

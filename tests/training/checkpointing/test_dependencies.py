@@ -176,7 +176,7 @@ def test_recipe_reports_wrong_options_in_one_line(run_recipe, make_trainer, tiny
     assert "\n" not in message
 
 
-def test_the_token_of_the_hub_is_in_no_file_of_a_run(make_trainer, tmp_path):
+def test_no_file_of_a_run_contains_the_hub_token(make_trainer, tmp_path):
     trainer = make_trainer(hub_token="hf_abcdefgh", save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()
     trainer.save_model()
