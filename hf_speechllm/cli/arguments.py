@@ -120,7 +120,7 @@ def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
         given = [name if name in known else name.removeprefix("no_") for name in given]
         check_inherited_options(
             (name for name in given if name in known), OWN
-        )  # before their values, whose types do not matter
+        )  # before parsing, because an error for the type of a value would be misleading
         return vars(parser.parse_args([*from_file, *argv]))
     except ValueError as error:
         return parser.error(str(error))

@@ -122,7 +122,7 @@ def main() -> None:
         except OSError as error:
             sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("; what is decoded is kept: the same command resumes") from None
+            raise KeyboardInterrupt("; results are kept; run the same command again to resume") from None
         loops = sum(transcript.looped for _, transcript in outcome.results)
         logger.info(
             "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",

@@ -158,6 +158,8 @@ def main() -> None:
             trainer.push_to_hub()
         except (OSError, ValueError, RuntimeError) as error:
             again = f"hf-speechllm push --input {args.output_dir} --hub_model_id {trainer.hub_model_id}"
-            sys.exit(f"{prog()}: error: {error}; the model is in {args.output_dir}, publish it with: {again}")
+            sys.exit(
+                f"{prog()}: error: {error}; the model is saved in {args.output_dir}; to publish the model: {again}"
+            )
     # Otherwise gloo threads can abort the process at the end of the interpreter.
     trainer.accelerator.end_training()

@@ -14,7 +14,7 @@ from typing import Any
 from .configurations import LAUNCHING, find_configuration
 from .parser import Parser, prog
 
-# Those of `accelerate launch` that go with the options of a run.
+# Options of `accelerate launch` that are accepted together with the options of a run.
 OPTIONS = {
     "config_file": "configuration of accelerate: a name (multi_gpu, deepspeed_zero2, fsdp2, ...) or a path",
     "num_processes": "total number of processes; usually one per GPU",
@@ -77,7 +77,7 @@ def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
     elif config.get("distributed_type", "NO") != "NO" and not is_available():
         raise ValueError(f"{file} requires GPUs, and none was found; use --config_file cpu")
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    logging.disable(logging.ERROR)  # of the launcher itself; the processes report their errors
+    logging.disable(logging.ERROR)  # messages of the launcher; the processes report their own errors
     try:
         launch_command(launch_command_parser().parse_args([*words, "--module", "hf_speechllm", verb, *argv]))
     except ChildFailedError as error:
@@ -85,7 +85,7 @@ def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
         if failure.exitcode < 0:
             sys.exit(f"{prog()}: error: signal {-failure.exitcode} ended the process of rank {rank}")
         sys.exit(failure.exitcode)
-    except SignalException as error:  # the processes got the signal, too, and have reported what they did
+    except SignalException as error:  # the processes also got the signal, and have reported the result
         sys.exit(128 + error.sigval)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

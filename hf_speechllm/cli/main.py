@@ -55,7 +55,7 @@ def main(verb: str | None = None) -> None:
             raise
         extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
         sys.exit(f"{prog()}: error: the package {package} is missing; pip install 'hf_speechllm{extra}'")
-    except ImportError as error:  # of a library that asks for another: attention kernels, quantization, trackers
+    except ImportError as error:  # a library requires another library: attention kernels, quantization, trackers
         if str(error.name).partition(".")[0] == __package__.partition(".")[0]:
             raise
         sys.exit(f"{prog()}: error: {error}")

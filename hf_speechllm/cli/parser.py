@@ -55,7 +55,7 @@ class Parser(OneLineErrors):
         super().__init__(prog(), description=description, formatter_class=HelpFormatter, **options)
 
     def parse_args(self, args=None, namespace=None) -> Any:
-        """As the parent's; a typing error is reported before the options that are missing because of it."""
+        """Parses arguments; reports a misspelled option before missing options, because one can cause the other."""
         args = list(command_line()[1] if args is None else args)
         for word in itertools.takewhile("--".__ne__, args):
             name = word.partition("=")[0]
@@ -66,7 +66,7 @@ class Parser(OneLineErrors):
 
 
 def report(message: str) -> None:
-    """Prints a message that all processes of a launch have in common; the first of this machine prints it."""
+    """Prints a message that is the same in all processes; only the first process of each machine prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
 

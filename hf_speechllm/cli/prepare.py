@@ -5,10 +5,10 @@ hf-speechllm prepare cv-corpus-21.0/de --output_dir data/de                (Comm
 hf-speechllm prepare calls.csv --output_dir data/calls --columns text=said --split 0.8 0.1 0.1
 hf-speechllm prepare google/fleurs --config de_de --output_dir data/fleurs (a data set of the Hub)
 
-SOURCE is a file, a folder, or the id of a data set on the Hub. Its format is recognised. Splits are those of the
-source, or they are drawn: by speaker if speakers are known, and never with one recording in two splits. Recordings are
-not copied, except recordings of `datasets` without files. Parts of long recordings are cut when they are loaded.
-Checks every recording completely, and writes no output if the share of bad rows is above --max_bad_fraction.
+SOURCE is a file, a folder, or the id of a data set on the Hub; the format is detected. Uses the splits of the source,
+or draws splits: by speaker if speakers are known, and never with one recording in two splits. Recordings are not
+copied, except recordings of `datasets` without files; parts of long recordings are cut on loading. Checks every
+recording completely, and writes no output if the share of bad rows is above --max_bad_fraction.
 """
 
 import argparse
@@ -23,60 +23,73 @@ DEFAULT_SPLIT = [0.9, 0.05, 0.05]
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line, and finds before any work what is wrong with it."""
+    """Parses and checks the command line."""
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="file, folder or Hub id")
-    parser.add_argument("--output_dir", required=True, help="folder to write to")
-    parser.add_argument("--format", help="of SOURCE, if it is not recognised; a wrong one lists all")
+    parser.add_argument("--output_dir", required=True, help="output folder")
+    parser.add_argument("--format", help="format of SOURCE (default: detected); an unknown format lists all formats")
     parser.add_argument(
         "--split",
         nargs=3,
         type=fraction,
         metavar=("TRAIN", "DEV", "TEST"),
-        help="shares of drawn splits, instead of the source's splits (default: 0.9 0.05 0.05 if it has none)",
+        help="shares of drawn splits (default: splits of the source, otherwise 0.9 0.05 0.05)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of drawn splits")
+    parser.add_argument("--seed", type=int, default=0, help="seed of drawn splits")
     parser.add_argument(
         "--columns",
         nargs="+",
         default=[],
         metavar="ROLE=NAME",
-        help="columns that are not found by name: audio, text, speaker, language, start, end, duration, id, split",
+        help="columns not found by name; roles: audio, text, speaker, language, start, end, duration, id, split",
     )
-    parser.add_argument("--subset", help="of WenetSpeech and GigaSpeech: the training subset, e.g. S")
+    parser.add_argument("--subset", help="training subset of WenetSpeech or GigaSpeech, for example S")
     parser.add_argument("--config", help="configuration of a data set on the Hub")
     parser.add_argument("--hub_split", help="split of a data set on the Hub (default: all)")
     parser.add_argument("--streaming", action="store_true", help="read a data set of the Hub without a cached copy")
-    parser.add_argument("--model_name_or_path", help="its tokenizer counts text_length; else that is left out")
     parser.add_argument(
-        "--language", help="ISO code or Chinese name of the language that prompts ask for; source: each row's own"
+        "--model_name_or_path", help="model whose tokenizer computes text_length (default: no lengths)"
+    )
+    parser.add_argument(
+        "--language", help="language in prompts, as ISO code or Chinese name; source: the language of each row"
     )
     parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
-    parser.add_argument("--prompt", help='instead of the default one, as in "Speech transcription:"')
-    parser.add_argument("--relative", action="store_true", help="write paths relative to --output_dir, not absolute")
-    parser.add_argument("--audio_root", help="folder that recordings must lie in, links followed (default: anywhere)")
-    parser.add_argument("--max_bad_fraction", type=fraction, default=0.0, help="share of rows that may be left out")
-    parser.add_argument("--bad_rows_file", help="file for the list of all bad rows")
+    parser.add_argument("--prompt", help='replaces the default prompt, for example "Speech transcription:"')
     parser.add_argument(
-        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="recordings checked at once"
+        "--relative", action="store_true", help="write paths relative to --output_dir, not absolute paths"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run has written")
+    parser.add_argument(
+        "--audio_root", help="folder that must contain the recordings, after resolving links (default: any folder)"
+    )
+    parser.add_argument(
+        "--max_bad_fraction", type=fraction, default=0.0, help="largest share of bad rows to leave out"
+    )
+    parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
+    parser.add_argument(
+        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="number of recordings to check at once"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     args = parser.parse_args()
     args.columns = dict(item.partition("=")[::2] for item in args.columns)
     if not all(args.columns.values()):
-        parser.error("--columns: write ROLE=NAME, e.g. text=sentence")
+        parser.error("--columns: write ROLE=NAME, for example text=sentence")
     if args.num_workers < 1:
-        parser.error("--num_workers must be 1 or more")
+        parser.error("--num_workers must be at least 1")
     if args.split is not None and not sum(args.split):
         parser.error("--split: one of the shares must be above 0")
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         path = os.path.join(args.output_dir, name)
         if os.path.exists(path) and not args.overwrite:
-            parser.error(f"{path} exists; give another --output_dir or --overwrite")
+            parser.error(f"{path} exists; choose another --output_dir, or use --overwrite")
     return args
 
 
 def prepare_source(args: argparse.Namespace) -> None:
+    """Reads the source, writes rows and summary, and prints the summary.
+
+    Raises:
+        OSError, ValueError: if the source or an option is not usable, or a file cannot be written.
+    """
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
@@ -89,9 +102,9 @@ def prepare_source(args: argparse.Namespace) -> None:
     from ..model import chat
 
     if args.format is not None and args.format not in SOURCES:
-        raise BadDataError(f"--format {args.format}: must be one of {', '.join(SOURCES)}")
+        raise BadDataError(f"--format {args.format}: unknown format; choose one of {', '.join(SOURCES)}")
     if unknown := [role for role in args.columns if role not in ROLES]:
-        raise BadDataError(f"--columns {unknown[0]}=...: must be one of {', '.join(ROLES)}")
+        raise BadDataError(f"--columns {unknown[0]}=...: unknown role; choose one of {', '.join(ROLES)}")
     own_language = args.language == "source"
     prompt = chat.transcription_prompt(None if own_language else args.language, not args.no_itn, prompt=args.prompt)
     chat.parse_messages(chat.transcription_messages("recording", prompt))
@@ -117,7 +130,7 @@ def prepare_source(args: argparse.Namespace) -> None:
             )
     for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
         if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
-            logging.warning("%s is empty: the source has too few speakers or recordings to divide", split)
+            logging.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
     summary = {
         "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
     }  # fmt: skip

@@ -98,7 +98,7 @@ class BadRows:
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
         if fraction > self.max_bad_fraction:
-            # Without all of them, nothing would be left.
+            # If all rows are bad, skipping them would leave no rows.
             leave_out = f", or skip them with --max_bad_fraction {_rounded_up(fraction):g}" if fraction < 1 else ""
             raise BadDataError(
                 f"{summary}; --max_bad_fraction allows {self.max_bad_fraction:.2%}:\n"

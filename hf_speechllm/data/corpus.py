@@ -23,7 +23,8 @@ def read_utterances(found: Iterable[Utterance], bad_rows: BadRows, audio_root: s
     """Lists utterances.
 
     Args:
-        bad_rows: receives utterances with recordings outside `audio_root`.
+        found: utterances of a source.
+        bad_rows: collects utterances with recordings outside `audio_root`.
         audio_root: folder that must contain all recordings.
     """
     if audio_root is None:
@@ -45,8 +46,10 @@ def choose_splits(
     """Chooses the split of each utterance; also returns a description of the choice.
 
     Args:
-        shares: shares of the splits set by the user; `None`: the splits of the source, if it has any.
+        utterances: utterances of the source.
+        shares: shares of the splits from the user; `None` uses the splits of the source, if any.
         default: shares for a source without splits.
+        seed: seed of drawn splits.
     """
     own = None if shares else own_splits(utterances)
     if own is not None:
@@ -60,19 +63,22 @@ def write_corpus(
     utterances: Sequence[Utterance], splits: Sequence[str], maker: RowMaker, output_dir: str, bad_rows: BadRows,
     num_workers: int, report: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Checks all recordings and writes the rows of each split; nothing is written if too many are bad.
+    """Checks all recordings and writes the rows of each split; writes no output if too many rows are bad.
 
     Args:
+        utterances: utterances of all splits.
         splits: split of each utterance.
-        bad_rows: receives bad rows; may contain some already.
-        num_workers: recordings checked at once.
+        maker: converts utterances to rows.
+        output_dir: existing folder.
+        bad_rows: collects bad rows; may contain bad rows of the source.
+        num_workers: number of recordings to check at once.
         report: called with the number of checked utterances.
 
     Returns:
         A summary: rows, hours, speakers and tokens by split, languages, bad rows by kind.
 
     Raises:
-        BadDataError: if more rows are bad than allowed, or none is left.
+        BadDataError: if more rows are bad than allowed, or no good row is left.
         ChildProcessError: if a process was killed.
         OSError: if a file cannot be written.
     """
@@ -104,7 +110,7 @@ def write_corpus(
     total = sum(map(len, lines.values()))
     bad_rows.check(total + len(bad_rows))
     if not total:
-        raise BadDataError("the source has no rows to write")
+        raise BadDataError("the source has no usable rows; check the source and --columns")
     for split, rows in lines.items():
         path = os.path.join(output_dir, f"{split}.jsonl")
         if rows:

@@ -66,7 +66,7 @@ def load_rows(
     Raises:
         FileNotFoundError: if a file is missing.
     """
-    # One file a call: with several shards, `datasets` may read them in processes of their own.
+    # One file per call: for several shards, `datasets` may start processes.
     parts = [
         Dataset.from_generator(
             generate_rows,

@@ -102,7 +102,7 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     Args:
         path: see `read_list`.
         bad_rows: receives bad lines (see `read_list`), and commands and archives, which only Kaldi can read.
-            A file `segments` beside the list is not used, with a warning.
+            A file `segments` next to the list is ignored, with a warning.
         audio_root: folder that must contain all recordings.
 
     Raises:
@@ -112,7 +112,7 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     folder = os.path.dirname(os.path.abspath(scp.file))
     if os.path.isfile(os.path.join(folder, "segments")):
         logger.warning(
-            "%s is not used: the recordings of %s are taken whole; to cut them, use Kaldi's extract-segments",
+            "%s is ignored: the whole recordings of %s are used; to cut recordings, use Kaldi's extract-segments",
             os.path.join(folder, "segments"), scp.file,
         )  # fmt: skip
     entries = []
@@ -138,15 +138,16 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
 
 
 def read_segments(path: str | os.PathLike[str], recordings: KaldiList, bad_rows: BadRows) -> KaldiList:
-    """Reads Kaldi's `segments`: an utterance, its recording, and its first and last second in each line.
+    """Reads Kaldi's `segments`: each line has utterance, recording, first and last second.
 
     Args:
-        recordings: the `wav.scp`.
-        bad_rows: receives bad lines as in `read_list`, unknown recordings and invalid times.
+        path: path of the list.
+        recordings: content of the `wav.scp`.
+        bad_rows: collects bad lines (see `read_list`), unknown recordings and invalid times.
 
     Returns:
-        The utterances, with the address of their part of a recording (see `audio.time_range`). A last second of -1
-        stands for the end of the recording, as in Kaldi.
+        The utterances, with addresses of parts of recordings (see `audio.time_range`). As in Kaldi, the last second -1
+        means the end of the recording.
 
     Raises:
         OSError: if the file cannot be read.
@@ -166,7 +167,7 @@ def read_segments(path: str | os.PathLike[str], recordings: KaldiList, bad_rows:
         except AudioError as error:
             reason = f"bad segment: {error}"
         except ValueError:
-            reason = f'bad segment: "{entry.value}"; write UTTERANCE RECORDING START END, in seconds'
+            reason = f'bad segment: "{entry.value}"; write UTTERANCE RECORDING START END, with times in seconds'
         segments.bad_ids.add(entry.id)
         if recording not in recordings.bad_ids:
             bad_rows.add(path, entry.line, reason)

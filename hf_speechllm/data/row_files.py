@@ -1,4 +1,4 @@
-"""Rows of the values of `--train_file`: JSONL, tar and Parquet files, and sources that `prepare` recognises."""
+"""Reads rows of training files: JSONL, tar and Parquet files, and other sources (see `sources`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .utterance import Utterance
 
 logger = logging.getLogger(__name__)
 
-ROWS_VERSION = 3  # increase if other rows are read from the same files, to invalidate old caches
+ROWS_VERSION = 3  # increase if the same files result in other rows, to invalidate old caches
 ROW_FEATURES = Features(
     {
         "messages": Value("large_string"),  # as JSON, so dialogues of any structure fit one column
@@ -39,13 +39,17 @@ ROW_FEATURES = Features(
 
 
 def foreign_format(file: str | os.PathLike[str]) -> str | None:
-    """Returns the format of a source; `None` for files that training reads without conversion."""
+    """Returns the format of a source; `None` for files that training reads without conversion.
+
+    Raises:
+        BadDataError: if the format of a folder is not detected.
+    """
     name = os.fspath(file)
     if is_archive(name) and os.path.isfile(name):
         return None
     format = recognize(name)
     if format is None and os.path.isdir(name):
-        raise BadDataError(f"{name}: a folder in no known layout; give a JSONL, or see hf-speechllm prepare --help")
+        raise BadDataError(f"{name}: unknown layout of a folder; pass a JSONL, or see `hf-speechllm prepare --help`")
     return None if format == "chatml" and os.path.isfile(name) else format
 
 
@@ -53,29 +57,30 @@ def require_row_file(file: str) -> None:
     """Checks that a file can be streamed without `hf-speechllm prepare`.
 
     Raises:
-        BadDataError: with the command that prepares it.
+        BadDataError: if the file must be prepared; the message contains the command.
     """
     if (format := foreign_format(file)) is not None:
         raise BadDataError(
-            f"{file} has the format {format}; --streaming reads JSONL, tar and Parquet files: {_command(file)}"
+            f"{file} has the format {format}; --streaming supports only JSONL, tar and Parquet files; {_command(file)}"
         )
 
 
 def _command(file: str | Path) -> str:
-    return f"use hf-speechllm prepare {file} --output_dir DIR"
+    return f"use `hf-speechllm prepare {file} --output_dir DIR`"
 
 
 def generator_arguments(file: str | Path, split: str) -> dict[str, str]:
-    """Returns the arguments of `generate_rows` for a file. They change if the rows change.
+    """Returns the arguments of `generate_rows` for a file. The arguments change if the rows change.
 
     Args:
-        split: of a source with splits: `train` or `dev`.
+        file: JSONL, tar or Parquet file, or another source.
+        split: split of a source with splits, `train` or `dev`.
 
     Raises:
-        BadDataError: if the source is not usable without `hf-speechllm prepare`.
-        OSError: if it cannot be read.
+        BadDataError: if the source requires `hf-speechllm prepare`.
+        OSError: if the source cannot be read.
     """
-    # Not `resolve`: relative paths start at the list as it was named, not at the target of a link.
+    # Not `resolve`: paths in a list are relative to the folder of the given path, not of the link target.
     path = os.path.abspath(file)
     if (format := foreign_format(path)) is None:
         status = os.stat(path)
@@ -92,7 +97,7 @@ def generator_arguments(file: str | Path, split: str) -> dict[str, str]:
         digest.update(repr(row).encode("utf-8", "replace"))
     logger.info("%s: %s, %d rows", file, format, len(found))
     for reason, count in reading.left_out.items():
-        logger.info("%s: %d %s are left out", file, count, reason)
+        logger.info("%s: %d %s are skipped", file, count, reason)
     return {"file": path, "stamp": digest.hexdigest(), "format": format, "split": split}
 
 
@@ -100,7 +105,8 @@ def generate_rows(file: str, stamp: str, format: str | None = None, split: str =
     """Yields the rows of a file as columns of `ROW_FEATURES`; bad rows have an `error`.
 
     Args:
-        stamp: changes if the rows change; only for the cache.
+        file: absolute path of the file or source.
+        stamp: changes if the rows change; used only by the cache.
         format: format of a source; `None` for a JSONL, tar or Parquet file.
         split: split of a source with splits.
     """

@@ -1,4 +1,4 @@
-"""Division of a corpus into splits: by speaker if known, and never one recording in two splits."""
+"""Division of a corpus into splits: by speaker if known, and never with one recording in two splits."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from ..audio.archives import find_archive
 from ..audio.time_range import split_time_range
 from .utterance import SPLITS, Utterance
 
-ROUNDING = 1e-6  # of shares
+ROUNDING = 1e-6  # utterances; tolerance for rounding errors of shares
 
 
 def split_utterances(utterances: Sequence[Utterance], shares: Sequence[float], seed: int = 0) -> list[str]:
     """Draws a split for each utterance.
 
-    Utterances of one speaker, or of one recording (also under two names, through links), are in one split. The same
-    utterances, shares and seed give the same splits.
+    Utterances of one speaker, or of one recording (also under two names, through links), are in one split. The splits
+    depend only on utterances, shares and seed.
 
     Args:
-        shares: of `SPLITS`, in any unit.
+        utterances: the utterances.
+        shares: shares of `SPLITS`, in any unit.
+        seed: seed of the random order.
 
     Returns:
-        The split of each utterance. A split with a share has at least one speaker or recording, if there are enough.
+        The split of each utterance. If there are enough speakers or recordings, no split with a share is empty.
 
     Raises:
         ValueError: if a share is negative, or all are 0.
@@ -88,11 +90,11 @@ def _groups(utterances: Sequence[Utterance]) -> list[int]:
 
 
 def _identity(source: str) -> Hashable:
-    """Returns a value that is equal for two names of one file."""
+    """Returns a value that is equal for all names of one file."""
     if not find_archive(source):
         try:
             status = os.stat(source)
             return status.st_dev, status.st_ino
-        except (OSError, ValueError):  # missing, or a URL; reported when it is measured
+        except (OSError, ValueError):  # a URL, or a missing file, which measuring reports
             pass
     return source

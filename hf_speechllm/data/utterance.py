@@ -1,4 +1,4 @@
-"""The common type of all readers of training data: a recording with its transcript."""
+"""Common result type of the readers of training data: a recording with its transcript."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Utterance(NamedTuple):
     """A recording with its transcript, or a dialogue about recordings.
 
     Args:
-        id: of the source; may be empty.
-        recording: absolute path or URL, a part of one (see `audio.time_range`), or a member of an archive.
-        transcript: the text; empty for a dialogue.
-        recording_line, transcript_line: lines in both lists, counted from 1, or other places as text.
-        recording_file, transcript_file: the lists that contain recording and transcript.
+        id: ID in the source; may be empty.
+        recording: absolute path, URL, part of a recording (see `audio.time_range`), or member of an archive.
+        transcript: text; empty for a dialogue.
+        recording_line, transcript_line: lines in both lists, counted from 1, or other positions as text.
+        recording_file, transcript_file: lists that contain recording and transcript.
         speaker: `None` if unknown.
         language: code or name as in the source; `None` if unknown.
-        split: one of `SPLITS`; `None` if the source has none.
-        messages: a dialogue with its recordings; `None` for a transcript.
+        split: one of `SPLITS`; `None` if the source has no splits.
+        messages: dialogue with its recordings; `None` for a transcript.
         hotwords: hotwords of this utterance.
-        origin: ID of the original, if the recording is a copy of a part; `None` if unknown.
+        origin: ID of the original recording, if the recording is a copied part; `None` if unknown.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Utterance(NamedTuple):
 
     @property
     def recordings(self) -> list[str]:
-        """All recordings, in the order of their places."""
+        """All recordings, in the order of the dialogue."""
         if self.messages is None:
             return [self.recording]
         found: list[str] = []

@@ -209,7 +209,7 @@ def test_option_without_effect_is_refused_even_with_its_default(error_of, argv, 
     assert expected in error_of(*REQUIRED, *argv)
 
 
-def test_option_without_effect_is_refused_with_the_file_it_stands_in(yaml_file, error_of):
+def test_option_without_effect_is_refused_with_the_name_of_the_file(yaml_file, error_of):
     path = yaml_file("liger_kernel_config: 1\n")
     assert f"{path}: --liger_kernel_config has no effect here" in error_of(path, *REQUIRED)
 
@@ -223,7 +223,7 @@ def test_option_without_effect_is_refused_with_the_file_it_stands_in(yaml_file, 
         ([*REQUIRED, "--report_to", "nosuch"], "pip install nosuch"),
     ],
 )
-def test_command_line_of_several_processes_is_checked_before_they_start(monkeypatch, capsys, argv, expected):
+def test_command_line_is_checked_before_processes_start(monkeypatch, capsys, argv, expected):
     monkeypatch.setattr(SpeechLLMTrainingArguments, "__post_init__", lambda self: pytest.fail("a device is taken"))
     check_command_line(REQUIRED)
     with pytest.raises(SystemExit):
@@ -231,7 +231,7 @@ def test_command_line_of_several_processes_is_checked_before_they_start(monkeypa
     assert expected in capsys.readouterr().err
 
 
-def test_error_that_all_processes_have_is_printed_by_the_first(monkeypatch, capsys):
+def test_common_error_is_printed_by_the_first_process(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit):

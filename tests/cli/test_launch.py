@@ -108,7 +108,7 @@ def test_several_processes_decode_one_list(tiny_model, tiny_corpus, tmp_path):
         (ChildFailedError("main", {1: ProcessFailure(1, 7, -9, "")}), "error: signal 9 ended the process of rank 1"),
     ],
 )
-def test_end_of_the_processes_is_that_of_the_command(monkeypatch, failure, status):
+def test_exit_status_is_that_of_the_first_failed_process(monkeypatch, failure, status):
     def fail(arguments):
         raise failure
 
@@ -120,6 +120,6 @@ def test_end_of_the_processes_is_that_of_the_command(monkeypatch, failure, statu
     assert end.value.code == status or str(end.value.code).endswith(str(status))
 
 
-def test_no_processes_are_too_few():
+def test_zero_processes_are_refused():
     with pytest.raises(ValueError, match="--num_processes is 0; it must be at least 1"):
         launch("decode", {"num_processes": 0}, [])

@@ -63,7 +63,7 @@ def test_unknown_option_is_reported_with_the_closest(run):
     )
 
 
-def test_typing_error_is_told_before_the_options_that_are_missing_because_of_it(run):
+def test_typing_error_is_reported_before_missing_options(run):
     code, output = run("decode", "--modle", "m", "--output_file", "o", "a.wav")
     assert code == 2
     assert output.err == (
@@ -74,7 +74,7 @@ def test_typing_error_is_told_before_the_options_that_are_missing_because_of_it(
     assert output.err == "hf-speechllm decode: error: the following arguments are required: --output_file\n"
 
 
-def test_what_a_library_lacks_is_one_line(run, monkeypatch):
+def test_import_error_of_a_library_is_reported_in_one_line(run, monkeypatch):
     def fail():
         raise ImportError("FlashAttention2 can't be used")
 
@@ -90,7 +90,7 @@ def test_interrupted_decoding_says_how_to_resume(run, monkeypatch, tiny_model, m
     arguments = ["--model_name_or_path", tiny_model, "--output_file", tmp_path / "hyp.txt", make_wav()]
     code, output = run("decode", *arguments)
     assert code == 130
-    expected = "hf-speechllm decode: interrupted; what is decoded is kept: the same command resumes"
+    expected = "hf-speechllm decode: interrupted; results are kept; run the same command again to resume"
     assert output.err.splitlines()[-1] == expected
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "interrupted" not in run("decode", *arguments)[1].err  # the first process of a launch says it

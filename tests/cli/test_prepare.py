@@ -1,4 +1,4 @@
-"""`hf-speechllm prepare`: its files, its summary, what it refuses; and what comes after it."""
+"""`hf-speechllm prepare`: output files, summary and errors; training and decoding with the output."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ RATE = 16000
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs `hf-speechllm ...` in this process; gives its exit code and what it wrote."""
+    """Runs `hf-speechllm ...` in this process; returns exit code and output."""
 
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def kaldi(tmp_path):
-    """A Kaldi folder: 6 recordings of 3 s, with two segments of one speaker each."""
+    """Returns a Kaldi folder: 6 recordings of 3 s, each with two segments of one speaker."""
     folder = tmp_path / "kaldi"
     folder.mkdir()
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (6, 3 * RATE)).astype(np.float32)
@@ -81,19 +81,19 @@ def test_files_and_summary(run, kaldi, tmp_path, tiny_model):
     assert "train: 6 rows, 0.0021 hours, 3 speakers" in output.out and "languages: unknown 12" in output.out
 
 
-def test_a_second_run_is_the_same_and_replaces_only_what_it_may(run, kaldi, tmp_path):
+def test_second_run_writes_the_same_files_and_requires_overwrite(run, kaldi, tmp_path):
     out = tmp_path / "out"
     assert run("prepare", kaldi, "--output_dir", out)[0] is None
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     code, output = run("prepare", kaldi, "--output_dir", out)
-    assert code == 2 and "train.jsonl exists; give another --output_dir or --overwrite" in output.err
+    assert code == 2 and "train.jsonl exists; choose another --output_dir, or use --overwrite" in output.err
     assert run("prepare", kaldi, "--output_dir", out, "--overwrite")[0] is None
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run("prepare", kaldi, "--output_dir", out, "--overwrite", "--split", 1, 0, 0)[0] is None
     assert sorted(path.name for path in out.iterdir()) == ["summary.json", "train.jsonl"]
 
 
-def test_bad_rows_stop_it_before_anything_is_written(run, kaldi, tmp_path):
+def test_no_output_is_written_with_too_many_bad_rows(run, kaldi, tmp_path):
     with open(kaldi / "segments", "a") as file:
         file.write("s0-2 r0 2 4\n")
     with open(kaldi / "text", "a") as file:
@@ -110,13 +110,13 @@ def test_bad_rows_stop_it_before_anything_is_written(run, kaldi, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--format", "cassette"], "--format cassette: must be one of kaldi"),
-        (["--columns", "voice=a"], "--columns voice=...: must be one of audio"),
+        (["--format", "cassette"], "--format cassette: unknown format; choose one of kaldi"),
+        (["--columns", "voice=a"], "--columns voice=...: unknown role; choose one of audio"),
         (["--audio_root", "/proc"], "outside --audio_root"),
         (["--language", "xx"], "unknown language"),
     ],
 )
-def test_wrong_options_are_named(run, kaldi, tmp_path, options, message):
+def test_wrong_options_are_reported(run, kaldi, tmp_path, options, message):
     code, _ = run("prepare", kaldi, "--output_dir", tmp_path / "out", *options)
     assert message in code
 
@@ -160,19 +160,19 @@ def test_training_reads_sources_directly(kaldi, tmp_path, tiny_model):
 
 def test_sources_that_must_be_prepared_name_the_command(kaldi, tmp_path):
     with pytest.raises(
-        BadDataError, match="format kaldi; --streaming .* use hf-speechllm prepare .*kaldi --output_dir"
+        BadDataError, match="format kaldi; --streaming .* use `hf-speechllm prepare .*kaldi --output_dir"
     ):
         require_row_file(str(kaldi))
-    with pytest.raises(BadDataError, match="folder in no known layout"):
+    with pytest.raises(BadDataError, match="unknown layout of a folder"):
         require_row_file(str(tmp_path))
     (tmp_path / "list.csv").write_text("clip,said\na.wav,b\n")
     with pytest.raises(
-        BadDataError, match=r"--columns audio=NAME .*; use hf-speechllm prepare .*list.csv --output_dir"
+        BadDataError, match=r"--columns audio=NAME .*; use `hf-speechllm prepare .*list.csv --output_dir"
     ):
         generator_arguments(tmp_path / "list.csv", "train")
 
 
-def test_from_a_source_to_transcripts(run, kaldi, tmp_path, tiny_model, launch):
+def test_prepared_source_can_be_trained_and_decoded(run, kaldi, tmp_path, tiny_model, launch):
     out = tmp_path / "out"
     assert run("prepare", kaldi, "--output_dir", out, "--split", 0.6, 0.2, 0.2)[0] is None
     code, output = run("inspect", "--model_name_or_path", tiny_model, "--jsonl_file", out / "train.jsonl")

@@ -162,7 +162,7 @@ def test_ignored_segments_file_is_reported(lists, tmp_path, caplog):
     assert not caplog.text
     (tmp_path / "segments").write_text("a-1 a 0.0 1.0\n")
     lists("a a.wav\n", "a one\n")
-    assert f"{tmp_path}/segments is not used" in caplog.text
+    assert f"{tmp_path}/segments is ignored" in caplog.text
 
 
 def test_swapped_lists_are_reported_without_secrets(tmp_path):

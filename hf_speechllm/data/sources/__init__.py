@@ -12,7 +12,7 @@ from .reading import Reading
 
 Reader = Callable[[str, Reading], Iterator[Utterance]]
 
-# By format: whether a source has it, and its reader. The first one that recognises a source is taken.
+# Detector and reader of each format. The first format whose detector accepts a source is used.
 SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
     "kaldi": (corpora.is_kaldi, corpora.read_kaldi),
     "aishell": (corpora.is_aishell, corpora.read_aishell),
@@ -38,7 +38,7 @@ SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
 
 
 def recognize(source: str) -> str | None:
-    """The format of a source; `None` if it is in no known one."""
+    """Returns the format of a source; `None` if no format is detected."""
     return next((name for name, (is_one, _) in SOURCES.items() if is_one(source)), None)
 
 
@@ -48,22 +48,22 @@ def read_source(source: str, reading: Reading, format: str | None = None) -> Ite
     Args:
         source: file or folder, or the id of a data set on the Hub.
         reading: options; receives bad rows.
-        format: one of `SOURCES`; default: what `recognize` finds.
+        format: one of `SOURCES`; default: result of `recognize`.
 
     Raises:
-        BadDataError: if the format is not recognised, or the source as a whole is not usable.
+        BadDataError: if no format is detected, or the whole source is unusable.
         OSError: if a file cannot be read.
     """
     format = format or recognize(source)
     if format is None:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder")
-        raise BadDataError(f"{source}: no known layout; name it with --format, one of {', '.join(SOURCES)}")
+        raise BadDataError(f"{source}: unknown layout; set --format to one of {', '.join(SOURCES)}")
     return SOURCES[format][1](source, reading)
 
 
 def _is_list(source: str) -> bool:
-    """Returns whether a source is a JSON list, as LLaMA-Factory's, instead of a JSONL."""
+    """Returns whether a source is a JSON list (LLaMA-Factory) instead of a JSONL (ms-swift)."""
     if not os.path.isfile(source):
         return False
     with open(source, "rb") as file:

@@ -1,4 +1,4 @@
-"""Kaldi's data folders, and corpora in their own layout: LibriSpeech, AISHELL-1, WenetSpeech, GigaSpeech."""
+"""Readers of Kaldi data folders, LibriSpeech, AISHELL-1, WenetSpeech and GigaSpeech."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .reading import HEAD_BYTES, Reading, language_code, split_of
 
 AISHELL_TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".mp3", ".ogg")
-# GigaSpeech's `text_tn`: signs are tags, and segments that are only such a tag have no speech.
+# Tags in GigaSpeech's `text_tn`: punctuation, and segments without speech.
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 NO_SPEECH = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}
 _PUNCTUATION = re.compile(rf"\s*({'|'.join(PUNCTUATION)})")
 _DATASET = re.compile(rb'"dataset"\s*:\s*"(WenetSpeech|GigaSpeech)', re.IGNORECASE)
-# Spaces but those between two words in Latin letters: Chinese transcripts are often written word by word.
+# All spaces except those between Latin words. Chinese transcripts often have spaces between words.
 _SPACES = re.compile(r"(?<![A-Za-z0-9'])\s+|\s+(?![A-Za-z0-9'])")
 
 
 def is_kaldi(source: str) -> bool:
-    """Returns whether a source is a Kaldi data folder, or a folder of such that are called after splits."""
+    """Returns whether a source is a Kaldi data folder, or contains Kaldi data folders named after splits."""
     return bool(_kaldi_folders(source))
 
 
@@ -38,7 +38,7 @@ def _kaldi_folders(source: str) -> list[tuple[str, str | None]]:
 
 
 def read_kaldi(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads `wav.scp` and `text`, with `segments`, `utt2spk` and `utt2lang` if these are there."""
+    """Reads `wav.scp` and `text`, and `segments`, `utt2spk` and `utt2lang` if the files exist."""
     for folder, split in _kaldi_folders(source):
         bad_rows = reading.bad_rows
         transcripts = read_list(os.path.join(folder, "text"), bad_rows, "transcript")
@@ -59,20 +59,20 @@ def _optional(path: str, bad_rows: BadRows) -> dict[str, str]:
 
 
 def _transcript_files(source: str) -> Iterator[str]:
-    """Yields `SPEAKER-CHAPTER.trans.txt` of LibriSpeech below a folder at any level of the corpus."""
+    """Yields all `SPEAKER-CHAPTER.trans.txt` in a folder of LibriSpeech, from the root to a chapter."""
     for depth in range(6):
         yield from sorted(glob.iglob(f"{glob.escape(source)}/{'*/' * depth}*.trans.txt"))
 
 
 def is_librispeech(source: str) -> bool:
-    """Returns whether a source is LibriSpeech, one of its parts, or another corpus in its layout."""
+    """Returns whether a source is LibriSpeech, a part of LibriSpeech, or another corpus in this layout."""
     return any(
         next(glob.iglob(f"{glob.escape(source)}/{'*/' * depth}*.trans.txt"), None) is not None for depth in range(6)
     )
 
 
 def read_librispeech(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads `PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`, beside the recordings."""
+    """Reads `PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`, with recordings in the same folder."""
     for path in _transcript_files(os.path.abspath(source)):
         folder = os.path.dirname(path)
         speaker = os.path.basename(path).partition("-")[0]
@@ -88,11 +88,11 @@ def read_librispeech(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def _join_files(texts: KaldiList, files: dict[str, str], reading: Reading, **others) -> Iterator[Utterance]:
-    """Yields utterances of a list of transcripts and of files named after its IDs."""
+    """Yields utterances from a list of transcripts and files named after the IDs."""
     for entry in texts.entries:
         path = files.get(entry.id)
         if path is None:
-            reading.bad_rows.add(texts.file, entry.line, f'no recording: there is no file called after "{entry.id}"')
+            reading.bad_rows.add(texts.file, entry.line, f'no recording: no file is named after the ID "{entry.id}"')
             continue
         item = reading.utterance(texts.file, entry.line, path, entry.value, id=entry.id, **others)
         if item is not None:
@@ -116,13 +116,13 @@ def read_aishell(source: str, reading: Reading) -> Iterator[Utterance]:
     """Reads `transcript/aishell_transcript_v0.8.txt` and `wav/SPLIT/SPEAKER/ID.wav`.
 
     Raises:
-        BadDataError: if there are no recordings, but their archives.
+        BadDataError: if there are no recordings, for example because the archives are not unpacked.
     """
     root = _aishell_root(source)
     found = glob.glob(f"{glob.escape(root)}/wav/*/*/*.wav")
     if not found:
         archives = glob.glob(f"{glob.escape(root)}/wav/*.tar.gz")
-        hint = f"; unpack {archives[0]} and the {len(archives) - 1} others there" if archives else ""
+        hint = f"; unpack {archives[0]} and the other {len(archives) - 1} archives in this folder" if archives else ""
         raise BadDataError(f"{root}: no recordings wav/SPLIT/SPEAKER/ID.wav{hint}")
     texts = read_list(os.path.join(root, AISHELL_TRANSCRIPT), reading.bad_rows, "transcript")
     entries = [entry._replace(value=_SPACES.sub("", entry.value.strip())) for entry in texts.entries]
@@ -134,12 +134,12 @@ def read_aishell(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def is_wenetspeech(source: str) -> bool:
-    """Returns whether a source is WenetSpeech's folder or JSON."""
+    """Returns whether a source is the folder or JSON of WenetSpeech."""
     return _corpus_of(source) == "wenetspeech"
 
 
 def is_gigaspeech(source: str) -> bool:
-    """Returns whether a source is GigaSpeech's folder or JSON."""
+    """Returns whether a source is the folder or JSON of GigaSpeech."""
     return _corpus_of(source) == "gigaspeech"
 
 
@@ -160,10 +160,10 @@ def _corpus_json(source: str) -> str | None:
 
 
 def read_long_recordings(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads the JSON of WenetSpeech or GigaSpeech: recordings of minutes to hours, with times and texts of segments.
+    """Reads the JSON of WenetSpeech or GigaSpeech: long recordings with times and texts of segments.
 
     Raises:
-        BadDataError: if the file is something else.
+        BadDataError: if the file has another format.
     """
     path = os.path.abspath(str(_corpus_json(source)))
     chinese = _corpus_of(source) == "wenetspeech"

@@ -1,4 +1,4 @@
-"""Dialogues: FunASR's ChatML, ms-swift's and LLaMA-Factory's."""
+"""Readers of dialogues: ChatML of FunASR, ms-swift, LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..utterance import Utterance
 from .reading import Reading, lists_in, read_records
 from .tables import JSON_SUFFIXES, has_keys
 
-AUDIO_TAG = "<audio>"  # where a recording of `audios` goes
+AUDIO_TAG = "<audio>"  # placeholder for a recording of `audios`
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def read_chatml(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads the JSONL that training takes, which is FunASR's with `messages`."""
+    """Reads the JSONL format of training, which is FunASR's format with `messages`."""
     for path, split in lists_in(source, (".jsonl",)):
         for row in read_jsonl(path):
             if isinstance(row, BadRow):
@@ -32,20 +32,20 @@ def read_chatml(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def is_chatml(source: str) -> bool:
-    """Returns whether a source is the JSONL that training takes."""
+    """Returns whether a source has the JSONL format of training."""
     return has_keys("messages")(source) and not is_dialogue(source)
 
 
 def is_dialogue(source: str) -> bool:
-    """Returns whether a source has dialogues whose recordings are in a list `audios`."""
+    """Returns whether a source has dialogues with recordings in a list `audios`."""
     return has_keys("audios")(source)
 
 
 def read_dialogues(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads dialogues whose texts have `<audio>` for each recording of a list `audios`.
+    """Reads dialogues with recordings in a list `audios` and a placeholder `<audio>` for each recording.
 
-    The turns are `messages`, `conversations` (ShareGPT), `query` and `response`, or `instruction`, `input` and
-    `output` (Alpaca).
+    The turns are in `messages`, in `conversations` (ShareGPT), in `query` and `response`, or in `instruction`, `input`
+    and `output` (Alpaca).
     """
     for path, split in lists_in(source, JSON_SUFFIXES):
         folder = os.path.dirname(path)
@@ -56,7 +56,7 @@ def read_dialogues(source: str, reading: Reading) -> Iterator[Utterance]:
             except BadDataError as error:
                 reading.bad_rows.add(path, line, str(error))
                 continue
-            except (TypeError, ValueError) as error:  # values of another type than in these formats
+            except (TypeError, ValueError) as error:  # values of a wrong type
                 reading.bad_rows.add(path, line, f"bad dialogue: {error}")
                 continue
             yield Utterance(
@@ -68,7 +68,7 @@ def _messages(record: dict, folder: str) -> tuple[list[dict], list[str]]:
     """Returns the messages of a row with recordings in place of `<audio>`, and the recordings.
 
     Raises:
-        BadDataError: if the row is not a dialogue with a place for each recording.
+        BadDataError: if the row is not a dialogue, or the numbers of placeholders and recordings differ.
     """
     audios = record.get("audios")
     audios = [audios] if isinstance(audios, str) else audios
@@ -77,10 +77,10 @@ def _messages(record: dict, folder: str) -> tuple[list[dict], list[str]]:
     turns = _turns(record)
     recordings = [resolve_source(audio, folder) for audio in audios]
     if not any(AUDIO_TAG in text for role, text in turns if role == "user"):
-        # As in ms-swift: a dialogue without a tag begins with its recordings.
+        # As in ms-swift: without placeholders, the recordings precede the first message.
         first = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
         if first is None:
-            raise BadDataError("no message of the user")
+            raise BadDataError("no message of the user; add a message with the role user")
         turns[first] = ("user", AUDIO_TAG * len(recordings) + turns[first][1])
     left = iter(recordings)
     messages = []
@@ -120,5 +120,7 @@ def _turns(record: dict) -> list[tuple[str, str]]:
         turns.insert(0, ("system", record["system"]))
     for role, text in turns:
         if role not in ROLES or not isinstance(text, str):
-            raise BadDataError(f"bad dialogue: a turn of {role!r}; turns are texts of {', '.join(ROLES)}")
+            raise BadDataError(
+                f"bad dialogue: a turn of {role!r}; turns must be texts with the roles {', '.join(ROLES)}"
+            )
     return [(ROLES[role], text) for role, text in turns]

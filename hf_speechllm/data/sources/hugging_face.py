@@ -1,4 +1,4 @@
-"""Data sets of `datasets`: folders of `save_to_disk`, Parquet files, and the Hub."""
+"""Readers of data sets of `datasets`: folders of `save_to_disk`, Parquet files, and the Hub."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def read_saved(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def read_hub(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads a data set of the Hub: all its splits, or one.
+    """Reads all splits, or one split, of a data set on the Hub.
 
     Raises:
-        BadDataError: if it cannot be loaded.
+        BadDataError: if the data set cannot be loaded.
     """
     from datasets import load_dataset
 
@@ -48,7 +48,7 @@ def read_hub(source: str, reading: Reading) -> Iterator[Utterance]:
         found = load_dataset(source, reading.config, split=reading.hub_split, streaming=reading.streaming)
     except (OSError, ValueError, RuntimeError) as error:  # no such data set, config or split; no connection
         raise BadDataError(
-            f"{source}: no such file, and no data set that can be loaded from the Hub: {error}"
+            f"{source}: no such file, and no data set with this name can be loaded from the Hub: {error}"
         ) from error
     yield from _read(found, source, reading, reading.hub_split)
 
@@ -57,7 +57,7 @@ def _read(found: Any, name: str, reading: Reading, split: str | None = None) -> 
     from datasets import Audio
 
     for part, dataset in found.items() if isinstance(found, Mapping) else [(split or "", found)]:
-        features: Mapping[str, Any] = dataset.features or next(iter(dataset), {})  # a stream may not know them
+        features: Mapping[str, Any] = dataset.features or next(iter(dataset), {})  # streams may have no features
         columns = find_columns(features, reading.columns, name)
         if isinstance(features[columns["audio"]], Audio):
             dataset = dataset.cast_column(columns["audio"], Audio(decode=False))
@@ -72,24 +72,24 @@ def _read(found: Any, name: str, reading: Reading, split: str | None = None) -> 
 
 
 def _folder(name: str) -> str:
-    """Returns the folder to which paths are relative: the folder of a file, or the folder itself."""
+    """Returns the base folder of relative paths: the folder of a file, or the folder itself."""
     path = os.path.abspath(name)
     return path if os.path.isdir(path) else os.path.dirname(path)
 
 
 def _address(value: Any, name: str, reading: Reading) -> str | None:
-    """Returns the recording of a row: its file, or its address in the tar file for recordings without a file.
+    """Returns the recording of a row: the path, or for bytes the address in the written tar file.
 
     Returns:
         `None` if the row has neither a file nor bytes.
 
     Raises:
-        BadDataError: if there is no such tar file.
+        BadDataError: if the recording is bytes, and no tar file is written.
     """
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if isinstance(content, bytes):
         if reading.recordings_tar is None:
-            raise BadDataError("recordings that are not files; write them with hf-speechllm prepare")
+            raise BadDataError("recordings are not files; write the recordings with `hf-speechllm prepare`")
         return reading.recordings_tar.add(name + os.path.splitext(path or "")[1], content)
     return content if isinstance(content, str) else path
 
@@ -104,12 +104,12 @@ def _parquet_files(source: str) -> list[tuple[str, str | None]]:
 
 
 def is_parquet(source: str) -> bool:
-    """Returns whether a source is a Parquet file, or a folder of such."""
+    """Returns whether a source is a Parquet file or a folder with Parquet files."""
     return bool(_parquet_files(source))
 
 
 def read_parquet(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads Parquet files. Bytes in a column `audio` stay there; those of other columns are copied."""
+    """Reads Parquet files. Recordings in a column `audio` are not copied; recordings in other columns are copied."""
     import pyarrow.parquet
     from datasets import load_dataset
 
@@ -139,7 +139,7 @@ def read_parquet(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def _first(file, audio: str) -> bool:
-    """Returns whether the first recording of a Parquet file is bytes."""
+    """Returns whether the first recording of a Parquet file is stored as bytes."""
     for batch in file.iter_batches(1, columns=[audio]):
         value = batch.column(0)[0].as_py()
         return isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes)

@@ -1,4 +1,4 @@
-"""lhotse's cuts, in manifests and in Shar, read by lhotse."""
+"""Readers of lhotse cuts, in manifests and in Shar; lhotse parses the files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .reading import Reading, split_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SHAR_AUDIO = {".flac", ".wav", ".opus", ".mp3", ".ogg"}
-WHOLE = 0.001  # seconds that a part may lack to be the whole recording
+WHOLE = 0.001  # seconds; a part shorter than the recording by less than this is the whole recording
 _SHAR = re.compile(r"cuts\.(\d+)\.jsonl(\.gz)?\Z")
 
 
 def is_cuts(source: str) -> bool:
-    """Returns whether a source is a manifest of cuts, or a folder of such."""
+    """Returns whether a source is a manifest of cuts, or a folder with manifests."""
     return bool(_manifests(source))
 
 
 def is_shar(source: str) -> bool:
-    """Returns whether a source is a folder of Shar, or a folder of such that are called after splits."""
+    """Returns whether a source is a Shar folder, or contains Shar folders named after splits."""
     return bool(_shar_folders(source))
 
 
@@ -38,7 +38,7 @@ def read_cuts(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def read_shar(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads Shar: `cuts.000000.jsonl.gz` and `recording.000000.tar`, whose recordings stay there."""
+    """Reads Shar: `cuts.000000.jsonl.gz` and `recording.000000.tar`. Recordings are not copied."""
     for folder, split in _shar_folders(source):
         for path in sorted(glob.glob(f"{glob.escape(folder)}/cuts.*.jsonl*")):
             match = _SHAR.search(path)
@@ -46,7 +46,9 @@ def read_shar(source: str, reading: Reading) -> Iterator[Utterance]:
                 continue
             tar = os.path.join(folder, f"recording.{match[1]}.tar")
             if not os.path.isfile(tar):
-                raise BadDataError(f"{tar}: no such file, but {path} needs it; Shar in other fields is not supported")
+                raise BadDataError(
+                    f"{tar}: no such file, but {path} requires the file; other Shar fields are not supported"
+                )
             recordings = {}
             for item in recordings_of_archive(tar, SHAR_AUDIO):
                 if isinstance(item, BadRow):
@@ -60,19 +62,19 @@ def read_shar(source: str, reading: Reading) -> Iterator[Utterance]:
 def _utterances(
     cut, path: str, number: int, split: str | None, reading: Reading, recordings: dict[str, str] | None = None
 ) -> Iterator[Utterance]:
-    """The utterances of a cut; `recordings` are those of Shar, by cut."""
+    """Yields the utterances of a cut. `recordings` has the recordings of a Shar folder by the ID of the cut."""
     try:
         source = _recording_of(cut, os.path.dirname(path)) if recordings is None else recordings.get(cut.id)
         if source is None:
             raise BadDataError("no recording in the tar file of the shard")
         _check_supported(cut)
         if not cut.supervisions:
-            raise BadDataError("no supervision, and so no transcript")
+            raise BadDataError("no supervision, therefore no transcript")
     except BadDataError as error:
         reading.bad_rows.add(path, number, f"cut {cut.id}: {error}")
         return
     for supervision in cut.supervisions:
-        # The times of a supervision are relative to its cut, and it may be longer than the cut.
+        # Times of a supervision are relative to the cut. A supervision may be longer than the cut.
         start = cut.start + max(0.0, supervision.start)
         end = cut.start + min(cut.duration, supervision.end)
         whole = start < WHOLE and end > cut.recording.duration - WHOLE
@@ -90,7 +92,7 @@ def _recording_of(cut, folder: str) -> str:
         raise BadDataError("no recording")
     sources = getattr(cut, "recording", None) and cut.recording.sources
     if not sources or len(sources) > 1 or sources[0].type not in ("file", "url"):
-        raise BadDataError("its recording is not a single file or URL; save it with CutSet.save_audios")
+        raise BadDataError("the recording is not a single file or URL; save the cuts with CutSet.save_audios")
     source = sources[0].source
     if sources[0].type == "url":
         return source
@@ -100,9 +102,9 @@ def _recording_of(cut, folder: str) -> str:
 
 def _check_supported(cut) -> None:
     if type(cut).__name__ != "MonoCut" or cut.recording.num_channels > 1:
-        raise BadDataError("mixed, padded or of several channels; save it with CutSet.save_audios")
+        raise BadDataError("a mixed, padded or multi-channel cut; save the cuts with CutSet.save_audios")
     if cut.recording.transforms:
-        raise BadDataError("its recording is transformed when it is loaded; save it with CutSet.save_audios")
+        raise BadDataError("lhotse would transform the recording on loading; save the cuts with CutSet.save_audios")
 
 
 def _cuts(path: str):

@@ -21,8 +21,8 @@ from ..bad_rows import BadDataError, BadRows
 from ..jsonl import hotwords_of, parse_object
 from ..utterance import SPLITS, Utterance
 
-HEAD_BYTES = 1 << 16  # of a JSON file, to recognise it
-LONGEST_LINE = 1 << 24  # bytes of a line, to recognise a JSONL
+HEAD_BYTES = 1 << 16  # read from a JSON file to detect the format
+LONGEST_LINE = 1 << 24  # bytes; maximum length of the first line of a detected JSONL
 # Names of languages in sources, in lower case; codes are unchanged.
 LANGUAGE_NAMES = {
     "chinese": "zh", "mandarin": "zh", "cmn": "zh", "english": "en", "cantonese": "yue", "japanese": "ja",
@@ -41,16 +41,16 @@ _ASR_TEXT = re.compile(r"\s*language (?P<language>[^<]*)<asr_text>(?P<text>.*)",
 
 @dataclass
 class Reading:
-    """Options of a reader, and its reports.
+    """Options and reports of a reader.
 
     Args:
-        bad_rows: receives every row that cannot be used.
-        columns: names of columns by role (see `tables.ROLES`), where they are not found by name.
-        subset: of WenetSpeech and GigaSpeech: the training subset, for example `S`; default: all.
-        config: of a data set of the Hub.
-        hub_split: the split of a data set of the Hub; default: all.
-        streaming: whether a data set of the Hub is read without a copy in the cache of `datasets`.
-        recordings_tar: receives recordings without files (`datasets` with bytes); `None`: these are errors.
+        bad_rows: collects unusable rows.
+        columns: names of columns by role (see `tables.ROLES`), for columns with unusual names.
+        subset: training subset of WenetSpeech or GigaSpeech, for example `S`; default: all.
+        config: configuration of a data set on the Hub.
+        hub_split: split of a data set on the Hub; default: all.
+        streaming: whether to read a data set of the Hub without a copy in the cache of `datasets`.
+        recordings_tar: collects recordings without files (`datasets` with bytes); `None` refuses such recordings.
         left_out: number of items that are not utterances, by reason; these items are not bad rows.
     """
 
@@ -76,15 +76,15 @@ class Reading:
         list_of_recordings: tuple[str, int] | None = None,
         **others: Any,
     ) -> Utterance | None:
-        """Builds an utterance. Reports a bad row and returns `None`.
+        """Builds an utterance; returns `None` for a bad row, which `bad_rows` collects.
 
         Args:
-            file, line: the place of the transcript.
+            file, line: position of the transcript.
             recording: path, relative to `folder`, or URL.
-            text: the transcript.
-            folder: absolute.
-            start, end: of a part of the recording, in seconds.
-            list_of_recordings: file and line that name the recording; default: `file` and `line`.
+            text: transcript.
+            folder: absolute path.
+            start, end: times of a part of the recording, in seconds.
+            list_of_recordings: file and line that contain the recording; default: `file` and `line`.
             **others: fields of `Utterance`.
         """
         try:
@@ -108,12 +108,12 @@ class Reading:
 
 
 class TarWriter:
-    """Writes recordings into a new tar file of a folder and gives their addresses.
+    """Writes recordings to a new tar file, and returns the addresses of the recordings.
 
-    After an exception in its block, the file is removed.
+    The first recording creates the file. An exception in the `with` block removes the file.
 
     Args:
-        folder: the file is made with the first recording; one of an earlier run stays.
+        folder: folder of the file; files of earlier runs are kept.
     """
 
     def __init__(self, folder: str):
@@ -134,7 +134,7 @@ class TarWriter:
         return tar_member(self.path, name, self._tar.offset - padded, len(content))
 
     def finish(self) -> None:
-        """Writes the end of the file, if there is one."""
+        """Completes the file, if any recording was added."""
         if self._tar is not None:
             self._tar.close()
 
@@ -169,7 +169,7 @@ def clean_text(text: str) -> tuple[str, str | None]:
     if match is None:
         return text.strip(), None
     if not match["text"].strip():
-        raise BadDataError("empty transcript: nothing follows <asr_text>")
+        raise BadDataError("empty transcript: no text after <asr_text>")
     return match["text"].strip(), language_code(match["language"])
 
 
@@ -188,12 +188,12 @@ def lists_in(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None
         return sorted(with_split, key=lambda item: (SPLITS.index(str(item[1])), item[0]))
     if len(found) > 1:
         names = ", ".join(os.path.basename(path) for path, _ in found)
-        raise BadDataError(f"{source}: several lists ({names}); name one of them instead of the folder")
+        raise BadDataError(f"{source}: several lists ({names}); pass one of the lists instead of the folder")
     return found
 
 
 def require_utf8(text: str) -> None:
-    """Checks that a text can be encoded in UTF-8: no bytes kept by `surrogateescape`, no half surrogate pairs.
+    """Checks that a text can be encoded as UTF-8, without bytes from `surrogateescape` and lone surrogates.
 
     Raises:
         BadDataError: if the text cannot be encoded.
@@ -205,7 +205,10 @@ def require_utf8(text: str) -> None:
 
 
 def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Returns a list, or all lists in a folder or else in its subfolders, each with the split in its name."""
+    """Returns all lists in a folder, otherwise in the subfolders, each with the split in the name.
+
+    If the source is a list, returns only this list.
+    """
     root = os.path.abspath(source)
     if os.path.isfile(root):
         return [(root, None)] if root.lower().endswith(tuple(suffixes)) else []

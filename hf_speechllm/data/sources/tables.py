@@ -1,4 +1,4 @@
-"""Lists with named columns: CSV, TSV, JSONL and JSON, among them those of NeMo, FunASR, Qwen3-ASR, Common Voice."""
+"""Readers of lists with named columns: CSV, TSV, JSONL and JSON (NeMo, FunASR, Qwen3-ASR, Common Voice, ...)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..bad_rows import BadDataError
 from ..utterance import Utterance
 from .reading import Reading, find_lists, first_record, lists_in, read_records, split_of
 
-# Names of columns by their role, the most telling first.
+# Names of columns by role, the most specific first.
 ROLES = {
     "audio": (
         "audio_filepath", "audio_path", "audio_file", "audio", "file_name", "filename", "file_path", "path", "file",
@@ -30,10 +30,10 @@ ROLES = {
     "split": ("split",),
     "hotwords": ("hotwords",),
 }  # fmt: skip
-FOLDERS = ("", "clips", "wavs", "wav", "audio", "audios", "data")  # where recordings lie, relative to their list
-SUFFIXES = ("", ".wav", ".flac", ".mp3", ".opus", ".m4a", ".ogg")  # that a list may leave out
+FOLDERS = ("", "clips", "wavs", "wav", "audio", "audios", "data")  # folders of recordings, relative to the list
+SUFFIXES = ("", ".wav", ".flac", ".mp3", ".opus", ".m4a", ".ogg")  # suffixes that a list may omit
 NEMO_AUDIO = "audio_filepath"
-LONGER = 0.5  # seconds by which a recording is longer than its row says before it is cut there
+LONGER = 0.5  # seconds; a recording that exceeds the duration of its row by more than this is cut
 JSON_SUFFIXES = (".jsonl", ".json", ".manifest")
 
 
@@ -41,12 +41,12 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
     """Finds the columns by role.
 
     Args:
-        names: of all columns.
-        given: names by role that the user has set.
-        where: the list, for messages.
+        names: names of all columns.
+        given: names by role, from the user.
+        where: path of the list, for messages.
 
     Raises:
-        BadDataError: if a given column is missing, or there is none for recordings or transcripts.
+        BadDataError: if a given column is missing, or the column of recordings or transcripts is not found.
     """
     names = list(names)
     by_lower = {name.lower(): name for name in reversed(names)}
@@ -58,7 +58,7 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
     for role in ("audio", "text"):
         if role not in found:
             raise BadDataError(
-                f"{where}: no column of {'recordings' if role == 'audio' else 'transcripts'} was recognised; name it: "
+                f"{where}: no column of {'recordings' if role == 'audio' else 'transcripts'} found; use "
                 f"--columns {role}=NAME (the columns are {', '.join(names)})"
             )
     return found
@@ -68,14 +68,16 @@ def utterance_of_record(
     reading: Reading, record: Mapping[str, Any], columns: Mapping[str, str], file: str, line: int | str,
     folder: str, split: str | None, audio: Any = None,
 ) -> Utterance | None:  # fmt: skip
-    """Builds an utterance from a row of a table. Reports a bad row and returns `None`.
+    """Builds an utterance from a row of a table; returns `None` for a bad row, which `bad_rows` collects.
 
     Args:
-        record: by the names of columns.
-        columns: names by role.
-        folder: where relative paths start, absolute.
-        split: of the whole list, if it has one.
-        audio: the address of the recording, instead of the column's content.
+        reading: options; collects bad rows.
+        record: values by column name.
+        columns: column names by role.
+        file, line: position of the row.
+        folder: base folder of relative paths, absolute.
+        split: split of the whole list; `None` without a split.
+        audio: address of the recording, instead of the value of the column.
     """
     values = {role: record.get(name) for role, name in columns.items()}
     audio = values["audio"] if audio is None else audio
@@ -87,7 +89,7 @@ def utterance_of_record(
     except (TypeError, ValueError) as error:
         reading.bad_rows.add(file, line, f"bad time: {error}; write seconds")
         return None
-    if start is None and duration is not None and columns["audio"] == NEMO_AUDIO:  # NeMo cuts there, too
+    if start is None and duration is not None and columns["audio"] == NEMO_AUDIO:  # NeMo also cuts here
         seconds = header_seconds(resolve_source(audio, folder))
         start = 0.0 if seconds is not None and seconds > duration + LONGER else None
     if start is not None and end is None and duration is not None:
@@ -132,7 +134,7 @@ def _read_table(
 
 
 def _find_place(folder: str, audio: str) -> Callable[[str], str]:
-    """Returns a function that adds a folder and a suffix to the paths of a list, as the first path needs."""
+    """Returns a function that adds folder and suffix to the paths of a list, according to the first path."""
     for below in FOLDERS:
         for suffix in SUFFIXES:
             if os.path.isfile(os.path.join(folder, below, audio + suffix)):
@@ -141,13 +143,13 @@ def _find_place(folder: str, audio: str) -> Callable[[str], str]:
 
 
 def read_delimited(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads CSV and TSV lists with a line of names."""
+    """Reads CSV and TSV lists with a header line."""
     for path, split in lists_in(source, (".csv", ".tsv")):
-        # What is not UTF-8 is kept, so that its row can be named.
+        # Invalid UTF-8 is kept, so that the error can name the row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             tabs = path.lower().endswith(".tsv") or "\t" in file.readline()
             file.seek(0)
-            # In a TSV, a quotation mark is most often one that is spoken about: a lone one must not join lines.
+            # Quotation marks in a TSV usually belong to the text; a single quotation mark must not join lines.
             style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
             reader = csv.DictReader(file, restkey="", **style)
             if reader.fieldnames is None:
@@ -164,13 +166,15 @@ def _lines(reader: csv.DictReader, path: str, reading: Reading, tabs: bool) -> I
         except csv.Error as error:
             raise BadDataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
         if "" in row:
-            reading.bad_rows.add(path, reader.line_num, "more fields than names; quote fields that have the delimiter")
+            reading.bad_rows.add(
+                path, reader.line_num, "more fields than names; quote fields that contain the delimiter"
+            )
             continue
         yield reader.line_num, {name: _unquoted(value) for name, value in row.items()} if tabs else row
 
 
 def _unquoted(value: Any) -> Any:
-    """Removes the quotation marks that a CSV writer has added to a field."""
+    """Removes quotation marks around a field that a CSV writer has added."""
     if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] == '"':
         inner = value[1:-1].replace('""', "")
         return value[1:-1].replace('""', '"') if '"' not in inner else value
@@ -184,7 +188,7 @@ def read_json_table(source: str, reading: Reading) -> Iterator[Utterance]:
 
 
 def read_ljspeech(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads LJSpeech's `metadata.csv`: `ID|text|normalized text`, without a line of names; `wavs/ID.wav`."""
+    """Reads `metadata.csv` of LJSpeech: `ID|text|normalized text`, without a header line; recordings `wavs/ID.wav`."""
     names = ("id", "text", "normalized_text")
     path = os.path.abspath(os.path.join(source, "metadata.csv") if os.path.isdir(source) else source)
     reading.columns = {"audio": "id", **reading.columns}
@@ -210,7 +214,7 @@ def _has_keys(keys: tuple[str, ...], source: str) -> bool:
 
 
 def is_qwen3_asr(source: str) -> bool:
-    """Returns whether a source is Qwen3-ASR's JSONL."""
+    """Returns whether a source is a JSONL of Qwen3-ASR."""
     return has_keys("audio", "text")(source) and "<asr_text>" in str((_records(source) or {})["text"])
 
 
@@ -224,14 +228,14 @@ def is_json_table(source: str) -> bool:
 
 
 def is_common_voice(source: str) -> bool:
-    """Returns whether a source is a language's folder of Common Voice, or one of its lists."""
+    """Returns whether a source is the folder of a language in Common Voice, or a list in this folder."""
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
     lists = glob.glob(f"{glob.escape(source)}/*.tsv") if os.path.isdir(source) else [source]
     return os.path.isdir(os.path.join(folder, "clips")) and any(path.endswith(".tsv") for path in lists)
 
 
 def is_ljspeech(source: str) -> bool:
-    """Returns whether a source is LJSpeech's folder or list."""
+    """Returns whether a source is the folder or list of LJSpeech."""
     path = os.path.join(source, "metadata.csv") if os.path.isdir(source) else source
     if not path.endswith(".csv") or not os.path.isfile(path):
         return False
@@ -240,5 +244,5 @@ def is_ljspeech(source: str) -> bool:
 
 
 def is_delimited(source: str) -> bool:
-    """Returns whether a source is a CSV or TSV list, or a folder with such."""
+    """Returns whether a source is a CSV or TSV list, or a folder with such lists."""
     return bool(find_lists(source, (".csv", ".tsv")))
