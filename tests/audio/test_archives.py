@@ -46,7 +46,7 @@ def test_member_of_a_tar_is_its_bytes(tar):
 
 
 @pytest.mark.parametrize(("kept", "present"), [(1023, 511), (512, 0), (100, 0)])
-def test_tar_that_was_cut_after_it_was_listed_is_told(tar, kept, present):
+def test_tar_truncated_after_listing_is_reported(tar, kept, present):
     path, name = tar
     path.write_bytes(CONTENT[:kept])
     with pytest.raises(ValueError, match=f"truncated: {present} of 512 bytes"):
@@ -55,7 +55,7 @@ def test_tar_that_was_cut_after_it_was_listed_is_told(tar, kept, present):
         read_member(f"{path}::a.wav@0+{10**18}")
 
 
-def test_tar_that_is_cut_while_it_is_read_is_told(tar, monkeypatch):
+def test_tar_truncated_during_reading_is_reported(tar, monkeypatch):
     path, name = tar
     status = os.stat(path)
     path.write_bytes(CONTENT[:600])
@@ -90,7 +90,7 @@ def test_parquet_that_was_rewritten_after_it_was_read_gives_its_new_recordings(p
     assert [read_member(f"{parquet}::{row}") for row in range(5)] == [b"recordinG %d" % row for row in range(5)]
 
 
-def test_parquet_without_recordings_is_told(tmp_path):
+def test_parquet_without_recordings_is_reported(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, ["a.wav"])
     with pytest.raises(ValueError, match="no bytes in column 'audio'"):

@@ -104,7 +104,7 @@ DAMAGE = [
         ("adaptor_type", "conformer"),
     ],
 )
-def test_config_that_is_not_one_is_told_with_file_and_field(make_checkpoint, field, value):
+def test_invalid_config_is_reported_with_file_and_field(make_checkpoint, field, value):
     folder = make_checkpoint("speech_llm")
     config = json.loads((folder / "config.json").read_text())
     config["audio_adaptor_config"][field] = value
