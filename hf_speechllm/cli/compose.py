@@ -52,13 +52,14 @@ def main() -> None:
 
 def compose_model(args: argparse.Namespace) -> None:
     """Composes the model and saves it."""
+    # Before the imports, so that errors in the file appear immediately.
+    config = yaml.safe_load(find_configuration(args.config, TRAINING).read_text(encoding="utf-8"))
 
     from transformers import set_seed
 
     from ..formats.composition import compose, train_tokenizer
 
     set_seed(args.seed)
-    config = yaml.safe_load(find_configuration(args.config, TRAINING).read_text(encoding="utf-8"))
     tokenizer = args.tokenizer or args.llm
     if args.transcripts:
         lines = [line for file in args.transcripts for line in Path(file).read_text(encoding="utf-8").splitlines()]

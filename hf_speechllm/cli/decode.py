@@ -75,6 +75,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file)):
         if not Path(file).is_file():
             parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
+    if args.scp_file:
+        with open(args.scp_file, "rb") as file:
+            if file.read(1) == b"{":
+                parser.error(f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file")
     output = Path(args.output_file).resolve()
     if not output.parent.is_dir():
         parser.error(f"--output_file {args.output_file}: no such folder; create the folder {output.parent}")

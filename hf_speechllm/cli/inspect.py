@@ -125,6 +125,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         bad = inspect(args)
+    except BrokenPipeError:  # `inspect | head`; the main function ends the command
+        raise
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
     sys.exit(1 if bad else 0)

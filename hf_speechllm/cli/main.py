@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -59,6 +60,9 @@ def main(verb: str | None = None) -> None:
         if str(error.name).partition(".")[0] == __package__.partition(".")[0]:
             raise
         sys.exit(f"{prog()}: error: {error}")
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the exit flushes, and fails again
+        sys.exit(1)
     except KeyboardInterrupt as interruption:
         report(f"{prog()}: interrupted{interruption}")
         sys.exit(130)

@@ -18,9 +18,11 @@ def main() -> None:
         parser.error(f"{args.output} exists; remove it or choose another --output")
 
     from .. import SpeechLLMProcessor
-    from ..formats.loading import read_checkpoint, write_checkpoint
+    from ..formats.loading import ADAPTER, PARTIAL, find_layout, read_checkpoint, write_checkpoint
 
     try:
+        if find_layout(args.input) not in (ADAPTER, PARTIAL):
+            raise ValueError(f"{args.input}: no LoRA adapters to merge; give the output folder of a LoRA run")
         checkpoint = read_checkpoint(args.input)  # merges adapters
         write_checkpoint(checkpoint, SpeechLLMProcessor.from_pretrained(args.input), args.output, "speech_llm")
     except (OSError, ValueError) as error:

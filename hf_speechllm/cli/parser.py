@@ -72,8 +72,9 @@ def report(message: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean X?` with the most similar known name, or an empty text."""
-    names = {word: word for word in known}
+    """Returns `; did you mean X?` with the most similar known name, whose folder may be missing, or an empty text."""
+    known = list(known)
+    names = {word.rpartition("/")[2]: word for word in known} | {word: word for word in known}
     beginnings = {word[: len(name)]: word for word in sorted(names, key=len, reverse=True)}
     for candidates in (names, beginnings):
         if close := difflib.get_close_matches(name, candidates, n=1):

@@ -110,7 +110,7 @@ def write_corpus(
     total = sum(map(len, lines.values()))
     bad_rows.check(total + len(bad_rows))
     if not total:
-        raise BadDataError("the source has no usable rows; check the source and --columns")
+        raise BadDataError("the source has no usable rows; check the source, --format and --columns")
     for split, rows in lines.items():
         path = os.path.join(output_dir, f"{split}.jsonl")
         if rows:

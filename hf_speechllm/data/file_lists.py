@@ -55,6 +55,7 @@ def _read_list(file: str) -> list[str]:
     with open(file, encoding="utf-8-sig", errors="replace") as opened:
         for number, line in enumerate(opened, start=1):
             if name := line.strip():
-                source = f"{file}:{number}: {name} (relative paths start at the folder of the list)"
+                hint = "relative paths start at the folder of the list; instead of Kaldi lists, pass their folder"
+                source = f"{file}:{number}: {name} ({hint})"
                 found += _expand(os.path.join(folder, name), source)
     return found

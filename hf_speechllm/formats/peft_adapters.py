@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ MAX_RANK = 1024  # unless the tensors have a higher rank
 MATCHING_SECONDS = 2.0  # time limit for all patterns of an adapter; a hostile pattern may never finish
 
 
+def wrap(model: PreTrainedModel, config: Any) -> Any:
+    """Returns `peft.get_peft_model(model, config)`, without a warning about a name that transformers has changed."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
+
+
 def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrainedModel:
     """Merges an adapter into its base model: adds low-rank matrices, and replaces fully trained parts.
 
@@ -40,7 +50,7 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
     Raises:
         CheckpointError: if tensors of the adapter are missing or unexpected, or do not match the base model.
     """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing; download or copy the adapter again")
@@ -54,7 +64,7 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, dtype))
     config.inference_mode = True
     with reading(folder / CONFIG_FILE):
-        wrapped = get_peft_model(model, config)
+        wrapped = wrap(model, config)
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     # With low-rank matrices for embeddings, peft also saves the full embeddings.
     known = get_peft_model_state_dict(wrapped, save_embedding_layers=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..formats.peft_adapters import wrap
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
 
 
@@ -34,7 +35,7 @@ def add_lora(
     Raises:
         ValueError: if the LLM has no layer of a name, or if an adapter of the layer cannot be merged.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.llm.named_modules()}
     unknown = [name for name in target_modules if name not in names]
@@ -60,7 +61,7 @@ def add_lora(
         target_modules=rf"llm\..*\.({'|'.join(re.escape(name) for name in target_modules)})",
         modules_to_save=fully_trained or None,
     )
-    return get_peft_model(model, config)
+    return wrap(model, config)
 
 
 def uses_lora(model) -> bool:

@@ -117,3 +117,36 @@ def test_env_prints_versions(run):
     code, output = run("env")
     assert not code
     assert "hf_speechllm: 0." in output.out and "torch: " in output.out and "GPUs: " in output.out
+
+
+def test_reader_of_the_output_may_end_early(tiny_model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 3)
+    options = ["--json", "--jsonl_file", rows, "--model_name_or_path", tiny_model]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "hf_speechllm", "inspect", *options], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert result.returncode == 1
+    assert "Broken pipe" not in result.stderr
+
+
+def test_name_without_its_folder_is_suggested_with_it(run, tmp_path):
+    code, _ = run("compose", "tiny", "--tokenizer", "a", "--output_dir", tmp_path / "new")
+    assert code.endswith("tiny: no such file or configuration; did you mean models/tiny?")
+
+
+def test_json_in_place_of_a_kaldi_list_is_told_before_the_model_is_loaded(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n')
+    code, output = run("decode", "--model_name_or_path", "a", "--scp_file", rows, "--output_file", tmp_path / "out")
+    assert code == 2
+    assert output.err.endswith("rows.jsonl: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file\n")
+
+
+def test_merging_a_model_without_adapters_is_refused(run, tiny_model, tmp_path):
+    code, _ = run("merge", "--input", tiny_model, "--output", tmp_path / "new")
+    assert "no LoRA adapters to merge" in code
+    assert not (tmp_path / "new").exists()

@@ -114,6 +114,7 @@ def test_no_output_is_written_with_too_many_bad_rows(run, kaldi, tmp_path):
         (["--columns", "voice=a"], "--columns voice=...: unknown role; choose one of audio"),
         (["--audio_root", "/proc"], "outside --audio_root"),
         (["--language", "xx"], "unknown language"),
+        (["--format", "librispeech"], "no usable rows; check the source, --format and"),
     ],
 )
 def test_wrong_options_are_reported(run, kaldi, tmp_path, options, message):

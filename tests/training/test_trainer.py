@@ -180,6 +180,11 @@ def test_dropout_stands_before_the_adapters_and_is_on_in_training_alone(compose_
     assert len(dropouts) == 4 and {module.p for module in dropouts} == {0.4}
 
 
+def test_lora_is_added_without_a_warning(compose_tiny, recwarn):
+    add_lora(compose_tiny()[0], target_modules=("q_proj",))
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+
+
 def test_unknown_lora_layers_are_named(compose_tiny):
     model, _ = compose_tiny()
     with pytest.raises(ValueError, match="--lora_target_modules.*q_prj"):
