@@ -125,6 +125,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         bad = inspect(args)
+        sys.stdout.flush()
     except BrokenPipeError:  # `inspect | head`; the main function ends the command
         raise
     except (OSError, ValueError) as error:

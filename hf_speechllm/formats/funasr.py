@@ -188,7 +188,8 @@ def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
         reasons.append(f"FunASR's adaptor has a LayerNorm epsilon of {LAYER_NORM_EPS}, this one {eps}")
     if reasons and not force:
         raise CheckpointError(
-            f"this model would give different results in FunASR: {'; '.join(reasons)}; to write it anyway, use force"
+            f"this model would give different results in FunASR: {'; '.join(reasons)}; to write it anyway, "
+            "use --force (force=True)"
         )
 
 

@@ -218,7 +218,7 @@ def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
         raise CheckpointError(
             "this model was trained on the first eighth of each recording's frames (use_low_frame_rate), but "
             "transformers' fun_asr_nano class passes all frames to the LLM, so it would transcribe badly there; to "
-            "write it for software that shortens the frames, use force"
+            "write it for software that shortens the frames, use --force (force=True)"
         )
 
 

@@ -1,5 +1,6 @@
 """Console command: help without heavy imports, suggestions for typing errors, one line for a missing package."""
 
+import json
 import os
 import subprocess
 import sys
@@ -119,9 +120,10 @@ def test_env_prints_versions(run):
     assert "hf_speechllm: 0." in output.out and "torch: " in output.out and "GPUs: " in output.out
 
 
-def test_reader_of_the_output_may_end_early(tiny_model, tmp_path):
+def test_reader_of_the_output_may_end_early(tiny_model, make_wav, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 3)
+    user = {"role": "user", "content": f"<|startofspeech|>!{make_wav()}<|endofspeech|>"}
+    rows.write_text(json.dumps({"messages": [user, {"role": "assistant", "content": "b"}]}) + "\n")
     options = ["--json", "--jsonl_file", rows, "--model_name_or_path", tiny_model]
     reading, writing = os.pipe()
     os.close(reading)
