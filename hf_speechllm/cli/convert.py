@@ -32,7 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # not at level INFO: huggingface_hub would print the temporary folder
+    for name in (logger.name, "hf_speechllm"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
     from .. import SpeechLLMProcessor
     from ..formats.loading import read_checkpoint, write_checkpoint

@@ -137,7 +137,7 @@ def _tar_recordings(path: str, suffixes: Collection[str]) -> Iterator[tuple[str,
             name = member.name.encode("utf-8", "replace").decode()
             stem, suffix = os.path.splitext(name)
             if member.isreg() and suffix.lower() in suffixes and not os.path.basename(name).startswith("."):
-                yield stem, tar_member(path, name, member.offset_data, member.size)
+                yield stem.removeprefix("./"), tar_member(path, name, member.offset_data, member.size)
 
 
 def _parquet_recordings(path: str) -> Iterator[tuple[str, str] | BadRow]:

@@ -152,3 +152,12 @@ def test_merging_a_model_without_adapters_is_refused(run, tiny_model, tmp_path):
     code, _ = run("merge", "--input", tiny_model, "--output", tmp_path / "new")
     assert "no LoRA adapters to merge" in code
     assert not (tmp_path / "new").exists()
+
+
+def test_conversion_prints_one_line(tiny_model, tmp_path):
+    command = [sys.executable, "-m", "hf_speechllm", "convert", "--format", "speech_llm"]
+    result = subprocess.run(
+        [*command, "--input", tiny_model, "--output", tmp_path / "new"], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "it/s" not in line]
+    assert len([line for line in lines if str(tmp_path) in line]) == 1

@@ -11,7 +11,7 @@ from hf_speechllm.audio.archives import find_archive, read_member
 from hf_speechllm.audio.waveform import load_audio, probe_audio, source_stamp
 from hf_speechllm.data.bad_rows import BadDataError, BadRow
 from hf_speechllm.data.file_lists import expand_paths
-from hf_speechllm.data.shards import Shard, read_shard, shards_of
+from hf_speechllm.data.shards import Shard, read_shard, recordings_of_archive, shards_of
 
 WAV = b"RIFF, or so"
 
@@ -246,3 +246,12 @@ def test_compressed_file_is_refused(tmp_path):
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(BadDataError, match="compressed"):
         shards_of(str(tmp_path / "a.tar.gz"))
+
+
+def test_ids_in_a_tar_of_the_working_directory_have_no_dot(tmp_path, make_wav):
+    file = tmp_path / "a.tar"
+    with tarfile.open(file, "w") as tar:  # `tar cf a.tar -C FOLDER .`
+        tar.add(make_wav("x.wav"), arcname="./x.wav")
+    ((id_, address),) = recordings_of_archive(str(file), [".wav"])
+    assert id_ == "x"
+    assert len(load_audio(address))
