@@ -22,7 +22,8 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.input).is_dir():
         parser.error(f"--input {args.input}: no such folder; name the output folder of a training run")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")  # not at level INFO: huggingface_hub would print a temporary folder
+    logging.getLogger("hf_speechllm").setLevel(logging.INFO)
 
     from ..hub.publishing import publish
 

@@ -140,8 +140,10 @@ def parse_object(line: bytes) -> dict:
     except UnicodeEncodeError as error:
         raise BadDataError("not a character: half a surrogate pair (\\ud800 to \\udfff); remove it") from error
     except json.JSONDecodeError as error:
+        kaldi = b"{" not in line and len(line.split(maxsplit=1)) == 2
+        advice = "; hf-speechllm prepare converts Kaldi lists, and decode reads --scp_file" if kaldi else ""
         raise BadDataError(
-            f"not JSON: {error.msg} at column {error.colno}; a row is one object on one line"
+            f"not JSON: {error.msg} at column {error.colno}; a row is one object on one line{advice}"
         ) from error
     except ValueError as error:  # a number with thousands of digits
         raise BadDataError(f"not JSON: {str(error).partition(';')[0]}") from error

@@ -138,6 +138,7 @@ def test_bad_lines_do_not_hide_the_good_ones(jsonl):
     [
         (b'{"messages": "\xc4\xe3"}', "not UTF-8"),
         ('{"messages": ', "not JSON"),
+        ("id1 audio/a.wav", "hf-speechllm prepare converts Kaldi lists"),
         ("[" * 100_000, "not JSON"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
         ("[1]", "not an object"),
