@@ -88,7 +88,7 @@ def make_rows(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts
+    from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts, warn_of_unused_segments
     from ..data.preparation import RowMaker, prepare
     from ..files import atomic_write
     from ..model import chat
@@ -109,6 +109,8 @@ def make_rows(args: argparse.Namespace) -> None:
     }:
         logging.info("%s cuts the recordings of %s", segments, args.scp_file)
         recordings = read_segments(segments, recordings, bad_rows)
+    else:
+        warn_of_unused_segments(recordings)
     utterances = join(recordings, transcripts, bad_rows)
 
     folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None
