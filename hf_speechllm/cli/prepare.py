@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 
-from .parser import Parser, prog
+from .parser import Parser, prog, refuse_input
 from .scp2jsonl import fraction, load_tokenizer
 
 DEFAULT_SPLIT = [0.9, 0.05, 0.05]
@@ -77,15 +77,23 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--num_workers must be at least 1")
     if args.split is not None and not sum(args.split):
         parser.error("--split: one of the shares must be above 0")
+    for path in output_files(args):
+        # The lists of a folder with these files are the source.
+        beside = os.path.join(args.source, os.path.basename(path))
+        refuse_input(parser, "--output_dir", path, (args.source, beside))
     if message := existing_output(args):
         parser.error(message)
     return args
 
 
+def output_files(args: argparse.Namespace) -> list[str]:
+    """Returns the paths of the JSONL that may be written."""
+    return [os.path.join(args.output_dir, f"{split}.jsonl") for split in ("train", "dev", "test")]
+
+
 def existing_output(args: argparse.Namespace) -> str | None:
     """Returns an error if an output exists that must not be replaced."""
-    paths = (os.path.join(args.output_dir, name) for name in ("train.jsonl", "dev.jsonl", "test.jsonl"))
-    found = None if args.overwrite else next(filter(os.path.exists, paths), None)
+    found = None if args.overwrite else next(filter(os.path.exists, output_files(args)), None)
     return found and f"{found} exists; choose another --output_dir, or use --overwrite"
 
 

@@ -16,7 +16,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from .parser import Parser
+from .parser import Parser, refuse_input
 
 
 def fraction(text: str) -> float:
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("scp_file", "transcript_file"):
         if not os.path.isfile(getattr(args, flag)):
             parser.error(f"--{flag} {getattr(args, flag)}: no such file")
+    refuse_input(parser, "--jsonl_file", args.jsonl_file, (args.scp_file, args.transcript_file))
     if os.path.exists(args.jsonl_file) and not args.overwrite:
         parser.error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
     folder = os.path.dirname(os.path.abspath(args.jsonl_file))

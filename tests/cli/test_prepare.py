@@ -208,3 +208,22 @@ def test_two_runs_into_one_folder_are_not_mixed(run, kaldi, tmp_path, monkeypatc
     monkeypatch.setattr("hf_speechllm.cli.prepare.existing_output", lambda args: next(answers))
     assert "it exists" in run("prepare", kaldi, "--output_dir", out)[0]
     assert not (out / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("source", ["train.jsonl", "link.jsonl", ""])
+def test_a_source_is_not_replaced_by_its_own_split(run, tmp_path, source):
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to("train.jsonl")
+    code, written = run("prepare", tmp_path / source, "--output_dir", tmp_path, "--overwrite")
+    assert code == 2 and "train.jsonl is an input of this command" in written.err
+    assert (tmp_path / "train.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize("option", ["--scp_file", "--jsonl_file"])
+def test_lists_are_not_replaced_by_what_is_made_of_them(run, kaldi, option):
+    before = (kaldi / "wav.scp").read_text()
+    model = ["--model_name_or_path", "none"]
+    assert run("decode", *model, option, kaldi / "wav.scp", "--output_file", kaldi / "wav.scp", "--overwrite")[0] == 2
+    lists = ["--scp_file", kaldi / "wav.scp", "--transcript_file", kaldi / "text"]
+    assert run("scp2jsonl", *lists, "--jsonl_file", kaldi / "wav.scp", "--overwrite")[0] == 2
+    assert (kaldi / "wav.scp").read_text() == before
