@@ -563,3 +563,23 @@ def test_damaged_cuts_are_named(write_audio, tmp_path, line):
     path.write_text(good.replace('"duration": 1.0', '"duration": "x"', 1) + f"\n{good}\n")
     reading = Reading(BadRows())
     assert len(list(read_source(str(path), reading))) == len(reading.bad_rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.parquet", b""),
+        ("a.parquet", b"PAR1"),
+        ("WenetSpeech.json", b'{"dataset": "WenetSpeech", "a": ' + b"[" * 10**5),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadDataError, match=f"{name}: not "):
+        list(read_source(str(tmp_path / name), Reading(BadRows())))
+
+
+def test_parquet_without_rows(tmp_path):
+    table = pyarrow.table({"wav": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_source(str(tmp_path / "a.parquet"), Reading(BadRows()))) == []
