@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from .decoders import AudioError, Block
 
+LATEST = 1e12  # seconds; addresses may have times of hundreds of digits, which are infinite as floats
 OVERSHOOT = 0.1  # seconds by which a part may end after its recording: times in lists are rounded
 _FRAGMENT = re.compile(r"#t=(?P<start>[0-9]+(?:\.[0-9]+)?)(?:,(?P<end>[0-9]+(?:\.[0-9]+)?))?\Z")
 
@@ -68,7 +69,8 @@ class TimeRange:
             self.samples(position, rate, name)
 
     def _bounds(self, rate: int) -> tuple[int, int]:
-        return round(self.start * rate), (1 << 62) if self.end is None else round(self.end * rate)
+        first, stop = (min(time, LATEST) for time in (self.start, math.inf if self.end is None else self.end))
+        return round(first * rate), round(stop * rate)
 
 
 def add_time_range(source: str, start: float, end: float | None = None) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .launch import add_launch_options, launch, split_launch_options
-from .parser import Parser, command_line, prog
+from .parser import Parser, command_line, prog, refuse_input
 
 logger = logging.getLogger("decode")
 
@@ -82,6 +82,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     output = Path(args.output_file).resolve()
     if not output.parent.is_dir():
         parser.error(f"--output_file {args.output_file}: no such folder; create the folder {output.parent}")
+    inputs = (args.scp_file, args.segments_file, args.jsonl_file, *args.sources)
+    refuse_input(parser, "--output_file", args.output_file, inputs)
     unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
     if output.exists() and not args.overwrite and not unfinished:
         parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")

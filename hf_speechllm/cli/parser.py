@@ -99,3 +99,10 @@ def command_line() -> tuple[str, list[str]]:
 def prog() -> str:
     """Returns the program name for messages."""
     return command_line()[0]
+
+
+def refuse_input(parser: argparse.ArgumentParser, option: str, output: str, inputs: Iterable[str | None]) -> None:
+    """Ends with an error if an output is an input, also under another name: --overwrite would destroy it."""
+    for name in filter(None, inputs):
+        if os.path.exists(output) and os.path.exists(name) and os.path.samefile(output, name):
+            parser.error(f"{option}: {output} is an input of this command; choose another name")

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 
-from .parser import Parser, prog
+from .parser import Parser, prog, refuse_input
 from .scp2jsonl import fraction, load_tokenizer
 
 DEFAULT_SPLIT = [0.9, 0.05, 0.05]
@@ -77,11 +77,24 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--num_workers must be at least 1")
     if args.split is not None and not sum(args.split):
         parser.error("--split: one of the shares must be above 0")
-    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
-        path = os.path.join(args.output_dir, name)
-        if os.path.exists(path) and not args.overwrite:
-            parser.error(f"{path} exists; choose another --output_dir, or use --overwrite")
+    for path in output_files(args):
+        # The lists of a folder with these files are the source.
+        beside = os.path.join(args.source, os.path.basename(path))
+        refuse_input(parser, "--output_dir", path, (args.source, beside))
+    if message := existing_output(args):
+        parser.error(message)
     return args
+
+
+def output_files(args: argparse.Namespace) -> list[str]:
+    """Returns the paths of the JSONL that may be written."""
+    return [os.path.join(args.output_dir, f"{split}.jsonl") for split in ("train", "dev", "test")]
+
+
+def existing_output(args: argparse.Namespace) -> str | None:
+    """Returns an error if an output exists that must not be replaced."""
+    found = None if args.overwrite else next(filter(os.path.exists, output_files(args)), None)
+    return found and f"{found} exists; choose another --output_dir, or use --overwrite"
 
 
 def prepare_source(args: argparse.Namespace) -> None:
@@ -93,12 +106,13 @@ def prepare_source(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.corpus import choose_splits, read_utterances, write_corpus, write_summary
+    from ..data.corpus import SUMMARY_FILE, choose_splits, read_utterances, write_corpus, write_summary
     from ..data.preparation import RowMaker
     from ..data.sources import SOURCES, read_source, recognize
     from ..data.sources.reading import Reading, TarWriter
     from ..data.sources.tables import ROLES
     from ..data.utterance import SPLITS
+    from ..locks import output_file_lock
     from ..model import chat
 
     if args.format is not None and args.format not in SOURCES:
@@ -114,7 +128,10 @@ def prepare_source(args: argparse.Namespace) -> None:
         logging.info("%s: %s", args.source, format)
     os.makedirs(args.output_dir, exist_ok=True)
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
-    with TarWriter(args.output_dir) as tar:
+    summary_file = os.path.join(args.output_dir, SUMMARY_FILE)
+    with output_file_lock(summary_file, args.output_dir, "--output_dir"), TarWriter(args.output_dir) as tar:
+        if message := existing_output(args):  # of a run that has ended meanwhile
+            raise FileExistsError(message)
         reading = Reading(bad_rows, args.columns, args.subset, args.config, args.hub_split, args.streaming, tar)
         found = tqdm(read_source(args.source, reading, format), desc="reading", unit=" rows")
         utterances = read_utterances(found, bad_rows, args.audio_root)
@@ -128,13 +145,13 @@ def prepare_source(args: argparse.Namespace) -> None:
             counts = write_corpus(
                 utterances, splits, maker, args.output_dir, bad_rows, args.num_workers, progress.update
             )
-    for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
-        if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
-            logging.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
-    summary = {
-        "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
-    }  # fmt: skip
-    write_summary(summary, args.output_dir)
+        for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
+            if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
+                logging.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
+        summary = {
+            "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
+        }  # fmt: skip
+        write_summary(summary, args.output_dir)
     for name, values in summary.items():
         if name == "splits":
             for split, numbers in values.items():

@@ -16,7 +16,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from .parser import Parser
+from .parser import Parser, refuse_input
 
 
 def fraction(text: str) -> float:
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     for flag in ("scp_file", "transcript_file"):
         if not os.path.isfile(getattr(args, flag)):
             parser.error(f"--{flag} {getattr(args, flag)}: no such file")
+    refuse_input(parser, "--jsonl_file", args.jsonl_file, (args.scp_file, args.transcript_file))
     if os.path.exists(args.jsonl_file) and not args.overwrite:
         parser.error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
     folder = os.path.dirname(os.path.abspath(args.jsonl_file))
@@ -88,7 +89,7 @@ def make_rows(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts
+    from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts, warn_of_unused_segments
     from ..data.preparation import RowMaker, prepare
     from ..files import atomic_write
     from ..model import chat
@@ -109,6 +110,8 @@ def make_rows(args: argparse.Namespace) -> None:
     }:
         logging.info("%s cuts the recordings of %s", segments, args.scp_file)
         recordings = read_segments(segments, recordings, bad_rows)
+    else:
+        warn_of_unused_segments(recordings)
     utterances = join(recordings, transcripts, bad_rows)
 
     folder = os.path.realpath(os.path.dirname(os.path.abspath(args.jsonl_file))) if args.relative else None

@@ -71,6 +71,8 @@ def prepare_dataset(
     for name in columns:
         if name not in dataset.column_names:
             raise ValueError(f"the dataset has no column {name!r}; columns: {', '.join(dataset.column_names)}")
+    if not len(dataset):
+        raise BadDataError("the dataset has no rows")
     mapper = RowMapper(
         FeatureMapper(processor.feature_extractor, feature_dtype, max_seconds),
         str(dataset.info.dataset_name or dataset.info.builder_name or "dataset"),

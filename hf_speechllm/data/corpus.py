@@ -50,7 +50,16 @@ def choose_splits(
         shares: shares of the splits from the user; `None` uses the splits of the source, if any.
         default: shares for a source without splits.
         seed: seed of drawn splits.
+
+    Raises:
+        BadDataError: if only some rows of the source have a split: drawing could put its test rows in training.
     """
+    without = sum(utterance.split is None for utterance in utterances)
+    if not shares and without and {utterance.split for utterance in utterances} - {None, "train"}:
+        raise BadDataError(
+            f"the source has no split for {without} of {len(utterances)} rows; correct them (a split is called "
+            "train, dev or test), or draw all splits with --split"
+        )
     own = None if shares else own_splits(utterances)
     if own is not None:
         return own, "those of the source"

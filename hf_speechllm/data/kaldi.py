@@ -102,7 +102,6 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     Args:
         path: see `read_list`.
         bad_rows: receives bad lines (see `read_list`), and commands and archives, which only Kaldi can read.
-            A file `segments` next to the list is ignored, with a warning.
         audio_root: folder that must contain all recordings.
 
     Raises:
@@ -110,11 +109,6 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
     """
     scp = read_list(path, bad_rows, "path")
     folder = os.path.dirname(os.path.abspath(scp.file))
-    if os.path.isfile(os.path.join(folder, "segments")):
-        logger.warning(
-            "%s is ignored: the whole recordings of %s are used; to cut recordings, use Kaldi's extract-segments",
-            os.path.join(folder, "segments"), scp.file,
-        )  # fmt: skip
     entries = []
     for entry in scp.entries:
         if entry.value.startswith("|") or entry.value.endswith("|"):
@@ -135,6 +129,13 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
         bad_rows.add(path, entry.line, reason)
         scp.bad_ids.add(entry.id)
     return KaldiList(scp.file, entries, scp.bad_ids)
+
+
+def warn_of_unused_segments(recordings: KaldiList) -> None:
+    """Warns if a file `segments` next to a `wav.scp` is ignored."""
+    segments = os.path.join(os.path.dirname(os.path.abspath(recordings.file)), "segments")
+    if os.path.isfile(segments):
+        logger.warning("%s is ignored: the whole recordings of %s are used", segments, recordings.file)
 
 
 def read_segments(path: str | os.PathLike[str], recordings: KaldiList, bad_rows: BadRows) -> KaldiList:

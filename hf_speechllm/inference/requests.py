@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import read_jsonl, recording_id
-from ..data.kaldi import read_scp, read_segments
+from ..data.kaldi import read_scp, read_segments, warn_of_unused_segments
 from ..model import chat
 from .sources import find_recordings
 
@@ -51,8 +51,11 @@ def requests_of_scp(
         OSError: if the list cannot be read.
     """
     recordings = read_scp(path, bad_rows)
-    entries = (recordings if segments is None else read_segments(segments, recordings, bad_rows)).entries
-    return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in entries]
+    if segments is None:
+        warn_of_unused_segments(recordings)
+    else:
+        recordings = read_segments(segments, recordings, bad_rows)
+    return [Request(entry.id, chat.transcription_messages(entry.value, prompt)) for entry in recordings.entries]
 
 
 def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) -> list[Request]:

@@ -102,7 +102,7 @@ def num_audio_tokens(
 def transcription_prompt(
     language: str | None = None,
     itn: bool = True,
-    hotwords: Sequence[str] = (),
+    hotwords: str | Sequence[str] | None = (),
     prompt: str | None = None,
     context: str | None = None,
 ) -> str:
@@ -111,12 +111,13 @@ def transcription_prompt(
     Args:
         language: ISO code or Chinese name of the transcript's language; `None`: the model detects the language.
         itn: whether to apply inverse text normalisation (digits instead of number words).
-        hotwords: words that may occur.
+        hotwords: words that may occur; a list, or a string with commas between them.
         prompt: replaces the instruction; must not be combined with `language` or `itn=False`.
         context: free text about the recording.
 
     Raises:
-        ValueError: if `prompt` is combined with `language` or `itn=False`, or the language is unknown.
+        ValueError: if `prompt` is combined with `language` or `itn=False`, the language is unknown, or a hotword has a
+            special token.
     """
     if prompt is not None:
         if language is not None or not itn:
@@ -127,7 +128,7 @@ def transcription_prompt(
     else:
         instruction = "语音转写" if language is None else f"语音转写成{language_name(language)}"
         instruction += "：" if itn else "，不进行文本规整："
-    return hotword_context(hotwords, context) + instruction
+    return hotword_context(parse_hotwords(hotwords), context) + instruction
 
 
 def hotword_context(hotwords: Sequence[str], context: str | None = None) -> str:

@@ -265,7 +265,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             See `apply_chat_template`; padded on the left.
         """
         recordings = _list_of(audio)
-        text = chat.transcription_prompt(language, itn, chat.parse_hotwords(hotwords), prompt, context)
+        text = chat.transcription_prompt(language, itn, hotwords, prompt, context)
         return self.apply_chat_template([chat.transcription_messages(item, text) for item in recordings])
 
     def batch(

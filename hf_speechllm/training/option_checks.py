@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from .cache_stage import choose_cache_level
@@ -72,10 +73,14 @@ def check_training(args: SpeechLLMTrainingArguments) -> None:
         )
     if not 0 <= args.max_bad_fraction <= 1:
         raise ValueError(f"--max_bad_fraction is {args.max_bad_fraction}; it must be between 0 and 1")
-    if args.per_device_train_batch_seconds < 0:
+    if not 0 <= args.per_device_train_batch_seconds < math.inf:
         raise ValueError(
             f"--per_device_train_batch_seconds is {args.per_device_train_batch_seconds:g}; it must be above 0, or auto"
         )
+    if args.gradient_accumulation_steps < 1:
+        raise ValueError(f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}; it must be at least 1")
+    if not 0 <= args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be a number of epochs from 0")
     if args.max_bad_steps < 0:
         raise ValueError(f"--max_bad_steps is {args.max_bad_steps}; it must be at least 0")
     if args.dataloader_timeout_seconds < 0:

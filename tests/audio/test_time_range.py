@@ -130,3 +130,9 @@ def test_stamp_and_path_of_a_part_are_those_of_the_file(tmp_path, noise):
     path = write(tmp_path, "a.wav", noise)
     assert source_stamp(f"{path}#t=1,2") == source_stamp(path) != ""
     check_root(f"{path}#t=1,2", str(tmp_path))
+
+
+@pytest.mark.parametrize("times", ["9" * 400, "0," + "9" * 400])
+def test_times_of_hundreds_of_digits_are_outside(make_wav, times):
+    with pytest.raises(AudioError, match="outside the recording"):
+        load_audio(f"{make_wav()}#t={times}")

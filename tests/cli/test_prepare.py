@@ -12,6 +12,7 @@ from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.data.row_files import generator_arguments, require_row_file
+from hf_speechllm.locks import output_file_lock
 from hf_speechllm.model.processing import SpeechLLMProcessor
 
 RATE = 16000
@@ -194,3 +195,35 @@ def test_prepared_source_can_be_trained_and_decoded(run, kaldi, tmp_path, tiny_m
     assert not run(*decoding, tmp_path / "hyp2.txt", *lists)[0]
     ids = [line.partition("\t")[0] for line in (tmp_path / "hyp2.txt").read_text().splitlines()]
     assert ids == [line.split()[0] for line in (kaldi / "segments").read_text().splitlines()]
+
+
+def test_two_runs_into_one_folder_are_not_mixed(run, kaldi, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    with output_file_lock(out / "summary.json", "out", "--output_dir"):
+        code, _ = run("prepare", kaldi, "--output_dir", out)
+    assert "in use by another run" in code and not list(out.glob("*.jsonl"))
+    (out / "train.jsonl").touch()
+    answers = iter([None, "it exists"])  # the other run ends between both questions
+    monkeypatch.setattr("hf_speechllm.cli.prepare.existing_output", lambda args: next(answers))
+    assert "it exists" in run("prepare", kaldi, "--output_dir", out)[0]
+    assert not (out / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("source", ["train.jsonl", "link.jsonl", ""])
+def test_a_source_is_not_replaced_by_its_own_split(run, tmp_path, source):
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to("train.jsonl")
+    code, written = run("prepare", tmp_path / source, "--output_dir", tmp_path, "--overwrite")
+    assert code == 2 and "train.jsonl is an input of this command" in written.err
+    assert (tmp_path / "train.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize("option", ["--scp_file", "--jsonl_file"])
+def test_lists_are_not_replaced_by_what_is_made_of_them(run, kaldi, option):
+    before = (kaldi / "wav.scp").read_text()
+    model = ["--model_name_or_path", "none"]
+    assert run("decode", *model, option, kaldi / "wav.scp", "--output_file", kaldi / "wav.scp", "--overwrite")[0] == 2
+    lists = ["--scp_file", kaldi / "wav.scp", "--transcript_file", kaldi / "text"]
+    assert run("scp2jsonl", *lists, "--jsonl_file", kaldi / "wav.scp", "--overwrite")[0] == 2
+    assert (kaldi / "wav.scp").read_text() == before

@@ -123,6 +123,11 @@ def test_wrong_columns_and_types_are_refused(table, processor):
         prepare_dataset(dataset.to_iterable_dataset(), processor)
 
 
+def test_a_dataset_without_rows_is_named(table, processor):
+    with pytest.raises(BadDataError, match="no rows"):
+        prepare_dataset(as_paths(table).select([]), processor)
+
+
 def test_features_are_cached(table, processor, tmp_path):
     as_audio(table).save_to_disk(tmp_path / "saved")
     dataset = datasets.load_from_disk(tmp_path / "saved")

@@ -5,6 +5,7 @@ import soundfile
 from hf_speechllm.audio.waveform import AudioError
 from hf_speechllm.data.bad_rows import BadRows
 from hf_speechllm.data.kaldi import join, measure_recording, read_list, read_scp, require_transcripts, speech_length
+from hf_speechllm.inference.requests import requests_of_scp
 
 
 @pytest.fixture
@@ -157,11 +158,12 @@ def test_byte_order_marks_inside_joined_lists_are_removed(lists):
     assert [u.id for u in utterances] == ["a", "b"] and bad == []
 
 
-def test_ignored_segments_file_is_reported(lists, tmp_path, caplog):
-    lists("a a.wav\n", "a one\n")
-    assert not caplog.text
+def test_ignored_segments_file_is_reported(tmp_path, caplog):
+    (tmp_path / "wav.scp").write_text("a a.wav\n")
     (tmp_path / "segments").write_text("a-1 a 0.0 1.0\n")
-    lists("a a.wav\n", "a one\n")
+    requests = requests_of_scp(tmp_path / "wav.scp", "Write:", BadRows(), tmp_path / "segments")
+    assert [request.id for request in requests] == ["a-1"] and not caplog.text
+    requests_of_scp(tmp_path / "wav.scp", "Write:", BadRows())
     assert f"{tmp_path}/segments is ignored" in caplog.text
 
 

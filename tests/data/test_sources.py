@@ -89,13 +89,14 @@ def times(utterance):
     return utterance.recording.partition("#t=")[2]
 
 
-def test_kaldi_folder(write_audio, write_lines, read, tmp_path):
+def test_kaldi_folder(write_audio, write_lines, read, tmp_path, caplog):
     write_audio("kaldi/audio/rec 1.wav", 4)
     write_lines("kaldi/wav.scp", ["rec1 audio/rec 1.wav"])
     write_lines("kaldi/text", ["a-1 hello there", "a-2 good morning", "b-1 last one"])
     write_lines("kaldi/segments", ["a-1 rec1 0.2 1.4", "a-2 rec1 1.40 3.9", "b-1 rec1 3 -1"])
     write_lines("kaldi/utt2spk", ["a-1 a", "a-2 a", "b-1 b"])
     found, _ = read(tmp_path / "kaldi", "kaldi")
+    assert not caplog.text  # the segments are used
     assert [(item.id, item.transcript, item.speaker, times(item)) for item in found] == [
         ("a-1", "hello there", "a", "0.2,1.4"),
         ("a-2", "good morning", "a", "1.4,3.9"),
@@ -493,3 +494,92 @@ def test_a_tar_writer_leaves_nothing_after_an_error(tmp_path):
         tar.add("a.wav", b"x")
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_csv_with_another_delimiter(write_audio, write_lines, read, delimiter):
+    write_audio("a.wav")
+    path = write_lines("list.csv", [delimiter.join(line) for line in (("path", "text"), ("a.wav", "one, two"))])
+    assert read(path, "csv")[0][0].transcript == "one, two"
+
+
+def test_csv_of_pandas_with_an_index_and_spaces_in_the_names(write_audio, write_lines, read):
+    write_audio("a.wav")
+    path = write_lines("list.csv", [",path, text", "0,a.wav,one", "1,a.wav,two, three"])
+    assert [item.transcript for item in read(path, "csv", num_bad=1)[0]] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"path,text,text\na.wav,one,two\n", "two columns are called 'text'"), ("path,text\n".encode("utf-16"), "UTF-8")],
+)
+def test_columns_that_are_not_clear_are_refused(tmp_path, content, message):
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(BadDataError, match=message):
+        list(read_source(str(tmp_path / "list.csv"), Reading(BadRows())))
+
+
+def test_a_missing_first_recording_does_not_hide_the_folder_of_the_others(write_audio, write_lines, tmp_path):
+    write_audio("wavs/b.wav")
+    path = write_lines("list.csv", ["path,text", "https://host/x,zero", "none,one", "b,two"])
+    found = list(read_source(str(path), Reading(BadRows())))
+    assert [item.recording for item in found] == [
+        "https://host/x", str(tmp_path / "none"), str(tmp_path / "wavs/b.wav")
+    ]  # fmt: skip
+
+
+def test_values_that_are_not_texts_or_times_are_named(write_lines):
+    rows = [{"audio_filepath": "a.wav", "text": 5}, {"audio_filepath": "a.wav", "text": "a", "duration": float("nan")}]
+    reading = Reading(BadRows())
+    assert list(read_source(str(write_lines("m.json", rows)), reading)) == []
+    reasons = [row.reason for row in reading.bad_rows]
+    assert reasons == ["a transcript must be text, not 5", "bad time: nan is not a time; write seconds"]
+
+
+def test_fields_that_ljspeech_does_not_have_are_not_lost(write_audio, write_lines, read, tmp_path):
+    write_audio("wavs/a.wav")
+    write_lines("metadata.csv", ["a|one|one", "a|one|two|three"])
+    assert read(tmp_path, "ljspeech", num_bad=1)[1].bad_rows
+
+
+def test_deeply_nested_json_is_no_source(tmp_path):
+    path = tmp_path / "m.json"
+    path.write_text("[" * 100_000)
+    assert recognize(str(path)) is None
+    with pytest.raises(BadDataError, match="m.json: not JSON"):
+        list(read_source(str(path), Reading(BadRows()), "json"))
+
+
+@pytest.mark.parametrize("line", ['{"id":', '{"id": "x", "type": "MonoCut"}', '{"type": "Other"}', "[1]"])
+def test_damaged_cuts_are_named(write_audio, tmp_path, line):
+    lhotse = pytest.importorskip("lhotse")
+    cut = lhotse.Recording.from_file(write_audio("a.wav")).to_cut()
+    cut.supervisions = [lhotse.SupervisionSegment("s", "a", 0, 1, text="one")]
+    path = tmp_path / "cuts.jsonl"
+    good = json.dumps(cut.to_dict())
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(BadDataError, match="cuts.jsonl:2: "):
+        list(read_source(str(path), Reading(BadRows())))
+    path.write_text(good.replace('"duration": 1.0', '"duration": "x"', 1) + f"\n{good}\n")
+    reading = Reading(BadRows())
+    assert len(list(read_source(str(path), reading))) == len(reading.bad_rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.parquet", b""),
+        ("a.parquet", b"PAR1"),
+        ("WenetSpeech.json", b'{"dataset": "WenetSpeech", "a": ' + b"[" * 10**5),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadDataError, match=f"{name}: not "):
+        list(read_source(str(tmp_path / name), Reading(BadRows())))
+
+
+def test_parquet_without_rows(tmp_path):
+    table = pyarrow.table({"wav": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert list(read_source(str(tmp_path / "a.parquet"), Reading(BadRows()))) == []

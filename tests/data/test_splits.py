@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.corpus import choose_splits
 from hf_speechllm.data.splits import own_splits, split_utterances
 from hf_speechllm.data.utterance import Utterance
 
@@ -97,3 +99,11 @@ def test_a_share_of_0_gives_no_split(corpus):
 )  # fmt: skip
 def test_splits_of_the_source_are_used_if_complete(given, own):
     assert own_splits([utterance("/a.wav", split=split) for split in given]) == own
+
+
+def test_a_source_with_splits_of_some_rows_is_not_drawn_again():
+    rows = [utterance(f"/{n}.wav", split=split) for n, split in enumerate(["train", "test", None])]
+    with pytest.raises(BadDataError, match="no split for 1 of 3 rows"):
+        choose_splits(rows, None, SHARES, 0)
+    assert choose_splits(rows, SHARES, SHARES, 0)[1].startswith("drawn")
+    assert choose_splits([rows[0], rows[2]], None, SHARES, 0)[1].startswith("drawn")

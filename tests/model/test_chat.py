@@ -241,6 +241,7 @@ HEADER = (
 
 def test_hotwords_are_written_in_a_header():
     hotwords = ["开放时间", "Qwen"]
+    assert chat.transcription_prompt(hotwords="开放时间,Qwen") == chat.transcription_prompt(hotwords=hotwords)
     assert chat.transcription_prompt(hotwords=hotwords) == HEADER.format("开放时间, Qwen") + "语音转写："
     assert chat.transcription_prompt(prompt="P:", hotwords=["a"]) == HEADER.format("a") + "P:"
     assert chat.hotword_context([]) == ""

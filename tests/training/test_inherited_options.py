@@ -1,6 +1,7 @@
 """Options of `TrainingArguments`: each has an effect, or is refused with an alternative."""
 
 import dataclasses
+import math
 
 import pytest
 from transformers import TrainingArguments
@@ -59,3 +60,15 @@ def test_several_processes_without_a_gpu_train_on_the_cpu(monkeypatch, caplog):
 def test_missing_tracker_is_reported_in_one_line():
     with pytest.raises(ValueError, match="--report_to nosuch: no such package is installed; pip install nosuch"):
         SpeechLLMTrainingArguments(output_dir="x", report_to="nosuch")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("per_device_train_batch_seconds", math.nan), ("per_device_train_batch_seconds", math.inf),
+        ("gradient_accumulation_steps", 0), ("num_train_epochs", math.inf), ("num_train_epochs", -1.0),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"--{option} is {value:g}; it must be"):
+        SpeechLLMTrainingArguments(str(tmp_path), use_cpu=True, **{option: value})

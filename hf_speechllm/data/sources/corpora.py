@@ -170,7 +170,7 @@ def read_long_recordings(source: str, reading: Reading) -> Iterator[Utterance]:
     try:
         with open(path, encoding="utf-8") as file:
             audios = list(json.load(file)["audios"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise BadDataError(f"{path}: not the JSON of WenetSpeech or GigaSpeech: {error!r}") from error
     for number, audio in enumerate(audios, start=1):
         if not isinstance(audio, dict) or not isinstance(audio.get("segments"), list):

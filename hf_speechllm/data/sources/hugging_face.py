@@ -109,33 +109,48 @@ def is_parquet(source: str) -> bool:
 
 
 def read_parquet(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads Parquet files. Recordings in a column `audio` are not copied; recordings in other columns are copied."""
+    """Reads Parquet files. Recordings in a column `audio` are not copied; recordings in other columns are copied.
+
+    Raises:
+        BadDataError: if a file is not Parquet, or damaged.
+    """
+    import pyarrow
+
+    for path, split in _parquet_files(source):
+        try:
+            yield from _read_parquet_file(path, split, reading)
+        except pyarrow.ArrowException as error:
+            raise BadDataError(f"{path}: not Parquet, or damaged: {error}") from error
+
+
+def _read_parquet_file(path: str, split: str | None, reading: Reading) -> Iterator[Utterance]:
     import pyarrow.parquet
     from datasets import load_dataset
 
-    for path, split in _parquet_files(source):
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            columns = find_columns(schema.names, reading.columns, path)
-            kind = schema.field(columns["audio"]).type
-            audio = columns["audio"]
-            fields = [kind.field(index).name for index in range(kind.num_fields)]
-            embedded = _first(file, audio)
-            if not (embedded and audio == AUDIO_COLUMN):
-                rows = load_dataset("parquet", data_files=path, split="train", streaming=True)
-                yield from _read({split or "": rows}, path, reading)
-                continue
-            names = [name for role, name in columns.items() if role != "audio"]
-            number = 0
-            for batch in file.iter_batches(1024, columns=[*names, *(["audio.path"] if "path" in fields else [])]):
-                for record in batch.to_pylist():
-                    item = utterance_of_record(
-                        reading, record, columns, path, f"row {number + 1}", os.path.dirname(path), split,
-                        parquet_member(path, number),
-                    )  # fmt: skip
-                    number += 1
-                    if item is not None:
-                        yield item
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            return
+        schema = file.schema_arrow
+        columns = find_columns(schema.names, reading.columns, path)
+        kind = schema.field(columns["audio"]).type
+        audio = columns["audio"]
+        fields = [kind.field(index).name for index in range(kind.num_fields)]
+        embedded = _first(file, audio)
+        if not (embedded and audio == AUDIO_COLUMN):
+            rows = load_dataset("parquet", data_files=path, split="train", streaming=True)
+            yield from _read({split or "": rows}, path, reading)
+            return
+        names = [name for role, name in columns.items() if role != "audio"]
+        number = 0
+        for batch in file.iter_batches(1024, columns=[*names, *(["audio.path"] if "path" in fields else [])]):
+            for record in batch.to_pylist():
+                item = utterance_of_record(
+                    reading, record, columns, path, f"row {number + 1}", os.path.dirname(path), split,
+                    parquet_member(path, number),
+                )  # fmt: skip
+                number += 1
+                if item is not None:
+                    yield item
 
 
 def _first(file, audio: str) -> bool:

@@ -7,7 +7,9 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from ..bad_rows import BadDataError, BadRow
 from ..shards import recordings_of_archive
@@ -33,7 +35,7 @@ def is_shar(source: str) -> bool:
 def read_cuts(source: str, reading: Reading) -> Iterator[Utterance]:
     """Reads manifests of cuts. Each supervision is an utterance."""
     for path, split in _manifests(source):
-        for number, cut in enumerate(_cuts(path), start=1):
+        for number, cut in _cuts(path):
             yield from _utterances(cut, path, number, split, reading)
 
 
@@ -55,7 +57,7 @@ def read_shar(source: str, reading: Reading) -> Iterator[Utterance]:
                     reading.bad_rows.add(item.file, item.line, item.reason)
                 else:
                     recordings[item[0]] = item[1]
-            for number, cut in enumerate(_cuts(path), start=1):
+            for number, cut in _cuts(path):
                 yield from _utterances(cut, path, number, split, reading, recordings)
 
 
@@ -70,14 +72,16 @@ def _utterances(
         _check_supported(cut)
         if not cut.supervisions:
             raise BadDataError("no supervision, therefore no transcript")
-    except BadDataError as error:
+        # Times of a supervision are relative to the cut. A supervision may be longer than the cut.
+        times = [
+            (cut.start + max(0.0, item.start), cut.start + min(cut.duration, item.end)) for item in cut.supervisions
+        ]
+        length = float(cut.recording.duration)
+    except (BadDataError, TypeError, ValueError) as error:
         reading.bad_rows.add(path, number, f"cut {cut.id}: {error}")
         return
-    for supervision in cut.supervisions:
-        # Times of a supervision are relative to the cut. A supervision may be longer than the cut.
-        start = cut.start + max(0.0, supervision.start)
-        end = cut.start + min(cut.duration, supervision.end)
-        whole = start < WHOLE and end > cut.recording.duration - WHOLE
+    for supervision, (start, end) in zip(cut.supervisions, times, strict=True):
+        whole = start < WHOLE and end > length - WHOLE
         item = reading.utterance(
             path, number, source, supervision.text, start=None if whole else start, end=None if whole else end,
             id=supervision.id, speaker=supervision.speaker, language=supervision.language, split=split,
@@ -107,10 +111,20 @@ def _check_supported(cut) -> None:
         raise BadDataError("lhotse would transform the recording on loading; save the cuts with CutSet.save_audios")
 
 
-def _cuts(path: str):
+def _cuts(path: str) -> Iterator[tuple[int, Any]]:
+    """Yields the cuts of a manifest with their lines.
+
+    Raises:
+        BadDataError: if a line is not a cut; lhotse cannot read the lines after it.
+    """
     from lhotse import CutSet
 
-    return CutSet.from_file(path)
+    number = 0
+    try:
+        for number, cut in enumerate(CutSet.from_file(path), start=1):
+            yield number, cut
+    except (AssertionError, AttributeError, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
+        raise BadDataError(f"{path}:{number + 1}: not a cut of lhotse, or damaged: {error}") from error
 
 
 def _manifests(source: str) -> list[tuple[str, str | None]]:

@@ -88,7 +88,9 @@ class Reading:
             **others: fields of `Utterance`.
         """
         try:
-            if not isinstance(text, str) or not text.strip():
+            if text is not None and not isinstance(text, str):
+                raise BadDataError(f"a transcript must be text, not {str(text)[:60]}")
+            if text is None or not text.strip():
                 raise BadDataError(f"empty transcript: {text!r}")
             require_utf8(text + recording)
             text, language = clean_text(text)
@@ -230,7 +232,7 @@ def first_record(path: str) -> dict | None:
                 head += file.read(HEAD_BYTES)
                 record, _ = json.JSONDecoder().raw_decode(head.decode("utf-8", "ignore")[1:].lstrip())
                 return record if isinstance(record, dict) else None
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         pass
     return None
 
@@ -246,7 +248,7 @@ def read_records(path: str, bad_rows: BadRows) -> Iterator[tuple[int, dict]]:
             file.seek(0)
             try:
                 records = json.loads(file.read().decode("utf-8-sig"))
-            except ValueError as error:
+            except (RecursionError, ValueError) as error:
                 raise BadDataError(f"{path}: not JSON: {error}") from error
             for number, record in enumerate(records, start=1):
                 try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import glob
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...audio.waveform import header_seconds, resolve_source
+from ...audio.waveform import header_seconds, is_url, resolve_source
 from ..bad_rows import BadDataError
 from ..utterance import Utterance
 from .reading import Reading, find_lists, first_record, lists_in, read_records, split_of
@@ -34,6 +35,7 @@ FOLDERS = ("", "clips", "wavs", "wav", "audio", "audios", "data")  # folders of 
 SUFFIXES = ("", ".wav", ".flac", ".mp3", ".opus", ".m4a", ".ogg")  # suffixes that a list may omit
 NEMO_AUDIO = "audio_filepath"
 LONGER = 0.5  # seconds; a recording that exceeds the duration of its row by more than this is cut
+DELIMITERS = ",;|"  # of a CSV; the most frequent one in the header line is taken
 JSON_SUFFIXES = (".jsonl", ".json", ".manifest")
 
 
@@ -105,7 +107,10 @@ def utterance_of_record(
 
 
 def _seconds(value: Any) -> float | None:
-    return None if value in (None, "") else float(value)
+    seconds = None if value in (None, "") else float(value)
+    if seconds is not None and not math.isfinite(seconds):
+        raise ValueError(f"{value} is not a time")
+    return seconds
 
 
 def _read_table(
@@ -127,19 +132,25 @@ def _read_table(
         audio = record.get(columns[names]["audio"])
         if isinstance(audio, str) and audio.strip():
             place = place or _find_place(folder, audio)
-            audio = place(audio)
+            audio = place(audio) if place else audio
         item = utterance_of_record(reading, record, columns[names], path, line, folder, split, audio)
         if item is not None:
             yield item
 
 
-def _find_place(folder: str, audio: str) -> Callable[[str], str]:
-    """Returns a function that adds folder and suffix to the paths of a list, according to the first path."""
+def _find_place(folder: str, audio: str) -> Callable[[str], str] | None:
+    """Returns a function that adds a folder and a suffix to the paths of a list, as this path needs.
+
+    Returns:
+        `None` if the recording is missing or a URL: the next path decides.
+    """
+    if is_url(audio):
+        return None
     for below in FOLDERS:
         for suffix in SUFFIXES:
             if os.path.isfile(os.path.join(folder, below, audio + suffix)):
                 return lambda path: os.path.join(below, path + suffix)
-    return lambda path: path
+    return None
 
 
 def read_delimited(source: str, reading: Reading) -> Iterator[Utterance]:
@@ -147,14 +158,34 @@ def read_delimited(source: str, reading: Reading) -> Iterator[Utterance]:
     for path, split in lists_in(source, (".csv", ".tsv")):
         # Invalid UTF-8 is kept, so that the error can name the row.
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            tabs = path.lower().endswith(".tsv") or "\t" in file.readline()
+            head = file.readline()
             file.seek(0)
+            if "\0" in head:
+                raise BadDataError(f"{path}: not UTF-8: save the list as UTF-8")
+            tabs = path.lower().endswith(".tsv") or "\t" in head
             # Quotation marks in a TSV usually belong to the text; a single quotation mark must not join lines.
-            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-            reader = csv.DictReader(file, restkey="", **style)
-            if reader.fieldnames is None:
-                raise BadDataError(f"{path}: the file is empty")
+            style: dict[str, Any] = (
+                {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+                if tabs
+                else {"delimiter": max(DELIMITERS, key=head.count), "strict": True}
+            )
+            reader = csv.DictReader(file, **style)
+            _name_columns(reader, path)
             yield from _read_table(_lines(reader, path, reading, tabs), path, split, reading)
+
+
+def _name_columns(reader: csv.DictReader, path: str) -> None:
+    """Removes spaces around the names of columns. A column without a name is allowed: pandas writes its index so.
+
+    Raises:
+        BadDataError: if the file is empty, or two columns have one name.
+    """
+    if reader.fieldnames is None:
+        raise BadDataError(f"{path}: the file is empty")
+    names = [name.strip() for name in reader.fieldnames]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise BadDataError(f"{path}: two columns are called {twice[0]!r}; rename one")
+    reader.fieldnames = names
 
 
 def _lines(reader: csv.DictReader, path: str, reading: Reading, tabs: bool) -> Iterator[tuple[int, dict]]:
@@ -165,7 +196,7 @@ def _lines(reader: csv.DictReader, path: str, reading: Reading, tabs: bool) -> I
             return
         except csv.Error as error:
             raise BadDataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-        if "" in row:
+        if None in row:
             reading.bad_rows.add(
                 path, reader.line_num, "more fields than names; quote fields that contain the delimiter"
             )
@@ -193,9 +224,14 @@ def read_ljspeech(source: str, reading: Reading) -> Iterator[Utterance]:
     path = os.path.abspath(os.path.join(source, "metadata.csv") if os.path.isdir(source) else source)
     reading.columns = {"audio": "id", **reading.columns}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = ((number, line.rstrip("\r\n").split("|")) for number, line in enumerate(file, start=1) if line.strip())
-        records = ((number, dict(zip(names, fields, strict=False))) for number, fields in rows)
-        yield from _read_table(records, path, None, reading)
+        rows = []
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip("\r\n").split("|")
+            if len(fields) > len(names):
+                reading.bad_rows.add(path, number, "more fields than ID|text|normalized text; remove the others")
+            elif line.strip():
+                rows.append((number, dict(zip(names, fields, strict=False))))
+        yield from _read_table(rows, path, None, reading)
 
 
 def _records(source: str) -> dict | None:
