@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 
 from .configurations import TRAINING, find_configuration
-from .parser import Parser, prog
+from .parser import Parser, prog, show_log
 
-logger = logging.getLogger("compose_model")
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     for file in args.transcripts or ():
         if not Path(file).is_file():
             parser.error(f"--transcripts {file}: no such file")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_log()
     try:
         compose_model(args)
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -14,9 +14,9 @@ import logging
 import sys
 from pathlib import Path
 
-from .parser import Parser, prog
+from .parser import Parser, prog, show_log
 
-logger = logging.getLogger("convert_checkpoint")
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -32,9 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
-    logging.basicConfig(format="%(message)s")  # not at level INFO: huggingface_hub would print the temporary folder
-    for name in (logger.name, "hf_speechllm"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    show_log()
 
     from .. import SpeechLLMProcessor
     from ..formats.loading import read_checkpoint, write_checkpoint

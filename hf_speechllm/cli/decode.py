@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .launch import add_launch_options, launch, split_launch_options
-from .parser import Parser, command_line, prog, refuse_input
+from .parser import Parser, command_line, prog, refuse_input, show_log
 
-logger = logging.getLogger("decode")
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -98,7 +98,7 @@ def main() -> None:
             return launch("decode", launch_options, argv)
         except ValueError as error:
             sys.exit(f"{prog()}: error: {error}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    show_log()
 
     from ..data.bad_rows import BadRows
     from ..inference.decoding import decode_requests, lock_output
@@ -110,7 +110,7 @@ def main() -> None:
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:
         if processes.rank > 0:
-            logging.getLogger().setLevel(logging.WARNING)  # the main process logs other messages
+            logging.getLogger("hf_speechllm").setLevel(logging.WARNING)  # the main process logs other messages
         journal = Journal(os.path.realpath(args.output_file), option_settings(args), processes.rank)
         try:
             stack.enter_context(lock_output(args.output_file, journal, processes, args.overwrite))

@@ -22,7 +22,7 @@ from .arguments import check_command_line, parse_arguments
 from .launch import launch, split_launch_options
 from .parser import command_line, prog, report
 
-logger = logging.getLogger("finetune")
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from .parser import Parser, prog
+from .parser import Parser, prog, show_log
 
-logger = logging.getLogger("inspect_data")
+logger = logging.getLogger(__name__)
 
 GREEN, GREY, CYAN, RESET = "\033[32m", "\033[90m", "\033[36m", "\033[0m"
 
@@ -122,7 +122,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    show_log(logging.WARNING)
     try:
         bad = inspect(args)
         sys.stdout.flush()

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import atomic_write
-from .parser import Parser
+from .parser import Parser, show_log
 
-logger = logging.getLogger("whisper_mix_normalize")
+logger = logging.getLogger(__name__)
 
 
 def normalized_lines(path: str) -> Iterator[str]:
@@ -50,7 +50,7 @@ def main() -> int:
     args = parser.parse_args()
     if not Path(args.input_file).is_file():
         parser.error(f"{args.input_file}: no such file")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    show_log()
     try:
         with atomic_write(args.output_file) as output:
             output.writelines(normalized_lines(args.input_file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -63,6 +64,23 @@ class Parser(OneLineErrors):
             if re.fullmatch(r"--\w+", name) and not abbreviated:
                 self.refuse(word)
         return super().parse_args(args, namespace)
+
+
+class LogFormatter(logging.Formatter):
+    """Formats a record as its message; warnings and errors start with their level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line to print."""
+        message = super().format(record)
+        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Prints log lines of this package, and warnings of libraries, to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("hf_speechllm").setLevel(level)
 
 
 def report(message: str) -> None:

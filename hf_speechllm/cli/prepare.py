@@ -16,8 +16,10 @@ import logging
 import os
 import sys
 
-from .parser import Parser, prog, refuse_input
+from .parser import Parser, prog, refuse_input, show_log
 from .scp2jsonl import fraction, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = [0.9, 0.05, 0.05]
 
@@ -125,7 +127,7 @@ def prepare_source(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path) if args.model_name_or_path else None
     format = args.format or recognize(args.source)
     if format is not None:
-        logging.info("%s: %s", args.source, format)
+        logger.info("%s: %s", args.source, format)
     os.makedirs(args.output_dir, exist_ok=True)
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     summary_file = os.path.join(args.output_dir, SUMMARY_FILE)
@@ -147,7 +149,7 @@ def prepare_source(args: argparse.Namespace) -> None:
             )
         for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
             if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
-                logging.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
+                logger.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
         summary = {
             "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
         }  # fmt: skip
@@ -164,7 +166,7 @@ def prepare_source(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    show_log()
     arguments = parse_arguments()
     try:
         prepare_source(arguments)

@@ -6,11 +6,10 @@ Training with --push_to_hub does the same at the end. Log in with `hf auth login
 the same command again.
 """
 
-import logging
 import sys
 from pathlib import Path
 
-from .parser import Parser, prog
+from .parser import Parser, prog, show_log
 
 
 def main() -> None:
@@ -22,8 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.input).is_dir():
         parser.error(f"--input {args.input}: no such folder; name the output folder of a training run")
-    logging.basicConfig(format="%(message)s")  # not at level INFO: huggingface_hub would print a temporary folder
-    logging.getLogger("hf_speechllm").setLevel(logging.INFO)
+    show_log()
 
     from ..hub.publishing import publish
 

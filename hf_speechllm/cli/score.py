@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .parser import Parser, prog
+from .parser import Parser, prog, show_log
 
 OUTPUTS = ("cer.txt", "score.json", "report.html")
 
-logger = logging.getLogger("score")
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -154,7 +154,7 @@ def score(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    show_log()
     try:
         score(args)
     except (OSError, ValueError) as error:

@@ -16,7 +16,9 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from .parser import Parser, refuse_input
+from .parser import Parser, refuse_input, show_log
+
+logger = logging.getLogger(__name__)
 
 
 def fraction(text: str) -> float:
@@ -98,7 +100,7 @@ def make_rows(args: argparse.Namespace) -> None:
     chat.parse_messages(chat.transcription_messages("recording", prompt))
     tokenizer = load_tokenizer(args.model_name_or_path) if args.model_name_or_path else None
     if tokenizer is None:
-        logging.info("no --model_name_or_path: text_length is left out of the rows")
+        logger.info("no --model_name_or_path: text_length is left out of the rows")
     gc.freeze()  # excludes the loaded modules from garbage collection, which growing lists trigger often
     bad_rows = BadRows(args.max_bad_fraction, args.bad_rows_file)
     transcripts = read_list(args.transcript_file, bad_rows, "transcript")
@@ -108,7 +110,7 @@ def make_rows(args: argparse.Namespace) -> None:
     if segments.is_file() and not {entry.id for entry in recordings.entries} & {
         entry.id for entry in transcripts.entries
     }:
-        logging.info("%s cuts the recordings of %s", segments, args.scp_file)
+        logger.info("%s cuts the recordings of %s", segments, args.scp_file)
         recordings = read_segments(segments, recordings, bad_rows)
     else:
         warn_of_unused_segments(recordings)
@@ -147,7 +149,7 @@ def make_rows(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    show_log()
     arguments = parse_arguments()
     try:
         make_rows(arguments)
