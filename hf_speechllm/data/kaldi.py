@@ -21,6 +21,7 @@ FRAME_LENGTH = 25  # ms
 FRAME_SHIFT = 10  # ms
 TEXTS_AT_ONCE = 128  # texts per call of the tokenizer; a single call for all texts takes 1/3 longer and more memory
 _SPACES = re.compile(rb"[ \t]+")
+_PATH = re.compile(r"[/\\|]|\.\w{2,5}(\W|$)")  # a separator, a command of Kaldi, or a file extension
 _ARCHIVE = re.compile(r"\.ark(\.gz)?(:\d+)?(\[[^]]*\])?$")
 
 
@@ -96,6 +97,22 @@ def require_transcripts(transcripts: KaldiList) -> None:
         )
 
 
+def _require_recordings(scp: KaldiList, folder: str) -> None:
+    """Checks that a list of recordings is not a list of transcripts.
+
+    Raises:
+        ValueError: if none of the first values is a URL, an existing file, or a text that could be a path.
+    """
+    values = [entry.value for entry in scp.entries[:10]]
+    if values and not any(
+        is_url(value) or _PATH.search(value) or os.path.exists(os.path.join(folder, value)) for value in values
+    ):
+        raise ValueError(
+            f'{scp.file}: "{values[0]}" is not a URL, a path or an existing file; give a list of recordings '
+            "(wav.scp), not of transcripts"
+        )
+
+
 def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | None = None) -> KaldiList:
     """Reads a `wav.scp` and makes paths, which are relative to the list's folder, absolute.
 
@@ -106,9 +123,11 @@ def read_scp(path: str | os.PathLike[str], bad_rows: BadRows, audio_root: str | 
 
     Raises:
         OSError: if the file cannot be read.
+        ValueError: if the list contains transcripts.
     """
     scp = read_list(path, bad_rows, "path")
     folder = os.path.dirname(os.path.abspath(scp.file))
+    _require_recordings(scp, folder)
     entries = []
     for entry in scp.entries:
         if entry.value.startswith("|") or entry.value.endswith("|"):

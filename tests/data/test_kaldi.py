@@ -167,6 +167,15 @@ def test_ignored_segments_file_is_reported(tmp_path, caplog):
     assert f"{tmp_path}/segments is ignored" in caplog.text
 
 
+def test_transcripts_in_place_of_recordings_are_reported_once(tmp_path):
+    (tmp_path / "text").write_text("a hello world\nb 几点了？\nc good morning. yes\n", encoding="utf-8")
+    with pytest.raises(ValueError, match='"hello world" is not a URL, a path or an existing file'):
+        read_scp(tmp_path / "text", BadRows())
+    (tmp_path / "wav.scp").write_text("a hello world\nb a recording\n", encoding="utf-8")
+    (tmp_path / "a recording").write_bytes(b"RIFF")
+    assert len(read_scp(tmp_path / "wav.scp", BadRows()).entries) == 2
+
+
 def test_swapped_lists_are_reported_without_secrets(tmp_path):
     (tmp_path / "text").write_text("a https://user:word@host/a.wav?key=1\n")
     with pytest.raises(ValueError, match="swapped") as error:
