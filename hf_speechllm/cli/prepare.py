@@ -12,6 +12,7 @@ recording completely, and writes no output if the share of bad rows is above --m
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -168,6 +169,7 @@ def prepare_source(args: argparse.Namespace) -> None:
 def main() -> None:
     show_log()
     arguments = parse_arguments()
+    existed = os.path.exists(arguments.output_dir)
     try:
         prepare_source(arguments)
     except (OSError, ValueError) as error:  # bad data, unknown language or model, full disk
@@ -175,3 +177,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"{prog()}: interrupted; no JSONL was written", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # a folder with files stays
+                os.rmdir(arguments.output_dir)
