@@ -242,7 +242,7 @@ MATRIX = {
     "base model of adapters: encoder": edit("refused", "model.base", other_weights("audio_encoder")),
     "base model, only trained parts saved": edit("refused", "model.base", other_weights("audio_encoder"), "partial"),
     "config of the model": edit(
-        "refused", "use_low_frame_rate", set_on("model.config.audio_adaptor_config.use_low_frame_rate", None)
+        "refused", "use_low_frame_rate", set_on("model.config.audio_adaptor_config.use_low_frame_rate", True)
     ),
     "tokenizer": edit("refused", "tokenizer.vocabulary", add_token),
     "special token": edit(
