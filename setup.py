@@ -21,7 +21,7 @@ class BuildWithConfigurations(build_py):
 # An upper bound stands where a release can break this package. CONTRIBUTING.md says how to move a bound.
 # What loads a model and decodes; a pushed model's code asks for these.
 DECODE = [
-    "torch>=2.11.0,<2.15",
+    "torch>=2.11.0,<2.16",  # 2.15.0: all tests, run by hand on 2026-11-29
     "torchaudio>=2.11.0",
     "transformers>=5.18.0,<5.25",
     "filelock>=3.16.0",
