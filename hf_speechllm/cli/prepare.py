@@ -18,7 +18,7 @@ import os
 import sys
 
 from .parser import Parser, prog, refuse_input, show_log
-from .scp2jsonl import fraction, load_tokenizer
+from .scp2jsonl import add_row_options, fraction, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -50,26 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", help="configuration of a data set on the Hub")
     parser.add_argument("--hub_split", help="split of a data set on the Hub (default: all)")
     parser.add_argument("--streaming", action="store_true", help="read a data set of the Hub without a cached copy")
-    parser.add_argument(
-        "--model_name_or_path", help="model whose tokenizer computes text_length (default: no lengths)"
-    )
-    parser.add_argument(
-        "--language", help="language in prompts, as ISO code or Chinese name; source: the language of each row"
-    )
-    parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
-    parser.add_argument("--prompt", help='replaces the default prompt, for example "Speech transcription:"')
-    parser.add_argument(
-        "--relative", action="store_true", help="write paths relative to --output_dir, not absolute paths"
-    )
-    parser.add_argument(
-        "--audio_root", help="folder that must contain the recordings, after resolving links (default: any folder)"
-    )
-    parser.add_argument(
-        "--max_bad_fraction", type=fraction, default=0.0, help="largest share of bad rows to leave out"
-    )
-    parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
-    parser.add_argument(
-        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="number of recordings to check at once"
+    add_row_options(
+        parser, "language in prompts, as ISO code or Chinese name; source: the language of each row", "--output_dir"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     args = parser.parse_args()

@@ -28,22 +28,22 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parses and checks the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--scp_file", required=True, help="recordings; paths may be relative to the folder of the list"
-    )
-    parser.add_argument("--transcript_file", required=True, help="transcripts, in any order")
-    parser.add_argument("--jsonl_file", required=True, help="file to write")
+def add_row_options(parser: argparse.ArgumentParser, language: str, output: str) -> None:
+    """Adds the options of the verbs that write rows: prompt, paths, bad rows.
+
+    Args:
+        parser: receives the options.
+        language: help text of --language.
+        output: what --relative paths are relative to.
+    """
     parser.add_argument(
         "--model_name_or_path", help="model whose tokenizer computes text_length (default: no lengths)"
     )
-    parser.add_argument("--language", help="language in the prompt, as ISO code or Chinese name")
+    parser.add_argument("--language", help=language)
     parser.add_argument("--no_itn", action="store_true", help="prompt without inverse text normalisation")
     parser.add_argument("--prompt", help='replaces the default prompt, for example "Speech transcription:"')
     parser.add_argument(
-        "--relative", action="store_true", help="write paths relative to the JSONL, not absolute paths"
+        "--relative", action="store_true", help=f"write paths relative to {output}, not absolute paths"
     )
     parser.add_argument(
         "--audio_root", help="folder that must contain the recordings, after resolving links (default: any folder)"
@@ -53,11 +53,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
     parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=max(8, os.cpu_count() or 1),
-        help="number of recordings to check at once",
+        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="number of recordings to check at once"
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses and checks the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--scp_file", required=True, help="recordings; paths may be relative to the folder of the list"
+    )
+    parser.add_argument("--transcript_file", required=True, help="transcripts, in any order")
+    parser.add_argument("--jsonl_file", required=True, help="file to write")
+    add_row_options(parser, "language in the prompt, as ISO code or Chinese name", "the JSONL")
     parser.add_argument("--overwrite", action="store_true", help="replace --jsonl_file if it exists")
     args = parser.parse_args()
     for flag in ("scp_file", "transcript_file"):

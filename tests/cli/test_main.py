@@ -8,26 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_speechllm.cli.main import VERBS, main
+from hf_speechllm.cli.main import VERBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "datasets", "numpy", "av", "soundfile", "accelerate", "peft"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `hf-speechllm ...` in this process; returns exit code and output."""
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
-        code = None
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr()
-
-    return start
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])

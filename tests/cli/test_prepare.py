@@ -1,13 +1,11 @@
 """`hf-speechllm prepare`: output files, summary and errors; training and decoding with the output."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 
-from hf_speechllm.cli.main import main
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
@@ -16,22 +14,6 @@ from hf_speechllm.locks import output_file_lock
 from hf_speechllm.model.processing import SpeechLLMProcessor
 
 RATE = 16000
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `hf-speechllm ...` in this process; returns exit code and output."""
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["/bin/hf-speechllm", *map(str, arguments)])
-        code = None
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr()
-
-    return start
 
 
 @pytest.fixture
