@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from .arguments import check_command_line, parse_arguments
+from .exiting import skip_teardown
 from .launch import launch, split_launch_options
 from .parser import command_line, prog, report
 
@@ -145,7 +146,7 @@ def main() -> None:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Preempted as end:
         report(f"{prog()}: {end}")
-        trainer.accelerator.end_training()
+        _end_training(trainer, EXIT_STATUS)
         sys.exit(EXIT_STATUS)
     except (RetentionError, SaveError, VerificationError) as error:  # raised on all ranks
         trainer.accelerator.end_training()
@@ -161,5 +162,11 @@ def main() -> None:
             sys.exit(
                 f"{prog()}: error: {error}; the model is saved in {args.output_dir}; to publish the model: {again}"
             )
-    # Otherwise gloo threads can abort the process at the end of the interpreter.
+    _end_training(trainer)
+
+
+def _end_training(trainer: Any, status: int = 0) -> None:
+    """Leaves the process group; otherwise its threads can abort the process at the end of the interpreter."""
     trainer.accelerator.end_training()
+    if trainer.args.world_size > 1:
+        skip_teardown(status)
