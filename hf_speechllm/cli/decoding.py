@@ -13,6 +13,7 @@ import torch
 
 from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
+from ..formats.loading import load_config
 from ..inference.decoding import Plan, plan_requests
 from ..inference.distributed import Processes
 from ..inference.journal import Journal
@@ -21,7 +22,6 @@ from ..inference.requests import Request, requests_of_jsonl, requests_of_scp, re
 from ..inference.stamp import model_fingerprint
 from ..inference.transcriber import Transcriber
 from ..model import chat
-from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
 from .hotwords import read_hotwords
@@ -95,7 +95,7 @@ def prepare(
         ) from error
     vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
     processor = SpeechLLMProcessor.from_pretrained(name)
-    config = SpeechLLMConfig.from_pretrained(name)
+    config = load_config(name)
     journal.settings["dtype"] = dtype
     meter = RequestMeter(config, processor, vad.max_seconds if vad else None, args.num_workers)
     plan = plan_requests(requests, meter, journal, processes)

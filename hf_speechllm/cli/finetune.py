@@ -49,7 +49,7 @@ def main() -> None:
     import torch
     from transformers import set_seed
 
-    from .. import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+    from .. import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
     from ..audio.downloads import UrlPolicy
     from ..data.augmentation import augmentations
     from ..data.bad_rows import BadDataError
@@ -59,6 +59,9 @@ def main() -> None:
     from ..data.hotword_lists import hotword_sampler
     from ..data.streaming import open_stream
     from ..formats.checkpoint import CheckpointError
+    from ..formats.loading import load_config
+    from ..model.native_families import max_feature_frames
+    from ..model.native_processing import NativeProcessor
     from ..training.cache_stage import choose_cache_level
     from ..training.checkpointing.lineage import RunFinished
     from ..training.checkpointing.selection import RetentionError
@@ -79,7 +82,9 @@ def main() -> None:
         UrlPolicy.change(data.url_max_megabytes, data.url_timeout_seconds, data.allow_private_redirects)
         checkpoint = find_checkpoint(args)
         processor = SpeechLLMProcessor.from_pretrained(name)
-        limit = SpeechLLMConfig.from_pretrained(name).max_feature_frames
+        limit = max_feature_frames(load_config(name))
+        if isinstance(processor, NativeProcessor):
+            data.compute_features_per_epoch(processor.model_type)
         stretched = int(limit / (1 + data.tempo_perturb))  # augmentation may lengthen a recording
         collator = SpeechLLMCollator(processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither)
         bad = {"max_bad_fraction": args.max_bad_fraction}

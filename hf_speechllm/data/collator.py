@@ -22,9 +22,11 @@ from ..audio.fbank import (
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.loss import label_positions
+from ..model.native_processing import NativeProcessor
 from ..model.packing import Positions, non_padding_positions
 from ..model.processing import SpeechLLMProcessor, pad_features
 from .hotword_lists import HotwordSampler, answers_of
+from .native_collator import training_batch
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # columns written by `data.encoder_cache`
 # A recording may exceed the length in its row by this factor and one second, because tools count frames differently.
@@ -68,6 +70,8 @@ class SpeechLLMCollator:
             feature size). With rows from `data.encoder_cache`, `encoder_states` or `audio_tokens` replace
             `input_features`.
         """
+        if isinstance(self.processor, NativeProcessor):
+            return training_batch(self.processor, rows, self.row_waveforms)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         audio: list[torch.Tensor] = []
         num_frames: list[int] = []
@@ -122,16 +126,22 @@ class SpeechLLMCollator:
                     extractor = copy.copy(extractor)  # decoding and validation use the original, without dither
                     extractor.dither = self.dither
                     torch.manual_seed(int(np.random.default_rng(row["seed"]).integers(2**63)))
-                lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
                 features = [
-                    torch.from_numpy(cacheable_features(extractor, self._load(source, frames * FRAME_SHIFT)))
-                    for source, frames in zip(row["recordings"], lengths, strict=True)
+                    torch.from_numpy(cacheable_features(extractor, waveform)) for waveform in self.row_waveforms(row)
                 ]
         if self.augmentations:
             rng = np.random.default_rng(row["seed"])
             for augmentation in self.augmentations:
                 features = [augmentation(item, rng) for item in features]
         return features
+
+    def row_waveforms(self, row: dict[str, Any]) -> list[np.ndarray]:
+        """Returns the waveforms of a row's recordings, each of shape = (samples,)."""
+        lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
+        return [
+            self._load(source, frames * FRAME_SHIFT)
+            for source, frames in zip(row["recordings"], lengths, strict=True)
+        ]
 
     def _load(self, source: Any, seconds: float) -> np.ndarray:
         """Loads a waveform. The length must agree with the row's length, for which the batch was built."""

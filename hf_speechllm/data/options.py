@@ -107,6 +107,19 @@ class DataOptions:
                 "--hotword_file"
             )
 
+    def compute_features_per_epoch(self, model_type: str) -> None:
+        """Sets the options for a native speech LLM, whose own processor computes the features of each batch.
+
+        Raises:
+            ValueError: if an option needs features of this package.
+        """
+        for name in ("spec_augment", "tempo_perturb", "dither", "hotword_distractors", "hotwords_from_text"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} does not support {model_type} models; leave it out")
+        if self.cache_level not in ("auto", "fbank"):
+            raise ValueError(f"--cache_level {self.cache_level} does not support {model_type} models; leave it out")
+        self.feature_cache = "off"
+
     def validation_files(self) -> dict[str, str]:
         """Returns validation files by name; the default name is the stem of the file.
 

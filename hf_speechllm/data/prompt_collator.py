@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ..model import chat
+from ..model.native_processing import NativeProcessor
 from ..model.processing import pad_features
 from .collator import SpeechLLMCollator
+from .native_collator import prompt_batch
 
 
 @dataclass
@@ -38,16 +40,23 @@ class PromptCollator:
         prompts: list[list[int]] = []
         features: list[torch.Tensor] = []
         references: list[str | None] = []
+        native = isinstance(processor, NativeProcessor)
         for row in rows:
-            inputs = self.collator.row_inputs(row)
             dialogue = chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ())
             *before, last = dialogue.turns
+            references.append(last.answer)
+            if native:
+                continue
+            inputs = self.collator.row_inputs(row)
             question = chat.Dialogue(dialogue.system, (*before, chat.Turn(last.pieces, None, last.prefix)))
             prompts.append(processor.tokenize(question, [len(item) for item in inputs]).input_ids)
-            references.append(last.answer)
             features.extend(inputs)
+        if native:
+            inputs = prompt_batch(processor, rows, self.collator.row_waveforms)
+        else:
+            inputs = {**processor.pad_tokens({"input_ids": prompts}, "left"), **pad_features(features)}
         return {
-            "inputs": {**processor.pad_tokens({"input_ids": prompts}, "left"), **pad_features(features)},
+            "inputs": inputs,
             "references": references,
             "names": [f"{Path(row['file']).name}:{row['line']}" for row in rows],
             "positions": [row["seed"][1] for row in rows],  # keys of `BudgetBatchSampler`; indices in epoch 0

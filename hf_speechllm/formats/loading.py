@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import FAMILIES, REFUSED
 from ..model.processing import SpeechLLMProcessor
-from . import funasr, funasr_files, native, partial
+from . import families, funasr, funasr_files, native, partial
 from . import peft_adapters as adapters
 from .checkpoint import (
     MAX_SHARD_SIZE,
@@ -37,6 +38,7 @@ from .quantization import only_whole_blocks
 from .untrusted import base_model, check_folder, one_line, read_json, reading, stored_base
 
 OWN, NATIVE, FUNASR, ADAPTER, PARTIAL = "speech_llm", "native", "funasr", "adapter", "partial"
+FAMILY = "family"  # a native speech LLM of transformers, which stays in that library's layout
 LAYOUTS = (OWN, NATIVE, FUNASR)
 READERS = {NATIVE: native, FUNASR: funasr, PARTIAL: partial}
 CTC_FILE = "ctc.safetensors"
@@ -49,6 +51,7 @@ FILES = {
     FUNASR: (["config.yaml", "configuration.json", "*/*.json", "*/*.txt"], ["model.pt", "*.tiktoken"]),
     ADAPTER: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
     PARTIAL: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
+    FAMILY: (["*.json", "*.jinja", "*.txt"], ["*.safetensors"]),
 }
 
 
@@ -74,6 +77,10 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
         return OWN if find_file(name, partial.REFERENCE_FILE, hub) is None else PARTIAL
     if model_type == native.MODEL_TYPE:
         return NATIVE
+    if model_type in FAMILIES:
+        return FAMILY
+    if model_type in REFUSED:
+        raise CheckpointError(f"{name} is a {model_type} model, which cannot be trained here: {REFUSED[model_type]}")
     if find_file(name, adapters.CONFIG_FILE, hub) is not None:
         return ADAPTER
     if find_file(name, funasr_files.CONFIG_FILE, hub) is not None:
@@ -129,8 +136,23 @@ def load_config_dict(name: str | os.PathLike[str], options: dict) -> dict | None
     if layout == ADAPTER:
         with base_model(folder / adapters.CONFIG_FILE) as base:
             return SpeechLLMConfig.from_pretrained(base, **_base_options(hub)).to_dict()
+    if layout == FAMILY:
+        raise CheckpointError(f"{name} is a native speech LLM of transformers; read its config with AutoConfig")
     with reading(folder):
         return READERS[layout].read_config(folder).to_dict()
+
+
+def load_config(name: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
+    """Returns the config of any model that `load_model` loads."""
+    hub = _hub_options(options)
+    layout = find_layout(name, **hub)
+    if layout == ADAPTER:
+        folder = _fetch(name, layout, hub, weights=False)
+        with base_model(folder / adapters.CONFIG_FILE) as base:
+            return load_config(base, **_base_options(hub))
+    if layout == FAMILY:
+        return families.load_config(_fetch(name, layout, hub, weights=False))
+    return SpeechLLMConfig.from_pretrained(name, **options)
 
 
 def load_model(
@@ -150,6 +172,8 @@ def load_model(
     asked = [options.pop(key) for key in ("dtype", "torch_dtype") if key in options]
     dtype = next((item for item in asked if item is not None and item != "auto"), None)
     want_info = options.pop("output_loading_info", False)
+    if layout == FAMILY:
+        return families.load_model(folder, dtype=dtype, output_loading_info=want_info, **_without_hub(options))
     if layout == ADAPTER:
         options = _base_options(options)
         with base_model(folder / adapters.CONFIG_FILE) as base:
@@ -246,6 +270,10 @@ def _hub_options(options: dict) -> dict:
     return {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
 
 
+def _without_hub(options: dict) -> dict:
+    return {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+
+
 def _base_options(options: dict) -> dict:
     """Returns options for an adapter's base model, without the adapter's revision and subfolder."""
     return {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
@@ -266,6 +294,8 @@ def load_processor(
     written_by = read_json_file(name, "processor_config.json", hub).get("processor_class") if is_folder else None
     own = written_by == SpeechLLMProcessor.__name__
     layout = OWN if own else find_layout(name, **hub)
+    if layout == FAMILY:
+        return families.load_processor(_fetch(name, layout, hub, weights=False))
     processor = _read_processor(processor_class, name, layout, written_by, hub, options)
     with reading(name, PROCESSOR_ERROR):  # bad settings of a tokenizer only fail when the tokenizer is used
         ids = processor.tokenizer.encode("a", add_special_tokens=False)

@@ -12,6 +12,7 @@ import numpy as np
 from ..audio.waveform import AudioError, display_name
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
+from ..model.native_families import max_feature_frames
 from ..model.processing import SpeechLLMProcessor
 from .prefetch import measure_seconds
 from .requests import Request
@@ -36,7 +37,7 @@ class RequestMeter:
     _prompt_tokens: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self):
-        self.max_seconds = self.config.max_feature_frames * self.processor.frame_seconds
+        self.max_seconds = max_feature_frames(self.config) * self.processor.frame_seconds
 
     def __call__(self, requests: Sequence[Request]) -> list[float | str]:
         """Returns the audio seconds of each request, or an error message.
@@ -70,7 +71,7 @@ class RequestMeter:
 
     def _context_error(self, dialogue: chat.Dialogue, durations: Sequence[float]) -> str | None:
         """Returns an error message if a request exceeds the context of the LLM, for example with many hotwords."""
-        limit = getattr(self.config.llm_config, "max_position_embeddings", None)
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return None
         if self.segment_seconds is not None and self.is_segmented(dialogue):

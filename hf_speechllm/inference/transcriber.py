@@ -24,6 +24,7 @@ from ..model import chat
 from ..model.generation import ignored_settings, transcribing, transcription_config
 from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
 from .finite import LogitsCheck
 from .measuring import RequestMeter
@@ -99,9 +100,10 @@ class Transcriber:
         transcription_config(model)
         if ignored := ignored_settings(model.generation_config):
             logger.warning("ignored settings in the generation configuration of the model: %s", one_line(ignored))
-        if not fast:
+        own = not is_native(model)
+        if not fast and own:
             enable_host_syncs(model)
-        if fast and model.device.type == "cuda":
+        if fast and own and model.device.type == "cuda":
             disable_host_syncs(model)
             if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
                 self.greedy_decoder = CudaGraphDecoder(model.llm.get_decoder())
@@ -359,8 +361,8 @@ class Transcriber:
             output = self.model.generate(**inputs, generation_config=config, **options)
         tokens = output[:, prompt_tokens:]
         finite = check.finite(rows, tokens if self.num_beams == 1 else None)
-        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [chat.clean_answer(text) if ok else None for text, ok in zip(texts, finite, strict=True)]
+        texts = self.processor.transcripts(tokens)
+        return [text if ok else None for text, ok in zip(texts, finite, strict=True)]
 
 
 def _seconds(batch: list[Piece] | Transcript) -> float:

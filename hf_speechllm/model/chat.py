@@ -333,9 +333,9 @@ def tokenize(
         if isinstance(piece, Recording):
             result.add([audio_token_id] * counts.pop(0))
         else:
-            result.add(_answer_ids(tokenizer, piece.prefix))
+            result.add(answer_ids(tokenizer, piece.prefix))
             if piece.text is not None:
-                result.add(_answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
+                result.add(answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
     result.add(_prompt_ids(tokenizer, len(tokenizer), text))
     return result
 
@@ -385,7 +385,7 @@ def _added_tokens(tokenizer, num_tokens: int) -> re.Pattern:
     return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in contents) or r"(?!)")
 
 
-def _answer_ids(tokenizer, text: str) -> list[int]:
+def answer_ids(tokenizer, text: str) -> list[int]:
     """Tokenizes an answer as plain text. A transcript that spells a special token must not become that token."""
     ids, start = [], 0
     for match in _added_tokens(tokenizer, len(tokenizer)).finditer(text):

@@ -27,11 +27,13 @@ class Positions(TypedDict, total=False):
         labels: positions that need logits, see `loss.label_positions`; rows must be padded on the right.
         tokens: positions in `attention_mask` without padding; makes the LLM padding-free and requires `labels`.
         frames: positions in `input_features_mask` without padding; makes encoder and adaptor padding-free.
+        audio_seconds: of native speech LLMs: seconds of each recording, for the log.
     """
 
     labels: torch.Tensor
     tokens: torch.Tensor
     frames: torch.Tensor
+    audio_seconds: torch.Tensor
 
 
 def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:

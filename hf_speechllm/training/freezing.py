@@ -9,6 +9,7 @@ import torch
 
 from ..formats.funasr_tensors import to_funasr_name
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.native_families import PART_OF_MODULE, is_native
 
 # Parts of parameter names that peft adds.
 _PEFT = re.compile(r"^base_model\.model\.|\.(?:modules_to_save\.default|original_module|base_layer)(?=\.)")
@@ -26,8 +27,9 @@ def freeze_parts(
         audio_encoder, audio_adaptor, llm: whether to freeze the part.
     """
     for name, frozen in zip(PARTS, (audio_encoder, audio_adaptor, llm), strict=True):
-        if frozen:
-            getattr(model, name).requires_grad_(False)
+        if frozen or (name == "audio_encoder" and is_native(model) and model.family.frozen_encoder):
+            for module in part_modules(model, name):
+                module.requires_grad_(False)
     model.train(model.training)
 
 
@@ -42,7 +44,7 @@ def freeze_parameters(model, prefixes: Sequence[str]) -> None:
     Raises:
         ValueError: if a prefix matches no parameter, or no trained parameters are left.
     """
-    is_funasr = model.config.audio_encoder_config.model_type == "fun_asr_nano_encoder"
+    is_funasr = not is_native(model) and model.config.audio_encoder_config.model_type == "fun_asr_nano_encoder"
     found = set()
     for full_name, parameter in model.named_parameters():
         name = _PEFT.sub("", full_name)
@@ -58,6 +60,17 @@ def freeze_parameters(model, prefixes: Sequence[str]) -> None:
     if prefixes and not trained_parts(model):
         raise ValueError("--freeze_param and the other options freeze all parameters; freeze fewer parameters")
     model.train(model.training)
+
+
+def part_modules(model, part: str) -> list[torch.nn.Module]:
+    """Returns the modules of a part; a native speech LLM may have several."""
+    return model.part(part) if is_native(model) else [getattr(model, part)]
+
+
+def part_names(model, part: str) -> list[str]:
+    """Returns the names of `part_modules` in the model."""
+    modules = part_modules(model, part)
+    return [name for name, module in model.named_modules() if any(module is item for item in modules)]
 
 
 def count_parameters(model) -> dict[str, tuple[int, int]]:
@@ -83,6 +96,8 @@ def part_of(parameter_name: str) -> str:
     for piece in parameter_name.split("."):
         if piece in PARTS:
             return piece
+        if piece in PART_OF_MODULE:
+            return PART_OF_MODULE[piece]
     raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..formats.peft_adapters import wrap
-from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from .freezing import part_modules, part_names
 
 
 def add_lora(
@@ -37,12 +38,11 @@ def add_lora(
     """
     from peft import LoraConfig
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.llm.named_modules()}
+    llm = [item for module in part_modules(model, "llm") for item in module.named_modules()]
+    names = {name.rsplit(".", 1)[-1] for name, _ in llm}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in model.llm.named_modules() if isinstance(module, nn.Linear)}
-        )
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in llm if isinstance(module, nn.Linear)})
         raise ValueError(
             f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}; choose from {', '.join(linear)}"
         )
@@ -52,13 +52,16 @@ def add_lora(
             "cannot be merged; leave out embed_tokens and lm_head"
         )
     fully_trained = [
-        name for name in PARTS if name != "llm" and any(p.requires_grad for p in getattr(model, name).parameters())
+        name
+        for name in part_names(model, "audio_encoder") + part_names(model, "audio_adaptor")
+        if any(p.requires_grad for p in model.get_submodule(name).parameters())
     ]
+    root = part_names(model, "llm")[0]
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf"llm\..*\.({'|'.join(re.escape(name) for name in target_modules)})",
+        target_modules=rf"{re.escape(root)}\..*\.({'|'.join(re.escape(name) for name in target_modules)})",
         modules_to_save=fully_trained or None,
     )
     return wrap(model, config)

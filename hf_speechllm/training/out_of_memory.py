@@ -46,9 +46,9 @@ def run_in_halves(
                 losses.append(step(part))
             except torch.OutOfMemoryError as error:
                 if rows == 1 or not may_split:
-                    frames = part["input_features_mask"].shape[1]
+                    tokens = part["input_ids"].shape[1]
                     raise torch.OutOfMemoryError(
-                        f"a batch of {rows} rows of up to {frames} frames does not fit into memory: lower "
+                        f"a batch of {rows} rows of up to {tokens} tokens does not fit into memory: lower "
                         "--per_device_train_batch_seconds (or set auto), or set --gradient_checkpointing true"
                     ) from error
                 break  # leaves the handler: the error keeps the tensors of the failed step in memory

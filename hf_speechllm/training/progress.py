@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..model.modeling import PARTS
+from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
 from .flops import FlopCounter, peak_flops
 
@@ -30,8 +31,8 @@ class Progress:
         rate = processor.encoder_downsample_rate if "encoder_states" in columns else 1
         self.frame_seconds = rate * processor.frame_seconds  # between two frames of the model's input
         cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
-        self.flops = FlopCounter(model, cached)
-        self.peak_flops = peak_flops(accelerator.device)
+        self.flops = None if is_native(model) else FlopCounter(model, cached)
+        self.peak_flops = None if is_native(model) else peak_flops(accelerator.device)
         self.rows = 0  # since the start of this process
         self.reset()
 
@@ -51,13 +52,18 @@ class Progress:
         self._waited_seconds += waited_seconds
         operations = 0.0
         for batch in batches:
+            tokens = batch["attention_mask"].sum(-1)
+            self._read_tokens += int(tokens.sum())
+            self.rows += len(tokens)
+            if self.flops is None:
+                seconds = batch["positions"]["audio_seconds"]
+                self._audio_seconds += float(seconds.sum())
+                self._padded_seconds += float(seconds.max()) * len(seconds)
+                continue
             mask = batch["input_features_mask"]
             self._audio_seconds += int(mask.sum()) * self.frame_seconds
             frames = mask.sum() if "tokens" in batch["positions"] else mask.numel()
             self._padded_seconds += int(frames) * self.frame_seconds
-            tokens = batch["attention_mask"].sum(-1)
-            self._read_tokens += int(tokens.sum())
-            self.rows += len(tokens)
             operations += self.flops.count(mask.sum(-1), tokens, len(batch["positions"]["labels"]))
         self._operations += operations
         return operations

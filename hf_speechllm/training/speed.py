@@ -12,6 +12,7 @@ from ..data.collator import SpeechLLMCollator
 from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
 from ..fast.compilation import compile_layers
 from ..fast.engines import set_up_engine
+from ..model.native_families import is_native
 from .arguments import SpeechLLMTrainingArguments
 
 
@@ -30,6 +31,11 @@ def enable_fast_paths(
         ValueError: for `--compile_layers` with ZeRO-3, or if `--padding_free` is not supported.
     """
     on_gpu = _on_gpu(args)
+    if is_native(model):
+        for name in ("padding_free", "compile_layers"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} does not support {model.config.model_type} models; leave it out")
+        return
     if on_gpu:
         disable_host_syncs(model)
     wanted = args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))

@@ -25,6 +25,7 @@ from ..fast.fsdp import clip_shards, sharded_optimizer
 from ..files import apply_umask
 from ..locks import acquire_output_lock
 from ..model.chat import IGNORE_INDEX
+from ..model.native_families import is_native
 from .arguments import SpeechLLMTrainingArguments
 from .batch_budget import find_batch_seconds
 from .callbacks import TrainingCurve, ValidationTable
@@ -220,7 +221,9 @@ class SpeechLLMTrainer(PublishingTrainer):
             inputs,
             self.processing_class,
             lambda: self.model.zero_grad(set_to_none=True),
-            may_split=self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1,
+            may_split=self.args.world_size == 1
+            and self.args.gradient_accumulation_steps == 1
+            and not is_native(self.model),
         )
         if self.position is not None:
             self.position.consumed += 1

@@ -19,7 +19,6 @@ from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.prompt_collator import PromptCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..evaluation.validation_metrics import COUNTS, metric_prefix
-from ..model import chat
 from ..model.generation import transcribing
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
@@ -155,7 +154,6 @@ class Validator:
         model = self.accelerator.unwrap_model(engine, keep_torch_compile=False)
         model.eval()  # disables dropout and gradient checkpointing, which does not support the key-value cache
         limit = self.args.eval_max_new_tokens
-        tokenizer = self.processor.tokenizer
         counts = ErrorCounts()
         samples: list[Sample] = []
         collator = SkipUnreadableCollator(self.collator, PromptCollator(self.collator))
@@ -166,12 +164,11 @@ class Validator:
             search = transcribing(model, max_new_tokens=limit)
             with torch.no_grad(), self.accelerator.autocast(), eager, search as generation_config:
                 output = model.generate(**inputs, generation_config=generation_config)
-            answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            hypotheses = self.processor.transcripts(output[:, inputs["input_ids"].shape[1] :])
             columns = (batch[name] for name in ("positions", "names", "references", "counted"))
-            for position, name, reference, counted, answer in zip(*columns, answers, strict=True):
+            for position, name, reference, counted, hypothesis in zip(*columns, hypotheses, strict=True):
                 if not counted:
                     continue
-                hypothesis = chat.clean_answer(answer)
                 counts += count_errors(reference, hypothesis)
                 if position in shown:
                     samples.append(Sample(position, name, reference, hypothesis))

@@ -1,0 +1,43 @@
+"""Batches of native speech LLMs of transformers: the family's own processor computes features and pads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model import chat
+from ..model.loss import label_positions
+from ..model.native_processing import NativeProcessor
+
+
+def training_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable) -> dict[str, Any]:
+    """Builds a training batch.
+
+    Args:
+        rows: see `data.dataset`.
+        load: returns the waveforms of a row, each of shape = (samples,).
+
+    Returns:
+        Inputs of the model, `labels`, and `positions` with the positions of labels and the seconds of each row.
+    """
+    dialogues, waveforms = _read(rows, load)
+    batch = dict(processor.batch(dialogues, waveforms, return_labels=True))
+    for index, row in enumerate(rows):
+        if not row.get("supervised", True):
+            batch["labels"][index] = chat.IGNORE_INDEX
+    seconds = torch.tensor([len(waveform) / processor.sampling_rate for waveform in waveforms])
+    return {**batch, "positions": {"labels": label_positions(batch["labels"]), "audio_seconds": seconds}}
+
+
+def prompt_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable) -> dict[str, Any]:
+    """Builds the inputs of `generate`; arguments as for `training_batch`."""
+    return dict(processor.batch(*_read(rows, load), return_labels=False))
+
+
+def _read(rows: list[dict[str, Any]], load: Callable) -> tuple[list[chat.Dialogue], list[np.ndarray]]:
+    dialogues = [chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ()) for row in rows]
+    return dialogues, [waveform for row in rows for waveform in load(row)]

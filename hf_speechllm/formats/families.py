@@ -1,0 +1,61 @@
+"""Loading of native speech LLMs of transformers, which stay in that library's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+from ..model.native_modeling import native_class
+from ..model.native_processing import NativeProcessor
+from .checkpoint import CheckpointError
+from .untrusted import one_line, reading
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Reads the config.
+
+    Raises:
+        CheckpointError: if the config is damaged.
+    """
+    with reading(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_model(folder: Path, output_loading_info: bool = False, **options: Any) -> Any:
+    """Loads a model with the interface of `SpeechLLMForConditionalGeneration`.
+
+    Args:
+        folder: local folder.
+        output_loading_info: whether to return transformers' report, too.
+        **options: of transformers' `from_pretrained`.
+
+    Raises:
+        CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
+    """
+    config = options.pop("config", None) or load_config(folder)
+    with reading(folder):
+        base = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+        model, info = native_class(base).from_pretrained(
+            folder, config=config, output_loading_info=True, use_safetensors=True, **options
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
+        raise CheckpointError(
+            f"{folder}: the tensors do not match the config; missing: {missing or 'none'}; "
+            f"unexpected: {unexpected or 'none'}"
+        )
+    return (model, info) if output_loading_info else model
+
+
+def load_processor(folder: Path) -> NativeProcessor:
+    """Loads a processor with the interface of `SpeechLLMProcessor`.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    with reading(folder, "contains no usable processor"):
+        model_type = load_config(folder).model_type
+        return NativeProcessor(AutoProcessor.from_pretrained(folder, trust_remote_code=False), model_type)
