@@ -139,8 +139,7 @@ class SpeechLLMCollator:
         """Returns the waveforms of a row's recordings, each of shape = (samples,)."""
         lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
         return [
-            self._load(source, frames * FRAME_SHIFT)
-            for source, frames in zip(row["recordings"], lengths, strict=True)
+            self._load(source, frames * FRAME_SHIFT) for source, frames in zip(row["recordings"], lengths, strict=True)
         ]
 
     def _load(self, source: Any, seconds: float) -> np.ndarray:

@@ -40,18 +40,18 @@ class PromptCollator:
         prompts: list[list[int]] = []
         features: list[torch.Tensor] = []
         references: list[str | None] = []
-        native = isinstance(processor, NativeProcessor)
         for row in rows:
             dialogue = chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ())
             *before, last = dialogue.turns
             references.append(last.answer)
-            if native:
+            if isinstance(processor, NativeProcessor):
                 continue
-            inputs = self.collator.row_inputs(row)
+            recordings = self.collator.row_inputs(row)
             question = chat.Dialogue(dialogue.system, (*before, chat.Turn(last.pieces, None, last.prefix)))
-            prompts.append(processor.tokenize(question, [len(item) for item in inputs]).input_ids)
-            features.extend(inputs)
-        if native:
+            prompts.append(processor.tokenize(question, [len(item) for item in recordings]).input_ids)
+            features.extend(recordings)
+        inputs: dict[str, torch.Tensor]
+        if isinstance(processor, NativeProcessor):
             inputs = prompt_batch(processor, rows, self.collator.row_waveforms)
         else:
             inputs = {**processor.pad_tokens({"input_ids": prompts}, "left"), **pad_features(features)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
@@ -12,6 +14,29 @@ from ..model.native_modeling import native_class
 from ..model.native_processing import NativeProcessor
 from .checkpoint import CheckpointError
 from .untrusted import one_line, reading
+
+
+@dataclass
+class FamilyCheckpoint:
+    """A native speech LLM in memory, with the interface of `Checkpoint`."""
+
+    model: Any
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Config of the model."""
+        return self.model.config
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """State dict of the model."""
+        return self.model.state_dict()
+
+    def write(self, processor: NativeProcessor | None, folder: Path, max_shard_size: str | int) -> None:
+        """Writes model and processor in the layout of transformers."""
+        self.model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -36,6 +61,8 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
         CheckpointError: if tensors are missing, unexpected or of a wrong shape, or a file is damaged.
     """
     config = options.pop("config", None) or load_config(folder)
+    if options.get("attn_implementation") == "sdpa":  # the default where a part supports it; an error elsewhere
+        del options["attn_implementation"]
     with reading(folder):
         base = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
         model, info = native_class(base).from_pretrained(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
-from ..model.native_families import FAMILIES, REFUSED
+from ..model.native_families import FAMILIES, REFUSED, is_native
 from ..model.processing import SpeechLLMProcessor
 from . import families, funasr, funasr_files, native, partial
 from . import peft_adapters as adapters
@@ -334,15 +334,20 @@ def _read_tokenizer(folder: Path, options: dict) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
 
 
-def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
+def checkpoint_of(model: Any) -> Checkpoint | families.FamilyCheckpoint:
+    """Returns the checkpoint of a model in memory."""
+    return families.FamilyCheckpoint(model) if is_native(model) else Checkpoint.of(model)
+
+
+def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint | families.FamilyCheckpoint:
     """Reads a checkpoint in any layout without building the model or changing tensors; merges an adapter.
 
     Raises:
         CheckpointError: see `load_model`.
     """
     layout = find_layout(name, **hub)
-    if layout == ADAPTER:
-        return Checkpoint.of(SpeechLLMForConditionalGeneration.from_pretrained(name, **hub))
+    if layout in (ADAPTER, FAMILY):
+        return checkpoint_of(SpeechLLMForConditionalGeneration.from_pretrained(name, **hub))
     folder = _fetch(name, layout, hub)
     if layout != OWN:
         return _read(name, layout, folder)
@@ -355,7 +360,7 @@ def read_checkpoint(name: str | os.PathLike[str], **hub: Any) -> Checkpoint:
 
 
 def write_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | families.FamilyCheckpoint,
     processor: SpeechLLMProcessor,
     output: str | os.PathLike[str],
     layout: str,
@@ -376,22 +381,32 @@ def write_checkpoint(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if isinstance(checkpoint, families.FamilyCheckpoint) and layout != OWN:
+        raise CheckpointError(
+            f"a {checkpoint.config.model_type} model stays in the layout of transformers; {layout} is not possible"
+        )
     with new_folder(output) as folder:
-        if layout == FUNASR:
+        if layout == FUNASR and isinstance(checkpoint, Checkpoint):
             funasr.write(checkpoint, processor, folder, force)
         else:
             write_files(checkpoint, processor, folder, layout, force, max_shard_size)
 
 
 def write_files(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | families.FamilyCheckpoint,
     processor: SpeechLLMProcessor | None,
     folder: Path,
     layout: str,
     force: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes a checkpoint, and a processor if given, to an existing folder in the own or native layout."""
+    """Writes a checkpoint, and a processor if given, to an existing folder in the own or native layout.
+
+    A `FamilyCheckpoint` keeps its layout.
+    """
+    if isinstance(checkpoint, families.FamilyCheckpoint):
+        checkpoint.write(processor, folder, max_shard_size)
+        return
     if layout == NATIVE:
         native.write(checkpoint, processor, folder, force, max_shard_size)
         return

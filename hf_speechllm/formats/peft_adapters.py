@@ -81,7 +81,7 @@ def merge(model: PreTrainedModel, folder: Path, keep_dtypes: bool) -> PreTrained
             f"{folder / WEIGHTS_FILE} does not match {config.base_model_name_or_path}; "
             f"wrong shape: {', '.join(misshapen)}"
         )
-    if model.config.tie_word_embeddings and any(
+    if getattr(model.config, "tie_word_embeddings", False) and any(
         "lora_embedding_A" in name or "lm_head.lora" in name for name in tensors
     ):
         # Merging into one of two tied modules would also change the other.

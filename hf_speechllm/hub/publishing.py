@@ -52,7 +52,7 @@ def publish(
         stage, card = Path(temporary), read_card(folder)
         processor = SpeechLLMProcessor.from_pretrained(folder)
         if _base_is_on_hub(folder):
-            in_native = False
+            in_native, checkpoint = False, None
             for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
                 shutil.copy(folder / name, stage)
             processor.save_pretrained(stage)
@@ -64,7 +64,9 @@ def publish(
             checkpoint = read_checkpoint(folder)
             in_native = write_model(checkpoint, processor, stage)
             card = card or plain_card(repo_id, checkpoint, checkpoint.config.name_or_path)
-        (stage / CARD_FILE).write_text(f"{card.rstrip()}\n\n{layout_note(repo_id, in_native)}\n", encoding="utf-8")
+        (stage / CARD_FILE).write_text(
+            f"{card.rstrip()}\n\n{layout_note(repo_id, in_native, checkpoint)}\n", encoding="utf-8"
+        )
         if (folder / CURVE_FILE).is_file():
             shutil.copy(folder / CURVE_FILE, stage)
         return upload(stage, repo_id, private, token, revision=revision, commit_message=commit_message)

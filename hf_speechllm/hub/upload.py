@@ -20,8 +20,12 @@ from huggingface_hub.utils import validate_repo_id
 from ..audio.fbank import FbankFeatureExtractor
 from ..formats import native
 from ..formats.checkpoint import MAX_SHARD_SIZE, Checkpoint, CheckpointError
+from ..formats.families import FamilyCheckpoint
+from ..formats.loading import checkpoint_of
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.native_families import part_of
+from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .code import CODE_FOLDER, PACKAGE, write_code
 
@@ -50,7 +54,7 @@ def hub_id(name: str) -> str | None:
     return name
 
 
-def is_native(config: SpeechLLMConfig) -> bool:
+def is_exportable(config: SpeechLLMConfig) -> bool:
     """Returns whether transformers' `fun_asr_nano` class computes the same results as this model."""
     try:
         native.check_exportable(config)
@@ -115,21 +119,29 @@ For transformers without `hf_speechllm` (`fun_asr_nano`) or FunASR, convert the 
 conversion is refused with the reason."""
 
 
-def layout_note(repo_id: str, in_native: bool) -> str:
-    """Returns the section of a card about the repository's layout."""
+def layout_note(repo_id: str, in_native: bool, checkpoint: Checkpoint | FamilyCheckpoint | None = None) -> str:
+    """Returns the section of a card about the repository's layout.
+
+    Args:
+        in_native: whether the repository has a layout of transformers.
+        checkpoint: `None` for adapters.
+    """
     if in_native:
+        is_family = isinstance(checkpoint, FamilyCheckpoint)
+        name = checkpoint.config.model_type if checkpoint is not None and is_family else native.MODEL_TYPE
+        difference = """
+
+This class computes the same results. Its feature extractor has a higher noise floor (it does not scale the waveform by
+2^15 before the logarithm), so transcripts of very quiet recordings may differ."""
         return f"""## Layout
-This repository has the layout of transformers' own `fun_asr_nano`, so it also loads without `hf_speechllm`:
+This repository has the layout of transformers' own `{name}`, so it also loads without `hf_speechllm`:
 
 ```python
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 model = AutoModelForMultimodalLM.from_pretrained("{repo_id}")
 processor = AutoProcessor.from_pretrained("{repo_id}")
-```
-
-This class computes the same results. Its feature extractor has a higher noise floor (it does not scale the waveform by
-2^15 before the logarithm), so transcripts of very quiet recordings may differ."""
+```{"" if is_family else difference}"""
     return f"""## Layout
 This repository has the layout of `hf_speechllm`, because no class of transformers supports this model. The package is
 in the folder `{CODE_FOLDER}`:
@@ -139,7 +151,7 @@ hf download {repo_id} --include "{CODE_FOLDER}/*" --local-dir speech_llm && pip 
 ```"""
 
 
-def plain_card(repo_id: str, checkpoint: Checkpoint, source: str) -> str:
+def plain_card(repo_id: str, checkpoint: Checkpoint | FamilyCheckpoint, source: str) -> str:
     """Builds the card of a model without information about its training.
 
     Args:
@@ -149,24 +161,31 @@ def plain_card(repo_id: str, checkpoint: Checkpoint, source: str) -> str:
     front_matter = ModelCardData(library_name="transformers", base_model=base, tags=TAGS, pipeline_tag=TAGS[0])
     sizes = dict.fromkeys(PARTS, 0)
     for name, tensor in checkpoint.tensors.items():
-        sizes[name.split(".", 1)[0]] += tensor.numel()
-    types = [config.audio_encoder_config.model_type, config.audio_adaptor_config.adaptor_type]
-    types.append(config.llm_config.model_type)
+        sizes[part_of(name)] += tensor.numel()
+    if isinstance(checkpoint, FamilyCheckpoint):
+        types, tokens = [config.model_type] * len(PARTS), ""
+    else:
+        types = [config.audio_encoder_config.model_type, config.audio_adaptor_config.adaptor_type]
+        types.append(config.llm_config.model_type)
+        tokens = f"The adaptor converts {config.downsample_rate} encoder frame(s) to one audio token for the LLM."
+        if config.use_low_frame_rate:
+            tokens += " The LLM receives only the first eighth of these tokens."
     rows = [f"| {part} | {kind} | {sizes[part] / 1e6:,.2f} |" for part, kind in zip(PARTS, types, strict=True)]
-    kept = " The LLM receives only the first eighth of these tokens." if config.use_low_frame_rate else ""
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
         "A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech"
         + (f", from [{base}](https://huggingface.co/{base})." if base else "."),
         "## Parts\n| part | type | million parameters |\n| --- | --- | --- |\n" + "\n".join(rows),
-        f"The adaptor converts {config.downsample_rate} encoder frame(s) to one audio token for the LLM.{kept}",
+        tokens,
         usage(repo_id),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def write_model(checkpoint: Checkpoint, processor: SpeechLLMProcessor | None, folder: Path, **options: Any) -> bool:
-    """Writes a model for publishing to an existing folder, in the native layout if `is_native`.
+def write_model(
+    checkpoint: Checkpoint | FamilyCheckpoint, processor: SpeechLLMProcessor | None, folder: Path, **options: Any
+) -> bool:
+    """Writes a model for publishing to an existing folder, in the native layout if `is_exportable`.
 
     Args:
         processor: `None` if the processor is published separately.
@@ -177,7 +196,10 @@ def write_model(checkpoint: Checkpoint, processor: SpeechLLMProcessor | None, fo
     """
     from ..formats.loading import NATIVE, OWN, write_files
 
-    in_native = is_native(checkpoint.config)
+    if isinstance(checkpoint, FamilyCheckpoint):
+        write_files(checkpoint, processor, folder, OWN, **options)
+        return True
+    in_native = is_exportable(checkpoint.config)
     clean = dataclasses.replace(checkpoint, config=without_paths(checkpoint.config))
     write_files(clean, processor, folder, NATIVE if in_native else OWN, **options)
     if not in_native:
@@ -221,11 +243,13 @@ def push_model(
 ) -> CommitInfo:
     """Implements `SpeechLLMForConditionalGeneration.push_to_hub`."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder, checkpoint = Path(temporary), Checkpoint.of(model)
+        folder, checkpoint = Path(temporary), checkpoint_of(model)
         in_native = write_model(checkpoint, None, folder, max_shard_size=max_shard_size)
         source = model.config.name_or_path
         card = read_card(Path(source)) or plain_card(repo_id, checkpoint, source)
-        (folder / CARD_FILE).write_text(f"{card.rstrip()}\n\n{layout_note(repo_id, in_native)}\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(
+            f"{card.rstrip()}\n\n{layout_note(repo_id, in_native, checkpoint)}\n", encoding="utf-8"
+        )
         return upload(folder, repo_id, private, token, **commit)
 
 
@@ -234,6 +258,9 @@ def push_processor(
 ) -> CommitInfo:
     """Implements `SpeechLLMProcessor.push_to_hub`. `SpeechLLMProcessor` reads both layouts."""
     with tempfile.TemporaryDirectory() as temporary:
+        if isinstance(processor, NativeProcessor):
+            processor.save_pretrained(temporary)
+            return upload(Path(temporary), repo_id, private, token, **commit)
         stock = isinstance(processor.feature_extractor, FbankFeatureExtractor) and not processor.use_low_frame_rate
         stock = stock and processor.downsample_rate == 1
         (native.native_processor(processor) if stock else processor).save_pretrained(temporary)

@@ -28,9 +28,8 @@ from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
 from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
+from .native_families import PARTS
 from .packing import PaddingFreeBatch, Positions, causal_masks, require_padding_free
-
-PARTS = ("audio_encoder", "audio_adaptor", "llm")
 
 
 @dataclass

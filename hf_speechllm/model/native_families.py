@@ -1,6 +1,6 @@
 """Table of the native speech LLMs of transformers that this package trains: modules, prompts, answers.
 
-A new family is an entry here and a test in `tests/model/test_native.py`.
+A new family is an entry here and a test in `tests/native`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from . import chat
 from .languages import LANGUAGES
 
-ENCODER, ADAPTOR, LLM = "audio_encoder", "audio_adaptor", "llm"
+PARTS = ENCODER, ADAPTOR, LLM = "audio_encoder", "audio_adaptor", "llm"
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,16 @@ REFUSED = {
 PART_OF_MODULE = {
     module: part for family in FAMILIES.values() for part, modules in family.modules.items() for module in modules
 }
+
+
+def part_of(parameter_name: str) -> str:
+    """Returns the part of a parameter; the model may be wrapped (peft, DDP, FSDP)."""
+    for piece in parameter_name.split("."):
+        if piece in PARTS:
+            return piece
+        if piece in PART_OF_MODULE:
+            return PART_OF_MODULE[piece]
+    raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")
 
 
 def is_native(model_or_config: Any) -> bool:

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from . import pretrained
 from .gradient_checkpointing import enable_frozen_checkpointing
 from .loss import label_positions
-from .modeling import PARTS, SpeechLLMOutput
-from .native_families import FAMILIES, Family
+from .modeling import SpeechLLMOutput
+from .native_families import FAMILIES, PARTS, Family
 
 
 class NativeSpeechLLM:
@@ -37,6 +38,10 @@ class NativeSpeechLLM:
         """Returns the modules of a part: `audio_encoder`, `audio_adaptor` or `llm`."""
         modules = {path.rpartition(".")[2]: module for path, module in self._top_modules()}
         return [modules[module] for module in self.family.modules[name]]
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, token: str | bool | None = None, **kwargs):
+        """Uploads the model with a model card; arguments as in `SpeechLLMForConditionalGeneration.push_to_hub`."""
+        return pretrained.hub().push_model(self, repo_id, private, token, **kwargs)
 
     def _top_modules(self):
         for name, module in self.named_children():  # type: ignore[attr-defined]

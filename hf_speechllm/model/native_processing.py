@@ -41,6 +41,7 @@ class NativeProcessor(SpeechLLMProcessor):
         self.audio_token_id = self.tokenizer.convert_tokens_to_ids(self.audio_token)
         self.chat_template = getattr(native, "chat_template", None)
         self._tokens_per_second: float | None = None
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
@@ -110,7 +111,9 @@ class NativeProcessor(SpeechLLMProcessor):
         if turn.prefix:
             raise chat.ChatError(f'{self.model_type} has no "prev_content"; leave it out')
         if request.language and not self.family.languages:
-            logger.warning_once(f"{self.model_type} has no language option: the languages of prompts are ignored")
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s has no language option: the languages of prompts are ignored", self.model_type)
             request = TranscriptionRequest(request.seconds, None, request.context, request.instruction)
         return request
 

@@ -9,7 +9,7 @@ import torch
 
 from ..formats.funasr_tensors import to_funasr_name
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..model.native_families import PART_OF_MODULE, is_native
+from ..model.native_families import is_native, part_of
 
 # Parts of parameter names that peft adds.
 _PEFT = re.compile(r"^base_model\.model\.|\.(?:modules_to_save\.default|original_module|base_layer)(?=\.)")
@@ -89,16 +89,6 @@ def count_parameters(model) -> dict[str, tuple[int, int]]:
 def size_of(parameter: torch.Tensor) -> int:
     """Returns the number of elements of a parameter, including the shards of other ranks (ZeRO-3)."""
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def part_of(parameter_name: str) -> str:
-    """Returns the part of a parameter; the model may be wrapped (peft, DDP, FSDP)."""
-    for piece in parameter_name.split("."):
-        if piece in PARTS:
-            return piece
-        if piece in PART_OF_MODULE:
-            return PART_OF_MODULE[piece]
-    raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")
 
 
 def trained_parts(model) -> set[str]:

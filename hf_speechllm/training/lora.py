@@ -46,7 +46,7 @@ def add_lora(
         raise ValueError(
             f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}; choose from {', '.join(linear)}"
         )
-    if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(target_modules):
+    if getattr(model.config, "tie_word_embeddings", False) and {"embed_tokens", "lm_head"} & set(target_modules):
         raise ValueError(
             "--lora_target_modules: embeddings and head of the LLM share their weights, so adapters of one of them "
             "cannot be merged; leave out embed_tokens and lm_head"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
@@ -155,3 +156,15 @@ def save_native(model_type: str, folder: Path) -> Path:
     processor.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
     return folder
+
+
+@pytest.fixture(scope="session")
+def native_folders(tmp_path_factory):
+    """Folders with a tiny native speech LLM of each family, by model type."""
+    return {model_type: save_native(model_type, tmp_path_factory.mktemp(model_type)) for model_type in BUILDERS}
+
+
+@pytest.fixture(scope="session", params=list(BUILDERS))
+def native_folder(request, native_folders):
+    """Folder with a tiny native speech LLM; tests run for each family."""
+    return native_folders[request.param]

@@ -1,0 +1,134 @@
+"""Native speech LLMs of transformers are trained, decoded and published by the commands of this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.model import chat
+from hf_speechllm.model.native_families import part_of
+
+# Loads every folder with transformers alone, and writes logits and generated ids.
+STOCK = """
+import sys
+import torch
+import transformers
+from transformers import AutoProcessor
+
+for folder, architecture in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, architecture).from_pretrained(folder).eval()
+    AutoProcessor.from_pretrained(folder)
+    inputs = torch.load(folder + "/inputs.pt")
+    with torch.no_grad():
+        torch.save(model(**inputs).logits[:, -1], folder + "/logits.pt")
+assert "hf_speechllm" not in sys.modules
+"""
+
+
+@pytest.fixture
+def train(run_recipe, tiny_corpus, tmp_path):
+    """Trains a model by the recipe; returns the output folder."""
+
+    def run(folder, *options, name="run"):
+        output = tmp_path / name
+        end = run_recipe(
+            "finetune.py", "--model_name_or_path", folder, "--train_file", tiny_corpus.jsonl,
+            "--output_dir", output, "--max_steps", 2, "--per_device_train_batch_seconds", 4, "--learning_rate", "1e-2",
+            "--warmup_steps", 0, "--lr_scheduler_type", "constant", "--logging_steps", 1,
+            "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true",
+            "--cache_dir", tmp_path / "cache", "--preprocessing_num_workers", 1, "--dataloader_num_workers", 0,
+            *options,
+        )  # fmt: skip
+        assert end is None, end
+        return output
+
+    return run
+
+
+def changed_parts(before, after):
+    tensors = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert tensors[0].keys() == tensors[1].keys()
+    return {part_of(name) for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+
+
+def test_trained_models_load_with_transformers_alone(native_folders, train):
+    """Steps train the parts that are not frozen; transformers without this package computes the same logits."""
+    arguments, expected = [], {}
+    for model_type, folder in native_folders.items():
+        output = train(folder, "--freeze_audio_encoder", "true", name=model_type)
+        model = SpeechLLMForConditionalGeneration.from_pretrained(output).eval()
+        assert changed_parts(folder, output) == {"audio_adaptor", "llm"}
+        processor = SpeechLLMProcessor.from_pretrained(output)
+        request = chat.parse_messages(chat.transcription_messages(b"", chat.transcription_prompt()))
+        waveform = torch.sin(torch.arange(processor.sampling_rate) / 9).numpy()
+        inputs = dict(processor.batch([request], [waveform], return_labels=False)) | dict(model.family.options)
+        torch.save(inputs, output / "inputs.pt")
+        with torch.no_grad():
+            expected[output] = model(**inputs).logits[:, -1]
+        arguments += [output, type(model).__name__]
+    subprocess.run([sys.executable, "-c", STOCK, *map(str, arguments)], check=True, cwd=output, timeout=300)
+    for output, logits in expected.items():
+        torch.testing.assert_close(torch.load(output / "logits.pt"), logits)
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr", "granite_speech"], indirect=True)
+def test_validation_decodes_and_logs_error_rates(native_folder, train, tiny_corpus):
+    output = train(
+        native_folder, "--validation_file", f"dev={tiny_corpus.jsonl}", "--eval_cer", "true", "--eval_cer_samples", 3,
+        "--eval_max_new_tokens", 4,
+    )  # fmt: skip
+    results = json.loads((output / "eval_results.json").read_text())
+    assert results["eval_dev_reference_tokens"] > 0 and 0 < results["eval_dev_loss"] < 10
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert log[1]["audio_seconds_per_second"] > 0 and 0 <= log[1]["padding_share"] < 1
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr", "vibevoice_asr"], indirect=True)
+def test_lora_is_resumed_merged_and_decoded(native_folder, train, run_recipe, tiny_corpus, tmp_path):
+    options = ["--use_lora", "true", "--save_strategy", "steps", "--save_steps", 1]
+    whole = train(native_folder, *options, "--max_steps", 4, name="whole")
+    part = train(native_folder, *options, "--max_steps", 2, name="part")
+    train(native_folder, *options, "--max_steps", 4, "--resume_from_checkpoint", "last", name="part")
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (whole, part)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapters[0].items())
+    merged, output = tmp_path / "merged", tmp_path / "hyp.txt"
+    assert run_recipe("merge_lora.py", "--input", whole, "--output", merged) is None
+    for model in (whole, merged):
+        end = run_recipe(
+            "decode.py", "--model_name_or_path", model, "--scp_file", tiny_corpus.scp, "--output_file", output,
+            "--device", "cpu", "--max_new_tokens", 4, "--overwrite",
+        )  # fmt: skip
+        assert end in (None, 0)
+        assert len(output.read_text(encoding="utf-8").splitlines()) == 24
+    assert json.loads((merged / "config.json").read_text())["model_type"] == native_folder.name.rstrip("0123456789")
+
+
+@pytest.mark.parametrize("native_folder", ["glmasr"], indirect=True)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--spec_augment", "true"], "--spec_augment does not support glmasr models"),
+        (["--padding_free", "true"], "--padding_free does not support glmasr models"),
+        (["--compile_layers", "true"], "--compile_layers does not support glmasr models"),
+        (
+            ["--cache_level", "encoder", "--freeze_audio_encoder", "true"],
+            "--cache_level encoder does not support glmasr models",
+        ),
+    ],
+)
+def test_options_that_need_our_own_features_are_refused(native_folder, train, options, message):
+    with pytest.raises(AssertionError, match=message):
+        train(native_folder, *options)
+
+
+@pytest.mark.parametrize("native_folder", ["granite_speech"], indirect=True)
+def test_conversion_to_other_layouts_is_refused(native_folder, run_recipe, tmp_path):
+    end = run_recipe(
+        "convert_checkpoint.py", "--input", native_folder, "--output", tmp_path / "out", "--format", "funasr"
+    )
+    assert "granite_speech model stays in the layout of transformers" in end
