@@ -35,6 +35,7 @@ def enable_fast_paths(
         for name in ("padding_free", "compile_layers"):
             if getattr(args, name):
                 raise ValueError(f"--{name} does not support {model.config.model_type} models; leave it out")
+        set_up_engine(accelerator, model, args.fast == "auto")
         return
     if on_gpu:
         disable_host_syncs(model)
