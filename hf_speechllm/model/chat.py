@@ -381,7 +381,8 @@ def _prompt_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
 @lru_cache(maxsize=8)
 def _added_tokens(tokenizer, num_tokens: int) -> re.Pattern:
     """Compiles a pattern that matches the first character of each added token (for example `<think>`)."""
-    contents = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
+    # The tokenizer of mistral-common has no such tokens: texts never become special tokens.
+    contents = sorted(map(str, getattr(tokenizer, "get_added_vocab", dict)()), key=len, reverse=True)
     return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in contents) or r"(?!)")
 
 

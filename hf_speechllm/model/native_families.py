@@ -48,6 +48,7 @@ class Family:
         messages: builds the messages of a request for the family's own chat template.
         modules: names of modules by part, as they occur in parameter names.
         max_seconds: longest recording that the family's processor encodes without truncation.
+        window_seconds: the family pads a recording with audio tokens of silence to a multiple of this.
         languages: whether the prompt can name the language.
         contexts: whether the prompt can have a context and hotwords.
         prefill: text after the generation prompt, which the model does not generate.
@@ -62,6 +63,7 @@ class Family:
     messages: Callable[[TranscriptionRequest], Messages]
     modules: dict[str, tuple[str, ...]]
     max_seconds: float
+    window_seconds: float = 0.0
     languages: bool = False
     contexts: bool = False
     prefill: Callable[[TranscriptionRequest], str] = lambda request: ""
@@ -186,7 +188,7 @@ FAMILIES: dict[str, Family] = {
     "audioflamingo3": Family(_instruction_before("Transcribe the input speech."), TOWER, 600.0),
     "musicflamingo": Family(_instruction_before("Transcribe the input speech."), TOWER, 1200.0),
     "qwen2_audio": Family(_instruction_after("Transcribe the speech into text."), TOWER, 30.0),
-    "voxtral": Family(_no_instruction, TOWER, 1800.0, languages=True, encode=_encode_voxtral),
+    "voxtral": Family(_no_instruction, TOWER, 1800.0, 30.0, languages=True, encode=_encode_voxtral),
     "granite_speech": Family(
         lambda request: [
             {

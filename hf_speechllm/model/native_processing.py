@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .processing import SpeechLLMProcessor
 
 logger = logging.getLogger(__name__)
 
-MEASURED_SECONDS = 10  # length of the silence whose audio tokens are counted
+MEASURED_SECONDS = 10.0  # length of the silence whose audio tokens are counted
 
 
 class NativeProcessor(SpeechLLMProcessor):
@@ -83,12 +84,17 @@ class NativeProcessor(SpeechLLMProcessor):
         return self.native.save_pretrained(save_directory, **kwargs)
 
     def num_audio_tokens(self, num_frames: int) -> int:
-        """Estimates the number of audio tokens of a recording from the number for ten seconds of silence."""
+        """Estimates the number of audio tokens of a recording from the number for some seconds of silence."""
+        window = self.family.window_seconds
         if self._tokens_per_second is None:
-            silence = np.zeros(MEASURED_SECONDS * self.sampling_rate, np.float32)
-            inputs = self.encode([TranscriptionRequest(MEASURED_SECONDS)], [silence])
-            self._tokens_per_second = int((inputs["input_ids"] == self.audio_token_id).sum()) / MEASURED_SECONDS
-        return -int(-num_frames * self.frame_seconds * self._tokens_per_second // 1)
+            measured = window or MEASURED_SECONDS
+            silence = np.zeros(round(measured * self.sampling_rate), np.float32)
+            inputs = self.encode([TranscriptionRequest(measured)], [silence])
+            self._tokens_per_second = int((inputs["input_ids"] == self.audio_token_id).sum()) / measured
+        seconds = num_frames * self.frame_seconds
+        if window:
+            seconds = math.ceil(seconds / window) * window
+        return math.ceil(seconds * self._tokens_per_second)
 
     def request(self, dialogue: chat.Dialogue, seconds: float) -> TranscriptionRequest:
         """Converts a dialogue to a request of the family.

@@ -1,12 +1,15 @@
 """Tiny random native speech LLMs of transformers, one per family, with processors and chat templates."""
 
+import base64
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.utils import is_mistral_common_available
 
 from hf_speechllm.formats.composition import train_tokenizer
 
@@ -130,10 +133,46 @@ def moss_transcribe_diarize():
     return tf.MossTranscribeDiarizeConfig(audio_config=TOWER, text_config={"model_type": "qwen3", **LLM}), processor
 
 
+def voxtral():
+    """Needs mistral-common, whose tokenizer has one token per byte here."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    tokens = {
+        0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
+        7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", 10: "[IMG]", 11: "<pad>", 12: "[IMG_BREAK]",
+        13: "[IMG_END]", 14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]",
+        18: "[/SYSTEM_PROMPT]", 19: "[TOOL_CONTENT]", 24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]",
+    }  # fmt: skip
+    audio = {"num_mel_bins": 16, "hop_length": 160, "window_size": 400}
+    content = {
+        "config": {
+            "pattern": r"[^\s]+|\s+", "num_vocab_tokens": 256, "default_vocab_size": 296, "version": "v7",
+            "default_num_special_tokens": 40,
+        },
+        "vocab": [
+            {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+            for byte in range(256)
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": tokens.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+            for rank in range(40)
+        ],
+        "audio": {"sampling_rate": 16000, "frame_rate": 12.5, "audio_encoding_config": audio, "chunk_length_s": 30.0},
+    }  # fmt: skip
+    path = Path(tempfile.mkdtemp(), "tekken.json")  # `save_pretrained` copies this file
+    path.write_text(json.dumps(content))
+    processor = tf.VoxtralProcessor(
+        tf.WhisperFeatureExtractor(**WHISPER), MistralCommonBackend(tokenizer_path=str(path))
+    )
+    encoder = TOWER | {"intermediate_size": 128}  # four merged frames
+    return tf.VoxtralConfig(audio_config=encoder, text_config={"model_type": "llama", **LLM}), processor
+
+
 BUILDERS = {
     builder.__name__: builder
     for builder in (
         qwen3_asr, glmasr, audioflamingo3, qwen2_audio, granite_speech, vibevoice_asr, moss_transcribe_diarize,
+        *([voxtral] if is_mistral_common_available() else []),
     )
 }  # fmt: skip
 
