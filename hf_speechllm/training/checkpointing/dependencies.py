@@ -271,18 +271,18 @@ def _describe_adapter(model) -> dict[str, Any] | None:
 
 
 def _describe_tokenizer(tokenizer) -> dict[str, Any]:
-    if tokenizer.is_fast:
+    if getattr(tokenizer, "is_fast", False):  # the tokenizer of mistral-common lacks some attributes
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = {
             key: value for key, value in rules.items() if key not in ("padding", "truncation")
         }  # depend on the last call
     else:
         rules = tokenizer.get_vocab()
-    template = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)
     return {
         "vocabulary": _sha(json.dumps(rules, sort_keys=True).encode()),
         "chat_template": None if template is None else _sha(json.dumps(template, sort_keys=True).encode()),
-        "special_tokens": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "special_tokens": {name: str(value) for name, value in getattr(tokenizer, "special_tokens_map", {}).items()},
     }
 
 
