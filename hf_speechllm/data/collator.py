@@ -71,7 +71,7 @@ class SpeechLLMCollator:
             `input_features`.
         """
         if isinstance(self.processor, NativeProcessor):
-            return training_batch(self.processor, rows, self.row_waveforms)
+            return training_batch(self.processor, rows, self.row_waveforms, self.padding_free)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         audio: list[torch.Tensor] = []
         num_frames: list[int] = []

@@ -12,17 +12,21 @@ import torch
 from ..model import chat
 from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
+from ..model.packing import Positions, non_padding_positions
 
 
-def training_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable) -> dict[str, Any]:
+def training_batch(
+    processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable, padding_free: bool = False
+) -> dict[str, Any]:
     """Builds a training batch.
 
     Args:
         rows: see `data.dataset`.
         load: returns the waveforms of a row, each of shape = (samples,).
+        padding_free: whether to add the positions for padding-free computation of the LLM.
 
     Returns:
-        Inputs of the model, `labels`, and `positions` with the positions of labels and the seconds of each row.
+        Inputs of the model, `labels`, and `positions` with the seconds of each row.
     """
     dialogues, waveforms = _read(rows, load)
     batch = dict(processor.batch(dialogues, waveforms, return_labels=True))
@@ -30,7 +34,10 @@ def training_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load:
         if not row.get("supervised", True):
             batch["labels"][index] = chat.IGNORE_INDEX
     seconds = torch.tensor([len(waveform) / processor.sampling_rate for waveform in waveforms])
-    return {**batch, "positions": {"labels": label_positions(batch["labels"]), "audio_seconds": seconds}}
+    positions: Positions = {"labels": label_positions(batch["labels"]), "audio_seconds": seconds}
+    if padding_free:
+        positions["tokens"] = non_padding_positions(batch["attention_mask"])
+    return {**batch, "positions": positions}
 
 
 def prompt_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable) -> dict[str, Any]:

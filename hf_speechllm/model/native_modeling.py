@@ -20,6 +20,7 @@ from .gradient_checkpointing import enable_frozen_checkpointing
 from .loss import label_positions
 from .modeling import SpeechLLMOutput
 from .native_families import FAMILIES, PARTS, Family
+from .packing import PaddingFreeBatch, causal_masks, require_padding_free
 
 
 class NativeSpeechLLM:
@@ -33,6 +34,11 @@ class NativeSpeechLLM:
     def family(self) -> Family:
         """Entry of the model's type in `native_families.FAMILIES`."""
         return FAMILIES[self.config.model_type]
+
+    @property
+    def llm(self) -> PreTrainedModel:
+        """The LLM without its head."""
+        return self.part("llm")[0]  # type: ignore[return-value]
 
     def part(self, name: str) -> list[nn.Module]:
         """Returns the modules of a part: `audio_encoder`, `audio_adaptor` or `llm`."""
@@ -78,30 +84,31 @@ def native_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         kwargs = {**dict(self.family.options), **kwargs}
         if labels is None:
             return base.forward(self, *args, **kwargs)
-        skip_logits = can_skip_logits and not return_logits
-        run = functools.partial(base.forward, self, *args, **kwargs)
-        return _supervised(run, labels, positions or {}, num_items_in_batch, skip_logits, return_logits)
+        positions = {"labels": label_positions(labels)} | (positions or {})
+        if "tokens" in positions:
+            require_padding_free(self.llm.config)
+            packing = PaddingFreeBatch(kwargs.pop("attention_mask"), positions["tokens"])
+            kwargs |= {"input_ids": kwargs["input_ids"].flatten()[positions["tokens"]].unsqueeze(0),
+                       "attention_mask": causal_masks(self.llm.config), "position_ids": packing.position_ids,
+                       **packing.attention}  # fmt: skip
+            places = torch.searchsorted(positions["tokens"], positions["labels"])
+            rows, columns = torch.zeros_like(places), places
+        else:
+            rows, columns = positions["labels"] // labels.shape[1], positions["labels"] % labels.shape[1]
+        if can_skip_logits and not return_logits:
+            kept, columns = columns.unique(return_inverse=True)
+            kwargs["logits_to_keep"] = kept
+        outputs = base.forward(self, *args, **kwargs)
+        targets = labels.flatten()[positions["labels"] + 1]
+        logits = outputs.logits[rows, columns].float()
+        total = functional.cross_entropy(logits, targets, reduction="sum")
+        count = torch.full((), len(targets), device=labels.device)  # a copy would be a host-device sync
+        items = count.clamp(min=1)
+        return SpeechLLMOutput(
+            loss=total / (items if num_items_in_batch is None else num_items_in_batch),
+            logits=outputs.logits if return_logits else None,
+            num_label_tokens=count,
+            token_accuracy=(logits.detach().argmax(-1) == targets).sum() / items,
+        )
 
     return type(base.__name__, (NativeSpeechLLM, base), {"forward": forward, "__module__": base.__module__})
-
-
-def _supervised(run, labels, positions, num_items_in_batch, skip_logits, return_logits) -> SpeechLLMOutput:
-    """Runs the forward pass and computes the loss, if possible with logits only in columns that have labels."""
-    chosen = positions["labels"] if "labels" in positions else label_positions(labels)
-    rows, columns = chosen // labels.shape[1], chosen % labels.shape[1]
-    targets = labels[rows, columns + 1]
-    if skip_logits:
-        kept, columns = columns.unique(return_inverse=True)
-        outputs = run(logits_to_keep=kept)
-    else:
-        outputs = run()
-    logits = outputs.logits[rows, columns].float()
-    total = functional.cross_entropy(logits, targets, reduction="sum")
-    count = torch.full((), len(chosen), device=labels.device)
-    items = count.clamp(min=1)
-    return SpeechLLMOutput(
-        loss=total / (items if num_items_in_batch is None else num_items_in_batch),
-        logits=outputs.logits if return_logits else None,
-        num_label_tokens=count,
-        token_accuracy=(logits.detach().argmax(-1) == targets).sum() / items,
-    )

@@ -31,12 +31,8 @@ def enable_fast_paths(
         ValueError: for `--compile_layers` with ZeRO-3, or if `--padding_free` is not supported.
     """
     on_gpu = _on_gpu(args)
-    if is_native(model):
-        for name in ("padding_free", "compile_layers"):
-            if getattr(args, name):
-                raise ValueError(f"--{name} does not support {model.config.model_type} models; leave it out")
-        set_up_engine(accelerator, model, args.fast == "auto")
-        return
+    if is_native(model) and args.compile_layers:
+        raise ValueError(f"--compile_layers does not support {model.config.model_type} models; leave it out")
     if on_gpu:
         disable_host_syncs(model)
     wanted = args.padding_free or (args.padding_free is None and on_gpu and (args.bf16 or args.fp16))

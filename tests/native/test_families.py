@@ -8,9 +8,12 @@ import torch
 from transformers import AutoProcessor
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
+from hf_speechllm.model.loss import label_positions
 from hf_speechllm.model.native_families import FAMILIES, REFUSED, parse_prompt, part_of
+from hf_speechllm.model.packing import MASKS_BY_LAYER, non_padding_positions
 
 # Transcript in the form of each family.
 ANSWERS = {
@@ -191,3 +194,21 @@ def test_qwen3_asr_has_the_language_in_the_prompt_or_in_the_answer():
     assert (family.prefill(named), family.answer_start(named)) == ("language English<asr_text>", "")
     assert (family.prefill(unnamed), family.answer_start(unnamed)) == ("", "language None<asr_text>")
     assert family.transcript("language English<asr_text>One.") == "One."
+
+
+def test_padding_free_batch_has_the_same_loss_and_gradients(native_folder, batch):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(native_folder).eval()
+    positions = {"tokens": non_padding_positions(batch["attention_mask"]), "labels": label_positions(batch["labels"])}
+    if model.config.get_text_config().model_type not in MASKS_BY_LAYER:
+        with pytest.raises(ValueError, match="--padding_free requires an LLM of type"):
+            enable_padding_free(model)
+        return
+    found = []
+    for options in ({}, {"positions": positions}):
+        model.zero_grad()
+        outputs = model(**batch, **options)
+        outputs.loss.backward()
+        gradients = {name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None}
+        found.append((outputs.loss, outputs.num_label_tokens, outputs.token_accuracy, gradients))
+        enable_padding_free(model)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
