@@ -50,6 +50,7 @@ TRAIN = [
 VAD = ["silero-vad[onnx-cpu]>=6.2.3"]
 EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
+VOXTRAL = "mistral-common[soundfile]>=1.8.6"
 LHOTSE = "lhotse>=1.33"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
@@ -83,6 +84,7 @@ setup(
         "all": EVERYTHING,
         "deepspeed": [DEEPSPEED],
         "lhotse": [LHOTSE],  # `prepare` of lhotse's manifests and Shar
+        "voxtral": [VOXTRAL],  # prompts of Voxtral
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
         "test": [*EVERYTHING, LHOTSE, *TEST],
         "dev": [*EVERYTHING, LHOTSE, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],

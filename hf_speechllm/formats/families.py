@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from ..model.native_modeling import native_class
 from ..model.native_processing import NativeProcessor
+from . import peft_adapters as adapters
 from .checkpoint import CheckpointError
-from .untrusted import one_line, reading
+from .untrusted import one_line, reading, stored_base
 
 
 @dataclass
@@ -63,10 +67,10 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
     config = options.pop("config", None) or load_config(folder)
     if options.get("attn_implementation") == "sdpa":  # the default where a part supports it; an error elsewhere
         del options["attn_implementation"]
-    with reading(folder):
+    with reading(folder), _without_adapter(folder) as source:
         base = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
         model, info = native_class(base).from_pretrained(
-            folder, config=config, output_loading_info=True, use_safetensors=True, **options
+            source, config=config, output_loading_info=True, use_safetensors=True, **options
         )
     if info["missing_keys"] or info["unexpected_keys"]:
         missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
@@ -74,7 +78,24 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
             f"{folder}: the tensors do not match the config; missing: {missing or 'none'}; "
             f"unexpected: {unexpected or 'none'}"
         )
+    model.name_or_path = model.config.name_or_path = stored_base(folder)
+    if (folder / adapters.CONFIG_FILE).is_file():
+        model = adapters.merge(model, folder, keep_dtypes=options.get("dtype") is None)
+        model.config.has_lora_adapter = False
     return (model, info) if output_loading_info else model
+
+
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """Yields a folder without the adapters of the model's own (Granite Speech), which are merged after loading."""
+    if not (folder / adapters.CONFIG_FILE).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("adapter_"):
+                Path(temporary, file.name).symlink_to(file.resolve())
+        yield Path(temporary)
 
 
 def load_processor(folder: Path) -> NativeProcessor:

@@ -1,6 +1,7 @@
 """Native speech LLMs of transformers: labels, loss, prompts and generation agree with transformers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +213,15 @@ def test_padding_free_batch_has_the_same_loss_and_gradients(native_folder, batch
         found.append((outputs.loss, outputs.num_label_tokens, outputs.token_accuracy, gradients))
         enable_padding_free(model)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_document_lists_all_families_and_refusals():
+    text = (Path(__file__).resolve().parents[2] / "docs/native_models.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
+    assert {*rows} == {"model_type", *FAMILIES, *REFUSED}
+    for model_type, family in FAMILIES.items():
+        assert f"| {family.max_seconds:,.0f} s |" in rows[model_type], model_type
+        assert ("language" in rows[model_type].split("|")[3]) == family.languages
+        assert ("hotwords" in rows[model_type].split("|")[3]) == family.contexts
+    for model_type, reason in REFUSED.items():
+        assert rows[model_type] == f"| `{model_type}` | {reason} |"

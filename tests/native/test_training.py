@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -132,3 +133,20 @@ def test_conversion_to_other_layouts_is_refused(native_folder, run_recipe, tmp_p
         "convert_checkpoint.py", "--input", native_folder, "--output", tmp_path / "out", "--format", "funasr"
     )
     assert "granite_speech model stays in the layout of transformers" in end
+
+
+@pytest.mark.parametrize("native_folder", ["granite_speech"], indirect=True)
+def test_adapters_of_the_model_are_merged_when_it_is_loaded(native_folder, tmp_path):
+    model = SpeechLLMForConditionalGeneration.from_pretrained(native_folder).eval()
+    processor = SpeechLLMProcessor.from_pretrained(native_folder)
+    model.save_pretrained(tmp_path)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path)
+    request = chat.parse_messages(chat.transcription_messages(b"", chat.transcription_prompt()))
+    inputs = processor.batch([request], [torch.sin(torch.arange(16000) / 9).numpy()], return_labels=False)
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    assert loaded.config.has_lora_adapter is False
