@@ -11,12 +11,15 @@ import threading
 from collections import namedtuple
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers.utils.hub
+from huggingface_hub import constants, hf_api
 from transformers import TrainerCallback, set_seed
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -32,6 +35,10 @@ from hf_speechllm.training.options import FinetuningOptions, TrainedPartsOptions
 from hf_speechllm.training.trainer import SpeechLLMTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_spec = spec_from_file_location("hub_server", REPOSITORY / "tests/hub/hub_server.py")
+hub_server = module_from_spec(_spec)
+sys.modules["hub_server"] = hub_server  # dataclasses look up their types there
+_spec.loader.exec_module(hub_server)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,6 +91,24 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server for the client in this process, which is logged in and has an empty cache."""
+    server = hub_server.HubServer()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +13,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
+from ..model.configuration import check_sizes
 from ..model.native_modeling import native_class
 from ..model.native_processing import NativeProcessor
 from . import peft_adapters as adapters
-from .checkpoint import CheckpointError
-from .untrusted import one_line, reading, stored_base
+from .checkpoint import CheckpointError, read_headers
+from .untrusted import one_line, read_json, reading, stored_base
 
 
 @dataclass
@@ -50,6 +54,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         CheckpointError: if the config is damaged.
     """
     with reading(folder):
+        check_sizes(read_json(folder / "config.json"))
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -69,6 +74,7 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
         del options["attn_implementation"]
     with reading(folder), _without_adapter(folder) as source:
         base = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+        _check_size(base, config, folder)
         model, info = native_class(base).from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, **options
         )
@@ -83,6 +89,20 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
         model = adapters.merge(model, folder, keep_dtypes=options.get("dtype") is None)
         model.config.has_lora_adapter = False
     return (model, info) if output_loading_info else model
+
+
+def _check_size(base: type, config: PretrainedConfig, folder: Path) -> None:
+    """Refuses a config that defines a larger model than the stored weights, before memory is allocated."""
+    if is_deepspeed_zero3_enabled():  # transformers would shard the empty model over the ranks
+        return
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in base(copy.deepcopy(config)).parameters())
+    found = sum(math.prod(tensor.shape) for tensor in read_headers(folder).values())
+    if needed > found:
+        raise CheckpointError(
+            f"{folder}: the tensors do not match the config, which needs {needed:,} numbers; the files contain "
+            f"{found:,}"
+        )
 
 
 @contextlib.contextmanager

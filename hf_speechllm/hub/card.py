@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..evaluation.validation_metrics import metric_prefix, set_names
+from ..model.configuration import SpeechLLMConfig
 from .upload import TAGS, hub_id, usage
 
 
@@ -42,6 +43,7 @@ def model_card(
     scores: Mapping[str, float] | None = None,
     language: list[str] | None = None,
     licence: str | None = None,
+    model_type: str = SpeechLLMConfig.model_type,
 ) -> str:
     """Builds the card of a trained model. The card contains file names, but no local folders and no secrets.
 
@@ -55,6 +57,7 @@ def model_card(
         log_history: see `TrainerState.log_history`; a validation at step 0 provides the scores before training.
         scores: metrics of the final weights; default: metrics of the last validation in the log.
         language, licence: ISO codes and SPDX id, if known.
+        model_type: of the model's config.
 
     Returns:
         Markdown with a YAML front matter.
@@ -78,7 +81,7 @@ def model_card(
         _data(data),
         "## Settings\n" + _table(("setting", "value"), [(name, _escape(value)) for name, value in settings]),
         _scores(log_history, scores),
-        usage(name),
+        usage(name, model_type),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

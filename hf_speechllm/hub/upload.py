@@ -24,7 +24,7 @@ from ..formats.families import FamilyCheckpoint
 from ..formats.loading import checkpoint_of
 from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..model.native_families import part_of
+from ..model.native_families import FAMILIES, part_of
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .code import CODE_FOLDER, PACKAGE, write_code
@@ -90,14 +90,20 @@ def _is_absolute(value: Any) -> bool:
     return isinstance(value, str) and ABSOLUTE_PATH.match(value) is not None
 
 
-def usage(name: str) -> str:
+def usage(name: str, model_type: str = SpeechLLMConfig.model_type) -> str:
     """Returns the section of a card about transcription with the model.
 
     Args:
         name: Hub id or folder name of the model; a folder name may contain any character.
+        model_type: of the config; a native speech LLM needs no conversion.
     """
     name = "".join(char if char.isprintable() and char != "`" else " " for char in name)  # cannot end the code block
     quoted, argument = json.dumps(name, ensure_ascii=False), shlex.quote(name)
+    conversion = f"""
+
+For transformers without `hf_speechllm` (`fun_asr_nano`) or FunASR, convert the model: `hf-speechllm convert --input
+{argument} --output converted --format native` (or `funasr`). If the model would give different results there, the
+conversion is refused with the reason."""
     return f"""## Use
 ```python
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -112,11 +118,7 @@ With lists, on the command line:
 
 ```bash
 hf-speechllm decode --model_name_or_path {argument} --scp_file wav.scp --output_file hyp.txt
-```
-
-For transformers without `hf_speechllm` (`fun_asr_nano`) or FunASR, convert the model: `hf-speechllm convert --input
-{argument} --output converted --format native` (or `funasr`). If the model would give different results there, the
-conversion is refused with the reason."""
+```{"" if model_type in FAMILIES else conversion}"""
 
 
 def layout_note(repo_id: str, in_native: bool, checkpoint: Checkpoint | FamilyCheckpoint | None = None) -> str:
@@ -177,7 +179,7 @@ def plain_card(repo_id: str, checkpoint: Checkpoint | FamilyCheckpoint, source: 
         + (f", from [{base}](https://huggingface.co/{base})." if base else "."),
         "## Parts\n| part | type | million parameters |\n| --- | --- | --- |\n" + "\n".join(rows),
         tokens,
-        usage(repo_id),
+        usage(repo_id, config.model_type),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 

@@ -68,6 +68,7 @@ def write_card(
         scores,
         language,
         licence,
+        model.config.model_type,
     )
     path = Path(args.output_dir) / CARD_FILE
     try:

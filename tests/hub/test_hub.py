@@ -7,14 +7,11 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
-import transformers.utils.hub
 import yaml
-from huggingface_hub import constants, hf_api
 
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats.loading import save_funasr
@@ -24,28 +21,7 @@ from hf_speechllm.hub.upload import reporting_unreachable
 from hf_speechllm.training.lora import add_lora
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_spec = spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
-hub_server = module_from_spec(_spec)
-sys.modules["hub_server"] = hub_server  # dataclasses look up their types there
-_spec.loader.exec_module(hub_server)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server for the client in this process, which is logged in and has an empty cache."""
-    server = hub_server.HubServer()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    yield server
-    server.close()
+hub_server = sys.modules["hub_server"]  # loaded by tests/conftest.py
 
 
 @pytest.fixture

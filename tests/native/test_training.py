@@ -1,15 +1,17 @@
 """Native speech LLMs of transformers are trained, decoded and published by the commands of this package."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
 from hf_speechllm.model.native_families import part_of
 
@@ -150,3 +152,26 @@ def test_adapters_of_the_model_are_merged_when_it_is_loaded(native_folder, tmp_p
         loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
         torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     assert loaded.config.has_lora_adapter is False
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr"], indirect=True)
+@pytest.mark.parametrize("layers, message", [(2000, "the files contain"), (10**9, "num_hidden_layers is 1000000000")])
+def test_a_config_larger_than_the_weights_is_refused(native_folder, tmp_path, layers, message):
+    shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    config["text_config"].pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr"], indirect=True)
+def test_a_missing_tensor_is_refused(native_folder, tmp_path):
+    shutil.copytree(native_folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors["other"] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"missing: {name}; unexpected: other"):
+        SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
