@@ -137,6 +137,8 @@ class SpeechLLMCollator:
 
     def row_waveforms(self, row: dict[str, Any]) -> list[np.ndarray]:
         """Returns the waveforms of a row's recordings, each of shape = (samples,)."""
+        if row.get("features") is not None:  # of `prepare_dataset`
+            return [np.frombuffer(data, np.float32) for data in row["features"]]
         lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
         return [
             self._load(source, frames * FRAME_SHIFT) for source, frames in zip(row["recordings"], lengths, strict=True)

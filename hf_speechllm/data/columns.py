@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from datasets import Audio, Dataset, Features, List, Value
 from ..audio.inputs import to_source
 from ..audio.waveform import MAX_SECONDS, AudioError
 from ..model import chat
+from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRows
 from .dataset import ROW_FEATURES, FeatureMapper, drop_bad_rows, single_thread
 from .jsonl import hotwords_of
+from .kaldi import speech_length
 
 PREPARED_FEATURES = Features(
     {
@@ -53,7 +56,7 @@ def prepare_dataset(
         max_seconds: maximum length of a recording; rows with longer recordings are bad. The model's limit is
             `config.max_feature_frames * processor.frame_seconds`.
         max_bad_fraction: allowed share of bad rows, which are skipped with a warning.
-        feature_dtype: `"float16"` or `"float32"`.
+        feature_dtype: `"float16"` or `"float32"`; ignored for a native speech LLM, whose rows contain the waveforms.
         num_proc: number of processes.
 
     Returns:
@@ -73,8 +76,9 @@ def prepare_dataset(
             raise ValueError(f"the dataset has no column {name!r}; columns: {', '.join(dataset.column_names)}")
     if not len(dataset):
         raise BadDataError("the dataset has no rows")
+    feature_mapper = WaveformMapper if isinstance(processor, NativeProcessor) else FeatureMapper
     mapper = RowMapper(
-        FeatureMapper(processor.feature_extractor, feature_dtype, max_seconds),
+        feature_mapper(processor.feature_extractor, feature_dtype, max_seconds),
         str(dataset.info.dataset_name or dataset.info.builder_name or "dataset"),
         language_column is not None,
         hotwords_column is not None,
@@ -99,6 +103,22 @@ def prepare_dataset(
     if len(prepared) == 0:
         raise BadDataError("the dataset has no usable rows")
     return prepared
+
+
+@dataclass
+class WaveformMapper(FeatureMapper):
+    """Loads the waveforms of a row, as float32 bytes: the family's own processor computes features of them."""
+
+    def __getstate__(self) -> dict:
+        return {"rate": self.extractor.sampling_rate, "max_seconds": self.max_seconds, "version": self.version}
+
+    def __setstate__(self, state: dict) -> None:
+        self.extractor = SimpleNamespace(sampling_rate=state["rate"])
+        self.dtype, self.max_seconds, self.version = "float32", state["max_seconds"], state["version"]
+
+    def features_of(self, waveform: np.ndarray) -> tuple[bytes, int]:
+        """Returns the waveform and the number of 10 ms frames."""
+        return waveform.astype(np.float32).tobytes(), speech_length(len(waveform), self.extractor.sampling_rate)
 
 
 @dataclass

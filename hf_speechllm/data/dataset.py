@@ -33,6 +33,7 @@ from .bad_rows import BadDataError, BadRows
 from .cache_files import report_damaged_cache
 from .file_lists import expand_paths
 from .kaldi import FRAME_LENGTH, measure_recording
+from .native_collator import drop_unsupported
 from .options import DataOptions
 from .row_files import ROW_FEATURES, generate_rows, generator_arguments, weight_of
 
@@ -146,12 +147,17 @@ class FeatureMapper:
                 waveform = load_audio(source, self.extractor.sampling_rate, self.max_seconds)
                 if 1000 * len(waveform) < FRAME_LENGTH * self.extractor.sampling_rate:
                     raise AudioError(f"{display_name(source)}: shorter than {FRAME_LENGTH} ms")
-                item = cacheable_features(self.extractor, waveform)
-                features.append(item.astype(self.dtype).tobytes())
-                num_frames.append(len(item))
+                item, frames = self.features_of(waveform)
+                features.append(item)
+                num_frames.append(frames)
         except AudioError as error:
             return {"features": [], "num_frames": [], "error": str(error)}
         return {"features": features, "num_frames": num_frames, "error": None}
+
+    def features_of(self, waveform: np.ndarray) -> tuple[bytes, int]:
+        """Returns the features of a waveform as bytes, and the number of frames."""
+        item = cacheable_features(self.extractor, waveform)
+        return item.astype(self.dtype).tobytes(), len(item)
 
 
 def add_features(
@@ -334,6 +340,7 @@ def prepare_rows(
         named = [file for group in found for file in group]
         rows = load_rows(named, bad_rows, options.cache_dir, options.audio_root, split)
     total = len(rows) + len(bad_rows)
+    rows = drop_unsupported(rows, bad_rows, processor)
     bad_rows.check(total)
     if len(rows) == 0:
         raise BadDataError(f"{', '.join(files)}: no usable rows")

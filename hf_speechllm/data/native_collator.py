@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from ..model import chat
 from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
 from ..model.packing import Positions, non_padding_positions
+from ..model.processing import SpeechLLMProcessor
+from .bad_rows import BadRows
 
 
 def training_batch(
@@ -43,6 +46,30 @@ def training_batch(
 def prompt_batch(processor: NativeProcessor, rows: list[dict[str, Any]], load: Callable) -> dict[str, Any]:
     """Builds the inputs of `generate`; arguments as for `training_batch`."""
     return dict(processor.batch(*_read(rows, load), return_labels=False))
+
+
+def unsupported_reason(processor: SpeechLLMProcessor, row: dict[str, Any]) -> str | None:
+    """Returns why the model cannot be trained on a row; `None` if it can, and for models of this package."""
+    if not isinstance(processor, NativeProcessor):
+        return None
+    try:
+        processor.request(chat.parse_messages(json.loads(row["messages"]), row["hotwords"] or ()), 0.0)
+    except chat.ChatError as error:
+        return str(error)
+    return None
+
+
+def drop_unsupported(rows: Dataset, bad_rows: BadRows, processor: SpeechLLMProcessor) -> Dataset:
+    """Moves rows on which the model cannot be trained to `bad_rows`; see `unsupported_reason`."""
+    if not isinstance(processor, NativeProcessor):
+        return rows
+    good = []
+    for index, row in enumerate(rows.select_columns(["messages", "hotwords", "file", "line"])):
+        if (reason := unsupported_reason(processor, row)) is None:
+            good.append(index)
+        else:
+            bad_rows.add(row["file"], row["line"], reason)
+    return rows if len(good) == len(rows) else rows.select(good)
 
 
 def _read(rows: list[dict[str, Any]], load: Callable) -> tuple[list[chat.Dialogue], list[np.ndarray]]:

@@ -18,6 +18,7 @@ from .collator import SpeechLLMCollator
 from .dataset import FRAMES_PER_SECOND, decoding_limit, too_long_reason
 from .file_lists import expand_paths
 from .kaldi import measure_recording, speech_length
+from .native_collator import unsupported_reason
 from .options import DataOptions
 from .row_files import require_row_file
 from .sampler import ROW_COST, BudgetBatchSampler
@@ -218,6 +219,8 @@ class RowStream(IterableDataset):
 
     def _check(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
         """Checks a row and adds `num_frames`, the sum over all recordings."""
+        if (reason := unsupported_reason(self.collator.processor, row)) is not None:
+            return BadRow(row["file"], row["line"], reason)
         try:
             if self.audio_root is not None:
                 for source in row["recordings"]:

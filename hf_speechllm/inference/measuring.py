@@ -13,6 +13,7 @@ from ..audio.waveform import AudioError, display_name
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
 from ..model.native_families import max_feature_frames
+from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .prefetch import measure_seconds
 from .requests import Request
@@ -55,6 +56,8 @@ class RequestMeter:
         try:
             dialogue = request.dialogue
             durations = [measure_seconds(source, self.processor.sampling_rate) for source in dialogue.recordings]
+            if isinstance(self.processor, NativeProcessor):
+                self.processor.request(dialogue, sum(durations))
         except (AudioError, chat.ChatError) as error:
             return str(error)
         if not durations:

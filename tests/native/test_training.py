@@ -7,10 +7,18 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm import (
+    SpeechLLMForConditionalGeneration,
+    SpeechLLMProcessor,
+    SpeechLLMTrainer,
+    SpeechLLMTrainingArguments,
+    Transcriber,
+    prepare_dataset,
+)
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
 from hf_speechllm.model.native_families import part_of
@@ -175,3 +183,41 @@ def test_a_missing_tensor_is_refused(native_folder, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"missing: {name}; unexpected: other"):
         SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("native_folder", ["glmasr"], indirect=True)
+@pytest.mark.parametrize("streaming", [[], ["--streaming", "true"]], ids=["", "streaming"])
+def test_rows_that_the_model_cannot_represent_are_bad_rows(native_folder, train, tiny_corpus, tmp_path, streaming):
+    rows = [json.loads(line) for line in tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines()]
+    rows[1]["hotwords"] = ["foo"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(AssertionError, match="" if streaming else "glmasr has no context or hotwords"):
+        train(native_folder, "--train_file", path, *streaming)
+    train(native_folder, "--train_file", path, "--max_bad_fraction", "0.1", *streaming, name="allowed")
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr"], indirect=True)
+def test_python_interface(native_folder, tone, tmp_path):
+    """Training rows from Python, training, and transcription of a waveform."""
+    model = SpeechLLMForConditionalGeneration.from_pretrained(native_folder)
+    processor = SpeechLLMProcessor.from_pretrained(native_folder)
+    audio = [{"array": tone(seconds)[:, 0], "sampling_rate": 16000} for seconds in (0.5, 1.0)]
+    dataset = Dataset.from_dict({"audio": audio, "text": ["one", "two"]})
+    rows = prepare_dataset(dataset, processor)
+    arguments = SpeechLLMTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", per_device_train_batch_seconds=5
+    )
+    trainer = SpeechLLMTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor)
+    assert trainer.train().training_loss > 0
+    assert isinstance(Transcriber(model, processor, max_new_tokens=4).transcribe(tone(1.0)[:, 0]), str)
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr", "glmasr"], indirect=True)
+def test_gradient_checkpointing_does_not_change_the_result(native_folder, train):
+    options = ["--freeze_llm", "true", "--save_strategy", "no"]
+    plain = train(native_folder, *options, name="plain")
+    checkpointed = train(native_folder, *options, "--gradient_checkpointing", "true", name="checkpointed")
+    tensors = [load_file(folder / "model.safetensors") for folder in (plain, checkpointed)]
+    torch.testing.assert_close(*tensors)
+    assert changed_parts(native_folder, checkpointed) == {"audio_encoder", "audio_adaptor"}
