@@ -62,8 +62,6 @@ ALLOWED: dict[tuple[str, str], str] = {
         "fast/compilation.py",
         "torch._inductor.config.triton.mix_order_reduction_non_strict_mode =",
     ): "small batches get no graphs of their own",
-    ("fast/cuda_graphs.py", "_attn_implementation"): "the attention that a part has got",
-    ("fast/cuda_graphs.py", "forward ="): "the LLM's forward pass while a batch is decoded",
     ("fast/fsdp.py", "_foreach_mul_"): "clips all shards by one call",
     ("fast/fsdp.py", "_foreach_norm"): "measures all shards by one call",
     ("fast/fsdp.py", "_init_group"): "AdamW on plain shards",

@@ -50,9 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vad", action="store_true", help="detect speech, decode segments, write their times")
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
-    parser.add_argument(
-        "--no_cuda_graphs", dest="cuda_graphs", action="store_false", help="decode without CUDA graphs (slower)"
-    )
+    parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
     parser.add_argument(
         "--fast",
         choices=["auto", "off"],

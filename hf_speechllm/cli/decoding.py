@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Options that affect the texts: an unfinished run resumes only with the same values.
 SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
-OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "cuda_graphs")
+OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard")
 
 
 def option_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,6 @@ FAST_PATHS = {
     "padding-free attention": ("torch", "transformers"),
     "FSMN kernel": ("transformers",),
     "layer compilation": ("torch", "transformers"),
-    "CUDA-graph decoding": ("torch", "transformers"),
     "FSDP2 on shards": ("torch",),
 }
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 class LogitsCheck:
-    """Checks the logits of every step of `generate`, for greedy and beam search, with or without CUDA graphs.
+    """Checks the logits of every step of `generate`, for greedy and beam search.
 
     ```python
     with LogitsCheck(model) as check:

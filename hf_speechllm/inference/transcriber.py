@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,11 +19,9 @@ from ..audio.vad import VoiceDetector
 from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
 from ..fast.attention import disable_host_syncs, enable_host_syncs, without_cudnn_attention
-from ..fast.cuda_graphs import CudaGraphDecoder, supports_cuda_graphs
 from ..formats.untrusted import one_line, reading
 from ..model import chat
 from ..model.generation import ignored_settings, transcribing, transcription_config
-from ..model.kv_cache import CACHE
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
@@ -71,9 +70,9 @@ class Transcriber:
         num_workers: number of threads that load recordings, detect speech, and compute features.
         repetition_guard: whether to stop and cut loops at the end of hypotheses; see `repetition`.
         vad: splits recordings into segments; `None` decodes whole recordings.
-        cuda_graphs: whether greedy search on a GPU uses CUDA graphs; see `fast.cuda_graphs`.
-        fast: whether to use fast paths: on a GPU padded-mask attention, the FSMN kernel and CUDA graphs, and no
-            attention of cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
+        cuda_graphs: has no effect; deprecated.
+        fast: whether to use fast paths: on a GPU padded-mask attention and the FSMN kernel, and no attention of
+            cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
             same numbers), even after use by a fast transcriber.
 
     Raises:
@@ -91,11 +90,12 @@ class Transcriber:
         num_workers: int = 4,
         repetition_guard: bool = False,
         vad: VoiceDetector | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
         fast: bool = True,
     ):
         self.model = model.eval()
-        self.greedy_decoder: CudaGraphDecoder | None = None
+        if cuda_graphs is not None:
+            warnings.warn("Transcriber(cuda_graphs=...) has no effect; leave it out", FutureWarning, stacklevel=2)
         self.fast = fast
         transcription_config(model)
         if ignored := ignored_settings(model.generation_config):
@@ -105,8 +105,6 @@ class Transcriber:
             enable_host_syncs(model)
         if fast and own and model.device.type == "cuda":
             disable_host_syncs(model)
-            if cuda_graphs and num_beams == 1 and supports_cuda_graphs(model.llm.get_decoder()):
-                self.greedy_decoder = CudaGraphDecoder(model.llm.get_decoder())
         self.processor = processor
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
@@ -353,11 +351,9 @@ class Transcriber:
         options = {}
         if self.repetition_guard:
             options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
-        if self.greedy_decoder is not None:
-            options[CACHE] = self.greedy_decoder.new_cache()
         attention = without_cudnn_attention() if self.fast else nullcontext()
         search = transcribing(self.model, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
-        with self.greedy_decoder or nullcontext(), attention, search as config, LogitsCheck(self.model) as check:
+        with attention, search as config, LogitsCheck(self.model) as check:
             output = self.model.generate(**inputs, generation_config=config, **options)
         tokens = output[:, prompt_tokens:]
         finite = check.finite(rows, tokens if self.num_beams == 1 else None)

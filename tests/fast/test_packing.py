@@ -11,7 +11,6 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.encoder_cache import add_encoded
 from hf_speechllm.fast.attention import PADDING_FREE, enable_padding_free
-from hf_speechllm.fast.cuda_graphs import supports_cuda_graphs
 from hf_speechllm.fast.fsmn import FSMN, fsmn_conv_torch, kernel_works, use_fsmn
 from hf_speechllm.model.packing import PaddingFreeBatch, non_padding_positions
 from hf_speechllm.training.checkpointing import verification
@@ -79,7 +78,6 @@ def test_padded_batches_and_decoding_still_work(parts, tiny_rows):
     prompt = {name: value for name, value in batch.items() if name not in ("labels", "positions")}
     expected = model(**batch).loss, model.generate(**prompt, max_new_tokens=4, do_sample=False)
     enable_padding_free(model)
-    assert supports_cuda_graphs(model.llm)
     torch.testing.assert_close(model(**batch).loss, expected[0])
     assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), expected[1])
 
