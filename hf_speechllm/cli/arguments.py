@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,19 @@ OF_TRAINER = (OptimizationOptions, BatchOptions, ValidationOptions, FaultOptions
 GROUPS = (ModelOptions, DataOptions, TrainedPartsOptions, *OF_TRAINER)
 OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind))
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
+AUTO = "--auto"
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
 
 
-def parse_arguments(argv: Sequence[str] | None = None, description: str | None = None) -> FinetuningOptions:
+def parse_arguments(
+    argv: Sequence[str] | None = None, description: str | None = None, planned: Mapping[str, Any] | None = None
+) -> FinetuningOptions:
     """Parses `[CONFIG] [--key value ...]`; options of the command line override values of the file.
 
     Args:
         argv: default the command line.
         description: text for `--help`.
+        planned: values of a plan, which the command line overrides; with a plan, the file is ignored.
 
     Raises:
         SystemExit: for an unknown key, a wrong type or a contradiction; one line names file and key.
@@ -54,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str | None =
         sys.exit()
     from ..training.arguments import SpeechLLMTrainingArguments
 
-    return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values))
+    return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values), planned)
 
 
 def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
@@ -75,11 +79,15 @@ def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
     return _parse(argv, unstarted)
 
 
-def _parse(argv: Sequence[str], make_training: Callable[[dict], SpeechLLMTrainingArguments]) -> FinetuningOptions:
+def _parse(
+    argv: Sequence[str],
+    make_training: Callable[[dict], SpeechLLMTrainingArguments],
+    planned: Mapping[str, Any] | None = None,
+) -> FinetuningOptions:
     from ..training.arguments import SpeechLLMTrainingArguments
 
     parser = _parser(SpeechLLMTrainingArguments)
-    values = _read(parser, argv)
+    values = _read(parser, argv, planned)
 
     def chosen(kind: type) -> dict[str, Any]:
         return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
@@ -109,13 +117,16 @@ def _parser(trainer_options: type) -> HfArgumentParser:
     return parser
 
 
-def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def _read(parser: HfArgumentParser, argv: Sequence[str], planned: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the values of all options, including defaults."""
     argv, from_file = list(argv), []
     known = {item.name for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     try:
         if argv and not argv[0].startswith("-"):
-            from_file = _yaml_to_argv(parser, find_configuration(argv.pop(0), TRAINING), known)
+            path = find_configuration(argv.pop(0), TRAINING)
+            from_file = [] if planned else _to_argv(parser, read_configuration(path), str(path), known)
+        if planned:
+            from_file = _to_argv(parser, planned, "plan", known)
         given = [item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")]
         given = [name if name in known else name.removeprefix("no_") for name in given]
         check_inherited_options(
@@ -126,15 +137,24 @@ def _read(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
         return parser.error(str(error))
 
 
-def _yaml_to_argv(parser: HfArgumentParser, path: Path, known: Collection[str]) -> list[str]:
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of options.
+
+    Raises:
+        ValueError: if the file is not readable or has no options.
+    """
     import yaml
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"{path}: {' '.join(str(error).split())}")
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        parser.error(f"{path}: no `key: value` lines; write options as `key: value`")
+        raise ValueError(f"{path}: no `key: value` lines; write options as `key: value`")
+    return config
+
+
+def _to_argv(parser: HfArgumentParser, config: Mapping[str, Any], path: str, known: Collection[str]) -> list[str]:
     argv = []
     for key, value in config.items():
         if key not in known:
@@ -168,6 +188,9 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
     for kind in GROUPS:
         _add_group(parser, str(kind.__doc__).partition("\n")[0], dataclasses.fields(kind))
     add_launch_options(parser)
+    parser.add_argument_group("Plan").add_argument(
+        AUTO, action="store_true", help="measure this machine, and take the options of the plan; see hf-speechllm plan"
+    )
     if with_inherited:
         from transformers import TrainingArguments
 

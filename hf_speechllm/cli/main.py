@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "converts a corpus in any known layout to training JSONL",
     "scp2jsonl": "converts Kaldi lists to training JSONL",
     "inspect": "shows training data as the model receives them: ids, labels, loss",
+    "plan": "measures time and memory of a training run, and chooses a configuration",
     "finetune": "trains a model; --num_processes N starts N processes",
     "decode": "transcribes recordings",
     "normalize": "normalizes transcripts before scoring",

@@ -33,16 +33,20 @@ def train_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable, wei
         collator: builds a batch from rows.
         weights: how often an epoch uses each row, shape = (rows,); default 1.
     """
-    sampler = BudgetBatchSampler(
+    return batch_loader(args, rows, train_sampler(args, rows, weights, args.world_size), collator)
+
+
+def train_sampler(args: SpeechLLMTrainingArguments, rows, weights=None, num_replicas: int = 1) -> BudgetBatchSampler:
+    """Builds the sampler of this rank for training; arguments as for `train_loader`."""
+    return BudgetBatchSampler(
         row_seconds(rows),
         args.per_device_train_batch_seconds,
-        num_replicas=args.world_size,
+        num_replicas=num_replicas,
         rank=args.process_index,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         weights=weights,
         row_cost=ROW_COST,
     )
-    return _loader(args, rows, sampler, collator)
 
 
 def eval_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable) -> BudgetDataLoader:
@@ -56,7 +60,7 @@ def eval_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable) -> B
         rank=args.process_index,
         shuffle=False,
     )
-    return _loader(args, rows, sampler, collator)
+    return batch_loader(args, rows, sampler, collator)
 
 
 def stream_loader(args: SpeechLLMTrainingArguments, stream: RowStream) -> StreamLoader:
@@ -64,9 +68,10 @@ def stream_loader(args: SpeechLLMTrainingArguments, stream: RowStream) -> Stream
     return StreamLoader(stream, **_options(args))
 
 
-def _loader(
+def batch_loader(
     args: SpeechLLMTrainingArguments, rows, sampler: BudgetBatchSampler, collator: Callable
 ) -> BudgetDataLoader:
+    """Builds a loader of the sampler's batches."""
     return BudgetDataLoader(
         KeyedRows(rows, seed=sampler.seed),
         batch_sampler=sampler,

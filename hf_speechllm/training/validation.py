@@ -139,17 +139,18 @@ class Validator:
         loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return {f"{prefix}_loss": loss / max(tokens, 1), f"{prefix}_token_accuracy": correct / max(tokens, 1)}
 
-    def decode(self, engine: Any, rows: Any) -> tuple[ErrorCounts, list[Sample]]:
+    def decode(self, engine: Any, rows: Any, shown_rows: int = SAMPLES_SHOWN) -> tuple[ErrorCounts, list[Sample]]:
         """Decodes a set greedily, in the precision of training.
 
         Args:
             engine: the trained model.
             rows: see `data.dataset`.
+            shown_rows: number of rows whose transcripts are returned.
 
         Returns:
             Error counts of all ranks, and some transcripts, always of the same rows.
         """
-        shown = set(spread_rows(len(rows), SAMPLES_SHOWN).tolist())
+        shown = set(spread_rows(len(rows), shown_rows).tolist())
         # Without the wrapper of several processes: generation needs no communication.
         model = self.accelerator.unwrap_model(engine, keep_torch_compile=False)
         model.eval()  # disables dropout and gradient checkpointing, which does not support the key-value cache
