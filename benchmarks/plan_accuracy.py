@@ -5,8 +5,9 @@
 
 For each size: creates a model with random weights and synthetic recordings, runs `hf-speechllm plan`, then
 `hf-speechllm finetune` with the same options, and prints a JSON line. The feature cache is empty before the run. Each
-run validates and writes checkpoints. The measured time is that of the whole command, from start to exit. On a CPU the
-memory is the peak of the process, on a GPU that of its allocator.
+run validates and writes checkpoints. The measured time is that of the whole command, from start to exit. Other work on
+the machine changes times, but hardly CPU times. On a CPU the memory is the peak of the process, on a GPU that of its
+allocator.
 """
 
 import argparse
@@ -68,15 +69,15 @@ def write_data(folder: Path, rows: int, seed: int) -> Path:
     return file
 
 
-def run(verb: str, *arguments: str) -> tuple[float, int]:
-    """Runs a verb; returns seconds, and the peak memory of the process in bytes."""
+def run(verb: str, *arguments: str) -> tuple[float, float, int]:
+    """Runs a verb; returns seconds, CPU seconds, and the peak memory of the process in bytes."""
     command = [sys.executable, "-m", "hf_speechllm", verb, *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{verb} failed with status {status}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def main() -> None:
@@ -96,10 +97,10 @@ def main() -> None:
             str(validation), "--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "run"), "--report_to",
             "none", *others,
         ]  # fmt: skip
-        planning, _ = run("plan", *command, "--json", str(folder / "plan.json"))
+        planning, *_ = run("plan", *command, "--json", str(folder / "plan.json"))
         plan = json.loads((folder / "plan.json").read_text())
         expected = plan["candidates"][0]["measurement"]
-        measured, memory = run("finetune", *command)
+        measured, cpu, memory = run("finetune", *command)
         state = json.loads((folder / "run/trainer_state.json").read_text())
         end = next(entry for entry in state["log_history"] if "train_runtime" in entry)
         if torch.cuda.is_available():
@@ -113,6 +114,9 @@ def main() -> None:
             "expected_seconds": round(total, 1),
             "measured_seconds": round(measured, 1),
             "time_difference": round(total / measured - 1, 3),
+            "expected_cpu_seconds": round(expected["cpu_seconds"], 1),
+            "measured_cpu_seconds": round(cpu, 1),
+            "cpu_time_difference": round(expected["cpu_seconds"] / cpu - 1, 3),
             "expected_stages": {stage: round(seconds, 1) for stage, seconds in expected["seconds"].items()},
             "measured_training_seconds": round(end["train_runtime"], 1),
             "expected_memory_gb": round(expected["memory_bytes"] / 1e9, 2),

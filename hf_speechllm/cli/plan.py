@@ -17,13 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import parse_arguments, read_configuration
+from .arguments import check_command_line, parse_arguments, read_configuration
 from .configurations import TRAINING, find_configuration
 from .parser import Parser, command_line, prog, show_log
 
 if TYPE_CHECKING:
     from ..diagnosis.plan import Plan
     from ..training.options import FinetuningOptions
+
+SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")  # set by accelerate
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def probe_seconds() -> float:
     return 120.0 if torch.cuda.is_available() else 60.0
 
 
-def plan_run(argv: Sequence[str], output_dir: str | None, **choices: Any) -> "Plan":
+def plan_run(argv: Sequence[str], output_dir: str, **choices: Any) -> "Plan":
     """Makes the plan of a command line of `finetune`.
 
     Args:
@@ -98,10 +100,13 @@ def plan_run(argv: Sequence[str], output_dir: str | None, **choices: Any) -> "Pl
     from ..diagnosis.plan import make_plan
 
     configurations, argv = split_configuration(argv)
-    folder = None
-    if output_dir is not None:
-        folder = next(str(path) for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.is_dir())
+    folder = existing_folder(output_dir)
     return make_plan(parse_planned, argv, configurations, given_options(argv), folder=folder, **choices)
+
+
+def existing_folder(path: str) -> str:
+    """Returns a folder, or the nearest of its parents that exists."""
+    return next(str(folder) for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
 
 
 def apply_plan(options: "FinetuningOptions", argv: Sequence[str]) -> "FinetuningOptions":
@@ -160,24 +165,22 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
         raise ValueError("--auto does not measure models that DeepSpeed or FSDP shard; leave it out, or use DDP")
     plan = plan_run(argv, args.output_dir, processes=args.world_size, seconds=probe_seconds(), only_recommended=True)
     print(format_plan(plan), flush=True)
-    plan.chosen  # noqa: B018 (an error if no configuration is usable)
+    options_of_plan = plan.chosen.options  # an error if no configuration is usable
     plan.save(path)
-    return plan.chosen.options
-
-
-SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    return options_of_plan
 
 
 def main() -> None:
     own, argv = split_own_options(command_line()[1])
     show_log()
+    options = check_command_line(argv)
+    output_dir = options.training.output_dir or "."
     from ..diagnosis.isolation import ProbeError
     from ..diagnosis.plan import format_plan
 
     try:
-        output_dir = None
-        if "--output_dir" in argv[:-1]:
-            output_dir = argv[argv.index("--output_dir") + 1]
+        if own.curve and not options.validation_files:
+            raise ValueError("--curve requires a validation set; add --validation_file")
         seconds = own.probe_seconds or probe_seconds()
         plan = plan_run(argv, output_dir, processes=own.num_processes, seconds=seconds)
         print(format_plan(plan), flush=True)
@@ -185,12 +188,12 @@ def main() -> None:
         if own.curve and plan.configuration is not None:
             from ..diagnosis.curve import as_json, format_curve, learning_curve
 
-            found = learning_curve(parse_planned, split_configuration(argv)[1], plan, own.curve_minutes)
+            arguments, folder = split_configuration(argv)[1], existing_folder(output_dir)
+            found = learning_curve(parse_planned, arguments, plan, own.curve_minutes, folder)
             print(f"\n{format_curve(found)}")
             curve = as_json(found)
         if own.json:
             plan.save(Path(own.json), curve=curve)
-        if plan.configuration is None:
-            sys.exit(1)
+        plan.chosen  # noqa: B018 (an error if no configuration is usable)
     except (OSError, ValueError, ProbeError) as error:
         sys.exit(f"{prog()}: error: {error}")

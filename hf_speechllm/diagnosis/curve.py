@@ -153,7 +153,7 @@ def train_part(
         for name, part in data.validation_rows.items()
     }
     warm_up = args.warmup_steps if args.warmup_steps < 1 else 0.1
-    with tempfile.TemporaryDirectory(prefix="curve-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix="curve-", dir=folder, ignore_cleanup_errors=True) as temporary:
         quieten(args, temporary, steps)
         args.warmup_steps = warm_up
         scores = _Scores(samples, steps)

@@ -40,7 +40,6 @@ def run_isolated(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """
     context = multiprocessing.get_context("spawn")  # a forked process has neither CUDA nor threads
     receiver, sender = context.Pipe(duplex=False)
-    # Python's spawn keeps the environment, and a daemon could not start processes of its own.
     process = context.Process(target=_run, args=(sender, time.time(), function, args))
     process.start()
     sender.close()
@@ -61,6 +60,8 @@ def _run(sender: Connection, started: float, function: Callable[..., Any], args:
     for name in [*DISTRIBUTED, *(name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_")))]:
         if name != "ACCELERATE_USE_CPU":
             os.environ.pop(name, None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]  # the trainer would use all GPUs
     Clock.started = started
     try:
         answer = ("result", function(*args))
@@ -132,11 +133,11 @@ class PeakMemory:
                 return
 
 
-def total_memory(device: torch.device) -> int:
-    """Returns the memory of the GPU, otherwise of the machine, in bytes."""
+def available_memory(device: torch.device) -> int:
+    """Returns the memory that this process uses or could use, of the GPU, otherwise of the machine, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def describe_device(device: torch.device) -> str:

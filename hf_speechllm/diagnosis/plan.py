@@ -223,7 +223,7 @@ def _measure(
                 measured.seconds["end"] += ending
                 candidate.measurement = measured
                 return
-            shown = f"{measured.memory_bytes / 1e9:.1f} of {measured.total_memory_bytes / 1e9:.1f} GB"
+            shown = f"{measured.memory_bytes / 1e9:.1f} of {measured.available_memory_bytes / 1e9:.1f} GB"
         except ProbeError as error:
             candidate.problem = str(error)
             return
@@ -265,7 +265,7 @@ def format_plan(plan: Plan) -> str:
     else:
         lines[0] += "; no validation set: the plan has no early stopping, and the last weights become the model"
     if measured := next((item.measurement for item in plan.candidates if item.measurement), None):
-        memory = f"{measured.total_memory_bytes / 1e9:.0f} GB"
+        memory = f"{measured.available_memory_bytes / 1e9:.0f} GB of memory available"
         lines.append(f"machine: {measured.device}, {memory}; processes: {plan.processes}")
     header = ("configuration", "batch", "epochs", "steps", "time", "memory", "")
     table = [header, *(_cells(candidate, plan) for candidate in plan.candidates)]

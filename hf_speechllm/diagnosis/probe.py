@@ -36,7 +36,7 @@ from ..training.speed import attention_context
 from ..training.trainer import SpeechLLMTrainer
 from ..training.unreadable_rows import SkipUnreadableCollator
 from ..training.validation import spread_rows
-from .isolation import Clock, PeakMemory, describe_device, total_memory
+from .isolation import Clock, PeakMemory, available_memory, describe_device
 from .sampling import (
     FIRST_BATCHES,
     ChosenBatches,
@@ -72,7 +72,8 @@ class Measurement:
         step_seconds: of an optimizer step, in seconds.
         validation_seconds: of one evaluation, in seconds.
         memory_bytes: peak memory of the GPU, otherwise resident memory of the process.
-        total_memory_bytes: of the GPU, otherwise of the machine.
+        available_memory_bytes: of the GPU, otherwise of the machine.
+        cpu_seconds: expected CPU time of the run; other work on the machine changes its time, but not this.
         fits: whether the peak memory leaves a reserve.
         device: name.
         measured_steps: number of steps that were timed.
@@ -89,7 +90,8 @@ class Measurement:
     step_seconds: float
     validation_seconds: float
     memory_bytes: int
-    total_memory_bytes: int
+    available_memory_bytes: int
+    cpu_seconds: float
     fits: bool
     device: str
     measured_steps: int
@@ -120,7 +122,7 @@ def measure(
     options = parse(argv, planned)
     set_seed(options.training.seed)
     silence()
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=folder, ignore_cleanup_errors=True) as temporary:
         return _Probe(options, processes, temporary).run(seconds)
 
 
@@ -167,7 +169,8 @@ class _Probe:
             save_final(trainer, result)
 
         mean_cost = float(np.mean([batch_cost(self.audio, batch) for batch in batches]))
-        step_seconds = clock.rate * mean_cost * args.gradient_accumulation_steps
+        per_batch = max(clock.rate * mean_cost, self._time_loading(trainer))
+        step_seconds = per_batch * args.gradient_accumulation_steps
         audio = [float(row_seconds(rows).sum()) for rows in (data.train_rows, *data.validation_rows.values())]
         features = sample.features.total(*audio) if sample.features else 0.0
         if sample.encoding:
@@ -176,7 +179,17 @@ class _Probe:
         validation_seconds = sum(scoring) / self.processes + drawing.seconds
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         peak = memory.peak + (BYTES_PER_PARAMETER * trained if self.processes > 1 else 0)  # buckets of DDP
-        total = total_memory(args.device)
+        available = available_memory(args.device)
+        stages = {
+            "start": clock.start,
+            "features": features,
+            "training": steps * step_seconds,
+            "validation": evaluations * validation_seconds,
+            "checkpoints": clock.saves[0] + (saves - 1) * clock.saves[-1] if saves else 0.0,
+            "end": drawing.seconds + end.seconds,
+        }
+        in_steps = stages["training"] + stages["validation"] + stages["checkpoints"]
+        overall = sum(os.times()[:4]) / Clock.seconds()  # CPU time of this process and of its children
         return Measurement(
             batch_seconds=args.per_device_train_batch_seconds,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -185,19 +198,13 @@ class _Probe:
             epochs=round(steps / steps_per_epoch, 2),
             evaluations=evaluations,
             checkpoints=saves,
-            seconds={
-                "start": clock.start,
-                "features": features,
-                "training": steps * step_seconds,
-                "validation": evaluations * validation_seconds,
-                "checkpoints": clock.saves[0] + (saves - 1) * clock.saves[-1] if saves else 0.0,
-                "end": drawing.seconds + end.seconds,
-            },
+            seconds=stages,
             step_seconds=step_seconds,
             validation_seconds=validation_seconds,
             memory_bytes=peak,
-            total_memory_bytes=total,
-            fits=not memory.failures and peak <= USED_SHARE * total,
+            available_memory_bytes=available,
+            cpu_seconds=clock.cpu_share * in_steps + overall * (sum(stages.values()) - in_steps),
+            fits=not memory.failures and peak <= USED_SHARE * available,
             device=describe_device(args.device),
             measured_steps=clock.measured,
         )
@@ -214,6 +221,17 @@ class _Probe:
         places = np.linspace(0, len(batches) - 1, min(len(batches), VALIDATION_BATCHES)).round().astype(int)
         sample = rows.select(np.concatenate([batches[place] for place in places]).tolist())
         return with_features(sample, self.data, self.options), len(places) / len(batches)
+
+    def _time_loading(self, trainer: SpeechLLMTrainer) -> float:
+        """Returns the seconds in which loader processes build a batch: during the timed steps, they are ahead."""
+        workers = self.args.dataloader_num_workers
+        if workers == 0:
+            return 0.0  # the steps contain this time
+        batches = iter(trainer.get_train_dataloader())
+        next(batches)  # the processes have started, and each has built about one batch
+        with _Timer() as loading:
+            number = 1 + sum(1 for _ in batches)
+        return loading.seconds / max(number - workers, 1)
 
     def _time_scoring(self, trainer: SpeechLLMTrainer, rows: Any, share: float) -> float:
         """Returns the expected time of one evaluation of a set, in seconds."""
@@ -279,6 +297,7 @@ class _StepClock(TrainerCallback):
     Attributes:
         start: seconds from the start of the process to the first step, and what the first steps took longer.
         rate: seconds per cost, see `batch_cost`.
+        cpu_share: CPU seconds of this process per second of the timed steps.
         saves: seconds of each checkpoint.
         measured: number of timed steps.
     """
@@ -288,11 +307,11 @@ class _StepClock(TrainerCallback):
         accumulation, audio = probe.args.gradient_accumulation_steps, row_seconds(sample.rows)
         costs = np.array([batch_cost(audio, batch) for batch in sample.batches])
         self.costs = costs[: len(costs) // accumulation * accumulation].reshape(-1, accumulation).sum(1)
-        self.start = self.rate = 0.0
+        self.start = self.rate = self.cpu_share = 0.0
         self.saves: list[float] = []
         self.measured = 0
         self._first = self._mark = 0.0  # start of the first step; end of the first steps
-        self._save_started = 0.0
+        self._cpu = self._save_started = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Notes the start of the first step."""
@@ -304,13 +323,15 @@ class _StepClock(TrainerCallback):
         """Measures, then saves checkpoints, then ends training."""
         step = state.global_step
         if step == FIRST_BATCHES:
-            self._mark = self._now()
+            self._mark, self._cpu = self._now(), time.process_time()
         last = len(self.costs) - self.wanted
         if not self.measured and step > FIRST_BATCHES:
             if time.perf_counter() - self._mark < self.limit and step < last:
                 return
             self.measured = step - FIRST_BATCHES
-            self.rate = (self._now() - self._mark) / float(self.costs[FIRST_BATCHES:step].sum())
+            elapsed = self._now() - self._mark
+            self.cpu_share = (time.process_time() - self._cpu) / elapsed
+            self.rate = elapsed / float(self.costs[FIRST_BATCHES:step].sum())
             usual = self.rate * float(self.costs[:FIRST_BATCHES].sum())
             self.start += max(0.0, self._mark - self._first - usual)
         if self.measured:

@@ -1,5 +1,6 @@
 """`finetune --num_processes N`: options of accelerate are separated, and configurations are found by name."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -58,9 +59,15 @@ def test_several_processes_train_and_errors_are_found_before_the_start(tiny_mode
     assert wrong.stderr.count("\n") == 1 and "did you mean --learning_rate?" in wrong.stderr
     wrong = run("finetune", *LAUNCHER, *options, "--train_file", tmp_path / "none.jsonl")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "none.jsonl: no such file" in wrong.stderr
-    result = run("finetune", *LAUNCHER, *options)
+    # The first process reads the plan, and the other one receives it.
+    plan = {"configuration": "lora", "options": {"use_lora": True, "lora_r": 3, "max_steps": 9}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    result = run("finetune", "--auto", *LAUNCHER, *options)
     assert result.returncode == 0, result.stderr
     assert "x 2 device(s)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 3
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def machine(monkeypatch):
             raise MemoryError("killed")
         accumulation = options.get("gradient_accumulation_steps", 1)
         return Measurement(budget, accumulation, 100, 300, 3.0, 2, 10, {"training": 90.0, "end": 1.0}, 0.3, 2.0,
-                           int(used), int(1e10), used <= 1e10, "CPU", 16), 0.5  # fmt: skip
+                           int(used), int(1e10), 80.0, used <= 1e10, "CPU", 16), 0.5  # fmt: skip
 
     monkeypatch.setattr(plan, "run_isolated", run)
     return measured
@@ -269,6 +269,7 @@ def test_auto_takes_the_plan_and_a_resumed_run_takes_the_stored_plan(
     assert stored["configuration"] == "few_hours" and "lora_r" not in stored["options"]
     measured = stored["candidates"][0]["measurement"]
     assert measured["memory_bytes"] > 1e8 and measured["measured_steps"] > 0
+    assert 0 < measured["cpu_seconds"] < 2 * sum(measured["seconds"].values())
     assert all(measured["seconds"][stage] > 0 for stage in ("start", "features", "training", "validation", "end"))
     # The real run has the size of the plan.
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
