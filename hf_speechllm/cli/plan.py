@@ -10,6 +10,7 @@ model, rows and batches; then validation, checkpoints and features are timed. Th
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -186,12 +187,12 @@ def main() -> None:
         print(format_plan(plan), flush=True)
         curve = None
         if own.curve and plan.configuration is not None:
-            from ..diagnosis.curve import as_json, format_curve, learning_curve
+            from ..diagnosis.curve import format_curve, learning_curve
 
             arguments, folder = split_configuration(argv)[1], existing_folder(output_dir)
             found = learning_curve(parse_planned, arguments, plan, own.curve_minutes, folder)
             print(f"\n{format_curve(found)}")
-            curve = as_json(found)
+            curve = dataclasses.asdict(found)
         if own.json:
             plan.save(Path(own.json), curve=curve)
         plan.chosen  # noqa: B018 (an error if no configuration is usable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -205,11 +204,6 @@ class _Scores(TrainerCallback):
                 errors.append(counts[place].errors if place in counts else 0)
                 tokens.append(counts[place].reference_tokens if place in counts else 0)
         self.results.append((np.array(errors), np.array(tokens)))
-
-
-def as_json(curve: Curve) -> dict[str, Any]:
-    """Returns a curve as JSON."""
-    return dataclasses.asdict(curve)
 
 
 def format_curve(curve: Curve) -> str:

@@ -16,6 +16,7 @@ import torch
 # Variables of launchers, which would make the process a rank of a training run.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 SAMPLING_SECONDS = 0.02
+PACKAGE = __name__.partition(".")[0]
 # A CPU allocator raises a plain RuntimeError.
 CPU_ALLOCATOR = "not enough memory"
 
@@ -70,8 +71,12 @@ def _run(sender: Connection, started: float, function: Callable[..., Any], args:
     except SystemExit as error:
         answer = ("error", f"the options are refused (status {error.code})")
     except Exception as error:  # any error of a configuration must not end the plan of the others
-        kind = "memory" if CPU_ALLOCATOR in str(error) else "error"
-        answer = (kind, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
+        for_users = isinstance(error, (OSError, ValueError, ImportError)) or type(error).__module__.startswith(PACKAGE)
+        answer = (
+            "memory" if CPU_ALLOCATOR in text else "error",
+            text if for_users else f"{type(error).__name__}: {text}",
+        )
     sender.send(answer)
     sender.close()
 

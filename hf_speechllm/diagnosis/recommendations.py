@@ -39,7 +39,7 @@ RECOMMENDATIONS = (
     Recommendation(
         "few_hours",
         "under 10 h",
-        "small LoRA adapters on the LLM, and the adaptor; SpecAugment, early stopping",
+        "small LoRA adapters on the LLM, and the adaptor; SpecAugment; early stopping on `--validation_file`",
         (0, 10),
         "little data: few trained parameters, augmentation, and validation that ends training before overfitting",
     ),
