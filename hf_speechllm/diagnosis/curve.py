@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ..data.dataset import row_seconds
 from ..evaluation.scoring import count_errors
@@ -158,6 +158,7 @@ def train_part(
         scores = _Scores(samples, steps)
         given = {**data.for_trainer(), "train_dataset": rows, "train_weights": weights, "eval_dataset": None}
         trainer = SpeechLLMTrainer(model=model, args=args, callbacks=[scores], **given)
+        trainer.remove_callback(PrinterCallback)
         scores.trainer = trainer
         trainer.train()
         epochs = float(trainer.state.epoch or 0)

@@ -123,7 +123,7 @@ def test_times_have_two_units(seconds, text):
 
 
 def test_errors_of_a_separate_process_are_one_line_and_lack_of_memory_is_told_apart():
-    with pytest.raises(ProbeError, match="^ZeroDivisionError: integer division or modulo by zero$"):  # a bug: named by its type
+    with pytest.raises(ProbeError, match="^ZeroDivisionError: integer division or modulo by zero$"):
         run_isolated(divmod, 1, 0)
     with pytest.raises(MemoryError):  # the system kills a process without an answer
         run_isolated(signal.raise_signal, signal.SIGKILL)
