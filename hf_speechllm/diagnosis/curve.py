@@ -56,11 +56,13 @@ class Curve:
     Args:
         base_rate: error rate of the model before training, as a fraction.
         steps: of each training.
+        planned_steps: of the run.
         measured, expected: points.
     """
 
     base_rate: float
     steps: int
+    planned_steps: int
     measured: list[Point]
     expected: list[Point]
 
@@ -100,7 +102,7 @@ def learning_curve(parse: Parse, argv: Sequence[str], plan: Plan, minutes: float
     for factor in FACTORS:
         below, median, above = law.predict(factor * plan.data["hours"], PROBABILITY)
         expected.append(Point(factor * plan.data["hours"], median, below, above))
-    return Curve(parts[0].base_errors / float(tokens.sum()), steps, measured, expected)
+    return Curve(parts[0].base_errors / float(tokens.sum()), steps, measurement.steps, measured, expected)
 
 
 @dataclass
@@ -223,7 +225,9 @@ def format_curve(curve: Curve) -> str:
         f"{100 * PROBABILITY:.0f} % intervals. Measured: other utterances. Expected: also other curves through three "
         "points, and noise of training."
     )
-    lines.append(f"each training: {curve.steps} steps; a longer training may give lower rates (--curve_minutes)")
+    lines.append(f"each training: {curve.steps:,} steps; the plan has {curve.planned_steps:,}")
+    if curve.steps < curve.planned_steps:
+        lines.append("longer trainings give lower rates, and show the effect of data better: raise --curve_minutes")
     if (fewest := min(point.epochs for point in curve.measured)) < 1:
         lines.append(f"the largest part was not read completely ({fewest:.2f} epochs): raise --curve_minutes")
     return "\n".join(lines)

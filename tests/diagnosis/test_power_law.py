@@ -67,10 +67,11 @@ def test_bootstrap_uses_the_same_utterances_for_all_systems():
 
 def test_table_shows_measured_and_expected_points_and_incomplete_parts():
     measured = [Point(1.0, 0.3, 0.28, 0.32, 4.0), Point(2.0, 0.25, 0.23, 0.27, 0.5)]
-    lines = format_curve(Curve(0.9, 100, measured, [Point(8.0, 0.15, 0.1, 0.2)])).splitlines()
+    lines = format_curve(Curve(0.9, 100, 900, measured, [Point(8.0, 0.15, 0.1, 0.2)])).splitlines()
     assert lines[0].endswith("before training 90.00 %")
     assert "1.00 h  measured   30.00 %  (28.00 to 32.00)" in lines[1]
     assert "8.00 h  expected   15.00 %  (10.00 to 20.00)" in lines[3]
     bars = [line.split("  ")[-1] for line in lines[1:4]]
     assert [len(bar) for bar in bars] == [40, 34, 25]
+    assert "raise --curve_minutes" in lines[-2]
     assert "0.50 epochs" in lines[-1]
