@@ -58,6 +58,7 @@ def run_isolated(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def _run(sender: Connection, started: float, function: Callable[..., Any], args: tuple) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in [*DISTRIBUTED, *(name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_")))]:
         if name != "ACCELERATE_USE_CPU":
             os.environ.pop(name, None)
@@ -70,6 +71,8 @@ def _run(sender: Connection, started: float, function: Callable[..., Any], args:
         answer = ("memory", " ".join(str(error).split()))
     except SystemExit as error:
         answer = ("error", f"the options are refused (status {error.code})")
+    except KeyboardInterrupt:
+        answer = ("error", "interrupted")
     except Exception as error:  # any error of a configuration must not end the plan of the others
         text = " ".join(str(error).split())
         for_users = isinstance(error, (OSError, ValueError, ImportError)) or type(error).__module__.startswith(PACKAGE)
@@ -79,6 +82,12 @@ def _run(sender: Connection, started: float, function: Callable[..., Any], args:
         )
     sender.send(answer)
     sender.close()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,11 +132,12 @@ def make_plan(
         ProbeError: if the data are not usable.
     """
     data, _ = run_isolated(describe_data, parse, argv, _shared_options(configurations, given))
+    workers = data.pop("cores") // processes
     plan = Plan(data, processes)
     names = _by_preference(configurations, data["hours"]) if only_recommended else [*configurations]
     for number, name in enumerate(names):
         logger.info("measuring %s (%d of %d)", name, number + 1, len(names))
-        options = planned_options(configurations[name], given, data["validation_rows"] > 0)
+        options = planned_options(configurations[name], given, data["validation_rows"] > 0, workers)
         share = seconds if only_recommended else seconds / len(names)
         candidate = Candidate(name, options)
         _measure(candidate, parse, argv, given, data["longest_seconds"], processes, share, folder)
@@ -156,7 +158,9 @@ def _shared_options(configurations: Mapping[str, Mapping[str, Any]], given: Coll
 
 
 def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the amount of data of a run; call this function by `run_isolated`.
+    """Returns the amount of data of a run, and the number of free cores (`cores`); call it by `run_isolated`.
+
+    Training on a CPU uses all cores.
 
     Args:
         parse, argv, planned: as for `measure`.
@@ -175,18 +179,24 @@ def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any])
         "longest_seconds": float(row_seconds(loaded.train_rows).max()),
         "validation_rows": sum(map(len, validation)),
         "validation_hours": float(sum(part.sum() for part in validation)) / 3600,
+        "cores": 0 if options.training.device.type == "cpu" else os.cpu_count() or 1,
     }
 
 
-def planned_options(config: Mapping[str, Any], given: Collection[str], has_validation: bool) -> dict[str, Any]:
+def planned_options(
+    config: Mapping[str, Any], given: Collection[str], has_validation: bool, workers: int
+) -> dict[str, Any]:
     """Returns the options of a configuration in a plan.
 
     Args:
         config: options of the YAML file.
         given: options of the command line; these replace those of the plan.
         has_validation: whether there is a validation set, with which the plan selects the best checkpoint.
+        workers: most processes that load data.
     """
     options = dict(config)
+    if "dataloader_num_workers" in options:
+        options["dataloader_num_workers"] = min(options["dataloader_num_workers"], workers)
     if not has_validation:
         options = {name: value for name, value in options.items() if name not in VALIDATION_OPTIONS}
     elif not SCHEDULES & {*config} and not {*SCHEDULES, "eval_steps", "save_steps"} & {*given}:

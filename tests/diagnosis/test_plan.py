@@ -55,17 +55,18 @@ def test_readme_has_the_table_and_every_configuration_exists():
 def test_schedules_of_the_configurations_are_shares(name):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     for has_validation in (False, True):
-        options = planned_options(config, (), has_validation)
+        options = planned_options(config, (), has_validation, 8)
         assert 0 < options["save_steps"] < 1
         assert (options.get("eval_steps") == options["save_steps"]) == has_validation
         assert bool(options.get("load_best_model_at_end")) == has_validation
 
 
 def test_options_of_the_user_replace_those_of_the_plan():
-    config = {"learning_rate": 1.0, "num_train_epochs": 3}
-    assert "learning_rate" not in planned_options(config, {"learning_rate"}, True)
-    assert not {*VALIDATION} & {*planned_options(config, {"eval_strategy"}, True)}
-    assert planned_options({**config, "eval_strategy": "epoch"}, (), True)["eval_strategy"] == "epoch"
+    config = {"learning_rate": 1.0, "num_train_epochs": 3, "dataloader_num_workers": 4}
+    assert planned_options(config, (), True, 2)["dataloader_num_workers"] == 2  # not more than cores
+    assert "learning_rate" not in planned_options(config, {"learning_rate"}, True, 8)
+    assert not {*VALIDATION} & {*planned_options(config, {"eval_strategy"}, True, 8)}
+    assert planned_options({**config, "eval_strategy": "epoch"}, (), True, 8)["eval_strategy"] == "epoch"
 
 
 # Samples and schedules
@@ -150,7 +151,7 @@ def machine(monkeypatch):
     def run(function, parse, argv, options, *rest):
         if function is plan.describe_data:
             return {"rows": 500, "hours": 20.0, "longest_seconds": 20.0, "validation_rows": 40,
-                    "validation_hours": 0.1}, 0.0  # fmt: skip
+                    "validation_hours": 0.1, "cores": 4}, 0.0  # fmt: skip
         measured.append({**options})
         budget = options.get("per_device_train_batch_seconds", 60.0)
         if options.get("broken"):
