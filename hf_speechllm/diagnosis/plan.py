@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data.dataset import row_seconds
 from ..files import atomic_write
+from ..model.native_processing import NativeProcessor
 from ..training.assembly import load_data
 from .isolation import ProbeError, run_isolated
 from .probe import Measurement, Parse, measure
@@ -30,6 +31,7 @@ VALIDATION: dict[str, Any] = {
 }
 VALIDATION_OPTIONS = {*VALIDATION, "eval_steps", "early_stopping_patience"}
 SCHEDULES = {"eval_strategy", "save_strategy"}  # a schedule of the configuration stays, and one of the user
+AUGMENTATION = ("spec_augment", "tempo_perturb")  # of features, which a native model's own processor computes
 STAGES = {
     "start": "start",
     "features": "features, first run only",
@@ -132,12 +134,13 @@ def make_plan(
         ProbeError: if the data are not usable.
     """
     data, _ = run_isolated(describe_data, parse, argv, _shared_options(configurations, given))
-    workers = data.pop("cores") // processes
+    workers, unsupported = data.pop("cores") // processes, data.pop("unsupported")
     plan = Plan(data, processes)
     names = _by_preference(configurations, data["hours"]) if only_recommended else [*configurations]
     for number, name in enumerate(names):
         logger.info("measuring %s (%d of %d)", name, number + 1, len(names))
-        options = planned_options(configurations[name], given, data["validation_rows"] > 0, workers)
+        config = {key: value for key, value in configurations[name].items() if key not in unsupported}
+        options = planned_options(config, given, data["validation_rows"] > 0, workers)
         share = seconds if only_recommended else seconds / len(names)
         candidate = Candidate(name, options)
         _measure(candidate, parse, argv, given, data["longest_seconds"], processes, share, folder)
@@ -157,10 +160,11 @@ def _shared_options(configurations: Mapping[str, Mapping[str, Any]], given: Coll
     return {"per_device_train_batch_seconds": max(budgets)}
 
 
-def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the amount of data of a run, and the number of free cores (`cores`); call it by `run_isolated`.
+def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the amount of data of a run; call this function by `run_isolated`.
 
-    Training on a CPU uses all cores.
+    Also returns the number of free cores (`cores`; training on a CPU uses all) and the names of options that the model
+    does not support (`unsupported`).
 
     Args:
         parse, argv, planned: as for `measure`.
@@ -179,6 +183,7 @@ def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any])
         "longest_seconds": float(row_seconds(loaded.train_rows).max()),
         "validation_rows": sum(map(len, validation)),
         "validation_hours": float(sum(part.sum() for part in validation)) / 3600,
+        "unsupported": AUGMENTATION if isinstance(loaded.processor, NativeProcessor) else (),
         "cores": 0 if options.training.device.type == "cpu" else os.cpu_count() or 1,
     }
 

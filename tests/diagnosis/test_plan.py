@@ -151,7 +151,7 @@ def machine(monkeypatch):
     def run(function, parse, argv, options, *rest):
         if function is plan.describe_data:
             return {"rows": 500, "hours": 20.0, "longest_seconds": 20.0, "validation_rows": 40,
-                    "validation_hours": 0.1, "cores": 4}, 0.0  # fmt: skip
+                    "validation_hours": 0.1, "cores": 4, "unsupported": ["spec_augment"]}, 0.0  # fmt: skip
         measured.append({**options})
         budget = options.get("per_device_train_batch_seconds", 60.0)
         if options.get("broken"):
@@ -182,8 +182,9 @@ def test_batch_is_halved_until_it_fits_and_the_effective_batch_stays(machine):
 
 
 def test_auto_measures_only_what_it_takes_and_falls_back(machine):
-    configurations = {name: {"name": name} for name in ALL}
+    configurations = {name: {"name": name, "spec_augment": True} for name in ALL}
     found = make_plan(None, [], configurations, (), only_recommended=True)
+    assert "spec_augment" not in found.chosen.options
     assert [item["name"] for item in machine] == ["lora"] == [item.name for item in found.candidates]
     machine.clear()
     configurations["lora"]["broken"] = True
