@@ -41,7 +41,7 @@ RECOMMENDATIONS = (
         "under 10 h",
         "small LoRA adapters on the LLM, and the adaptor; SpecAugment; early stopping on `--validation_file`",
         (0, 10),
-        "little data: few trained parameters, augmentation, and validation that ends training before overfitting",
+        "few trained parameters, augmentation, and validation that ends training before overfitting",
     ),
     Recommendation(
         "lora",
