@@ -172,6 +172,7 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `finetune`
     own, argv = split_own_options(command_line()[1])
     show_log()
     options = check_command_line(argv)

@@ -14,7 +14,9 @@ from typing import Any
 from ..data.dataset import row_seconds
 from ..files import atomic_write
 from ..model.native_processing import NativeProcessor
+from ..training.arguments import batch_seconds
 from ..training.assembly import load_data
+from ..training.options import BatchOptions
 from .isolation import ProbeError, run_isolated
 from .probe import Measurement, Parse, measure
 from .recommendations import RECOMMENDATIONS, recommend
@@ -156,8 +158,13 @@ def _shared_options(configurations: Mapping[str, Mapping[str, Any]], given: Coll
     """Returns options with which all rows are read: the largest budget of the configurations."""
     if "per_device_train_batch_seconds" in given:
         return {}
-    budgets = [config.get("per_device_train_batch_seconds", 60.0) for config in configurations.values()]
-    return {"per_device_train_batch_seconds": max(budgets)}
+    budgets = [_budget(config) for config in configurations.values()]
+    return {"per_device_train_batch_seconds": max(budgets) if all(budgets) else 0.0}
+
+
+def _budget(options: Mapping[str, Any]) -> float:
+    """Returns the seconds of a batch; 0 for `auto`."""
+    return batch_seconds(options.get("per_device_train_batch_seconds", BatchOptions.per_device_train_batch_seconds))
 
 
 def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +251,7 @@ def _measure(
             return
         except MemoryError as error:
             shown = str(error)
-        budget = options.get("per_device_train_batch_seconds", 60.0)
+        budget = _budget(options)
         smaller = max(budget / 2, longest)
         fixed = {"per_device_train_batch_seconds", "gradient_accumulation_steps"} & {*given}
         if fixed or not budget or smaller < SMALLEST_BATCH or smaller > 0.8 * budget:

@@ -141,7 +141,9 @@ class _Probe:
         args, data = self.args, self.data
         schedule = Schedule.of(args, bool(data.validation_rows))  # before options change
         if not args.per_device_train_batch_seconds:
+            compiled, args.compile_layers, args.output_dir = args.compile_layers, False, self.folder
             self._trainer(data.for_trainer()).get_train_dataloader()  # measures the budget, see `find_batch_seconds`
+            args.compile_layers = compiled
         sampler = train_sampler(args, data.train_rows, data.weights, self.processes)
         steps_per_epoch, steps = schedule.steps(len(sampler))
         batches = sampler.batches(0)

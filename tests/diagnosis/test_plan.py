@@ -21,6 +21,7 @@ from hf_speechllm.diagnosis.probe import Measurement
 from hf_speechllm.diagnosis.recommendations import RECOMMENDATIONS, markdown_table, recommend
 from hf_speechllm.diagnosis.sampling import FIRST_BATCHES, ChosenBatches, Work, representative_batches
 from hf_speechllm.diagnosis.schedule import Schedule
+from hf_speechllm.training.arguments import batch_seconds
 from hf_speechllm.training.checkpointing.manifest import checkpoint_folders
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -153,7 +154,7 @@ def machine(monkeypatch):
             return {"rows": 500, "hours": 20.0, "longest_seconds": 20.0, "validation_rows": 40,
                     "validation_hours": 0.1, "cores": 4, "unsupported": ["spec_augment"]}, 0.0  # fmt: skip
         measured.append({**options})
-        budget = options.get("per_device_train_batch_seconds", 60.0)
+        budget = batch_seconds(options.get("per_device_train_batch_seconds", 60.0))
         if options.get("broken"):
             raise ProbeError("broken")
         used = budget * 1e8 * options.get("size", 1)
@@ -175,6 +176,8 @@ def test_batch_is_halved_until_it_fits_and_the_effective_batch_stays(machine):
     given = {"per_device_train_batch_seconds"}
     found = make_plan(None, [], {"lora": {"per_device_train_batch_seconds": 240}}, given)  # the user's value stays
     assert found.configuration == "lora"  # 60 s is the default of the machine
+    found = make_plan(None, [], {"lora": {"per_device_train_batch_seconds": "auto"}}, ())
+    assert found.configuration == "lora" and machine[-1]["per_device_train_batch_seconds"] == "auto"
     found = make_plan(None, [], {"lora": {"per_device_train_batch_seconds": 240, "size": 9}}, ())
     assert found.configuration is None and "does not fit into memory" in found.candidates[0].problem
     with pytest.raises(ValueError, match="lora: does not fit into memory"):
