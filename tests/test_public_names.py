@@ -20,7 +20,8 @@ SIGNATURES = {
     "tie_word_embeddings, funasr_files",
     "SpeechLLMForConditionalGeneration": "config",
     "SpeechLLMProcessor": "feature_extractor, tokenizer, chat_template, audio_token, downsample_rate, "
-    "use_low_frame_rate, encoder_downsample_rate, think_block, system_prompt",
+    "use_low_frame_rate, encoder_downsample_rate, think_block, system_prompt, encoder_convolutions, "
+    "encoder_window, chat_layout",
     "SpeechLLMTrainer": "args, eval_collator, train_weights, kwargs",
     "SpeechLLMTrainingArguments": "per_device_train_batch_seconds, eval_cer, padding_free, keep_best_checkpoints",
     "Transcriber": "model, processor, batch_seconds, max_new_tokens, num_beams, num_workers, repetition_guard, vad, "

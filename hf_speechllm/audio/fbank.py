@@ -255,38 +255,6 @@ def _log_mel(frames: torch.Tensor, window: torch.Tensor, filterbank: torch.Tenso
     return (power @ filterbank).clamp(min=torch.finfo(torch.float32).eps).log()
 
 
-def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np.ndarray) -> np.ndarray:
-    """Computes the features to store: fbank before stacking, or Whisper's log-mel spectrogram without padding.
-
-    Args:
-        feature_extractor: `FbankFeatureExtractor` or `WhisperFeatureExtractor`.
-        waveform: shape = (samples,), in [-1, 1], at the extractor's sampling rate.
-
-    Returns:
-        shape = (frames, mel bins), float32, one frame every 10 ms.
-    """
-    if isinstance(feature_extractor, FbankFeatureExtractor):
-        return feature_extractor.fbank(waveform).numpy()
-    batch = feature_extractor(
-        waveform, sampling_rate=feature_extractor.sampling_rate, return_attention_mask=True, return_tensors="np"
-    )
-    return batch["input_features"][0][:, batch["attention_mask"][0].astype(bool)].T
-
-
-def encoder_input(feature_extractor: SequenceFeatureExtractor, features: torch.Tensor) -> torch.Tensor:
-    """Converts stored features to input frames of the encoder, shape = (frames, feature size)."""
-    if isinstance(feature_extractor, FbankFeatureExtractor):
-        return feature_extractor.stack(features)
-    return features
-
-
-def num_encoder_input_frames(feature_extractor: SequenceFeatureExtractor, num_fbank_frames: int) -> int:
-    """Returns the number of frames that `encoder_input` returns for a number of stored frames."""
-    if isinstance(feature_extractor, FbankFeatureExtractor):
-        return -(-num_fbank_frames // feature_extractor.stride_lfr)
-    return num_fbank_frames
-
-
 def _check(options: Mapping[str, Any]) -> None:
     for name, (least, most) in LIMITS.items():
         value, kinds = options[name], (int, float) if isinstance(least, float) else (int,)

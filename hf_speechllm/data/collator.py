@@ -12,19 +12,21 @@ import numpy as np
 import torch
 
 from ..audio.decoders import TooLongError
-from ..audio.fbank import (
-    FRAME_SHIFT,
-    FbankFeatureExtractor,
+from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor
+from ..audio.front_ends import (
     cacheable_features,
     encoder_input,
     num_encoder_input_frames,
+    pad_features,
+    reads_waveforms,
+    stored_width,
 )
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
 from ..model.packing import Positions, non_padding_positions
-from ..model.processing import SpeechLLMProcessor, pad_features
+from ..model.processing import SpeechLLMProcessor
 from .hotword_lists import HotwordSampler, answers_of
 from .native_collator import training_batch
 
@@ -48,7 +50,7 @@ class SpeechLLMCollator:
         padding_free: whether to add the positions for padding-free computation.
 
     Raises:
-        ValueError: if the feature extractor does not support dither.
+        ValueError: if the feature extractor does not support dither or the augmentations.
     """
 
     processor: SpeechLLMProcessor
@@ -58,8 +60,14 @@ class SpeechLLMCollator:
     padding_free: bool = False
 
     def __post_init__(self):
-        if self.dither and not isinstance(self.processor.feature_extractor, FbankFeatureExtractor):
+        extractor = self.processor.feature_extractor
+        if self.dither and not isinstance(extractor, FbankFeatureExtractor):
             raise ValueError("--dither requires fbank features; this model uses another feature extractor")
+        if self.augmentations and reads_waveforms(extractor):
+            raise ValueError(
+                "--spec_augment and --tempo_perturb change spectrograms, but the encoder of this model reads "
+                "waveforms; leave the options out"
+            )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Pads a batch.
@@ -116,7 +124,7 @@ class SpeechLLMCollator:
         """Returns features of a row's recordings, each of shape = (10 ms frames, mel bins), cached or computed."""
         if row.get("features") is not None:
             features = [
-                stored_features(data, frames, self.processor.feature_extractor.feature_size)
+                stored_features(data, frames, stored_width(self.processor.feature_extractor))
                 for data, frames in zip(row["features"], row["num_frames"], strict=True)
             ]
         else:

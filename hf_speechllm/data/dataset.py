@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import SequenceFeatureExtractor
 
-from ..audio.fbank import cacheable_features, num_encoder_input_frames
+from ..audio.front_ends import cacheable_features, num_encoder_input_frames
 from ..audio.waveform import (
     MAX_SECONDS,
     AudioError,

@@ -19,10 +19,11 @@ from datasets.fingerprint import generate_fingerprint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..audio.front_ends import pad_features
 from ..files import atomic_write
 from ..formats.partial import hash_tensors
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..model.processing import SpeechLLMProcessor, pad_features
+from ..model.processing import SpeechLLMProcessor
 from .cache_files import ENCODED_FOLDER, cache_root, report_damaged_cache
 from .collator import ENCODED_COLUMNS, SpeechLLMCollator
 from .dataset import row_seconds

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..audio.front_ends import pad_features
 from ..model import chat
 from ..model.native_processing import NativeProcessor
-from ..model.processing import pad_features
 from .collator import SpeechLLMCollator
 from .native_collator import prompt_batch
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,13 +14,17 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from ..audio.fbank import FbankFeatureExtractor
 from ..model import chat
+from ..model.chat_layout import CHATML, ChatLayout, layout_of
 from ..model.configuration import SpeechLLMConfig
+from ..model.encoders import WITHOUT, encoder_family, find_encoder_config
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
 
@@ -57,42 +64,54 @@ def compose(
 ) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """Builds a model and its processor.
 
+    Prompts and answers use the chat template of the tokenizer, or ChatML if there is no template. The encoder keeps
+    its dropout; layer dropping, masking at random and strided adapters are turned off, see `encoders.WITHOUT`.
+
     Args:
         config: fields of `SpeechLLMConfig`; settings of pretrained parts are ignored. The optional key
             `feature_extractor` contains options of `FbankFeatureExtractor`.
-        tokenizer: tokenizer of the LLM, or its name. Missing ChatML tokens and the audio token are added.
-        audio_encoder: folder or Hub id of a pretrained encoder; default: random weights.
-        llm: folder or Hub id of a pretrained LLM; default: random weights.
+        tokenizer: tokenizer of the LLM, or its name. Missing tokens of the chat format are added.
+        audio_encoder: folder or Hub id of a pretrained encoder, or of a model with an encoder (encoder-decoder, CTC);
+            default: random weights.
+        llm: folder or Hub id of a pretrained LLM, or a GGUF file; default: random weights.
 
     Returns:
         Model (float32) and processor. Save both to the same folder.
+
+    Raises:
+        ValueError: if the encoder is of no known family, or a checkpoint lacks weights.
     """
     config = dict(config)
     feature_options = config.pop("feature_extractor", {})
     if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    missing = [token for token in SPECIAL_TOKENS[1:] if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.eos_token = chat.TURN_END
+        name, options = _gguf(tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    layout = layout_of(tokenizer) or CHATML
+    _add_tokens(tokenizer, layout)
 
-    if audio_encoder is not None:
-        config["audio_encoder_config"] = AutoConfig.from_pretrained(audio_encoder)
+    stored = None if audio_encoder is None else AutoConfig.from_pretrained(audio_encoder)
+    if stored is not None:
+        config["audio_encoder_config"] = find_encoder_config(stored)
     if llm is not None:
-        config["llm_config"] = AutoConfig.from_pretrained(llm)
+        name, options = _gguf(llm)
+        config["llm_config"] = AutoConfig.from_pretrained(name, **options)
     else:
         config["llm_config"] = {**config.get("llm_config", {}), "vocab_size": len(tokenizer)}
     config["audio_token_id"] = tokenizer.convert_tokens_to_ids(chat.AUDIO_TOKEN)
     config = SpeechLLMConfig(**config)
+    encoder_config = config.audio_encoder_config
+    for setting, value in WITHOUT.items():
+        if hasattr(encoder_config, setting):
+            setattr(encoder_config, setting, value)
     model = SpeechLLMForConditionalGeneration(config).to(torch.float32)
-    if audio_encoder is not None:
-        encoder = AutoModel.from_pretrained(audio_encoder, dtype=torch.float32)
-        is_whisper = config.audio_encoder_config.model_type == "whisper"
-        model.audio_encoder.load_state_dict((encoder.encoder if is_whisper else encoder).state_dict())
+    if stored is not None:
+        _load_encoder(model.audio_encoder, str(audio_encoder), stored)
     if llm is not None:
-        model.llm.load_state_dict(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).state_dict())
+        pretrained, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        _check_complete(llm, info["missing_keys"])
+        model.llm.load_state_dict(pretrained.state_dict())
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.llm.resize_token_embeddings(len(tokenizer))
     for settings in (model.generation_config, model.llm.generation_config):
@@ -100,15 +119,52 @@ def compose(
         settings.pad_token_id = tokenizer.pad_token_id
         settings.bos_token_id = None
 
-    if config.audio_encoder_config.model_type == "whisper":
-        feature_extractor = AutoFeatureExtractor.from_pretrained(audio_encoder)
-    else:
-        feature_extractor = FbankFeatureExtractor(**feature_options)
     processor = SpeechLLMProcessor(
-        feature_extractor,
+        _feature_extractor(encoder_config, audio_encoder, feature_options),
         tokenizer,
         downsample_rate=config.downsample_rate,
         use_low_frame_rate=config.use_low_frame_rate,
-        encoder_downsample_rate=config.encoder_downsample_rate,
+        chat_layout=None if layout is CHATML else layout.to_dict(),
+        **config.encoder_lengths,
     )
     return model, processor
+
+
+def _gguf(name: str) -> tuple[str, dict[str, str]]:
+    """Splits the path of a GGUF file into arguments of `from_pretrained`."""
+    path = Path(name)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, layout: ChatLayout) -> None:
+    needed = [chat.AUDIO_TOKEN] if layout is not CHATML else SPECIAL_TOKENS[1:]
+    missing = [token for token in needed if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or layout.answer_end
+    tokenizer.eos_token = layout.answer_end
+
+
+def _load_encoder(encoder: PreTrainedModel, name: str, config: PreTrainedConfig) -> None:
+    """Copies the weights of an encoder from a checkpoint that contains it."""
+    model, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    prefix, found = next((name, part) for name, part in model.named_modules() if type(part) is type(encoder))
+    prefix = f"{prefix}." if prefix else ""
+    _check_complete(name, [key for key in info["missing_keys"] if key.startswith(prefix)])
+    encoder.load_state_dict(found.state_dict())
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"{name}: {len(missing)} weights are missing, for example {min(missing)}; name another model")
+
+
+def _feature_extractor(config: PreTrainedConfig, name: str | None, options: dict) -> Any:
+    """Returns the feature extractor that is published with an encoder, or the usual one of its family."""
+    if config.model_type == "fun_asr_nano_encoder":
+        return FbankFeatureExtractor(**options)
+    with contextlib.suppress(OSError):
+        if name is not None:
+            return AutoFeatureExtractor.from_pretrained(name)
+    return encoder_family(config).feature_extractor(config)

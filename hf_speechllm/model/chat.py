@@ -1,7 +1,7 @@
-"""The dialogue format: ChatML layout, prompts, hotwords, label mask and number of audio tokens.
+"""The dialogue format: prompts, hotwords, label mask and number of audio tokens; with `chat_layout`, the layout.
 
 No other module defines the format. Training and decoding build prompts with the same functions, so their prompts
-agree. The layout follows Fun-ASR (`load_data_template` and `get_prompt` in `model.py`) and FunASR
+agree. The ChatML layout follows Fun-ASR (`load_data_template` and `get_prompt` in `model.py`) and FunASR
 (`fun_asr_datasets/datasets.py`).
 """
 
@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from .configuration import LOW_FRAME_RATE
+from .chat_layout import CHATML, THINK_BLOCK, TURN_END, TURN_START, ChatLayout
 from .languages import language_name
 
 IGNORE_INDEX = -100  # label of a token that is not supervised
 AUDIO_TOKEN = "<|object_ref_start|>"  # placeholder in `input_ids`; a spare special token of the Qwen tokenizers
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPEECH_START, SPEECH_END = "<|startofspeech|>", "<|endofspeech|>"
 DEFAULT_SYSTEM = "You are a helpful assistant."
-THINK_BLOCK = "<think>\n\n</think>\n\n"
 _SILENCE = re.compile("/sil(?![a-z])")  # how Fun-ASR may write a pause
 _SPEECH = re.compile(f"({re.escape(SPEECH_START)}.*?{re.escape(SPEECH_END)})", re.DOTALL)
 
@@ -71,7 +69,7 @@ class Dialogue:
 
 @dataclass
 class TokenizedDialogue:
-    """Token ids and labels. Only the answers and their closing `<|im_end|>` are supervised; other labels are -100."""
+    """Token ids and labels. Only the answers and their end tokens are supervised; other labels are -100."""
 
     input_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -80,23 +78,6 @@ class TokenizedDialogue:
         """Appends ids; their labels are the ids if `supervised`, otherwise -100."""
         self.input_ids.extend(ids)
         self.labels.extend(ids if supervised else [IGNORE_INDEX] * len(ids))
-
-
-def num_audio_tokens(
-    num_frames: int, downsample_rate: int, use_low_frame_rate: bool, encoder_downsample_rate: int = 1
-) -> int:
-    """Returns the number of audio tokens of a recording.
-
-    Args:
-        num_frames: feature frames of the encoder's input.
-        downsample_rate: encoder frames per adaptor frame.
-        use_low_frame_rate: whether only the first `ceil(n / 8)` adaptor frames are kept. The original computes this
-            number as the output length of three strided convolutions; the results agree for every length.
-        encoder_downsample_rate: feature frames per encoder frame.
-    """
-    tokens = -(-num_frames // encoder_downsample_rate)
-    tokens = -(-tokens // downsample_rate)
-    return -(-tokens // LOW_FRAME_RATE) if use_low_frame_rate else tokens
 
 
 def transcription_prompt(
@@ -301,7 +282,12 @@ def _split_speech(text: str) -> list[str | Recording]:
 
 
 def tokenize(
-    dialogue: Dialogue, tokenizer, audio_tokens: Sequence[int], audio_token_id: int, think_block: bool = False
+    dialogue: Dialogue,
+    tokenizer,
+    audio_tokens: Sequence[int],
+    audio_token_id: int,
+    think_block: bool = False,
+    layout: ChatLayout = CHATML,
 ) -> TokenizedDialogue:
     """Returns token ids and labels of a dialogue.
 
@@ -313,9 +299,11 @@ def tokenize(
         audio_tokens: number of audio tokens of each recording.
         audio_token_id: id of the placeholder for an audio token.
         think_block: whether an empty thinking block precedes each answer (the original's `do_think: false`).
+        layout: text around the contents.
 
     Raises:
-        ChatError: if an answer is missing before the last turn, or the number of recordings differs.
+        ChatError: if an answer is missing before the last turn, the number of recordings differs, or a content
+            contains a special token of the layout.
     """
     counts = list(audio_tokens)
     if len(counts) != len(dialogue.recordings):
@@ -324,7 +312,7 @@ def tokenize(
         )
     result = TokenizedDialogue()
     text = ""
-    for piece in _layout(dialogue, think_block):
+    for piece in _parts(dialogue, think_block, layout):
         if isinstance(piece, str):
             text += piece
             continue
@@ -335,20 +323,20 @@ def tokenize(
         else:
             result.add(answer_ids(tokenizer, piece.prefix))
             if piece.text is not None:
-                result.add(answer_ids(tokenizer, piece.text) + _ids(tokenizer, TURN_END), supervised=True)
+                result.add(answer_ids(tokenizer, piece.text) + _ids(tokenizer, layout.answer_end), supervised=True)
     result.add(_prompt_ids(tokenizer, len(tokenizer), text))
     return result
 
 
-def render(dialogue: Dialogue, audio_token: str, think_block: bool = False) -> str:
+def render(dialogue: Dialogue, audio_token: str, think_block: bool = False, layout: ChatLayout = CHATML) -> str:
     """Returns the text of a dialogue with one `audio_token` per recording; raises the errors of `tokenize`."""
     text = ""
-    for piece in _layout(dialogue, think_block):
+    for piece in _parts(dialogue, think_block, layout):
         if isinstance(piece, Recording):
             text += audio_token
         else:
             text += piece if isinstance(piece, str) else piece.prefix
-            text += piece.text + TURN_END if isinstance(piece, _Answer) and piece.text is not None else ""
+            text += piece.text + layout.answer_end if isinstance(piece, _Answer) and piece.text is not None else ""
     return text
 
 
@@ -358,15 +346,21 @@ class _Answer:
     text: str | None  # `None`: the model must generate the answer
 
 
-def _layout(dialogue: Dialogue, think_block: bool) -> Iterator[str | Recording | _Answer]:
+def _parts(dialogue: Dialogue, think_block: bool, layout: ChatLayout) -> Iterator[str | Recording | _Answer]:
     """Yields the parts of a dialogue in order: layout and prompt text, recordings, answers."""
-    if dialogue.system is not None:
-        yield f"{TURN_START}system\n{dialogue.system}{TURN_END}\n"
+    contents = (dialogue.system, *(piece for turn in dialogue.turns for piece in turn.pieces))
+    for text in [content for content in contents if isinstance(content, str)]:
+        for marker in layout.markers:
+            if marker in text:
+                raise ChatError(f"the dialogue contains {marker}; remove this special token")
+    if dialogue.system is None:
+        yield layout.start
+    else:
+        yield layout.system_start + dialogue.system + layout.system_end
     for number, turn in enumerate(dialogue.turns, start=1):
-        # No newline after the `<|im_end|>` of an answer, as in the layout on which the released weights were trained.
-        yield f"{TURN_START}user\n"
+        yield layout.next_start if number > 1 else ""
         yield from turn.pieces
-        yield f"{TURN_END}\n{TURN_START}assistant\n" + (THINK_BLOCK if think_block else "")
+        yield layout.question_end + (THINK_BLOCK if think_block else "")
         if turn.answer is None and number < len(dialogue.turns):
             raise ChatError(f"turn {number} has no assistant message")
         yield _Answer(turn.prefix, turn.answer)

@@ -11,9 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import pretrained
+from .encoders import encoder_family
 from .kv_cache import CACHE_NAMES
-
-LOW_FRAME_RATE = 8  # with `use_low_frame_rate`, the LLM receives the first 1/8 of the adaptor's frames
 
 # Qwen3-0.6B, the LLM of Fun-ASR-Nano.
 DEFAULT_LLM = {
@@ -123,8 +122,8 @@ class SpeechLLMConfig(PreTrainedConfig):
     """Configuration of `SpeechLLMForConditionalGeneration`; its defaults are the sizes of Fun-ASR-Nano.
 
     Args:
-        audio_encoder_config: config (or dict with `model_type`) of any encoder that `AutoModel` builds; default
-            `fun_asr_nano_encoder`, the SAN-M encoder. With a Whisper config, only Whisper's encoder is used.
+        audio_encoder_config: config (or dict with `model_type`) of an encoder in `encoders.FAMILIES`; default
+            `fun_asr_nano_encoder`, the SAN-M encoder. Of an encoder-decoder, only the encoder is used.
         audio_adaptor_config: `AudioAdaptorConfig` or dict.
         llm_config: config (or dict with `model_type`) of any LLM that `AutoModelForCausalLM` builds; default
             Qwen3-0.6B.
@@ -207,19 +206,20 @@ class SpeechLLMConfig(PreTrainedConfig):
         return self.audio_adaptor_config.downsample_rate
 
     @property
-    def encoder_downsample_rate(self) -> int:
-        """Feature frames per encoder frame: 2 for Whisper's strided convolution, 1 for SAN-M."""
-        return 2 if self.audio_encoder_config.model_type == "whisper" else 1
+    def encoder_lengths(self) -> dict[str, Any]:
+        """Options of the processor that give the number of encoder frames of a recording."""
+        encoder = self.audio_encoder_config
+        family = encoder_family(encoder)
+        convolutions = [list(convolution) for convolution in family.convolutions(encoder)]
+        lengths: dict[str, Any] = {"encoder_downsample_rate": family.downsample_rate}
+        if convolutions:
+            lengths |= {"encoder_convolutions": convolutions, "encoder_window": family.window(encoder)}
+        return lengths
 
     @property
     def max_feature_frames(self) -> int:
-        """Maximum number of feature frames per recording, limited by the encoder's position table.
-
-        SAN-M positions start at 1, so one entry of the table is unused. Whisper: 30 s.
-        """
-        if self.audio_encoder_config.model_type == "whisper":
-            return self.encoder_downsample_rate * self.audio_encoder_config.max_source_positions
-        return self.audio_encoder_config.max_position_embeddings - 1
+        """Maximum number of feature frames per recording, limited by the encoder's position table."""
+        return encoder_family(self.audio_encoder_config).max_frames(self.audio_encoder_config)
 
 
 def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

@@ -24,7 +24,9 @@ from transformers.utils import can_return_tuple
 from ..files import apply_umask
 from . import pretrained
 from .adaptors import AudioAdaptor
-from .configuration import LOW_FRAME_RATE, SpeechLLMConfig
+from .audio_lengths import LOW_FRAME_RATE
+from .configuration import SpeechLLMConfig
+from .encoders import build_encoder, encode, encoder_family
 from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
@@ -82,8 +84,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SpeechLLMConfig):
         super().__init__(config)
         _refuse_scaled_logits(config.llm_config)
-        encoder = AutoModel.from_config(config.audio_encoder_config)
-        self.audio_encoder = encoder.encoder if config.audio_encoder_config.model_type == "whisper" else encoder
+        self.audio_encoder = build_encoder(config.audio_encoder_config)
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
         # Tensors of the checkpoint that the model does not use: FunASR's CTC branch.
@@ -197,11 +198,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoder frames).
         """
         input_features = require_gradient(input_features, self.audio_encoder)
-        if self.config.audio_encoder_config.model_type == "whisper":
-            return self._run_whisper(input_features, input_features_mask)
-        packing = {} if frame_positions is None else {"frame_positions": frame_positions}
-        outputs = self.audio_encoder(input_features=input_features, input_features_mask=input_features_mask, **packing)
-        return outputs.last_hidden_state, input_features_mask
+        config = self.config.audio_encoder_config
+        return encode(self.audio_encoder, config, input_features, input_features_mask, frame_positions)
 
     def get_audio_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor
@@ -221,8 +219,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _audio_tokens(self, features, mask, states=None, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
         if states is None:
             states, mask = self.encode_audio(features, mask, positions)
-        if self.config.audio_encoder_config.model_type == "whisper":
-            positions = None  # positions of feature frames do not apply to Whisper's shorter encoder output
+        if not encoder_family(self.config.audio_encoder_config).packs:
+            positions = None  # positions of feature frames do not apply to a shorter encoder output
         if positions is not None:
             require_padding_free(self.audio_adaptor.config)
         tokens, lengths = self.audio_adaptor(require_gradient(states, self.audio_adaptor), mask, positions)
@@ -230,20 +228,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             lengths = (lengths + LOW_FRAME_RATE - 1) // LOW_FRAME_RATE
             tokens = tokens[:, : -(-tokens.shape[1] // LOW_FRAME_RATE)]
         return tokens, lengths
-
-    def _run_whisper(self, features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs Whisper's encoder, which requires 30 s: pads with the spectrogram of silence and cuts the output."""
-        frames = self.config.max_feature_frames
-        # Whisper clips log10 values at the recording's maximum minus 8, then divides by 4: silence is maximum minus 2.
-        mask = mask.bool()
-        silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
-        features = torch.where(mask.unsqueeze(-1), features, silence)
-        padding = silence.expand(-1, frames - features.shape[1], features.shape[2])
-        features = torch.cat([features, padding], dim=1).transpose(1, 2)
-        dtype = self.audio_encoder.conv1.weight.dtype
-        states = self.audio_encoder(features.to(dtype)).last_hidden_state
-        mask = mask[:, :: self.config.encoder_downsample_rate]
-        return states[:, : mask.shape[1]], mask
 
     @can_return_tuple
     def forward(

@@ -14,10 +14,20 @@ from transformers.processing_utils import ProcessingKwargs
 from transformers.tokenization_utils_base import TextInput
 
 from ..audio.decoders import MAX_RATE, MIN_RATE
-from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor, cacheable_features, encoder_input
+from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor
+from ..audio.front_ends import (
+    cacheable_features,
+    encoder_input,
+    pad_features,
+    reads_waveforms,
+    stacked_frames,
+    stored_width,
+)
 from ..audio.inputs import as_list
 from ..audio.waveform import load_audio
 from . import chat, pretrained
+from .audio_lengths import after_convolutions, check_convolutions, num_audio_tokens
+from .chat_layout import CHATML, ChatLayout
 from .configuration import SpeechLLMConfig
 
 MAX_DOWNSAMPLING = 1000  # frames merged into one, at most
@@ -32,12 +42,14 @@ class SpeechLLMProcessor(ProcessorMixin):
     """Combines feature extractor, tokenizer and dialogue format.
 
     Args:
-        feature_extractor: `FbankFeatureExtractor`, or Whisper's feature extractor for a Whisper encoder.
-        tokenizer: tokenizer of the LLM, with the tokens `<|im_start|>`, `<|im_end|>` and `audio_token`.
+        feature_extractor: `FbankFeatureExtractor`, or the feature extractor of the encoder.
+        tokenizer: tokenizer of the LLM, with `audio_token` and, without `chat_layout`, `<|im_start|>`, `<|im_end|>`.
         audio_token: placeholder for an audio token in `input_ids`.
-        downsample_rate, use_low_frame_rate, encoder_downsample_rate: frame rates; must equal the model's config.
+        downsample_rate, use_low_frame_rate, encoder_downsample_rate, encoder_convolutions, encoder_window: frame
+            rates; must equal the model's config, see `SpeechLLMConfig.encoder_lengths`.
         think_block: whether an empty thinking block precedes each answer (the original's `do_think: false`).
         system_prompt: whether dialogues start with a system prompt (the original's `sys_prompt`).
+        chat_layout: fields of `chat_layout.ChatLayout`; default: ChatML.
 
     Raises:
         ValueError: if an option has a wrong type or an impossible value, or the tokenizer lacks a token.
@@ -54,6 +66,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         encoder_downsample_rate: int = 1,
         think_block: bool = False,
         system_prompt: bool = True,
+        encoder_convolutions: list[list[int]] | None = None,
+        encoder_window: int = 0,
+        chat_layout: dict | None = None,
     ):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         rates = {"downsample_rate": downsample_rate, "encoder_downsample_rate": encoder_downsample_rate}
@@ -66,7 +81,10 @@ class SpeechLLMProcessor(ProcessorMixin):
         rate = feature_extractor.sampling_rate
         if type(rate) is not int or not MIN_RATE <= rate <= MAX_RATE:
             raise ValueError(f"sampling_rate is {str(rate)[:50]!r}; it must be from {MIN_RATE} to {MAX_RATE} Hz")
-        for token in (chat.TURN_START, chat.TURN_END, audio_token):
+        check_convolutions(encoder_convolutions, encoder_window)
+        self.layout = CHATML if chat_layout is None else ChatLayout.from_dict(chat_layout)
+        marks = (chat.TURN_START, chat.TURN_END) if chat_layout is None else (self.layout.answer_end,)
+        for token in (*marks, audio_token):
             if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
                 raise ValueError(
                     f"the tokenizer lacks {token}; add {token} as a special token, or use the tokenizer of the LLM"
@@ -78,6 +96,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         self.encoder_downsample_rate = encoder_downsample_rate
         self.think_block = think_block
         self.system_prompt = system_prompt
+        self.encoder_convolutions = encoder_convolutions
+        self.encoder_window = encoder_window
+        self.chat_layout = chat_layout
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> SpeechLLMProcessor:
@@ -95,11 +116,20 @@ class SpeechLLMProcessor(ProcessorMixin):
         """
         return pretrained.hub().push_processor(self, repo_id, private, token, **kwargs)
 
-    def num_audio_tokens(self, num_frames: int) -> int:
-        """Returns the number of audio tokens for a number of feature frames (encoder input)."""
-        return chat.num_audio_tokens(
-            num_frames, self.downsample_rate, self.use_low_frame_rate, self.encoder_downsample_rate
-        )
+    def num_audio_tokens(self, num_frames: int, encoded: bool = False) -> int:
+        """Returns the number of audio tokens for a number of feature frames (encoder input).
+
+        Args:
+            encoded: whether the frames are encoder frames (encoder output).
+        """
+        frames = num_frames if encoded else self._num_encoder_frames(num_frames)
+        return num_audio_tokens(frames, self.downsample_rate, self.use_low_frame_rate)
+
+    def _num_encoder_frames(self, num_frames: int) -> int:
+        if not self.encoder_convolutions:
+            return -(-num_frames // self.encoder_downsample_rate)
+        unit = stored_width(self.feature_extractor) if reads_waveforms(self.feature_extractor) else 1
+        return after_convolutions(num_frames * unit, self.encoder_convolutions, self.encoder_window)
 
     def tokenize(self, dialogue: chat.Dialogue, num_frames: Sequence[int]) -> chat.TokenizedDialogue:
         """Returns ids and labels of a dialogue.
@@ -110,7 +140,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         counts = [self.num_audio_tokens(frames) for frames in num_frames]
         if not self.system_prompt:
             dialogue = dataclasses.replace(dialogue, system=None)
-        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id, self.think_block)
+        return chat.tokenize(dialogue, self.tokenizer, counts, self.audio_token_id, self.think_block, self.layout)
 
     def __call__(
         self, audio: AudioInput | None = None, text: TextInput | list[TextInput] | None = None, **kwargs
@@ -182,7 +212,7 @@ class SpeechLLMProcessor(ProcessorMixin):
     def _render(self, dialogue: chat.Dialogue) -> str:
         if not self.system_prompt:
             dialogue = dataclasses.replace(dialogue, system=None)
-        return chat.render(dialogue, self.audio_token, self.think_block)
+        return chat.render(dialogue, self.audio_token, self.think_block, self.layout)
 
     def apply_chat_template(
         self,
@@ -334,8 +364,12 @@ class SpeechLLMProcessor(ProcessorMixin):
     @property
     def frame_seconds(self) -> float:
         """Seconds between two frames of the encoder's input: 0.06 with low-frame-rate stacking, otherwise 0.01."""
-        stacked = isinstance(self.feature_extractor, FbankFeatureExtractor)
-        return FRAME_SHIFT * (self.feature_extractor.stride_lfr if stacked else 1)
+        return FRAME_SHIFT * stacked_frames(self.feature_extractor)
+
+    @property
+    def encoder_frame_seconds(self) -> float:
+        """Seconds between two frames of the encoder's output, on average."""
+        return self.frame_seconds * 1_000_000 / self._num_encoder_frames(1_000_000)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -345,23 +379,6 @@ class SpeechLLMProcessor(ProcessorMixin):
 
 def _list_of(audio: Any) -> list:
     return as_list(audio)[0]
-
-
-def pad_features(features: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Pads the encoder's inputs of several recordings.
-
-    Args:
-        features: each of shape = (frames, feature size).
-
-    Returns:
-        `input_features`, shape = (recordings, longest, feature size), zero in padding, and `input_features_mask`.
-    """
-    lengths = torch.tensor([len(item) for item in features])
-    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(-1)
-    return {
-        "input_features": torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True),
-        "input_features_mask": mask.long(),
-    }
 
 
 class NoSpeechSeq2Seq:

@@ -71,8 +71,8 @@ def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[di
     """
     half, width = len(batch["input_ids"]) // 2, batch["input_ids"].shape[1]
     placeholders = int((batch["input_ids"][:half] == processor.audio_token_id).sum())
-    rate = processor.encoder_downsample_rate if "encoder_states" in batch else 1
-    counts = [processor.num_audio_tokens(rate * int(frames)) for frames in batch["input_features_mask"].sum(-1)]
+    encoded = "encoder_states" in batch
+    counts = [processor.num_audio_tokens(int(frames), encoded) for frames in batch["input_features_mask"].sum(-1)]
     recordings = int(np.searchsorted(np.cumsum([0, *counts]), placeholders))
     cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states"), recordings)
     cuts["audio_tokens"] = placeholders

@@ -28,8 +28,9 @@ class Progress:
 
     def __init__(self, accelerator: Accelerator, model: Any, processor: SpeechLLMProcessor, columns: Collection[str]):
         self.accelerator = accelerator
-        rate = processor.encoder_downsample_rate if "encoder_states" in columns else 1
-        self.frame_seconds = rate * processor.frame_seconds  # between two frames of the model's input
+        # Between two frames of the model's input.
+        encoded = "encoder_states" in columns
+        self.frame_seconds = processor.encoder_frame_seconds if encoded else processor.frame_seconds
         cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
         self.flops = None if is_native(model) else FlopCounter(model, cached)
         self.peak_flops = None if is_native(model) else peak_flops(accelerator.device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..audio.front_ends import stored_width
 from ..audio.waveform import AudioError
 from ..data.bad_rows import BadDataError, BadRow
 from ..data.collator import SpeechLLMCollator
@@ -49,7 +50,7 @@ class SkipUnreadableCollator:
         return {**build(good or [self._silence(rows[0])]), UNREADABLE_ROWS: unreadable}
 
     def _silence(self, row: dict[str, Any]) -> dict[str, Any]:
-        size = self.collator.processor.feature_extractor.feature_size
+        size = stored_width(self.collator.processor.feature_extractor)
         features = [np.zeros((frames, size), dtype=np.float32).tobytes() for frames in row["num_frames"]]
         return {**row, "features": features, "supervised": False}
 

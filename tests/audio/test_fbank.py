@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor
-from hf_speechllm.audio.fbank import cacheable_features, encoder_input, num_encoder_input_frames
+from hf_speechllm.audio.front_ends import cacheable_features, encoder_input, num_encoder_input_frames
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.model.chat import transcription_messages
 

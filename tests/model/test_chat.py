@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMProcessor
 from hf_speechllm.formats.composition import train_tokenizer
 from hf_speechllm.model import chat
+from hf_speechllm.model.audio_lengths import num_audio_tokens
 from hf_speechllm.model.chat import (
     AUDIO_TOKEN,
     IGNORE_INDEX,
@@ -405,19 +406,24 @@ def original_low_frame_rate(frames):
 
 def test_number_of_audio_tokens_equals_the_original_for_every_length():
     for frames in range(1, 20_001):
-        assert chat.num_audio_tokens(frames, 1, True) == original_low_frame_rate(frames)
+        assert num_audio_tokens(frames, 1, True) == original_low_frame_rate(frames)
         for rate in (1, 2, 3, 4, 8):
             stacked = (frames - 1) // rate + 1
-            assert chat.num_audio_tokens(frames, rate, False) == stacked
-            assert chat.num_audio_tokens(frames, rate, True) == original_low_frame_rate(stacked)
+            assert num_audio_tokens(frames, rate, False) == stacked
+            assert num_audio_tokens(frames, rate, True) == original_low_frame_rate(stacked)
 
 
-def test_encoder_downsampling_precedes_the_adaptor():
-    assert chat.num_audio_tokens(3000, 4, False, encoder_downsample_rate=2) == 375
-    assert chat.num_audio_tokens(7, 2, False, encoder_downsample_rate=2) == 2
-    assert chat.num_audio_tokens(7, 1, True, encoder_downsample_rate=2) == 1
-    assert chat.num_audio_tokens(7, 1, False, encoder_downsample_rate=2) == 4  # a last odd frame counts
-    assert chat.num_audio_tokens(9, 2, False, encoder_downsample_rate=2) == 3
+def test_encoder_downsampling_precedes_the_adaptor(parts):
+    def count(frames, *rates):
+        processor = copy.copy(parts[1])
+        processor.encoder_downsample_rate, processor.downsample_rate, processor.use_low_frame_rate = rates
+        return processor.num_audio_tokens(frames)
+
+    assert count(3000, 2, 4, False) == 375
+    assert count(7, 2, 2, False) == 2
+    assert count(7, 2, 1, True) == 1
+    assert count(7, 2, 1, False) == 4  # a last odd frame counts
+    assert count(9, 2, 2, False) == 3
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.model.chat import IGNORE_INDEX, num_audio_tokens, transcription_messages
+from hf_speechllm.audio.front_ends import pad_features
+from hf_speechllm.model.audio_lengths import num_audio_tokens
+from hf_speechllm.model.chat import IGNORE_INDEX, transcription_messages
 from hf_speechllm.model.loss import label_positions
 from hf_speechllm.model.modeling import PARTS
-from hf_speechllm.model.processing import pad_features
 
 pytestmark = pytest.mark.core
 

@@ -1,0 +1,184 @@
+"""Families of encoders: lengths, padding, gradients and saving are right for every family in the table."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.audio.front_ends import cacheable_features, num_encoder_input_frames, stored_width
+from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.model.chat import parse_messages, transcription_messages, transcription_prompt
+from hf_speechllm.model.encoders import FAMILIES
+
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+CONVOLUTIONS = {
+    "conv_dim": [8, 8, 8], "conv_kernel": [10, 8, 4], "conv_stride": [5, 8, 8],
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+NO_DROPOUT = {
+    "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0, "dropout": 0.0, "layerdrop": 0.0, "conformer_conv_dropout": 0.0,
+}  # fmt: skip
+WAVEFORMS = {**LAYERS, **CONVOLUTIONS, **NO_DROPOUT}
+# Every family, and variants that compute differently.
+ENCODERS = {
+    "fun_asr_nano_encoder": {**LAYERS, **NO_DROPOUT, "num_timestamp_prediction_layers": 1},
+    "whisper": {
+        "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_layers": 1,
+        "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "num_mel_bins": 20, "vocab_size": 50, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
+    },
+    "wav2vec2-bert": {**LAYERS, **NO_DROPOUT, "feature_projection_input_dim": 160, "conv_depthwise_kernel_size": 5},
+    "parakeet_encoder": {**LAYERS, **NO_DROPOUT, "num_mel_bins": 80, "subsampling_conv_channels": 4},
+    "qwen3_asr_encoder": {
+        "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 20,
+        "downsample_hidden_size": 4, "n_window_infer": 200,
+    },
+    "moonshine": {
+        "hidden_size": 16, "intermediate_size": 24, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1,
+        "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2, "encoder_num_key_value_heads": 2,
+        "decoder_num_key_value_heads": 2, "vocab_size": 50,
+    },
+    "hubert": WAVEFORMS,  # with group norm
+    "wavlm": {**WAVEFORMS, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_buckets": 8},
+    "wav2vec2": {**WAVEFORMS, "feat_extract_norm": "layer"},
+}  # fmt: skip
+
+
+def waveform(seconds, seed=0):
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * 16000)) / 16000
+    tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * time)
+    return (0.3 * tone + 0.05 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def pair(request, compose_tiny, tiny_config):
+    encoder = {"model_type": request.param, **ENCODERS[request.param]}
+    config = {**tiny_config(adaptor_type="linear", downsample_rate=2), "audio_encoder_config": encoder}
+    return compose_tiny(config, seed=1)
+
+
+def examples(processor, seconds):
+    dialogues = [
+        parse_messages(transcription_messages(b"", transcription_prompt(), f"one two {number}"))
+        for number in range(len(seconds))
+    ]
+    waves = [waveform(length, number) for number, length in enumerate(seconds)]
+    return [
+        processor.batch(dialogues[rows], waves[rows], True)
+        for rows in (slice(None), *(slice(row, row + 1) for row in range(len(seconds))))
+    ]
+
+
+def test_every_family_is_tested():
+    variants = {"wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat"}  # functions of wav2vec2's family
+    assert {*FAMILIES} == {*ENCODERS} | variants
+    assert {FAMILIES[name] for name in variants} == {FAMILIES["wav2vec2"]} == {FAMILIES["hubert"]}
+
+
+def test_the_model_fills_as_many_rows_as_the_processor_counts(pair):
+    model, processor = pair
+    waves = [waveform(seconds) for seconds in (0.03, 0.1, 0.113, 0.5, 0.997, 1.0, 1.001, 1.6, 2.05, 2.6)]
+    features = processor.extract_features(waves)
+    for wave, item in zip(waves, features, strict=True):
+        stored = cacheable_features(processor.feature_extractor, wave)
+        assert stored.shape[1] == stored_width(processor.feature_extractor)
+        assert len(item) == num_encoder_input_frames(processor.feature_extractor, len(stored))
+        with torch.no_grad():
+            states, mask = model.encode_audio(item.unsqueeze(0), torch.ones(1, len(item), dtype=torch.long))
+            tokens, counts = model.get_audio_features(item.unsqueeze(0), torch.ones(1, len(item), dtype=torch.long))
+        assert states.shape[1] == mask.shape[1] == int(mask.sum()), len(wave)
+        assert tokens.shape[1] == int(counts) == processor.num_audio_tokens(len(item)) > 0
+        assert processor.num_audio_tokens(states.shape[1], encoded=True) == int(counts)
+
+
+def test_a_padded_batch_equals_its_examples(pair):
+    model, processor = pair
+    batch, *single = examples(processor, (1.3, 0.4, 2.1, 0.4))
+    losses = []
+    gradients = []
+    for inputs in ([batch], single):
+        model.zero_grad()
+        total = sum(model(**item, num_items_in_batch=1).loss for item in inputs)
+        total.backward()
+        losses.append(total.item())
+        gradients.append({name: item.grad for name, item in model.named_parameters() if item.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    unused = [name for name, gradient in gradients[0].items() if gradient is None]
+    assert unused == []  # DDP would fail
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
+    model.zero_grad()
+
+
+def test_decoding_in_a_batch_equals_one_by_one(pair):
+    model, processor = pair
+    waves = [waveform(seconds, seed) for seed, seconds in enumerate((1.3, 0.4, 2.1))]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    inputs = processor.apply_transcription_request(waves)
+    together = processor.batch_decode(model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :])
+    for wave, text in zip(waves, together, strict=True):
+        alone = processor.apply_transcription_request([wave])
+        ids = model.generate(**alone, **options)[:, alone["input_ids"].shape[1] :]
+        assert processor.batch_decode(ids)[0] == text
+
+
+def test_saved_models_compute_the_same(pair, tmp_path):
+    model, processor = pair
+    for part in pair:
+        part.save_pretrained(tmp_path)
+    loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    again = SpeechLLMProcessor.from_pretrained(tmp_path)
+    batch = examples(processor, (0.7, 0.3))[0]
+    reread = examples(again, (0.7, 0.3))[0]
+    with torch.no_grad():
+        expected, found = model(**batch, return_logits=True), loaded(**reread, return_logits=True)
+    assert torch.equal(expected.logits, found.logits)
+
+
+def test_cached_states_and_tokens_replace_the_features(pair):
+    model, processor = pair
+    batch = examples(processor, (1.3, 0.4))[0]
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+        states, mask = model.encode_audio(batch["input_features"], batch["input_features_mask"])
+        tokens, counts = model.get_audio_features(batch["input_features"], batch["input_features_mask"])
+        text = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        cached = model(**text, encoder_states=states, input_features_mask=mask).loss.item()
+        assert cached == pytest.approx(expected, rel=1e-5)
+        audio = torch.cat([row[: int(count)] for row, count in zip(tokens, counts, strict=True)])
+        assert model(**text, audio_tokens=audio).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_unknown_encoders_are_refused():
+    with pytest.raises(ValueError, match=r"is a vit model; .*whisper, wav2vec2-bert"):
+        SpeechLLMForConditionalGeneration(SpeechLLMConfig(audio_encoder_config=AutoConfig.for_model("vit")))
+
+
+def test_augmentation_of_spectrograms_is_refused_for_waveforms(pair):
+    _, processor = pair
+    if "input_values" in processor.feature_extractor.model_input_names:
+        with pytest.raises(ValueError, match="reads waveforms"):
+            SpeechLLMCollator(processor, [lambda features, rng: features])
+    else:
+        SpeechLLMCollator(processor, [lambda features, rng: features])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_convolutions": [[3, 0, 1]]}, "encoder_convolutions"),
+        ({"encoder_convolutions": "3"}, "encoder_convolutions"),
+        ({"encoder_convolutions": [[3, 2]]}, "encoder_convolutions"),
+        ({"encoder_window": -1}, "encoder_window"),
+        ({"chat_layout": {"start": ""}}, "chat_layout"),
+    ],
+)
+def test_damaged_settings_of_a_processor_are_refused(parts, change, message):
+    processor = copy.copy(parts[1])
+    with pytest.raises(ValueError, match=message):
+        SpeechLLMProcessor(processor.feature_extractor, processor.tokenizer, **change)
