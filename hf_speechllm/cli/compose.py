@@ -7,6 +7,9 @@ hf-speechllm compose models/tiny \\
 # Whisper's encoder before a pretrained LLM
 hf-speechllm compose models/linear_adaptor \\
     --audio_encoder openai/whisper-small --llm Qwen/Qwen3-0.6B --output_dir exp/whisper_qwen/init
+
+The encoder may be part of a larger model (encoder-decoder, CTC, speech LLM); docs/training.md lists the families.
+Prompts use the chat template of the LLM. --llm may also be a GGUF file (needs the package gguf).
 """
 
 import argparse
@@ -30,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", required=True, help="folder for the model; must not exist")
     parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
-    parser.add_argument("--llm", help="pretrained LLM: folder or Hub id (default: random weights)")
+    parser.add_argument("--llm", help="pretrained LLM: folder, Hub id or GGUF file (default: random weights)")
     parser.add_argument("--tokenizer", help="tokenizer: folder or Hub id (default: tokenizer of the LLM)")
     parser.add_argument("--transcripts", nargs="+", help="Kaldi text files to train a new tokenizer on")
     parser.add_argument("--vocab_size", type=int, default=400, help="vocabulary size of the new tokenizer")
@@ -56,9 +59,11 @@ def compose_model(args: argparse.Namespace) -> None:
     config = yaml.safe_load(find_configuration(args.config, TRAINING).read_text(encoding="utf-8"))
 
     from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
 
     from ..formats.composition import compose, train_tokenizer
 
+    transformers_logging.set_verbosity_error()  # lists the weights of decoders, which are not used
     set_seed(args.seed)
     tokenizer = args.tokenizer or args.llm
     if args.transcripts:

@@ -161,7 +161,7 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
 
 
-def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
+def check_exportable(config: SpeechLLMConfig, processor: SpeechLLMProcessor, force: bool = False) -> None:
     """Refuses models that FunASR's class cannot represent, and, unless forced, models with different results there.
 
     Raises:
@@ -180,6 +180,8 @@ def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
         )
     if {adaptor.hidden_act, adaptor.projector_hidden_act} != {"relu"}:
         reasons.append(f"FunASR's adaptor uses ReLU, this one {adaptor.hidden_act} and {adaptor.projector_hidden_act}")
+    if processor.chat_layout is not None:
+        reasons.append("FunASR writes ChatML, this processor the chat template of another LLM")
     if reasons:
         raise CheckpointError("FunASR's layout does not support this model: " + "; ".join(reasons))
     if adaptor.downsample_rate != 1:
@@ -199,7 +201,7 @@ def write(checkpoint: Checkpoint, processor: SpeechLLMProcessor, folder: Path, f
     Raises:
         CheckpointError: see `check_exportable`.
     """
-    check_exportable(checkpoint.config, force)
+    check_exportable(checkpoint.config, processor, force)
     config = checkpoint.config
     state = to_funasr(checkpoint.tensors, config)
     check_ctc_tensors(checkpoint.ctc_tensors, "the CTC branch")

@@ -191,7 +191,9 @@ def read_processor(folder: Path, tokenizer, config: SpeechLLMConfig) -> SpeechLL
     )
 
 
-def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
+def check_exportable(
+    config: SpeechLLMConfig, force: bool = False, processor: SpeechLLMProcessor | None = None
+) -> None:
     """Refuses models that the native class cannot represent, and, unless forced, models with different results there.
 
     Raises:
@@ -212,6 +214,8 @@ def check_exportable(config: SpeechLLMConfig, force: bool = False) -> None:
             f"the native adaptor blocks have a quarter of the LLM's width ({llm.hidden_size // 4}), these have "
             f"{adaptor.intermediate_size}"
         )
+    if processor is not None and processor.chat_layout is not None:
+        reasons.append("the native processor writes ChatML, this one the chat template of another LLM")
     if reasons:
         raise CheckpointError("the native layout (fun_asr_nano) does not support this model: " + "; ".join(reasons))
     if config.use_low_frame_rate and not force:
@@ -235,7 +239,7 @@ def write(
         CheckpointError: see `check_exportable`; if tensors of the LLM have no name in the native class; or, unless
             forced, if the window of the front end differs from the native one.
     """
-    check_exportable(checkpoint.config, force)
+    check_exportable(checkpoint.config, force, processor)
     if processor is not None and not force:
         _check_window(processor.feature_extractor)
     tensors = {_to_native(name): tensor for name, tensor in checkpoint.tensors.items()}

@@ -54,10 +54,10 @@ def hub_id(name: str) -> str | None:
     return name
 
 
-def is_exportable(config: SpeechLLMConfig) -> bool:
+def is_exportable(config: SpeechLLMConfig, processor: SpeechLLMProcessor | None = None) -> bool:
     """Returns whether transformers' `fun_asr_nano` class computes the same results as this model."""
     try:
-        native.check_exportable(config)
+        native.check_exportable(config, processor=processor)
     except CheckpointError:
         return False
     return True
@@ -201,7 +201,7 @@ def write_model(
     if isinstance(checkpoint, FamilyCheckpoint):
         write_files(checkpoint, processor, folder, OWN, **options)
         return True
-    in_native = is_exportable(checkpoint.config)
+    in_native = is_exportable(checkpoint.config, processor)
     clean = dataclasses.replace(checkpoint, config=without_paths(checkpoint.config))
     write_files(clean, processor, folder, NATIVE if in_native else OWN, **options)
     if not in_native:
@@ -264,7 +264,7 @@ def push_processor(
             processor.save_pretrained(temporary)
             return upload(Path(temporary), repo_id, private, token, **commit)
         stock = isinstance(processor.feature_extractor, FbankFeatureExtractor) and not processor.use_low_frame_rate
-        stock = stock and processor.downsample_rate == 1
+        stock = stock and processor.downsample_rate == 1 and processor.chat_layout is None
         (native.native_processor(processor) if stock else processor).save_pretrained(temporary)
         return upload(Path(temporary), repo_id, private, token, **commit)
 

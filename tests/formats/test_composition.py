@@ -5,6 +5,9 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    ParakeetCTCConfig,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
     PreTrainedTokenizerFast,
     Qwen3Config,
     WhisperConfig,
@@ -12,8 +15,12 @@ from transformers import (
     WhisperModel,
 )
 
+from hf_speechllm.formats.checkpoint import Checkpoint, CheckpointError
 from hf_speechllm.formats.composition import PAD_TOKEN, SPECIAL_TOKENS, compose, train_tokenizer
+from hf_speechllm.formats.loading import write_checkpoint
+from hf_speechllm.hub.upload import is_exportable
 from hf_speechllm.model import chat
+from hf_speechllm.model.chat_layout import CHATML
 
 
 @pytest.fixture
@@ -102,3 +109,39 @@ def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, t
         assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
     assert isinstance(processor.feature_extractor, WhisperFeatureExtractor)
     assert processor.encoder_downsample_rate == 2
+
+
+def test_the_encoder_of_a_larger_model_is_taken_without_random_skips(tokenizer, config, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    encoder = {**sizes, "layerdrop": 0.1, "subsampling_conv_channels": 4, "num_mel_bins": 40}
+    published = ParakeetForCTC(ParakeetCTCConfig(encoder_config=encoder, vocab_size=20))
+    published.save_pretrained(tmp_path / "parakeet")
+    ParakeetFeatureExtractor(feature_size=40).save_pretrained(tmp_path / "parakeet")
+    model, processor = compose(config, tokenizer, audio_encoder=str(tmp_path / "parakeet"))
+    for name, tensor in published.encoder.state_dict().items():
+        assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
+    assert isinstance(processor.feature_extractor, ParakeetFeatureExtractor)
+    assert processor.encoder_convolutions == [[3, 2, 1]] * 3
+    assert model.audio_encoder.layerdrop == 0
+
+    for part in (model, processor):  # the encoder of a composed model again
+        part.save_pretrained(tmp_path / "ours")
+    again, _ = compose(config, tokenizer, audio_encoder=str(tmp_path / "ours"))
+    for name, tensor in published.encoder.state_dict().items():
+        assert torch.equal(again.audio_encoder.state_dict()[name], tensor), name
+
+
+def test_models_without_a_known_encoder_are_refused(tokenizer, config, tmp_path):
+    Qwen3Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a qwen3 model; encoders that are supported: fun_asr_nano_encoder, whi"):
+        compose(config, tokenizer, audio_encoder=str(tmp_path))
+
+
+def test_other_formats_refuse_the_chat_template_of_another_llm(make_model, tmp_path):
+    model, processor = make_model(adaptor={"use_low_frame_rate": False})
+    processor.chat_layout = CHATML.to_dict()
+    checkpoint = Checkpoint.of(model)
+    for layout in ("native", "funasr"):
+        with pytest.raises(CheckpointError, match="the chat template of another LLM"):
+            write_checkpoint(checkpoint, processor, tmp_path / layout, layout, force=True)
+    assert is_exportable(model.config) and not is_exportable(model.config, processor)
