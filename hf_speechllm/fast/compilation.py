@@ -17,6 +17,8 @@ LAYERS_PER_GRAPH = 2
 # Limit of torch.compile for the variants of one function: first or last layers, trained or frozen, training or
 # validation.
 VARIANTS = 64
+# Layers that return other values beside the hidden states; these stay uncompiled.
+RETURN_TUPLES = ("Qwen3ASRAudioEncoderLayer", "WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm")
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_classes: Collection[str] = ()) -> int:
@@ -46,7 +48,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_cla
     graphs = 0
     for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers or len(layers) < len(stack):
+        if not layers or len(layers) < len(stack) or type(layers[0]).__name__ in RETURN_TUPLES:
             continue
         max_size = 1 if type(layers[0]).__name__ in single_layer_classes else LAYERS_PER_GRAPH
         size = max(number for number in range(1, max_size + 1) if len(layers) % number == 0)

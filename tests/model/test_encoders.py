@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.audio.front_ends import cacheable_features, num_encoder_input_frames, stored_width
 from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.fast.compilation import compile_layers
 from hf_speechllm.model.chat import parse_messages, transcription_messages, transcription_prompt
 from hf_speechllm.model.encoders import FAMILIES
 
@@ -152,6 +153,17 @@ def test_cached_states_and_tokens_replace_the_features(pair):
         assert cached == pytest.approx(expected, rel=1e-5)
         audio = torch.cat([row[: int(count)] for row, count in zip(tokens, counts, strict=True)])
         assert model(**text, audio_tokens=audio).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_that_return_tuples_are_not_compiled(pair):
+    model = copy.deepcopy(pair[0])
+    layers = getattr(model.audio_encoder, "layers", None) or model.audio_encoder.encoder.layers
+    with torch.no_grad():
+        returned: list = []
+        layers[0].register_forward_hook(lambda layer, inputs, output: returned.append(type(output)))
+        model(**examples(pair[1], (0.6, 0.3))[0])
+    compile_layers(model, "eager")
+    assert ("forward" in vars(layers[0])) == (returned[0] is torch.Tensor)
 
 
 def test_unknown_encoders_are_refused():
