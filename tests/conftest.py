@@ -328,6 +328,7 @@ def make_trainer(split_options, tiny_rows):
         processor = SpeechLLMProcessor.from_pretrained(loaded.model_name_or_path)
         if model is None:
             model = SpeechLLMForConditionalGeneration.from_pretrained(loaded.model_name_or_path, dtype=torch.float32)
+        model.audio_token_dropout = tuned.audio_token_dropout
         freeze_parts(model, tuned.freeze_audio_encoder, tuned.freeze_audio_adaptor, tuned.freeze_llm)
         if tuned.use_lora:
             model = add_lora(model, tuned.lora_r, tuned.lora_alpha, tuned.lora_dropout, tuned.lora_target_modules)

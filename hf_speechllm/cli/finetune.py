@@ -13,6 +13,8 @@ hf-speechllm finetune --auto --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-
     --train_file data/train.jsonl --validation_file data/dev.jsonl --output_dir exp/auto
 
 CONFIG is a YAML file, or the name of a file of the package: few_hours, lora, adaptor_only, ...
+With a list `stages` in the file, one command runs several stages, each from the model of the previous one; see
+docs/training.md.
 Options of the command line override the file. The same command from a checkout is
 `accelerate launch [--config_file FILE] recipes/finetune.py [CONFIG] ...`.
 """
@@ -27,6 +29,7 @@ from .exiting import skip_teardown
 from .launch import launch, split_launch_options
 from .parser import command_line, prog, report
 from .plan import apply_plan
+from .stages import find_stages, run_stages
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,24 @@ def main() -> None:
     # Shapes differ between batches: expandable segments avoid fragmentation of the GPU memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     launch_options, argv = split_launch_options(command_line()[1])
+    try:
+        stages = find_stages(argv)
+        if stages is not None:
+            if AUTO in argv:
+                raise ValueError(f"{AUTO} plans a single run; leave it out for a configuration with stages")
+            run_stages(stages, check_command_line, lambda command: finetune(launch_options, command))
+            return
+    except (OSError, ValueError) as error:
+        sys.exit(f"{prog()}: error: {error}")
+    finetune(launch_options, argv)
+
+
+def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
+    """Trains a model.
+
+    Args:
+        launch_options, argv: results of `split_launch_options`.
+    """
     plans, argv = AUTO in argv, [word for word in argv if word != AUTO]
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
         from ..data.file_lists import expand_paths

@@ -89,6 +89,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
         # Tensors of the checkpoint that the model does not use: FunASR's CTC branch.
         self.ctc_tensors: dict[str, torch.Tensor] = {}
+        self.audio_token_dropout = 0.0  # share of audio tokens that training replaces by zeros
         self.post_init()
         # Units that FSDP gathers: layers of the LLM, and encoder and adaptor as a whole, because one gather per small
         # layer makes the host the bottleneck. FSDP fails on the name of a class that the model does not contain.
@@ -348,6 +349,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         index = recording * tokens.shape[1] + order - (ends - lengths)[recording]
         audio = tokens.flatten(0, 1)[index.clamp(0, tokens.shape[0] * tokens.shape[1] - 1)]
         audio = audio.view(*placeholders.shape, -1).to(inputs_embeds.dtype)
+        if self.training and self.audio_token_dropout:
+            kept = torch.rand(placeholders.shape, device=audio.device) >= self.audio_token_dropout
+            audio = audio * kept.unsqueeze(-1)
         return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
 
 

@@ -116,6 +116,7 @@ def load_model(options: FinetuningOptions) -> Any:
         dtype=torch.float32,
         attn_implementation=options.model.attn_implementation,
     )
+    model.audio_token_dropout = parts.audio_token_dropout
     freeze_parts(model, parts.freeze_audio_encoder, parts.freeze_audio_adaptor, parts.freeze_llm)
     if parts.use_lora:
         model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)

@@ -30,6 +30,8 @@ def check_options(options: FinetuningOptions) -> None:
             "--freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm freeze all parts; train a part, or add "
             "--use_lora"
         )
+    if not 0 <= parts.audio_token_dropout < 1:
+        raise ValueError(f"--audio_token_dropout is {parts.audio_token_dropout:g}; it must be at least 0 and below 1")
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
             "--streaming has no epochs, because the number of rows is unknown; set a number of steps with --max_steps"

@@ -27,6 +27,9 @@ class TrainedPartsOptions:
         [],
         "Do not train parameters whose names start with one of these, here or in FunASR: audio_encoder.layers.0, ...",
     )
+    audio_token_dropout: float = option(
+        0.0, "Share of audio tokens that are replaced by zeros in training, at random; not rescaled."
+    )
     use_lora: bool = option(False, "Train low-rank adapters (peft) instead of the weights of the LLM.")
     lora_r: int = option(16, "Rank of the adapters.")
     lora_alpha: int = option(32, "Scale of the adapters: updates are multiplied by lora_alpha / lora_r.")

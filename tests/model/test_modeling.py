@@ -20,7 +20,7 @@ from transformers import (
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.audio.front_ends import pad_features
 from hf_speechllm.model.audio_lengths import num_audio_tokens
-from hf_speechllm.model.chat import IGNORE_INDEX, transcription_messages
+from hf_speechllm.model.chat import IGNORE_INDEX, parse_messages, transcription_messages, transcription_prompt
 from hf_speechllm.model.loss import label_positions
 from hf_speechllm.model.modeling import PARTS
 
@@ -479,3 +479,24 @@ def test_import_loads_neither_training_nor_optional_libraries():
     own = ("cli", "training", "inference", "evaluation", "data", "hub")
     others = ("torchaudio", "datasets", "accelerate", "peft", "deepspeed", "evaluate", "av", "soundfile", "matplotlib")
     assert not loaded & {*(f"hf_speechllm.{name}" for name in own), *others}
+
+
+def test_dropout_of_audio_tokens_replaces_whole_tokens_in_training_alone(compose_tiny, waveforms):
+    model, processor = compose_tiny(seed=3)
+    dialogue = parse_messages(transcription_messages(b"", transcription_prompt(), "one"))
+    batch = processor.batch([dialogue] * 3, waveforms[:3], True)
+    seen = []
+    model.llm.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].detach()), with_kwargs=True
+    )
+    audio = batch["input_ids"] == processor.audio_token_id
+    model.audio_token_dropout = 0.5
+    torch.manual_seed(0)
+    for mode in (False, True):
+        model.train(mode)
+        model(**batch)
+    kept, dropped = seen
+    zero = (dropped == 0).all(-1)
+    assert not (kept == 0).all(-1).any()
+    assert not zero[~audio].any() and 0.3 < zero[audio].float().mean() < 0.7
+    assert torch.equal(dropped[~zero], kept[~zero])

@@ -205,6 +205,9 @@ MATRIX = {
     "dropout of the model": edit(
         "reported", "attention_dropout 0.0 -> 0.1", set_on("model.config.llm_config.attention_dropout", 0.1)
     ),
+    "dropout of audio tokens": option(
+        "reported", "--audio_token_dropout 0.0 -> 0.3", audio_token_dropout=0.3
+    ),
     "dropout of LoRA": option("reported", "--lora_dropout 0.05 -> 0.2", lora_dropout=0.2),
     # Validation, saving, faults
     "validation rows": edit(
