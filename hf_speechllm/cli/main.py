@@ -18,6 +18,7 @@ VERBS = {
     "decode": "transcribes recordings",
     "normalize": "normalizes transcripts before scoring",
     "score": "computes error rates and writes a report",
+    "synthesize": "makes synthetic training speech with installed engines",
     "compose": "composes a new model from an audio encoder, an adaptor and an LLM",
     "convert": "converts a checkpoint between formats",
     "average": "averages checkpoints of a run",

@@ -1,0 +1,131 @@
+"""Make synthetic training speech: texts, spoken by installed engines with many voices, rates and pitches.
+
+# Your own texts, one sentence per line
+hf-speechllm synthesize --texts sentences.txt --output_dir data/synthetic --engines espeak=0.85 flite=0.15
+
+# Texts sampled from an LLM, 60,000 rows
+hf-speechllm synthesize --llm Qwen/Qwen3-0.6B --num_texts 60000 --output_dir data/synthetic
+
+Writes tar shards for `finetune --train_file 'data/synthetic/*.tar'`. The command continues after an interruption.
+Engines are commands: espeak (eSpeak NG: apt install espeak-ng), flite (English), piper (pip install piper-tts, with
+voices in --piper_voices), or your own with --command.
+
+Synthetic speech teaches a new adaptor which sounds belong to which tokens. It does not replace real recordings: the
+voices of rule-based engines sound like no speaker. Train on real speech afterwards, and validate on real speech only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .parser import Parser, prog, show_log
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--output_dir", required=True, help="folder for the shards")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--texts", help="file with one text per line")
+    source.add_argument("--llm", help="LLM from which texts are sampled: folder, Hub id or GGUF file")
+    parser.add_argument("--num_texts", type=int, default=10_000, help="number of texts to sample from the LLM")
+    parser.add_argument("--text_prompt", default="", help="beginning of every sampled text (default: none)")
+    parser.add_argument("--num_rows", type=int, help="number of rows (default: one per text; more: texts repeat)")
+    parser.add_argument("--language", default="en", help="language of the voices: en, cmn, de, ...")
+    parser.add_argument(
+        "--engines", nargs="+", default=["espeak"], metavar="NAME[=SHARE]", help="engines and their shares of the rows"
+    )
+    parser.add_argument("--piper_voices", help="folder with voices of Piper: NAME.onnx and NAME.onnx.json")
+    parser.add_argument(
+        "--command",
+        nargs="+",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="further engines: command lines with {text} (file) and {wav}, and if possible {voice}, {rate}, {pitch}",
+    )
+    parser.add_argument(
+        "--voices", nargs="+", default=["default"], help="voices of the engines of --command (default: one)"
+    )
+    parser.add_argument("--prompt", help="user's text of every row (default: Fun-ASR's transcription prompt)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of texts, engines, voices, rates and pitches")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows in a shard")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of rows that fail")
+    args = parser.parse_args()
+    for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}; it must be at least 0")
+    show_log()
+    try:
+        synthesize_rows(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{prog()}: error: {error}")
+
+
+def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns the share of each engine, with a sum of 1, and the command lines of further engines.
+
+    Raises:
+        ValueError: if an engine is unknown or a share is invalid.
+    """
+    from ..data.synthesis import ENGINES
+
+    own = dict(item.split("=", 1) for item in commands if "=" in item)
+    if len(own) < len(commands) or any("{wav}" not in command for command in own.values()):
+        raise ValueError("--command must be NAME=COMMAND, and the command must contain {wav}")
+    given = {name: share for name, _, share in (item.partition("=") for item in engines)}
+    for name in given.keys() - {*ENGINES, *own}:
+        raise ValueError(f"--engines {name}: unknown engine; choose from {', '.join([*ENGINES, *own])}")
+    try:
+        shares = {name: float(share or 1) for name, share in given.items()}
+    except ValueError:
+        shares = {}
+    if not shares or not all(0 < share < float("inf") for share in shares.values()):
+        raise ValueError("--engines must be NAME or NAME=SHARE, with shares above 0")
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}, {name: own[name] for name in own.keys() & shares}
+
+
+def synthesize_rows(args: argparse.Namespace) -> None:
+    """Reads or samples the texts, and writes the shards."""
+    from ..data.synthesis import Plan, clean_texts, synthesize, voices_of
+    from ..files import atomic_write
+    from ..model.chat import transcription_prompt
+
+    shares, commands = shares_of(args.engines, args.command)
+    voices = voices_of([name for name in shares if name not in commands], args.language, args.piper_voices)
+    voices.update(dict.fromkeys(commands, args.voices))
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.texts is not None:
+        lines = Path(args.texts).read_text(encoding="utf-8").splitlines()
+        texts = [" ".join(line.split()) for line in lines if line.strip()]
+    else:
+        file = folder / "texts.txt"
+        if not file.is_file():
+            from ..inference.text_sampling import sample_sentences
+
+            def show(count: int) -> None:
+                logger.info("%d of %d texts", min(count, args.num_texts), args.num_texts)
+
+            sampled = sample_sentences(args.llm, args.num_texts, clean_texts, args.text_prompt, args.seed, show)
+            with atomic_write(file) as opened:
+                opened.writelines(f"{text}\n" for text in sampled)
+        texts = file.read_text(encoding="utf-8").splitlines()
+    if not texts:
+        raise ValueError(f"{args.texts}: no texts")
+    prompt = transcription_prompt(prompt=args.prompt)
+    plan = Plan(texts, args.num_rows or len(texts), voices, shares, prompt, args.seed, args.rows_per_shard, commands)
+    logger.info("%d rows, %s voices", plan.num_rows, {name: len(found) for name, found in voices.items()})
+    hours = 0.0
+    for shard, seconds in synthesize(plan, folder, args.num_workers, args.max_bad_fraction):
+        hours += seconds / 3600
+        logger.info("shard %d of %d: %.2f h of new speech", shard + 1, plan.num_shards, hours)
+    logger.info("%s: %d shards", folder, plan.num_shards)

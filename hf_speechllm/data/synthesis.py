@@ -1,0 +1,313 @@
+"""Synthetic training speech: texts spoken by installed engines with many voices, written as tar shards.
+
+Each row depends on the seed and its number alone: engine, voice, rate and pitch. A shard appears when it is complete,
+so an interrupted run continues with the missing shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shlex
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from ..audio.waveform import AudioError, load_audio
+from ..files import atomic_write
+from ..model.chat import transcription_messages
+from .bad_rows import BadDataError, BadRows
+from .kaldi import speech_length
+
+SAMPLING_RATE = 16000  # Hz, of the shards
+RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
+TIMEOUT = 120.0  # seconds for one row
+SETTINGS_FILE = "synthesis.json"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A speech synthesizer that is a command.
+
+    Args:
+        program: name of the command.
+        voices: returns the voices for a language; an argument of `command`.
+        command: returns the command line: voice, factor of the rate, factor of the pitch, text file, WAV file.
+    """
+
+    program: str
+    voices: Callable[[str, str | None], list[str]]
+    command: Callable[[str, float, float, str, str], list[str]]
+
+
+def _table(program: str, option: str) -> list[list[str]]:
+    """Returns the words of each line that a program prints for an option."""
+    result = subprocess.run([program, option], capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def _espeak_voices(language: str, folder: str | None) -> list[str]:
+    """Returns every accent of the language with every variant; without voices that need MBROLA."""
+    # Columns: priority, language, gender, name, file.
+    listed = _table("espeak-ng", f"--voices={language}")[1:]
+    accents = dict.fromkeys(words[1] for words in listed if not words[4].startswith(("mb/", "!v/")))
+    variants = [words[4].removeprefix("!v/") for words in _table("espeak-ng", "--voices=variant")[1:]]
+    return [f"{accent}+{variant}" for accent in accents for variant in variants]
+
+
+def _flite_voices(language: str, folder: str | None) -> list[str]:
+    if language.partition("-")[0] != "en":
+        return []
+    listed = [words for words in _table("flite", "-lv") if words[:2] == ["Voices", "available:"]]
+    # Voices `*_time` only tell the time.
+    return [voice for words in listed for voice in words[2:] if not voice.endswith("_time")]
+
+
+def _piper_voices(language: str, folder: str | None) -> list[str]:
+    """Returns MODEL#SPEAKER for every speaker of the models (`*.onnx` with `*.onnx.json`) in a folder."""
+    voices = []
+    for file in sorted(Path(folder).glob("*.onnx")) if folder else ():
+        config = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))
+        code = str(config.get("language", {}).get("code") or config.get("espeak", {}).get("voice", ""))
+        if re.split("[-_]", code)[0] == language.partition("-")[0]:
+            voices += [f"{file}#{speaker}" for speaker in range(config.get("num_speakers", 1))]
+    return voices
+
+
+def _espeak(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    # 175 words per minute and pitch 50 of 0 to 99 are the defaults.
+    values = ["-s", str(round(175 * rate)), "-p", str(min(99, round(50 * pitch)))]
+    return ["espeak-ng", "-v", voice, *values, "-f", text, "-w", wav]
+
+
+def _flite(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    values = ["--setf", f"duration_stretch={1 / rate:.3f}", "--setf", f"f0_shift={pitch:.3f}"]
+    return ["flite", "-voice", voice, *values, "-f", text, "-o", wav]
+
+
+def _piper(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    """Piper has no pitch, and reads the text from standard input; its samples differ from run to run."""
+    model, speaker = voice.rsplit("#", 1)
+    return ["piper", "-m", model, "-s", speaker, "--length_scale", f"{1 / rate:.3f}", "-f", wav]
+
+
+ENGINES = {
+    "espeak": Engine("espeak-ng", _espeak_voices, _espeak),
+    "flite": Engine("flite", _flite_voices, _flite),
+    "piper": Engine("piper", _piper_voices, _piper),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to synthesize.
+
+    Args:
+        texts: texts; row i speaks text i modulo their number.
+        num_rows: number of rows.
+        voices: voices of each engine.
+        shares: share of the rows of each engine, by engine; the sum is 1.
+        prompt: user's text of every row, see `chat.transcription_prompt`.
+        seed: seed of engine, voice, rate and pitch of every row.
+        rows_per_shard: number of rows in a shard.
+        commands: command lines of further engines, with `{voice}`, `{rate}`, `{pitch}`, `{text}` (file) and `{wav}`.
+    """
+
+    texts: Sequence[str]
+    num_rows: int
+    voices: Mapping[str, Sequence[str]]
+    shares: Mapping[str, float]
+    prompt: str
+    seed: int = 0
+    rows_per_shard: int = 1000
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def choose(self, row: int) -> tuple[str, str, float, float]:
+        """Returns engine, voice, factor of the rate and factor of the pitch of a row."""
+        rng = np.random.default_rng([self.seed, row])
+        engine = str(rng.choice(list(self.shares), p=list(self.shares.values())))
+        voice = self.voices[engine][int(rng.integers(len(self.voices[engine])))]
+        rate, pitch = (float(np.exp(rng.uniform(*np.log(limits)))) for limits in (RATES, PITCHES))
+        return engine, voice, round(rate, 3), round(pitch, 3)
+
+
+def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
+    """Synthesizes a row.
+
+    Args:
+        folder: folder for temporary files.
+
+    Returns:
+        The waveform at `SAMPLING_RATE`, shape = (samples,).
+
+    Raises:
+        AudioError: if the engine fails, or its recording is not usable.
+    """
+    engine, voice, rate, pitch = plan.choose(row)
+    text, wav = folder / "text.txt", folder / "speech.wav"
+    content = plan.texts[row % len(plan.texts)]
+    text.write_text(content + "\n", encoding="utf-8")
+    wav.unlink(missing_ok=True)
+    if engine in plan.commands:
+        values = {"voice": voice, "rate": rate, "pitch": pitch, "text": text, "wav": wav}
+        command = [word.format(**values) for word in shlex.split(plan.commands[engine])]
+    else:
+        command = ENGINES[engine].command(voice, rate, pitch, str(text), str(wav))
+    try:
+        result = subprocess.run(command, input=content.encode(), capture_output=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AudioError(f"{engine}, voice {voice}: {error}") from error
+    if result.returncode or not wav.is_file():
+        reason = " ".join(result.stderr.decode(errors="replace").split())[-200:] or "no recording"
+        raise AudioError(f"{engine}, voice {voice}: exit status {result.returncode}: {reason}")
+    waveform = load_audio(str(wav), SAMPLING_RATE)
+    if speech_length(len(waveform), SAMPLING_RATE) < 10 or not np.abs(waveform).max() > 0:
+        raise AudioError(f"{engine}, voice {voice}: silence")
+    return waveform
+
+
+def write_shard(plan: Plan, shard: int, path: Path) -> tuple[float, list[tuple[int, str]]]:
+    """Synthesizes the rows of a shard and writes a tar file, which `data.shards` reads.
+
+    Returns:
+        Seconds of speech, and the number and reason of each failed row.
+    """
+    seconds, failed = 0.0, []
+    rows = range(shard * plan.rows_per_shard, min((shard + 1) * plan.rows_per_shard, plan.num_rows))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        atomic_write(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w") as tar,
+    ):
+        for row in rows:
+            try:
+                waveform = speak(plan, row, Path(folder))
+            except AudioError as error:
+                failed.append((row, str(error)))
+                continue
+            seconds += len(waveform) / SAMPLING_RATE
+            _add(tar, plan, row, waveform)
+    return seconds, failed
+
+
+def _add(tar: tarfile.TarFile, plan: Plan, row: int, waveform: np.ndarray) -> None:
+    audio = io.BytesIO()
+    soundfile.write(audio, waveform, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    messages = transcription_messages(f"{row:08d}.flac", plan.prompt, plan.texts[row % len(plan.texts)])
+    names = ("engine", "voice", "rate", "pitch")
+    record = {
+        "messages": messages,
+        "speech_length": speech_length(len(waveform), SAMPLING_RATE),
+        "synthesis": dict(zip(names, plan.choose(row), strict=True)),
+    }
+    for suffix, data in (("flac", audio.getvalue()), ("json", json.dumps(record, ensure_ascii=False).encode())):
+        member = tarfile.TarInfo(f"{row:08d}.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def synthesize(
+    plan: Plan, output_dir: Path, num_workers: int = 1, max_bad_fraction: float = 0.01
+) -> Iterator[tuple[int, float]]:
+    """Writes the missing shards `shard-N.tar` of a plan, several at once.
+
+    Args:
+        output_dir: folder; must exist.
+        num_workers: number of processes.
+        max_bad_fraction: largest share of rows that fail.
+
+    Yields:
+        Number of each new shard, and its seconds of speech.
+
+    Raises:
+        ValueError: if the folder contains shards of another plan.
+        BadDataError: if more rows fail.
+    """
+    _check_settings(plan, output_dir)
+    bad_rows = BadRows(max_bad_fraction)
+    paths = {shard: output_dir / f"shard-{shard:05d}.tar" for shard in range(plan.num_shards)}
+    missing = [shard for shard, path in paths.items() if not path.is_file()]
+    with ProcessPoolExecutor(max(1, min(num_workers, len(missing)))) as pool:
+        jobs = {shard: pool.submit(write_shard, plan, shard, paths[shard]) for shard in missing}
+        try:
+            for shard, job in jobs.items():
+                seconds, failed = job.result()
+                for row, reason in failed:
+                    bad_rows.add(str(paths[shard]), row, reason)
+                if len(bad_rows) > max_bad_fraction * plan.num_rows:
+                    bad_rows.check(plan.num_rows)
+                yield shard, seconds
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    bad_rows.check(plan.num_rows)
+
+
+def _check_settings(plan: Plan, output_dir: Path) -> None:
+    settings = {
+        **{name: value for name, value in vars(plan).items() if name not in ("texts", "voices")},
+        "texts": hashlib.blake2b("\n".join(plan.texts).encode(), digest_size=16).hexdigest(),
+        "voices": {engine: len(voices) for engine, voices in plan.voices.items()},
+    }
+    file = output_dir / SETTINGS_FILE
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
+        raise ValueError(f"{file}: the folder contains speech with other settings; choose another --output_dir")
+    with atomic_write(file) as opened:
+        json.dump(settings, opened, indent=1, ensure_ascii=False)
+
+
+def clean_texts(lines: Sequence[str], min_words: int = 2, max_words: int = 30) -> list[str]:
+    """Returns sentences that an engine can read: without markup, addresses and repetitions of other lines.
+
+    A Chinese character counts as a word.
+
+    Args:
+        lines: texts, each of one or several sentences.
+        min_words, max_words: length of a sentence.
+    """
+    found: dict[str, None] = {}
+    for line in lines:
+        for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”'])\s+|(?<=[。！？])", line):
+            text = " ".join(sentence.split())
+            words = len(re.findall(r"[\u4e00-\u9fff]|[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", text))
+            plain = re.fullmatch(r"[\w\s.,!?;:'’\"“”()%$€£。，！？、；：-]+", text) and "_" not in text
+            if plain and min_words <= words <= max_words and re.search(r"[.!?。！？][\"”']?$", text):
+                found.setdefault(text)
+    return list(found)
+
+
+def voices_of(engines: Iterable[str], language: str, folder: str | None) -> dict[str, list[str]]:
+    """Returns the voices of engines for a language.
+
+    Args:
+        engines: names of engines in `ENGINES`.
+        language: ISO code, for example `en` or `cmn`.
+        folder: folder with voices of Piper.
+
+    Raises:
+        BadDataError: if an engine is not installed or has no voice for the language.
+    """
+    found = {}
+    for name in engines:
+        program = ENGINES[name].program
+        try:
+            found[name] = ENGINES[name].voices(language, folder)
+        except (OSError, ValueError) as error:
+            raise BadDataError(f"--engines {name}: {program} cannot be used: {error}") from error
+        if not found[name]:
+            raise BadDataError(f"--engines {name}: {program} has no voice for the language {language!r}")
+    return found

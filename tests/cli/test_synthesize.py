@@ -1,0 +1,214 @@
+"""Synthetic speech: shards that training reads, the same for the same seed, continued after an interruption."""
+
+import json
+import os
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from hf_speechllm.audio.waveform import load_audio
+from hf_speechllm.data import synthesis
+from hf_speechllm.data.shards import read_shard, shards_of
+from hf_speechllm.data.synthesis import Plan, clean_texts, voices_of
+from hf_speechllm.formats.composition import train_tokenizer
+from hf_speechllm.inference import text_sampling
+from hf_speechllm.inference.text_sampling import sample_sentences
+
+# Writes one second per letter at 8 kHz; the pitch depends on the voice. Fails for the text "fail".
+ENGINE = """
+import math, struct, sys, wave
+text, voice, rate, wav = sys.argv[1:]
+words = open(text, encoding="utf-8").read().strip()
+if words == "fail":
+    sys.exit("cannot speak")
+samples = [int(9000 * math.sin(0.01 * (5 + len(voice)) * n)) for n in range(int(800 * len(words) / float(rate)))]
+with wave.open(wav, "wb") as file:
+    file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000)
+    file.writeframes(struct.pack(f"<{len(samples)}h", *samples))
+"""
+# Prints lists as the commands do, and records the options with which it speaks.
+COMMANDS = """#!{python}
+import sys
+name, options = "{name}", sys.argv[1:]
+if options[0] == "-lv":
+    print("Voices available: kal awb_time slt ")
+elif options[0] == "--voices=variant":
+    print("Pty Language Gender VoiceName File\\n 5 variant --/M f1 !v/f1\\n 5 variant --/M m3 !v/m3")
+elif options[0].startswith("--voices"):
+    print("Pty Language Gender VoiceName File\\n 2 en-gb --/M English gmw/en\\n 5 en-us --/M us-mbrola mb/mb-us2")
+    print(" 2 en-us --/M American gmw/en-US\\n 5 variant --/M f1 !v/f1")
+else:
+    import shutil
+    output = options[options.index({{"flite": "-o", "piper": "-f"}}.get(name, "-w")) + 1]
+    shutil.copy("{wav}", output)
+    open("{log}", "a").write(" ".join([name, *options]) + "\\n")
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """An option `--command` with an engine named `tone`."""
+    file = tmp_path / "engine.py"
+    file.write_text(ENGINE, encoding="utf-8")
+    return f"tone={sys.executable} {file} {{text}} {{voice}} {{rate}} {{wav}}"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("one two\n\nthree  four\n五六七\n", encoding="utf-8")
+    return file
+
+
+def rows_of(folder):
+    return [
+        item.row
+        for path in sorted(folder.glob("*.tar"))
+        for shard in shards_of(str(path))
+        for item in read_shard(shard)
+    ]
+
+
+def test_shards_are_reproducible_and_continued_after_an_interruption(run, engine, texts, tmp_path, caplog):
+    def make(name, *options):
+        return run(
+            "synthesize", "--texts", texts, "--output_dir", tmp_path / name, "--command", engine, "--engines", "tone",
+            "--voices", "a", "bbb", "--num_rows", 7, "--rows_per_shard", 3, "--num_workers", 2, *options,
+        )  # fmt: skip
+
+    code, _ = make("first")
+    assert not code
+    rows = rows_of(tmp_path / "first")
+    answers = [json.loads(row["messages"])[-1]["content"] for row in rows]
+    assert answers == ["one two", "three four", "五六七"] * 2 + ["one two"]
+    for row, text in zip(rows, answers, strict=True):
+        seconds = len(load_audio(row["recordings"][0])) / 16000
+        assert 0.1 * len(text) / 1.26 < seconds < 0.1 * len(text) / 0.79
+        assert row["speech_length"] == int((1000 * seconds - 25) // 10 + 1)
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "shard-00000.tar", "shard-00001.tar", "shard-00002.tar", "synthesis.json",
+    ]  # fmt: skip
+
+    assert not make("again")[0]
+    for name in ("shard-00000.tar", "shard-00001.tar", "shard-00002.tar"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    kept = (tmp_path / "again" / "shard-00000.tar").stat().st_mtime_ns
+    (tmp_path / "again" / "shard-00001.tar").unlink()
+    caplog.clear()
+    assert not make("again")[0]
+    assert "shard 2 of 3" in caplog.text and "shard 1 of 3" not in caplog.text
+    assert (tmp_path / "again" / "shard-00000.tar").stat().st_mtime_ns == kept
+    code, _ = make("again", "--seed", 1)
+    assert "synthesis.json: the folder contains speech with other settings" in code
+    assert not make("other", "--seed", 1)[0]
+    assert (tmp_path / "other/shard-00000.tar").read_bytes() != (tmp_path / "first/shard-00000.tar").read_bytes()
+
+
+def test_failed_rows_are_left_out_up_to_a_share(run, engine, tmp_path, caplog):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\nfail\nthree\n", encoding="utf-8")
+    options = ["--texts", texts, "--command", engine, "--engines", "tone", "--num_workers", 1]
+    code, _ = run("synthesize", *options, "--output_dir", tmp_path / "a")
+    assert "shard-00000.tar:1: tone, voice default: exit status 1: cannot speak" in code
+    assert not run("synthesize", *options, "--output_dir", tmp_path / "b", "--max_bad_fraction", 0.4)[0]
+    assert "1 of 3 rows are bad" in caplog.text
+    assert len(rows_of(tmp_path / "b")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, flite, piper"),
+        (["--engines", "flite=0"], "--engines must be NAME or NAME=SHARE, with shares above 0"),
+        (["--engines", "tone", "--command", "tone=x"], "--command must be NAME=COMMAND"),
+        (["--engines", "flite", "--language", "de"], "flite has no voice for the language 'de'"),
+        (["--engines", "piper"], "piper has no voice for the language 'en'"),
+    ],
+)
+def test_wrong_engines_are_one_line(run, texts, tmp_path, options, message):
+    code, _ = run("synthesize", "--texts", texts, "--output_dir", tmp_path / "out", *options)
+    assert message in code and "\n" not in code
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the commands are scripts")
+def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    for name in ("espeak-ng", "flite", "piper"):
+        values = {"python": sys.executable, "name": name, "wav": make_wav(), "log": log}
+        (tmp_path / name).write_text(COMMANDS.format(**values), encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, speakers, code in (("a", 2, "en_US"), ("b", 1, "de_DE")):
+        (tmp_path / f"{name}.onnx").touch()
+        config = {"num_speakers": speakers, "language": {"code": code}}
+        (tmp_path / f"{name}.onnx.json").write_text(json.dumps(config), encoding="utf-8")
+    voices = voices_of(["espeak", "flite", "piper"], "en", str(tmp_path))
+    model = tmp_path / "a.onnx"
+    assert voices == {
+        "espeak": ["en-gb+f1", "en-gb+m3", "en-us+f1", "en-us+m3"],
+        "flite": ["kal", "slt"],
+        "piper": [f"{model}#0", f"{model}#1"],
+    }
+    plan = Plan(["hello"], 300, voices, {"espeak": 0.5, "flite": 0.2, "piper": 0.3}, "p")
+    chosen = [plan.choose(row) for row in range(300)]
+    assert Counter(engine for engine, *_ in chosen).keys() == voices.keys()
+    assert 120 < sum(engine == "espeak" for engine, *_ in chosen) < 180
+    assert {voice for _, voice, *_ in chosen} == {voice for names in voices.values() for voice in names}
+    factors = np.array([values for *_, rate, pitch in chosen for values in [(rate, pitch)]])
+    assert factors.min() > 0.79 and factors.max() < 1.26 and (factors.std(axis=0) > 0.1).all()
+    for engine in voices:
+        row = next(row for row, (name, *_) in enumerate(chosen) if name == engine)
+        assert len(synthesis.speak(plan, row, tmp_path)) == 8000
+        _, voice, rate, pitch = chosen[row]
+        words = log.read_text(encoding="utf-8").splitlines()[-1].split()
+        text, wav = str(tmp_path / "text.txt"), str(tmp_path / "speech.wav")
+        assert words == {
+            "espeak": ["espeak-ng", "-v", voice, "-s", str(round(175 * rate)), "-p", str(round(50 * pitch)),
+                       "-f", text, "-w", wav],
+            "flite": ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / rate:.3f}", "--setf",
+                      f"f0_shift={pitch:.3f}", "-f", text, "-o", wav],
+            "piper": ["piper", "-m", str(model), "-s", voice[-1:], "--length_scale", f"{1 / rate:.3f}", "-f", wav],
+        }[engine]  # fmt: skip
+
+
+def test_texts_are_clean_sentences():
+    lines = [
+        "and so it went. He said: \"Come in!\" Then he left, slowly. An unfinished",
+        "# Title", "See https://a.b/c for more.", "He said: \"Come in!\"",
+        "今天天气很好。我们走吧！好。", "No.", "x_y is a name.",
+    ]  # fmt: skip
+    assert clean_texts(lines) == [
+        "and so it went.", 'He said: "Come in!"', "Then he left, slowly.", "今天天气很好。", "我们走吧！",
+    ]  # fmt: skip
+    assert clean_texts(["one two three four."], max_words=3) == []
+
+
+def test_sentences_are_sampled_from_a_language_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sampling, "BATCH_SIZE", 4)
+    monkeypatch.setattr(text_sampling, "NEW_TOKENS", 8)
+    tokenizer = train_tokenizer(["one two three."] * 20, 300)
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def clean(texts):
+        return [text[:9] for text in texts if text]
+
+    found = sample_sentences(str(tmp_path), 5, clean, "one", seed=3)
+    assert len(set(found)) == len(found) == 5
+    assert sample_sentences(str(tmp_path), 5, clean, "one", seed=3) == found
+    assert sample_sentences(str(tmp_path), 5, clean, "one", seed=4) != found
+    with pytest.raises(ValueError, match="no new sentence; change --text_prompt"):
+        sample_sentences(str(tmp_path), 5, lambda texts: [])
