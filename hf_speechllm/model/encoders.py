@@ -159,6 +159,8 @@ def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
     A group norm over time would also see the padding, which no attention mask hides. Encoders with such a norm run
     once for all recordings of the same length, without padding and without a mask, as they were trained.
     """
+    if hasattr(encoder, "feature_extractor"):
+        features = features.detach()  # these encoders set `requires_grad`, which only a leaf accepts
     samples = features.flatten(1).to(encoder.dtype)
     valid = mask.repeat_interleave(features.shape[-1], dim=1)
     if getattr(config, "feat_extract_norm", "group") != "group":

@@ -116,6 +116,19 @@ def test_a_padded_batch_equals_its_examples(pair):
     model.zero_grad()
 
 
+def test_gradient_checkpointing_changes_no_gradients(pair):
+    model, processor = copy.deepcopy(pair[0]).train(), pair[1]
+    batch = examples(processor, (0.6, 0.3))[0]
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append({name: item.grad for name, item in model.named_parameters() if item.requires_grad})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_decoding_in_a_batch_equals_one_by_one(pair):
     model, processor = pair
     waves = [waveform(seconds, seed) for seed, seconds in enumerate((1.3, 0.4, 2.1))]
