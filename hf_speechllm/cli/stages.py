@@ -202,7 +202,7 @@ def summary_of(stage: Stage) -> dict[str, Any]:
     }
     result = {"stage": stage.name, "steps": state["global_step"], "epochs": round(state["epoch"], 2)}
     if losses:
-        result |= {"first_loss": losses[0], "last_loss": losses[-1]}
+        result |= {"first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}
     if "train_runtime" in metrics:
         result["seconds"] = round(metrics["train_runtime"])
     return {**result, **scores, "model": str(stage.output_dir)}

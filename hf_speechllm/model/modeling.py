@@ -31,7 +31,7 @@ from .gradient_checkpointing import enable_frozen_checkpointing, require_gradien
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import supervised_loss
 from .native_families import PARTS
-from .packing import PaddingFreeBatch, Positions, causal_masks, require_padding_free
+from .packing import PaddingFreeBatch, Positions, causal_masks, packed_masks, require_padding_free
 
 
 @dataclass
@@ -295,15 +295,16 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
         # Label positions require padding on the right, which the causal mask alone hides.
         causal = labels is not None and "labels" in positions
-        packing = None
+        packing, masks = None, causal_masks(self.llm.config) if causal else attention_mask
         if causal and "tokens" in positions and attention_mask is not None:
             require_padding_free(self.llm.config)
             packing = PaddingFreeBatch(attention_mask, positions["tokens"])
             inputs_embeds, position_ids = packing.unpad(inputs_embeds), packing.position_ids
             kwargs.update(packing.attention)
+            masks = packed_masks(self.llm.config, inputs_embeds.device)
         outputs = self.llm.get_decoder()(
             inputs_embeds=require_gradient(inputs_embeds, self.llm),
-            attention_mask=causal_masks(self.llm.config) if causal else attention_mask,
+            attention_mask=masks,
             position_ids=position_ids,
             use_cache=use_cache if labels is None else False,
             return_dict=True,

@@ -18,6 +18,7 @@ PADDED, PADDING_FREE = "sdpa_padded", "sdpa_padding_free"
 PADDING_FREE_ATTENTION = (PADDED, PADDING_FREE, "flash_attention_2")
 CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", PADDING_FREE)  # eager attention needs a causal mask
 MASKS_BY_LAYER = ("qwen2", "qwen3")  # LLMs that accept a dict with one mask per layer type
+MASK_UNCHANGED = ("llama", "phi", "smollm3")  # LLMs that pass a four-dimensional mask on to the attention
 
 
 class Positions(TypedDict, total=False):
@@ -44,6 +45,21 @@ def causal_masks(config: PretrainedConfig) -> dict[str, None] | None:
     """
     full = config.model_type in MASKS_BY_LAYER and set(config.layer_types) == {"full_attention"}
     return {"full_attention": None} if full and config._attn_implementation in CAUSAL_WITHOUT_MASK else None
+
+
+def packed_masks(
+    config: PretrainedConfig, device: torch.device | str = "cpu"
+) -> dict[str, None] | torch.Tensor | None:
+    """Returns the `attention_mask` argument for an LLM with packed rows; `None` if packed rows are not supported.
+
+    The padding-free attention reads the row boundaries and ignores masks. An empty mask of four dimensions keeps
+    transformers from building one.
+    """
+    if (masks := causal_masks(config)) is not None:
+        return masks
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    supported = config.model_type in MASK_UNCHANGED and full and config._attn_implementation in ("sdpa", PADDING_FREE)
+    return torch.empty(1, 1, 0, 0, device=device) if supported else None
 
 
 def require_padding_free(config: PretrainedConfig) -> None:

@@ -5,11 +5,11 @@ import torch
 
 from hf_speechllm.fast.attention import (
     PADDED,
-    causal_masks,
     disable_host_syncs,
     without_cudnn_attention,
 )
 from hf_speechllm.model.loss import label_positions
+from hf_speechllm.model.packing import causal_masks
 
 pytestmark = pytest.mark.core
 

@@ -1,13 +1,18 @@
 """Layouts from chat templates: prompts, supervised tokens and the end of generation follow the LLM's template."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
+from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.formats.composition import compose
 from hf_speechllm.model import chat
 from hf_speechllm.model.chat_layout import CHATML, layout_of
+from hf_speechllm.model.loss import label_positions
+from hf_speechllm.model.packing import non_padding_positions
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
@@ -172,6 +177,34 @@ def test_a_padded_batch_equals_its_examples_and_saved_models_compute_the_same(co
     with torch.no_grad():
         expected = model(**batch, return_logits=True).logits
         assert torch.equal(loaded(**again.batch(dialogues, waveforms[:3], True), return_logits=True).logits, expected)
+
+
+def test_a_padding_free_batch_equals_a_padded_batch(composed, waveforms):
+    name, model, processor = composed
+    model = copy.deepcopy(model)
+    batch = processor.batch([dialogue("one", "two two"), dialogue("three")], waveforms[:3], True)
+    if name == "gemma3_text":  # some layers attend to a window
+        with pytest.raises(ValueError, match="--padding_free requires an LLM of type qwen2, qwen3, llama, phi, smol"):
+            enable_padding_free(model)
+        return
+    positions = {
+        "labels": label_positions(batch["labels"]),
+        "tokens": non_padding_positions(batch["attention_mask"]),
+        "frames": non_padding_positions(batch["input_features_mask"]),
+    }
+    results, shapes = [], []
+    for packed in (False, True):
+        if packed:
+            enable_padding_free(model)
+            layer = model.llm.get_decoder().layers[0]
+            layer.register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape[:2]))
+        model.zero_grad()
+        loss = model(**batch, positions=positions if packed else {}).loss
+        loss.backward()
+        results.append([loss.detach(), *(item.grad for item in model.parameters())])
+    assert shapes == [(1, int(batch["attention_mask"].sum()))]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_in_a_batch_equals_one_by_one(composed, waveforms):
