@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     ParakeetCTCConfig,
     ParakeetFeatureExtractor,
     ParakeetForCTC,
@@ -145,3 +146,17 @@ def test_other_formats_refuse_the_chat_template_of_another_llm(make_model, tmp_p
         with pytest.raises(CheckpointError, match="the chat template of another LLM"):
             write_checkpoint(checkpoint, processor, tmp_path / layout, layout, force=True)
     assert is_exportable(model.config) and not is_exportable(model.config, processor)
+
+
+def test_a_gguf_file_is_a_language_model(config, monkeypatch):
+    calls = []
+
+    def read(name, **options):
+        calls.append((name, options))
+        raise OSError("stop")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    for name in ("folder/llm.Q4_1.gguf", "user/llm"):
+        with pytest.raises(OSError, match="stop"):
+            compose(config, name, llm=name)
+    assert calls == [("folder", {"gguf_file": "llm.Q4_1.gguf"}), ("user/llm", {})]

@@ -77,7 +77,7 @@ DEEPSPEED_SETTINGS = ("zero_optimization", "bf16", "fp16", "gradient_clipping")
 FSDP_SETTINGS = ("reshard_after_forward", "cpu_offload", "mixed_precision_policy", "auto_wrap_policy")
 DIALOGUE_FIELDS = (
     "audio_token", "downsample_rate", "use_low_frame_rate", "encoder_downsample_rate", "think_block", "system_prompt",
-    "encoder_convolutions", "encoder_window", "chat_layout",
+    "encoder_convolutions", "chat_layout",
 )  # fmt: skip
 CONFIG_NOTES = re.compile(  # the record of the tokenizer contains the tokens
     r"transformers_version|_?name_or_path|(torch_)?dtype|architectures|funasr_files|(bos|eos|pad)_token_id|_.*"
