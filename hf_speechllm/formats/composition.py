@@ -73,7 +73,8 @@ def compose(
         tokenizer: tokenizer of the LLM, or its name. Missing tokens of the chat format are added.
         audio_encoder: folder or Hub id of a pretrained encoder, or of a model with an encoder (encoder-decoder, CTC);
             default: random weights.
-        llm: folder or Hub id of a pretrained LLM, or a GGUF file; default: random weights.
+        llm: folder or Hub id of a pretrained LLM (of a multimodal model, the LLM is used), or a GGUF file; default:
+            random weights.
 
     Returns:
         Model (float32) and processor. Save both to the same folder.
@@ -94,7 +95,7 @@ def compose(
         config["audio_encoder_config"] = find_encoder_config(stored)
     if llm is not None:
         name, options = _gguf(llm)
-        config["llm_config"] = AutoConfig.from_pretrained(name, **options)
+        config["llm_config"] = AutoConfig.from_pretrained(name, **options).get_text_config()
     else:
         config["llm_config"] = {**config.get("llm_config", {}), "vocab_size": len(tokenizer)}
     config["audio_token_id"] = tokenizer.convert_tokens_to_ids(chat.AUDIO_TOKEN)
@@ -111,7 +112,9 @@ def compose(
             name, dtype=torch.float32, output_loading_info=True, **options
         )
         _check_complete(llm, info["missing_keys"])
-        model.llm.load_state_dict(pretrained.state_dict())
+        # Decoder and head, without the encoders of a multimodal model.
+        model.llm.get_decoder().load_state_dict(pretrained.get_decoder().state_dict())
+        model.get_output_embeddings().load_state_dict(pretrained.get_output_embeddings().state_dict())
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.llm.resize_token_embeddings(len(tokenizer))
     for settings in (model.generation_config, model.llm.generation_config):

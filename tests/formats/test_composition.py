@@ -6,6 +6,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     ParakeetCTCConfig,
     ParakeetFeatureExtractor,
     ParakeetForCTC,
@@ -130,6 +132,21 @@ def test_the_encoder_of_a_larger_model_is_taken_without_random_skips(tokenizer, 
     again, _ = compose(config, tokenizer, audio_encoder=str(tmp_path / "ours"))
     for name, tensor in published.encoder.state_dict().items():
         assert torch.equal(again.audio_encoder.state_dict()[name], tensor), name
+
+
+def test_the_llm_of_a_multimodal_model_is_taken(plain_tokenizer, config, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(plain_tokenizer)}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    ids = {"boi_token_index": 1, "eoi_token_index": 2, "image_token_index": 3}
+    published = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    )
+    published.save_pretrained(tmp_path)
+    model, _ = compose(config, plain_tokenizer, llm=str(tmp_path))
+    assert model.llm.config.model_type == "gemma3_text"
+    for name, tensor in published.get_decoder().state_dict().items():
+        assert torch.equal(model.llm.get_decoder().state_dict()[name][: len(tensor)], tensor), name
 
 
 def test_models_without_a_known_encoder_are_refused(tokenizer, config, tmp_path):
