@@ -20,7 +20,16 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.fun_asr_nano.modeling_fun_asr_nano import FunAsrNanoEncoder
 
-from ..model.packing import MASK_UNCHANGED, MASKS_BY_LAYER, PADDED, PADDING_FREE, PaddingFreeBatch, packed_masks
+from ..model.native_families import is_native
+from ..model.packing import (
+    MASK_UNCHANGED,
+    MASKS_BY_LAYER,
+    PADDED,
+    PADDING_FREE,
+    PaddingFreeBatch,
+    causal_masks,
+    packed_masks,
+)
 from .fsmn import use_fsmn, use_transformers_fsmn
 from .versions import is_tested
 
@@ -148,11 +157,14 @@ def enable_padding_free(model: Any) -> None:
             "remove the option"
         )
     config = model.llm.config
-    if packed_masks(config) is None:
+    types, masks = (
+        (MASKS_BY_LAYER, causal_masks) if is_native(model) else (MASKS_BY_LAYER + MASK_UNCHANGED, packed_masks)
+    )
+    if masks(config) is None:
         raise ValueError(
-            f"--padding_free requires an LLM of type {', '.join(MASKS_BY_LAYER + MASK_UNCHANGED)} with full "
-            "attention, and the attention implementation sdpa (Qwen: also flash_attention_2); this LLM is "
-            f"{config.model_type} with {config._attn_implementation}; remove the option"
+            f"--padding_free requires an LLM of type {' or '.join(types)} with full attention, and the attention "
+            f"implementation sdpa (Qwen: or flash_attention_2); this LLM is {config.model_type} with "
+            f"{config._attn_implementation}; remove the option"
         )
     if config._attn_implementation == "sdpa":
         model.llm.set_attn_implementation(PADDING_FREE)

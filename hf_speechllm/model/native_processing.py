@@ -30,6 +30,7 @@ class NativeProcessor(SpeechLLMProcessor):
     """
 
     think_block, system_prompt, use_low_frame_rate = False, False, False
+    encoder_convolutions = chat_layout = None
     downsample_rate = encoder_downsample_rate = 1
 
     def __init__(self, native: ProcessorMixin, model_type: str):
@@ -83,7 +84,7 @@ class NativeProcessor(SpeechLLMProcessor):
         """Saves the processor of transformers."""
         return self.native.save_pretrained(save_directory, **kwargs)
 
-    def num_audio_tokens(self, num_frames: int) -> int:
+    def num_audio_tokens(self, num_frames: int, encoded: bool = False) -> int:
         """Estimates the number of audio tokens of a recording from the number for some seconds of silence."""
         window = self.family.window_seconds
         if self._tokens_per_second is None:

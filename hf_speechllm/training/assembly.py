@@ -75,6 +75,8 @@ def load_data(options: FinetuningOptions, feature_cache: str | None = None) -> R
     limit = max_feature_frames(load_config(name))
     if isinstance(processor, NativeProcessor):
         data.compute_features_per_epoch(processor.model_type)
+        if options.parts.audio_token_dropout:
+            raise ValueError(f"--audio_token_dropout does not support {processor.model_type} models; leave it out")
     if feature_cache is not None:
         data = dataclasses.replace(data, feature_cache=feature_cache)
     stretched = int(limit / (1 + data.tempo_perturb))  # augmentation may lengthen a recording

@@ -184,7 +184,7 @@ def test_a_padding_free_batch_equals_a_padded_batch(composed, waveforms):
     model = copy.deepcopy(model)
     batch = processor.batch([dialogue("one", "two two"), dialogue("three")], waveforms[:3], True)
     if name == "gemma3_text":  # some layers attend to a window
-        with pytest.raises(ValueError, match="--padding_free requires an LLM of type qwen2, qwen3, llama, phi, smol"):
+        with pytest.raises(ValueError, match="requires an LLM of type qwen2 or qwen3 or llama or phi or smollm3"):
             enable_padding_free(model)
         return
     positions = {

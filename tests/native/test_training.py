@@ -124,6 +124,7 @@ def test_lora_is_resumed_merged_and_decoded(native_folder, train, run_recipe, ti
     "options, message",
     [
         (["--spec_augment", "true"], "--spec_augment does not support glmasr models"),
+        (["--audio_token_dropout", "0.1"], "--audio_token_dropout does not support glmasr models"),
         (["--padding_free", "true"], "--padding_free requires an LLM of type qwen2 or qwen3"),
         (["--compile_layers", "true"], "--compile_layers does not support glmasr models"),
         (
