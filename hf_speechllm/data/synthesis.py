@@ -284,7 +284,7 @@ def clean_texts(lines: Sequence[str], min_words: int = 2, max_words: int = 30) -
         for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”'])\s+|(?<=[。！？])", line):
             text = " ".join(sentence.split())
             words = len(re.findall(r"[\u4e00-\u9fff]|[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", text))
-            plain = re.fullmatch(r"[\w\s.,!?;:'’\"“”()%$€£。，！？、；：-]+", text) and "_" not in text
+            plain = re.fullmatch(r"[\w\"“][\w\s.,!?;:'’\"“”()%$€£。，！？、；：-]+", text) and "_" not in text
             if plain and min_words <= words <= max_words and re.search(r"[.!?。！？][\"”']?$", text):
                 found.setdefault(text)
     return list(found)

@@ -179,7 +179,7 @@ def test_texts_are_clean_sentences():
     lines = [
         "and so it went. He said: \"Come in!\" Then he left, slowly. An unfinished",
         "# Title", "See https://a.b/c for more.", "He said: \"Come in!\"",
-        "今天天气很好。我们走吧！好。", "No.", "x_y is a name.",
+        "今天天气很好。我们走吧！好。", "No.", "x_y is a name.", ", as it were.",
     ]  # fmt: skip
     assert clean_texts(lines) == [
         "and so it went.", 'He said: "Come in!"', "Then he left, slowly.", "今天天气很好。", "我们走吧！",
