@@ -154,3 +154,8 @@ def test_several_processes_need_the_launcher_of_the_command(write, run, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _ = run("finetune", write([{"max_steps": 1}]))
     assert "use `hf-speechllm finetune CONFIG --num_processes N`" in code
+
+
+def test_stages_are_not_planned(write, run):
+    code, _ = run("finetune", write([{"max_steps": 1}]), "--auto")
+    assert code.endswith("--auto plans a single run; leave it out for a configuration with stages")
