@@ -110,7 +110,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     describe_data(loaded.train_rows, loaded.validation_rows)
 
     try:
-        model = load_model(options)
+        model = load_model(options, loaded)
         loaded.train_rows = encode_rows(loaded.train_rows, model, loaded.processor, options)
         for part, (trained, total) in count_parameters(model).items():
             logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)

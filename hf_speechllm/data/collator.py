@@ -23,6 +23,8 @@ from ..audio.front_ends import (
 )
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
+from ..model.ctc import pad_ctc_labels
+from ..model.ctc_vocabulary import CTCVocabulary
 from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
 from ..model.packing import Positions, non_padding_positions
@@ -48,6 +50,7 @@ class SpeechLLMCollator:
         dither: noise added to recordings without cached features; see `FbankFeatureExtractor`.
         hotwords: samples the hotwords of each row; with `None`, each row keeps its own hotwords.
         padding_free: whether to add the positions for padding-free computation.
+        ctc_vocabulary: of the CTC head that is trained; adds its labels.
 
     Raises:
         ValueError: if the feature extractor does not support dither or the augmentations.
@@ -58,6 +61,7 @@ class SpeechLLMCollator:
     dither: float = 0.0
     hotwords: HotwordSampler | None = None
     padding_free: bool = False
+    ctc_vocabulary: CTCVocabulary | None = None
 
     def __post_init__(self):
         extractor = self.processor.feature_extractor
@@ -76,11 +80,12 @@ class SpeechLLMCollator:
             `input_ids`, `attention_mask`, `labels`, shape = (rows, tokens), padded on the right; `positions`, see
             `model.packing.Positions`; `input_features_mask`, and `input_features`, shape = (recordings, frames,
             feature size). With rows from `data.encoder_cache`, `encoder_states` or `audio_tokens` replace
-            `input_features`.
+            `input_features`. With `ctc_vocabulary`, also `model.ctc.CTC_INPUTS`.
         """
         if isinstance(self.processor, NativeProcessor):
             return training_batch(self.processor, rows, self.row_waveforms, self.padding_free)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        ctc_labels: list[list[int] | None] = []
         audio: list[torch.Tensor] = []
         num_frames: list[int] = []
         level = next((name for name in ENCODED_COLUMNS if rows[0].get(name) is not None), None)
@@ -99,9 +104,13 @@ class SpeechLLMCollator:
             columns["input_ids"].append(example.input_ids)
             supervised = row.get("supervised", True)
             columns["labels"].append(example.labels if supervised else [chat.IGNORE_INDEX] * len(example.labels))
+            if self.ctc_vocabulary is not None:
+                ctc_labels += self._ctc_labels(dialogue, supervised)
             audio.extend(inputs)
             num_frames.extend(lengths)
         batch = self.processor.pad_tokens(columns, "right")
+        if self.ctc_vocabulary is not None:
+            batch.update(pad_ctc_labels(ctc_labels))
         positions: Positions = {"labels": label_positions(batch["labels"])}
         if self.padding_free:
             positions["tokens"] = non_padding_positions(batch["attention_mask"])
@@ -115,6 +124,11 @@ class SpeechLLMCollator:
         if self.padding_free:
             positions["frames"] = non_padding_positions(padded["input_features_mask"])
         return {**batch, "positions": positions, **padded}
+
+    def _ctc_labels(self, dialogue: chat.Dialogue, supervised: bool) -> list[list[int] | None]:
+        """Returns the ids of each recording's transcript; `None` for rows that only fill a batch."""
+        heard = (turn for turn in dialogue.turns if any(isinstance(piece, chat.Recording) for piece in turn.pieces))
+        return [self.ctc_vocabulary.encode(turn.answer or "") if supervised else None for turn in heard]
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:
         """Returns encoder inputs of a row's recordings, each of shape = (frames, feature size)."""

@@ -139,7 +139,7 @@ def train_part(
     set_seed(args.seed)
     silence()
     data = load_data(options, feature_cache="off")
-    model = load_model(options)
+    model = load_model(options, data)
     order = np.random.default_rng(args.seed).permutation(len(data.train_rows))
     audio = np.cumsum(row_seconds(data.train_rows)[order])
     largest, number = (int(np.searchsorted(audio, part * audio[-1])) + 1 for part in (max(SHARES), share))

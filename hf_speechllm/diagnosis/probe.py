@@ -133,7 +133,7 @@ class _Probe:
         UrlPolicy.change(url.url_max_megabytes, url.url_timeout_seconds, url.allow_private_redirects)
         self.data: RunData = load_data(options, feature_cache="off")
         self.audio = row_seconds(self.data.train_rows)
-        self.model = load_model(options)
+        self.model = load_model(options, self.data)
         self.longest_answer = self.args.eval_max_new_tokens
         self.not_of_the_run = 0.0  # seconds that only the probe needs
 

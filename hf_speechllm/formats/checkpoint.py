@@ -24,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..files import apply_umask
 from ..model.configuration import SpeechLLMConfig
-from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
+from ..model.modeling import ALL_PARTS, SpeechLLMForConditionalGeneration
 from .untrusted import CheckpointError, check_name, inside, one_line, read_json, reading
 
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
@@ -196,7 +196,7 @@ def part_dtypes(dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     parts: dict[str, torch.dtype] = {}
     for name, dtype in dtypes.items():
         part = name.split(".", 1)[0]
-        if part in PARTS and dtype.is_floating_point:
+        if part in ALL_PARTS and dtype.is_floating_point:
             parts[part] = torch.promote_types(parts.get(part, dtype), dtype)
     return parts
 

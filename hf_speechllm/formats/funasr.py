@@ -31,6 +31,7 @@ from .checkpoint import (
     set_weight_tying,
     widest,
 )
+from .ctc_branch import read_ctc_config, take_head, write_ctc_config
 from .funasr_files import CONFIG_FILE, METAS_FILE, SECTION, TYPES, check_supported, check_types, llm_folder, read_files
 from .funasr_tensors import load_state_dict, merge_lora, to_funasr, to_funasr_name, to_ours
 from .untrusted import inside, reading
@@ -85,6 +86,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
             "layer_norm_eps": ours.get("layer_norm_eps", LAYER_NORM_EPS),
         },
         "llm_config": llm,
+        "ctc_head_config": read_ctc_config(conf, ours),
         "audio_token_id": ours.get("audio_token_id", SpeechLLMConfig.audio_token_id),
         "funasr_files": files,
     }
@@ -92,7 +94,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
 
 
 def read(folder: Path, weights: str | None = None) -> Checkpoint:
-    """Reads a FunASR checkpoint, merges LoRA matrices, and stores the CTC branch in `ctc_tensors`.
+    """Reads a FunASR checkpoint and merges LoRA matrices; `ctc_tensors` has an unusable CTC branch, and token files.
 
     Args:
         folder: folder of the checkpoint.
@@ -114,7 +116,7 @@ def read(folder: Path, weights: str | None = None) -> Checkpoint:
         ctc_tensors[FILE_PREFIX + path.name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     check_ctc_tensors(ctc_tensors, file)
     merge_lora(state, files[CONFIG_FILE].get("llm_conf") or {}, file)
-    tensors = to_ours(state, config)
+    tensors = to_ours(state, config) | take_head(config, ctc_tensors, str(file))
     if HEAD not in tensors and not config.llm_config.tie_word_embeddings:
         raise CheckpointError(
             f"{file}: {HEAD} is missing, but tie_word_embeddings is false in the LLM's config.json; correct one"
@@ -238,8 +240,10 @@ def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProce
     llm_conf.update(
         llm_dtype=LLM_DTYPES[checkpoint.tensors[EMBEDDINGS].dtype], init_param_path=LLM_FOLDER, use_lora=False
     )
+    ctc_fields, ctc_section = write_ctc_config(conf, config.ctc_head_config)
     return {
         **conf,
+        **ctc_fields,
         "model": "FunASRNano",
         "audio_encoder": "SenseVoiceEncoderSmall",
         "audio_encoder_conf": {
@@ -292,6 +296,7 @@ def _funasr_config(conf: dict, checkpoint: Checkpoint, processor: SpeechLLMProce
             "max_position_embeddings": encoder.max_position_embeddings,
             "layer_norm_eps": adaptor.layer_norm_eps,
             "generation_config": checkpoint.generation_config.to_diff_dict(),
+            **ctc_section,
         },
     }
 

@@ -34,10 +34,15 @@ TYPES: dict[str, dict[str, Any]] = {
         },
         "llm_conf": {"init_param_path": str, "lora_conf": {"r": WIDTH, "lora_alpha": (0.0, 1e6)}},
         "tokenizer_conf": {},
+        "ctc_decoder_conf": {
+            "downsample_rate": (1, 10_000), "llm_dim": WIDTH, "ffn_dim": WIDTH, "n_layer": LAYERS,
+            "attention_heads": WIDTH, "attention_dropout_rate": RATE, "dropout_rate": RATE,
+        },
+        "ctc_vocab_size": (2, 10_000_000), "ctc_tokenizer_conf": {},
         "dataset_conf": {"do_think": bool, "sys_prompt": bool},
         SECTION: {
             "max_position_embeddings": (1, 10_000_000), "layer_norm_eps": RATE, "audio_token_id": (0, 2**31),
-            "generation_config": {},
+            "generation_config": {}, "ctc_head_config": {},
         },
     },
     METAS_FILE: {"file_path_metas": {"init_param": str, "llm_conf": {"init_param_path": str}}},

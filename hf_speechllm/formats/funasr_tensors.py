@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,10 @@ BLOCK_NAMES = (
 FUSED = re.compile(r"(.*self_attn)\.linear_q_k_v\.(weight|bias)")
 ENCODER_BLOCK = re.compile(r"audio_encoder\.(encoders0|encoders|tp_encoders)\.(\d+)\.(.+)")
 ENCODER_LAYER = re.compile(r"audio_encoder\.layers\.(\d+)\.(.+)")
-ADAPTOR_BLOCK = re.compile(r"(audio_adaptor\.blocks\.\d+\.)(.+)")
+ADAPTOR_BLOCK = re.compile(r"((?:audio_adaptor|ctc_decoder|ctc_head\.decoder)\.blocks\.\d+\.)(.+)")
+# Prefixes of the CTC head: (FunASR, this package).
+CTC_PREFIXES = (("ctc_decoder.", "ctc_head.decoder."), ("ctc.ctc_lo.", "ctc_head.output."))
+CTC_TOKENIZERS = {"SenseVoiceTokenizer": "tiktoken", "HuggingfaceTokenizer": "llm"}  # and names of vocabularies here
 
 
 def load_state_dict(file: Path) -> dict[str, torch.Tensor]:
@@ -71,22 +75,26 @@ def to_ours(state: dict[str, torch.Tensor], config: SpeechLLMConfig) -> dict[str
     for name, tensor in state.items():
         fused = FUSED.fullmatch(name)
         if fused is None or not name.startswith("audio_encoder."):
-            tensors[_to_our_name(name, config)] = tensor
+            tensors[to_our_name(name, config)] = tensor
             continue
         for letter, part in zip("qkv", tensor.chunk(3), strict=False):
             # A copy: parts of one storage would be treated as shared weights.
-            tensors[_to_our_name(f"{fused[1]}.linear_{letter}.{fused[2]}", config)] = part.clone()
+            tensors[to_our_name(f"{fused[1]}.linear_{letter}.{fused[2]}", config)] = part.clone()
     return tensors
 
 
-def _to_our_name(name: str, config: SpeechLLMConfig) -> str:
+def to_our_name(name: str, config: SpeechLLMConfig) -> str:
+    """Returns this package's name of a tensor of FunASR."""
     layers = config.audio_encoder_config.num_hidden_layers
     blocks = layers - config.audio_encoder_config.num_timestamp_prediction_layers
     if match := ENCODER_BLOCK.fullmatch(name):
         first = {"encoders0": 0, "encoders": 1, "tp_encoders": blocks}[match[1]]
         return f"audio_encoder.layers.{first + int(match[2])}.{_rename(match[3], 0)}"
     if match := ADAPTOR_BLOCK.fullmatch(name):
-        return match[1] + _rename(match[2], 0)
+        name = match[1] + _rename(match[2], 0)
+    for theirs, ours in CTC_PREFIXES:
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
     name = name.replace("audio_encoder.after_norm.", f"audio_encoder.layers.{blocks - 1}.final_layernorm.")
     return name.replace("audio_encoder.tp_norm.", f"audio_encoder.layers.{layers - 1}.final_layernorm.")
 
@@ -95,8 +103,13 @@ def to_funasr_name(name: str, config: SpeechLLMConfig) -> str:
     """Returns FunASR's name of a tensor; the encoder's query, key and value have the name of the fused tensor."""
     layers = config.audio_encoder_config.num_hidden_layers
     blocks = layers - config.audio_encoder_config.num_timestamp_prediction_layers
+    if name.startswith("ctc_head.") and not is_funasr_branch(config.ctc_head_config):
+        return name  # ignored by FunASR
     if match := ADAPTOR_BLOCK.fullmatch(name):
-        return match[1] + _rename(match[2], 1)
+        name = match[1] + _rename(match[2], 1)
+    for theirs, ours in CTC_PREFIXES:
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
     match = ENCODER_LAYER.fullmatch(name)
     if match is None:
         return name
@@ -111,6 +124,17 @@ def to_funasr_name(name: str, config: SpeechLLMConfig) -> str:
     else:
         group = f"tp_encoders.{index - blocks}"
     return f"audio_encoder.{group}.{_rename(rest, 1)}"
+
+
+def is_funasr_branch(config: Any) -> bool:
+    """Whether FunASR's class can compute a CTC head; otherwise FunASR ignores its tensors."""
+    return (
+        config is not None
+        and config.head_type == "transformer"
+        and config.vocabulary in CTC_TOKENIZERS.values()
+        and config.upsample_rate == 1
+        and config.blank_id == config.vocab_size - 1
+    )
 
 
 def _rename(name: str, column: int) -> str:

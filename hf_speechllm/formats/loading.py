@@ -227,6 +227,8 @@ def load_model(
         model.config.name_or_path = str(name)
     model.name_or_path = stored_base(name)  # adapters trained on this model store it as their base model
     model.ctc_tensors = ctc_tensors
+    if model.ctc_head is not None:
+        model.ctc_head.requires_grad_(False)  # see `CTCHead`; transformers has replaced the parameters
     return (model, info) if want_info else model
 
 

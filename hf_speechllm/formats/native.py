@@ -27,6 +27,7 @@ from .checkpoint import (
     write_ctc_tensors,
     write_safetensors,
 )
+from .ctc_branch import split_head, take_head
 from .untrusted import read_json, reading
 
 MODEL_TYPE, PROCESSOR_CLASS = "fun_asr_nano", FunAsrNanoProcessor.__name__
@@ -151,6 +152,7 @@ def read_config(folder: Path) -> SpeechLLMConfig:
         "llm_config": native.text_config,
         "audio_token_id": native.audio_token_id,
         "initializer_range": native.initializer_range,
+        "ctc_head_config": raw.get("ctc_head_config"),
         "funasr_files": raw.get("funasr_files"),
     }
     return build_config(values, folder / "config.json")
@@ -164,11 +166,11 @@ def read(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     tensors = {_to_ours(name): tensor for name, tensor in read_safetensors(folder).items()}
+    ctc_tensors = read_ctc_tensors(folder / CTC_FILE)
+    tensors |= take_head(config, ctc_tensors, str(folder / CTC_FILE))
     set_weight_tying(config, tensors)
     config.dtype = widest(tensor.dtype for tensor in tensors.values())
-    checkpoint = Checkpoint(
-        config, tensors, read_generation_config(folder, config), read_ctc_tensors(folder / CTC_FILE)
-    )
+    checkpoint = Checkpoint(config, tensors, read_generation_config(folder, config), ctc_tensors)
     check_tensors(checkpoint, str(folder), _to_native)
     return checkpoint
 
@@ -242,7 +244,8 @@ def write(
     check_exportable(checkpoint.config, force, processor)
     if processor is not None and not force:
         _check_window(processor.feature_extractor)
-    tensors = {_to_native(name): tensor for name, tensor in checkpoint.tensors.items()}
+    head, others = split_head(checkpoint.tensors)
+    tensors = {_to_native(name): tensor for name, tensor in others.items()}
     if unsupported := [name for name in tensors if name.startswith("llm.")]:
         raise CheckpointError(
             f"the native layout (fun_asr_nano) does not support this LLM: no name for {', '.join(unsupported[:5])}"
@@ -254,7 +257,7 @@ def write(
     if processor is not None:
         native_processor(processor).save_pretrained(folder)
     write_safetensors(tensors, folder, max_shard_size)
-    write_ctc_tensors(checkpoint.ctc_tensors, folder / CTC_FILE)
+    write_ctc_tensors(checkpoint.ctc_tensors | head, folder / CTC_FILE)
 
 
 def _check_window(features: FbankFeatureExtractor) -> None:
@@ -279,6 +282,7 @@ def _native_config(checkpoint: Checkpoint) -> FunAsrNanoConfig:
         architectures=["FunAsrNanoForConditionalGeneration"],
         dtype=ours.dtype,
         funasr_files=ours.funasr_files,
+        **({"ctc_head_config": ours.ctc_head_config.to_dict()} if ours.ctc_head_config is not None else {}),
         **{MARKER: ours.use_low_frame_rate},
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..files import atomic_write
-from ..model.modeling import PARTS
+from ..model.modeling import ALL_PARTS
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -54,7 +54,7 @@ def read(folder: Path) -> Checkpoint:
 
     with base_model(folder / REFERENCE_FILE) as name:
         base, trained = read_checkpoint(name), read_safetensors(folder)
-    parts = {key.split(".", 1)[0] for key in trained} & set(PARTS)
+    parts = {key.split(".", 1)[0] for key in trained} & set(ALL_PARTS)
     frozen = {key: tensor for key, tensor in base.tensors.items() if key.split(".", 1)[0] not in parts}
     check_base(folder, frozen)
     config = build_config(read_json(folder / "config.json"), folder / "config.json")

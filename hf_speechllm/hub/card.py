@@ -147,7 +147,8 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
     for name in set_names(scores):
         prefix = metric_prefix("eval", name)
         row = [_code(name or "validation"), f"{scores[f'{prefix}_loss']:.4f}"]
-        row.append(f"{scores[f'{prefix}_token_accuracy']:.2%}")
+        accuracy = scores.get(f"{prefix}_token_accuracy")  # absent if only a CTC head is trained
+        row.append("" if accuracy is None else f"{accuracy:.2%}")
         if decoded:
             key = f"{prefix}_cer"
             row += [f"{table[key]:.2%}" if key in table else "" for table in (before, scores)]

@@ -23,8 +23,8 @@ from ..formats.checkpoint import MAX_SHARD_SIZE, Checkpoint, CheckpointError
 from ..formats.families import FamilyCheckpoint
 from ..formats.loading import checkpoint_of
 from ..model.configuration import SpeechLLMConfig
-from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..model.native_families import FAMILIES, part_of
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import ALL_PARTS, FAMILIES, PARTS, part_of
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .code import CODE_FOLDER, PACKAGE, write_code
@@ -161,7 +161,7 @@ def plain_card(repo_id: str, checkpoint: Checkpoint | FamilyCheckpoint, source: 
     """
     base, config = hub_id(source), checkpoint.config
     front_matter = ModelCardData(library_name="transformers", base_model=base, tags=TAGS, pipeline_tag=TAGS[0])
-    sizes = dict.fromkeys(PARTS, 0)
+    sizes = dict.fromkeys(ALL_PARTS, 0)
     for name, tensor in checkpoint.tensors.items():
         sizes[part_of(name)] += tensor.numel()
     if isinstance(checkpoint, FamilyCheckpoint):
@@ -169,10 +169,12 @@ def plain_card(repo_id: str, checkpoint: Checkpoint | FamilyCheckpoint, source: 
     else:
         types = [config.audio_encoder_config.model_type, config.audio_adaptor_config.adaptor_type]
         types.append(config.llm_config.model_type)
+        if config.ctc_head_config is not None:
+            types.append(config.ctc_head_config.head_type)
         tokens = f"The adaptor converts {config.downsample_rate} encoder frame(s) to one audio token for the LLM."
         if config.use_low_frame_rate:
             tokens += " The LLM receives only the first eighth of these tokens."
-    rows = [f"| {part} | {kind} | {sizes[part] / 1e6:,.2f} |" for part, kind in zip(PARTS, types, strict=True)]
+    rows = [f"| {part} | {kind} | {sizes[part] / 1e6:,.2f} |" for part, kind in zip(ALL_PARTS, types, strict=False)]
     sections = [
         f"---\n{front_matter.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}",
         "A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech"

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import pretrained
+from .ctc_configuration import CTCHeadConfig
 from .encoders import encoder_family
 from .kv_cache import CACHE_NAMES
 
@@ -35,7 +36,7 @@ POSITIVE = {
     "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "num_key_value_heads", "max_position_embeddings", "d_model", "encoder_layers", "encoder_attention_heads",
     "encoder_ffn_dim", "max_source_positions", "num_mel_bins", "num_stacked_frames", "fsmn_kernel_size",
-    "projector_hidden_size", "downsample_rate",
+    "projector_hidden_size", "downsample_rate", "upsample_rate",
 }  # fmt: skip
 BY_LAYER = {
     "num_attention_heads",
@@ -129,6 +130,7 @@ class SpeechLLMConfig(PreTrainedConfig):
             Qwen3-0.6B.
         audio_token_id: id of the placeholder for audio tokens in `input_ids` (`<|object_ref_start|>` in the Qwen3
             tokenizer).
+        ctc_head_config: `CTCHeadConfig` or dict of the CTC head on the encoder's output; `None` without a head.
         funasr_files: `config.yaml` and `configuration.json` of the FunASR checkpoint from which the model was loaded,
             if any; an export to FunASR completes and writes these files.
     """
@@ -136,11 +138,12 @@ class SpeechLLMConfig(PreTrainedConfig):
     model_type = "speech_llm"
     attribute_map: ClassVar = {"text_config": "llm_config", "audio_config": "audio_encoder_config"}
     # Outputs that transformers' Trainer must not gather as predictions.
-    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "num_label_tokens", "token_accuracy"]
+    keys_to_ignore_at_inference: ClassVar = [*CACHE_NAMES, "num_label_tokens", "token_accuracy", "ctc_loss"]
     sub_configs: ClassVar = {
         "audio_encoder_config": AutoConfig,
         "audio_adaptor_config": AudioAdaptorConfig,
         "llm_config": AutoConfig,
+        "ctc_head_config": CTCHeadConfig,
     }
 
     audio_encoder_config: dict | PreTrainedConfig | None = None
@@ -150,6 +153,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     funasr_files: dict | None = None
+    ctc_head_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
         for alias in kwargs.keys() & self.attribute_map.keys():
@@ -157,6 +161,8 @@ class SpeechLLMConfig(PreTrainedConfig):
         check_sizes({**kwargs, "audio_token_id": self.audio_token_id})
         if not isinstance(self.audio_adaptor_config, (dict, AudioAdaptorConfig, type(None))):
             raise ValueError("audio_adaptor_config must be a mapping")
+        if not isinstance(self.ctc_head_config, (dict, CTCHeadConfig, type(None))):
+            raise ValueError("ctc_head_config must be a mapping")
         if not isinstance(self.funasr_files, (dict, type(None))):
             raise ValueError("funasr_files must be a mapping")
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
@@ -168,6 +174,10 @@ class SpeechLLMConfig(PreTrainedConfig):
         adaptor.hidden_size = self.llm_config.hidden_size
         if adaptor.intermediate_size is None:
             adaptor.intermediate_size = adaptor.hidden_size // 4
+        if isinstance(self.ctc_head_config, dict):
+            check_sizes(self.ctc_head_config, "ctc_head_config.")
+            width = {"hidden_size": adaptor.encoder_hidden_size}
+            self.ctc_head_config = CTCHeadConfig(**{**self.ctc_head_config, **width})
         # The LLM's config decides whether its embeddings are tied; transformers reads the outer config.
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings
         super().__post_init__(**kwargs)
@@ -190,6 +200,13 @@ class SpeechLLMConfig(PreTrainedConfig):
             "gguf_file",
         )
         return config, {key: value for key, value in kwargs.items() if key not in used}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dict; without a CTC head, the field `ctc_head_config` is absent."""
+        fields = super().to_dict()
+        if fields.get("ctc_head_config") is None:
+            fields.pop("ctc_head_config", None)
+        return fields
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """Returns the LLM's config, from which generation reads cache sizes and vocabulary."""

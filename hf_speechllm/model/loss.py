@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from .chat import IGNORE_INDEX
+from .packing import Positions
 
 # Positions per chunk of logits. A chunk and its gradient need 5 GB with a vocabulary of 150,000 (float32).
 POSITIONS_PER_CHUNK = 4096
@@ -24,6 +25,37 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     needed = torch.zeros_like(labels, dtype=torch.bool)
     needed[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return needed.flatten().nonzero().squeeze(-1)
+
+
+def refuse_scaled_logits(llm_config) -> None:
+    """Refuses LLMs that scale or cap logits after the head, because the model uses the output of the head directly.
+
+    Raises:
+        ValueError: if the LLM does.
+    """
+    for name, neutral in {
+        "final_logit_softcapping": (None,),
+        "logit_scale": (None, 1.0),
+        "logits_scaling": (None, 1.0),
+    }.items():
+        value = llm_config.to_dict().get(name)
+        if value not in neutral:
+            raise ValueError(
+                f"llm_config.{name} is {value}: LLMs that change logits after the head are not supported; "
+                "choose another LLM"
+            )
+
+
+def count_labels(labels: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """Returns the number of supervised tokens, at least 1, as a scalar; without a host-device sync.
+
+    Args:
+        labels: shape = (batch, tokens), -100 for tokens that are not supervised.
+        positions: see `packing.Positions`.
+    """
+    if "labels" in positions:
+        return torch.full((), max(1, len(positions["labels"])), device=labels.device)
+    return (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def supervised_loss(

@@ -26,11 +26,13 @@ from . import pretrained
 from .adaptors import AudioAdaptor
 from .audio_lengths import LOW_FRAME_RATE
 from .configuration import SpeechLLMConfig
+from .ctc import CTCHead
 from .encoders import build_encoder, encode, encoder_family
 from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
-from .loss import supervised_loss
-from .native_families import PARTS
+from .loss import count_labels, refuse_scaled_logits, supervised_loss
+from .native_families import ALL_PARTS
+from .native_families import PARTS as PARTS
 from .packing import PaddingFreeBatch, Positions, causal_masks, packed_masks, require_padding_free
 
 
@@ -47,10 +49,12 @@ class SpeechLLMOutput(CausalLMOutputWithPast):
         attentions: with `output_attentions`, one tensor per LLM layer, shape = (batch, heads, tokens, tokens).
         num_label_tokens: scalar integer, number of supervised tokens; with labels only.
         token_accuracy: scalar, share of supervised tokens predicted correctly (teacher forcing); with labels only.
+        ctc_loss: scalar, loss of the CTC head before weighting; with `ctc_labels` only.
     """
 
     num_label_tokens: torch.Tensor | None = None
     token_accuracy: torch.Tensor | None = None
+    ctc_loss: torch.Tensor | None = None
 
 
 class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -83,18 +87,20 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SpeechLLMConfig):
         super().__init__(config)
-        _refuse_scaled_logits(config.llm_config)
+        refuse_scaled_logits(config.llm_config)
         self.audio_encoder = build_encoder(config.audio_encoder_config)
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
-        # Tensors of the checkpoint that the model does not use: FunASR's CTC branch.
+        self.ctc_head: Any = CTCHead._from_config(config.ctc_head_config) if config.ctc_head_config else None
+        # The token file of FunASR's CTC branch, and its tensors if they are incomplete: the model does not use them.
         self.ctc_tensors: dict[str, torch.Tensor] = {}
         self.audio_token_dropout = 0.0  # share of audio tokens that training replaces by zeros
         self.post_init()
         # Units that FSDP gathers: layers of the LLM, and encoder and adaptor as a whole, because one gather per small
         # layer makes the host the bottleneck. FSDP fails on the name of a class that the model does not contain.
         names = {type(module).__name__ for module in self.llm.modules()}
-        wholes = {type(part).__name__ for part in (self.audio_encoder, self.audio_adaptor)}
+        parts = (self.audio_encoder, self.audio_adaptor, self.ctc_head)
+        wholes = {type(part).__name__ for part in parts if part is not None}
         self._no_split_modules = wholes | (set(self.llm._no_split_modules or ()) & names)
 
     @classmethod
@@ -173,8 +179,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
         """Sets the training mode. Completely frozen parts stay in eval mode, without dropout."""
         super().train(mode)
-        for name in PARTS:
-            part = getattr(self, name)
+        for part in filter(None, (getattr(self, name) for name in ALL_PARTS)):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
                 if mode:
@@ -249,6 +254,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_tokens: torch.Tensor | None = None,
         positions: Positions | None = None,
         past_key_values: Cache | None = None,
+        ctc_labels: torch.Tensor | None = None,
+        ctc_label_lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
         """Runs the model. With labels, computes logits only at supervised positions.
@@ -268,6 +275,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 the mask from `encode_audio`.
             audio_tokens: replaces `input_features`: audio tokens of all recordings, shape = (tokens, width).
             positions: optional, for speed; computed by `SpeechLLMCollator`.
+            ctc_labels, ctc_label_lengths: labels of the CTC head, whose loss is added; see `CTCHead.loss`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `shift_labels` and other arguments of
                 transformers' LLMs.
 
@@ -283,6 +291,16 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 kwargs[name] = True
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", None)
+        ctc_loss = None
+        if ctc_labels is not None and labels is not None:
+            if encoder_states is None and input_features is not None and input_features_mask is not None:
+                encoder_states, input_features_mask = self.encode_audio(
+                    input_features, input_features_mask, positions.get("frames")
+                )
+            items = count_labels(labels, positions) if num_items_in_batch is None else num_items_in_batch
+            ctc_loss = self.ctc_head.loss(encoder_states, input_features_mask, ctc_labels, ctc_label_lengths, items)
+            if self.ctc_head.trained_alone:
+                return SpeechLLMOutput(loss=ctc_loss, num_label_tokens=count_labels(labels, positions))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio_tokens is not None:
@@ -331,6 +349,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 states, labels, head, num_items_in_batch, positions.get("labels")
             )
             result["logits"] = head(states) if return_logits else None
+        if ctc_loss is not None:
+            result["loss"], result["ctc_loss"] = result["loss"] + self.ctc_head.loss_weight * ctc_loss, ctc_loss
         return SpeechLLMOutput(**result)
 
     def _insert_audio(self, input_ids, inputs_embeds, tokens, lengths) -> torch.Tensor:
@@ -354,21 +374,6 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kept = torch.rand(placeholders.shape, device=audio.device) >= self.audio_token_dropout
             audio = audio * kept.unsqueeze(-1)
         return torch.where(placeholders.unsqueeze(-1), audio, inputs_embeds)
-
-
-def _refuse_scaled_logits(llm_config) -> None:
-    """Refuses LLMs that scale or cap logits after the head, because `forward` uses the output of the head directly."""
-    for name, neutral in {
-        "final_logit_softcapping": (None,),
-        "logit_scale": (None, 1.0),
-        "logits_scaling": (None, 1.0),
-    }.items():
-        value = llm_config.to_dict().get(name)
-        if value not in neutral:
-            raise ValueError(
-                f"llm_config.{name} is {value}: LLMs that change logits after the head are not supported; "
-                "choose another LLM"
-            )
 
 
 AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration)

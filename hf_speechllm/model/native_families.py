@@ -17,6 +17,8 @@ from . import chat
 from .languages import LANGUAGES
 
 PARTS = ENCODER, ADAPTOR, LLM = "audio_encoder", "audio_adaptor", "llm"
+CTC_HEAD = "ctc_head"
+ALL_PARTS = (*PARTS, CTC_HEAD)  # with the part that a model may lack
 
 
 @dataclass(frozen=True)
@@ -234,11 +236,11 @@ PART_OF_MODULE = {
 def part_of(parameter_name: str) -> str:
     """Returns the part of a parameter; the model may be wrapped (peft, DDP, FSDP)."""
     for piece in parameter_name.split("."):
-        if piece in PARTS:
+        if piece in ALL_PARTS:
             return piece
         if piece in PART_OF_MODULE:
             return PART_OF_MODULE[piece]
-    raise ValueError(f"{parameter_name} belongs to none of {', '.join(PARTS)}")
+    raise ValueError(f"{parameter_name} belongs to none of {', '.join(ALL_PARTS)}")
 
 
 def is_native(model_or_config: Any) -> bool:

@@ -184,7 +184,7 @@ class NativeProcessor(SpeechLLMProcessor):
         answer = chat.answer_ids(self.tokenizer, self.family.answer(text, request))
         return [*start, *answer, self.tokenizer.eos_token_id]
 
-    def transcripts(self, tokens: torch.Tensor) -> list[str]:
+    def transcripts(self, tokens: torch.Tensor | list[list[int]]) -> list[str]:
         """Returns the transcripts of generated answers, shape = (rows, tokens)."""
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [self.family.transcript(text) for text in texts]

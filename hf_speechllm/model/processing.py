@@ -352,7 +352,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             padded[name] = torch.tensor(ordered, dtype=torch.long)
         return padded
 
-    def transcripts(self, tokens: torch.Tensor) -> list[str]:
+    def transcripts(self, tokens: torch.Tensor | list[list[int]]) -> list[str]:
         """Returns the transcripts of generated answers, shape = (rows, tokens)."""
         return [chat.clean_answer(text) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

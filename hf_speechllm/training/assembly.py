@@ -16,11 +16,13 @@ from ..data.encoder_cache import add_encoded
 from ..data.hotword_lists import hotword_sampler
 from ..data.streaming import open_stream
 from ..formats.loading import load_config
+from ..model.ctc_vocabulary import CTCVocabulary
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.native_families import max_feature_frames
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .cache_stage import choose_cache_level
+from .ctc_stage import prepare_ctc_head
 from .freezing import freeze_parameters, freeze_parts
 from .lora import add_lora
 from .options import FinetuningOptions
@@ -38,6 +40,7 @@ class RunData:
         weights: times per epoch of each row, shape = (rows,), or `None`.
         validation_rows: rows by name of the set.
         max_feature_frames: limit of the model, see `SpeechLLMConfig`.
+        ctc_vocabulary: of the CTC head that is trained; `None` without one.
     """
 
     processor: SpeechLLMProcessor
@@ -46,14 +49,16 @@ class RunData:
     weights: np.ndarray | None
     validation_rows: dict[str, Any]
     max_feature_frames: int
+    ctc_vocabulary: CTCVocabulary | None = None
 
     def for_trainer(self) -> dict[str, Any]:
         """Returns the arguments of the trainer that come from the data."""
+        self.collator.ctc_vocabulary = self.ctc_vocabulary
         return {
             "train_dataset": self.train_rows,
             "eval_dataset": self.validation_rows or None,
             "data_collator": self.collator,
-            "eval_collator": SpeechLLMCollator(self.processor),
+            "eval_collator": SpeechLLMCollator(self.processor, ctc_vocabulary=self.ctc_vocabulary),
             "processing_class": self.processor,
             "train_weights": self.weights,
         }
@@ -105,8 +110,8 @@ def load_data(options: FinetuningOptions, feature_cache: str | None = None) -> R
     return RunData(processor, collator, train_rows, weights, validation_rows, limit)
 
 
-def load_model(options: FinetuningOptions) -> Any:
-    """Loads the model with frozen parts and adapters.
+def load_model(options: FinetuningOptions, data: RunData) -> Any:
+    """Loads the model with frozen parts and adapters, and with a CTC head if wanted; `data` gets its vocabulary.
 
     Raises:
         ImportError, OSError, ValueError: if the model or an option is not usable.
@@ -123,6 +128,7 @@ def load_model(options: FinetuningOptions) -> Any:
     if parts.use_lora:
         model = add_lora(model, parts.lora_r, parts.lora_alpha, parts.lora_dropout, parts.lora_target_modules)
     freeze_parameters(model, parts.freeze_param)
+    data.ctc_vocabulary = prepare_ctc_head(model, data.processor, data.train_rows, parts)
     return model
 
 

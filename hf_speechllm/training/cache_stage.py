@@ -27,6 +27,8 @@ def _refusal(level: str, data: DataOptions, parts: TrainedPartsOptions) -> str |
         )
     if not parts.freeze_audio_encoder:
         return "the encoder is trained; set --freeze_audio_encoder"
+    if level == "adaptor" and parts.ctc_head is not None:
+        return "the CTC head needs the encoder's output; set --cache_level encoder"
     if level == "adaptor" and not parts.freeze_audio_adaptor:
         return "the adaptor is trained; set --freeze_audio_adaptor"
     if data.feature_cache == "off" or data.streaming:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.modeling import PARTS
+from ..model.ctc import CTC_HEAD, is_trained_alone
+from ..model.modeling import ALL_PARTS, PARTS
 from .freezing import part_of, size_of, trained_parts
 
 # Peak speed of dense bf16 matrix products in TFLOP/s, by a word of the device name; from NVIDIA's data sheets.
@@ -48,8 +49,8 @@ class FlopCounter:
     """
 
     def __init__(self, model: Any, cached: Collection[str] = ()):
-        weights = dict.fromkeys(PARTS, 0)  # weights of matrix products
-        trained = dict.fromkeys(PARTS, 0)
+        weights = dict.fromkeys(ALL_PARTS, 0)  # weights of matrix products
+        trained = dict.fromkeys(ALL_PARTS, 0)
         self.head = 0
         for name, module in model.named_modules():
             if ".original_module." in f"{name}.":  # peft's copy of a fully trained part
@@ -68,13 +69,19 @@ class FlopCounter:
             "audio_encoder": 4 * encoder.hidden_size * _layers(encoder),
             "audio_adaptor": 4 * config.audio_adaptor_config.hidden_size * _layers(config.audio_adaptor_config),
             "llm": 4 * llm.num_attention_heads * _head_dim(llm) * llm.num_hidden_layers,
+            CTC_HEAD: 0,  # few layers
         }
         self._weights, self._trained = weights, trained
         learning = trained_parts(model)
         # Gradients flow through a part if this part or an earlier part is trained.
         self._has_gradient = {part: not learning.isdisjoint(PARTS[: index + 1]) for index, part in enumerate(PARTS)}
-        self._parts = [part for part in PARTS if part not in cached]
+        self._has_gradient[CTC_HEAD] = CTC_HEAD in learning
+        alone = is_trained_alone(model)
+        run = ("audio_encoder",) if alone else PARTS
+        self._parts = [part for part in (*run, *({CTC_HEAD} & learning)) if part not in cached]
         self._head_trained = model.get_output_embeddings().weight.requires_grad
+        if alone:
+            self.head = 0
 
     def count(self, frames: torch.Tensor, tokens: torch.Tensor, num_labels: int) -> float:
         """Counts the operations of one batch.
@@ -85,6 +92,7 @@ class FlopCounter:
             num_labels: number of supervised tokens, for which logits are computed.
         """
         lengths = {"audio_encoder": frames.double(), "audio_adaptor": frames.double(), "llm": tokens.double()}
+        lengths[CTC_HEAD] = lengths["audio_encoder"]
         total = 0.0
         for part in self._parts:
             number, squares = float(lengths[part].sum()), float(lengths[part].square().sum())

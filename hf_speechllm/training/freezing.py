@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..formats.funasr_tensors import to_funasr_name
-from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
-from ..model.native_families import is_native, part_of
+from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import ALL_PARTS, CTC_HEAD, PARTS, is_native, part_of
 
 # Parts of parameter names that peft adds.
 _PEFT = re.compile(r"^base_model\.model\.|\.(?:modules_to_save\.default|original_module|base_layer)(?=\.)")
@@ -75,7 +75,7 @@ def part_names(model, part: str) -> list[str]:
 
 def count_parameters(model) -> dict[str, tuple[int, int]]:
     """Counts the parameters of each part: (trained, total)."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(ALL_PARTS if getattr(model, CTC_HEAD, None) is not None else PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         if ".original_module." in name:  # peft's copy of a fully trained part
             continue

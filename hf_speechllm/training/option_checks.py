@@ -25,13 +25,15 @@ def check_options(options: FinetuningOptions) -> None:
         raise ValueError("--model_name_or_path is missing; name a model folder or Hub id")
     if not data.train_file:
         raise ValueError("--train_file is missing; name a training JSONL")
-    if parts.freeze_audio_encoder and parts.freeze_audio_adaptor and parts.freeze_llm and not parts.use_lora:
+    frozen = parts.freeze_audio_encoder and parts.freeze_audio_adaptor and parts.freeze_llm
+    if frozen and not parts.use_lora and parts.ctc_head is None:
         raise ValueError(
             "--freeze_audio_encoder, --freeze_audio_adaptor and --freeze_llm freeze all parts; train a part, or add "
-            "--use_lora"
+            "--use_lora or --ctc_head"
         )
     if not 0 <= parts.audio_token_dropout < 1:
         raise ValueError(f"--audio_token_dropout is {parts.audio_token_dropout:g}; it must be at least 0 and below 1")
+    _check_ctc_head(options)
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
             "--streaming has no epochs, because the number of rows is unknown; set a number of steps with --max_steps"
@@ -53,11 +55,28 @@ def check_options(options: FinetuningOptions) -> None:
     metric = args.metric_for_best_model
     if metric is None or not data.validation_file:
         return
-    measures = MEASURES if args.eval_cer else MEASURES[:-1]
+    measures = MEASURES if args.eval_cer else MEASURES[:1] if options.parts.only_ctc_head else MEASURES[:-1]
     known = [*measures, *(f"{name}_{measure}" for name in names for measure in measures)]
     if metric.removeprefix("eval_") not in known:
         hint = "" if args.eval_cer else " (metrics with cer require --eval_cer)"
         raise ValueError(f"--metric_for_best_model is {metric!r}; choose one of {', '.join(known)}{hint}")
+
+
+def _check_ctc_head(options: FinetuningOptions) -> None:
+    parts = options.parts
+    if parts.ctc_head not in (None, "auto", "sanm", "linear"):
+        raise ValueError(f"--ctc_head is {parts.ctc_head!r}; choose auto, sanm or linear")
+    if parts.ctc_vocabulary not in ("auto", "characters", "llm"):
+        raise ValueError(f"--ctc_vocabulary is {parts.ctc_vocabulary!r}; choose auto, characters or llm")
+    if not 0 < parts.ctc_weight < math.inf:
+        raise ValueError(f"--ctc_weight is {parts.ctc_weight:g}; it must be above 0")
+    if parts.ctc_head is not None and parts.use_lora:
+        raise ValueError(
+            "--ctc_head is not supported with --use_lora, because an adapter cannot add a part to its base model; "
+            "train the head of the base model, or of the merged model, with the other parts frozen"
+        )
+    if parts.only_ctc_head and options.training.eval_cer:
+        raise ValueError("--eval_cer has no effect if only the CTC head is trained, because the LLM does not change")
 
 
 def check_training(args: SpeechLLMTrainingArguments) -> None:

@@ -23,6 +23,16 @@ class TrainedPartsOptions:
     freeze_audio_encoder: bool = option(False, "Do not train the audio encoder.")
     freeze_audio_adaptor: bool = option(False, "Do not train the audio adaptor.")
     freeze_llm: bool = option(False, "Do not train the LLM.")
+    ctc_head: str | None = option(
+        None,
+        "Train a CTC head on the encoder's output, for word times: auto (the model's own, otherwise sanm), sanm or "
+        "linear. With all other parts frozen, only the head is computed.",
+    )
+    ctc_vocabulary: str = option(
+        "auto",
+        "Vocabulary of a new CTC head: characters of the training transcripts (auto), or llm: the LLM's tokens.",
+    )
+    ctc_weight: float = option(0.3, "Factor of the CTC loss beside the loss of the LLM.")
     freeze_param: list[str] = option(
         [],
         "Do not train parameters whose names start with one of these, here or in FunASR: audio_encoder.layers.0, ...",
@@ -39,6 +49,12 @@ class TrainedPartsOptions:
         "Linear layers of the LLM with adapters.",
     )
 
+    @property
+    def only_ctc_head(self) -> bool:
+        """Whether the CTC head is the only trained part."""
+        frozen = self.freeze_audio_encoder and self.freeze_audio_adaptor and self.freeze_llm
+        return self.ctc_head is not None and frozen
+
 
 @dataclass
 class OptimizationOptions:
@@ -49,6 +65,7 @@ class OptimizationOptions:
     llm_learning_rate: float | None = option(
         None, "Learning rate of the LLM and the adapters (default --learning_rate)."
     )
+    ctc_head_learning_rate: float | None = option(None, "Learning rate of the CTC head (default --learning_rate).")
     bf16: bool | None = option(
         None, "Use bfloat16 compute with float32 master weights (default: true on a GPU that supports bfloat16)."
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..model.ctc import CTC_INPUTS
 from ..model.processing import SpeechLLMProcessor
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def split_batch(batch: dict[str, Any], processor: SpeechLLMProcessor) -> list[di
     encoded = "encoder_states" in batch
     counts = [processor.num_audio_tokens(int(frames), encoded) for frames in batch["input_features_mask"].sum(-1)]
     recordings = int(np.searchsorted(np.cumsum([0, *counts]), placeholders))
-    cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states"), recordings)
+    cuts = dict.fromkeys(("input_features", "input_features_mask", "encoder_states", *CTC_INPUTS), recordings)
     cuts["audio_tokens"] = placeholders
     tensors = {key: value for key, value in batch.items() if key != "positions"}
     first = {key: value[: cuts.get(key, half)] for key, value in tensors.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..model.ctc import is_trained_alone
 from ..model.modeling import PARTS
 from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
@@ -34,6 +35,7 @@ class Progress:
         cached = PARTS[:2] if "audio_tokens" in columns else PARTS[:1] if "encoder_states" in columns else ()
         self.flops = None if is_native(model) else FlopCounter(model, cached)
         self.peak_flops = None if is_native(model) else peak_flops(accelerator.device)
+        self.reports_accuracy = not is_trained_alone(model)
         self.rows = 0  # since the start of this process
         self.reset()
 
@@ -41,6 +43,8 @@ class Progress:
         """Resets the counts of a log line."""
         self._correct = torch.zeros((), device=self.accelerator.device)
         self._tokens = torch.zeros((), device=self.accelerator.device)
+        self._ctc_loss = torch.zeros((), device=self.accelerator.device)
+        self._steps = 0
         self._audio_seconds = 0.0
         self._padded_seconds = 0.0
         self._waited_seconds = 0.0
@@ -51,6 +55,7 @@ class Progress:
     def add_batches(self, batches: Iterable[dict], waited_seconds: float) -> float:
         """Counts the batches of one step and the time of waiting for these; returns the floating-point operations."""
         self._waited_seconds += waited_seconds
+        self._steps += 1
         operations = 0.0
         for batch in batches:
             tokens = batch["attention_mask"].sum(-1)
@@ -70,7 +75,11 @@ class Progress:
         return operations
 
     def add_tokens(self, outputs) -> None:
-        """Counts the correct tokens of a `SpeechLLMOutput` with a loss."""
+        """Counts the correct tokens of a `SpeechLLMOutput` with a loss, and adds the loss of the CTC head, if any."""
+        if (ctc_loss := getattr(outputs, "ctc_loss", None)) is not None:
+            self._ctc_loss += ctc_loss.detach()
+        if outputs.token_accuracy is None:
+            return
         self._tokens += outputs.num_label_tokens
         self._correct += outputs.token_accuracy * outputs.num_label_tokens
 
@@ -87,7 +96,8 @@ class Progress:
 
     def summary(self) -> dict[str, float]:
         """Returns the values of a log line and resets the counts: token accuracy, audio seconds and tokens per second
-        (all ranks), shares of padding and of waiting for data, and MFU if the peak speed of the device is known."""
+        (all ranks), the loss of a CTC head beside the LLM's, shares of padding and of waiting for data, and MFU if the
+        peak speed of the device is known."""
         elapsed = time.perf_counter() - self._started
         host = [
             self._audio_seconds, self._padded_seconds, self._waited_seconds, self._read_tokens, self._operations,
@@ -96,14 +106,17 @@ class Progress:
             [
                 self._correct.double(),
                 self._tokens.double(),
+                self._ctc_loss.double(),
                 *torch.tensor(host, dtype=torch.float64, device=self.accelerator.device),
             ]
         )
-        correct, tokens, audio, padded, waited, read, operations = self.accelerator.reduce(counts, "sum").tolist()
+        correct, tokens, ctc, audio, padded, waited, read, operations = self.accelerator.reduce(counts, "sum").tolist()
+        steps = max(1, self._steps)
         self.reset()
         ranks = self.accelerator.num_processes
         summary = {
-            "token_accuracy": round(correct / max(tokens, 1), 4),
+            **({"token_accuracy": round(correct / max(tokens, 1), 4)} if self.reports_accuracy else {}),
+            **({"ctc_loss": round(ctc / steps, 4)} if ctc else {}),
             "audio_seconds_per_second": round(audio / elapsed, 1),
             "tokens_per_second": round(read / elapsed, 1),
             "padding_share": round(1 - audio / max(padded, 1e-9), 4),

@@ -19,6 +19,7 @@ from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.prompt_collator import PromptCollator
 from ..evaluation.scoring import ErrorCounts, count_errors
 from ..evaluation.validation_metrics import COUNTS, metric_prefix
+from ..model.ctc import is_trained_alone
 from ..model.generation import transcribing
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
@@ -130,14 +131,22 @@ class Validator:
             prefix: of the metric names.
         """
         engine.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        alone = is_trained_alone(self.accelerator.unwrap_model(engine, keep_torch_compile=False))
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in self._readable(batches):
             with torch.no_grad():
                 outputs = engine(**to_device(batch, self.args.device, self.input_dtype))
             count = outputs.num_label_tokens
-            sums += torch.stack([outputs.loss * count, outputs.token_accuracy * count, count]).double()
-        loss, correct, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        return {f"{prefix}_loss": loss / max(tokens, 1), f"{prefix}_token_accuracy": correct / max(tokens, 1)}
+            numbers = (outputs.loss, outputs.token_accuracy, getattr(outputs, "ctc_loss", None))
+            means = [torch.zeros_like(outputs.loss) if number is None else number for number in numbers]
+            sums += torch.stack([*(mean * count for mean in means), count]).double()
+        loss, correct, ctc_loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{prefix}_loss": loss / max(tokens, 1)}
+        if not alone:
+            metrics[f"{prefix}_token_accuracy"] = correct / max(tokens, 1)
+        if self.collator.ctc_vocabulary is not None and not alone:
+            metrics[f"{prefix}_ctc_loss"] = ctc_loss / max(tokens, 1)
+        return metrics
 
     def decode(self, engine: Any, rows: Any, shown_rows: int = SAMPLES_SHOWN) -> tuple[ErrorCounts, list[Sample]]:
         """Decodes a set greedily, in the precision of training.

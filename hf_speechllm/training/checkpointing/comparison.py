@@ -29,6 +29,8 @@ MODEL, ROWS, SCORES = "the checkpoint does not fit another model", "the position
 REFUSED = {
     "options.freeze_*": MODEL,
     "options.use_lora": MODEL,
+    "options.ctc_head": MODEL,
+    "options.ctc_vocabulary": MODEL,
     "options.lora_r": MODEL,
     "options.lora_alpha": MODEL,
     "options.lora_target_modules": MODEL,

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from ...fast.attention import disable_host_syncs
 from ...fast.fsmn import FSMN
 from ...formats.checkpoint import CheckpointError
+from ...model.ctc import CTC_INPUTS
 from ...model.modeling import SpeechLLMForConditionalGeneration
 from ..arguments import SpeechLLMTrainingArguments
 from ..lora import uses_lora
@@ -146,5 +147,5 @@ class CheckpointVerifier:
 def _logits(model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Computes logits at the last position of every row, shape = (rows, vocabulary)."""
     # Padded batches, because the loaded model does not support packed rows.
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", *CTC_INPUTS)}
     return model(**inputs, logits_to_keep=1).logits[:, 0].float()
