@@ -17,7 +17,7 @@ SIGNATURES = {
     "FbankFeatureExtractor": "feature_size, sampling_rate, frame_length, frame_shift, window_type, num_frames_lfr, "
     "stride_lfr, waveform_scale, dither, padding_value, kwargs",
     "SpeechLLMConfig": "audio_encoder_config, audio_adaptor_config, llm_config, audio_token_id, initializer_range, "
-    "tie_word_embeddings, funasr_files",
+    "tie_word_embeddings, funasr_files, ctc_head_config",
     "SpeechLLMForConditionalGeneration": "config",
     "SpeechLLMProcessor": "feature_extractor, tokenizer, chat_template, audio_token, downsample_rate, "
     "use_low_frame_rate, encoder_downsample_rate, think_block, system_prompt, encoder_convolutions, "
@@ -25,7 +25,7 @@ SIGNATURES = {
     "SpeechLLMTrainer": "args, eval_collator, train_weights, kwargs",
     "SpeechLLMTrainingArguments": "per_device_train_batch_seconds, eval_cer, padding_free, keep_best_checkpoints",
     "Transcriber": "model, processor, batch_seconds, max_new_tokens, num_beams, num_workers, repetition_guard, vad, "
-    "cuda_graphs, fast",
+    "cuda_graphs, fast, word_times, ctc_guard, ctc_draft, calibration",
     "compose": "config, tokenizer, audio_encoder, llm",
     "load_audio": "source, sampling_rate, max_seconds",
     "normalize_text": "text, language",

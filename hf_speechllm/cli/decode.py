@@ -48,6 +48,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--repetition_guard", action="store_true", help="stop, cut and report loops at the end of texts"
     )
     parser.add_argument("--vad", action="store_true", help="detect speech, decode segments, write their times")
+    parser.add_argument(
+        "--word_times", action="store_true", help="write start, end and confidence of words; requires a CTC head"
+    )
+    parser.add_argument(
+        "--ctc_guard", action="store_true", help="replace texts that the CTC head contradicts by the CTC head's own"
+    )
+    parser.add_argument("--confidence_file", help="confidence.json of score --words: calibrates confidence")
+    parser.add_argument(
+        "--ctc_draft",
+        action="store_true",
+        help="let the LLM verify drafts of the CTC head: fewer steps, equal texts",
+    )
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
@@ -67,10 +79,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("pass exactly one of: recordings (or folders, ...), --scp_file, --jsonl_file")
     if args.segments_file and not args.scp_file:
         parser.error("--segments_file requires --scp_file")
+    if args.confidence_file and not args.word_times:
+        parser.error("--confidence_file requires --word_times")
+    if args.ctc_draft and (args.num_beams > 1 or args.repetition_guard):
+        parser.error("--ctc_draft is not supported with --num_beams and --repetition_guard; leave these out")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
-    for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file)):
+    for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file, args.confidence_file)):
         if not Path(file).is_file():
             parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     if args.scp_file:
@@ -120,8 +136,12 @@ def main() -> None:
             if processes.rank > 0:
                 return
             failures = [*map(str, bad_rows), *outcome.failures]
+            uses_ctc = args.word_times or args.ctc_guard
             if outcome.results:
-                write_results(args.output_file, outcome.results, args.vad or args.repetition_guard, subtitles=args.vad)
+                write_results(
+                    args.output_file, outcome.results, args.vad or args.repetition_guard or uses_ctc,
+                    subtitles=args.vad or args.word_times, words=args.word_times, checked=uses_ctc,
+                )  # fmt: skip
             named = write_failures(args.output_file, failures)
         except OSError as error:
             sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")

@@ -14,6 +14,7 @@ import torch
 from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
 from ..formats.loading import load_config
+from ..inference.ctc_reader import NO_HEAD
 from ..inference.decoding import Plan, plan_requests
 from ..inference.distributed import Processes
 from ..inference.journal import Journal
@@ -22,6 +23,7 @@ from ..inference.requests import Request, requests_of_jsonl, requests_of_scp, re
 from ..inference.stamp import model_fingerprint
 from ..inference.transcriber import Transcriber
 from ..model import chat
+from ..model.calibration import Calibration
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
 from .hotwords import read_hotwords
@@ -29,8 +31,14 @@ from .hotwords import read_hotwords
 logger = logging.getLogger(__name__)
 
 # Options that affect the texts: an unfinished run resumes only with the same values.
-SETTINGS = ("language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard")
-OPTIONS = ("batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard")
+SETTINGS = (
+    "language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard",
+    "word_times", "ctc_guard", "ctc_draft",
+)  # fmt: skip
+OPTIONS = (
+    "batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "word_times", "ctc_guard",
+    "ctc_draft",
+)  # fmt: skip
 
 
 def option_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,8 +68,10 @@ def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Proces
     if not requests and not bad_rows:
         raise ValueError(f"{args.scp_file or args.jsonl_file}: no recordings; add lines to the list")
     repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
-    if args.vad and repeated:
-        raise ValueError(f"two recordings have the ID {repeated[0]}, and --vad writes files named by ID; rename one")
+    if (args.vad or args.word_times) and repeated:
+        raise ValueError(
+            f"two recordings have the ID {repeated[0]}, and --vad and --word_times write files named by ID; rename one"
+        )
     if repeated and processes.rank == 0:
         logger.warning(
             "%d IDs are not unique, for example %s; `hf-speechllm score` refuses such a list",
@@ -69,6 +79,33 @@ def read_requests(args: argparse.Namespace, bad_rows: BadRows, processes: Proces
             repeated[0],
         )
     return requests
+
+
+def choose_device(device: str | None, dtype: str | None, local_rank: int = 0) -> tuple[str, str]:
+    """Returns device and dtype; default the GPU of this process with bfloat16, otherwise the CPU with float32.
+
+    Raises:
+        ValueError: if the device is not usable.
+    """
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    device = device or (f"cuda:{local_rank}" if on_gpu else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {device} is not usable on this machine: {reason}; choose another device"
+        ) from error
+    return device, dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def load_model(
+    name: str, device: str | None, dtype: str | None
+) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+    """Loads model and processor for inference; see `choose_device`."""
+    device, dtype = choose_device(device, dtype)
+    model = SpeechLLMForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), SpeechLLMProcessor.from_pretrained(name)
 
 
 def prepare(
@@ -83,19 +120,14 @@ def prepare(
         OSError: if the model cannot be read.
     """
     name = args.model_name_or_path
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    device = args.device or (f"cuda:{processes.local_rank}" if on_gpu else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device {device} is not usable on this machine: {reason}; choose another device"
-        ) from error
+    device, dtype = choose_device(args.device, args.dtype, processes.local_rank)
     vad = VoiceDetector(args.vad_max_seconds) if args.vad else None
+    calibration = Calibration.read(args.confidence_file) if args.confidence_file else None
+    journal.settings["calibration"] = calibration and calibration.save()
     processor = SpeechLLMProcessor.from_pretrained(name)
     config = load_config(name)
+    if (args.word_times or args.ctc_guard or args.ctc_draft) and getattr(config, "ctc_head_config", None) is None:
+        raise ValueError(NO_HEAD)
     journal.settings["dtype"] = dtype
     meter = RequestMeter(config, processor, vad.max_seconds if vad else None, args.num_workers)
     plan = plan_requests(requests, meter, journal, processes)
@@ -106,7 +138,7 @@ def prepare(
     if any(stamp != stamps[0] for stamp in stamps):
         raise ValueError(f"--model_name_or_path {name} has changed while the processes loaded it; start again")
     journal.require(stamps[0])
-    options = {option: getattr(args, option) for option in OPTIONS}
+    options = {option: getattr(args, option) for option in OPTIONS} | {"calibration": calibration}
     transcriber = Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)
     transcriber.rehearse(name)
     return plan, transcriber

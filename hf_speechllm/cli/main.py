@@ -16,6 +16,7 @@ VERBS = {
     "plan": "measures time and memory of a training run, and chooses a configuration",
     "finetune": "trains a model; --num_processes N starts N processes",
     "decode": "transcribes recordings",
+    "align": "finds the times of the words of given transcripts",
     "normalize": "normalizes transcripts before scoring",
     "score": "computes error rates and writes a report",
     "synthesize": "makes synthetic training speech with installed engines",

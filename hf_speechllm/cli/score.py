@@ -33,6 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--utt2dataset", help="lines `ID NAME`, for scores by data set")
     parser.add_argument("--utt2lang", help="lines `ID LANGUAGE` (en, zh, ...), for the rules of normalisation")
     parser.add_argument("--hotwords", help="comma-separated hotwords, or a file with one hotword per line")
+    parser.add_argument(
+        "--words", help="HYP.words.jsonl of decode --word_times: calibrates the confidence of words (confidence.json)"
+    )
     parser.add_argument("--no_normalize", action="store_true", help="count the tokens of compute-wer")
     parser.add_argument("--num_worst", type=int, default=30, help="number of worst utterances on the page")
     parser.add_argument("--no_audio", action="store_true", help="do not embed recordings in the page")
@@ -43,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
     args = parser.parse_args()
-    for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang"):
+    for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang", "words"):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.error(f"{getattr(args, name)}: no such file")
     existing = [name for name in OUTPUTS if Path(args.output_dir, name).exists()]
@@ -71,8 +74,8 @@ def score(args: argparse.Namespace) -> None:
     from ..data.bad_rows import BadRows
     from ..data.hotword_lists import parse_word_list
     from ..data.kaldi import read_scp
+    from ..evaluation import confidence, report, scoring, statistics, transcripts
     from ..evaluation import hotword_scores as hotwords
-    from ..evaluation import report, scoring, statistics, transcripts
     from ..evaluation import report_audio as recordings
     from ..files import atomic_write
 
@@ -125,6 +128,15 @@ def score(args: argparse.Namespace) -> None:
         counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)
         result["hotwords"] = hotwords.summarize(counted)
 
+    judged = []
+    if args.words:
+        found = confidence.read_words(args.words)
+        lists = {args.words: found}
+        transcripts.require_common_ids(args.reference, reference.texts, lists)
+        judged = confidence.judge_words(utterances, found, not args.no_normalize)
+        result["confidence"] = confidence.summarize(judged)
+    calibration = confidence.fit(judged)
+
     # Recordings.
     wanted = {id_: source for id_, source in sources.items() if id_ in reference.texts}
     if not args.utt2dur:
@@ -133,7 +145,7 @@ def score(args: argparse.Namespace) -> None:
     worst = report.worst_utterances(utterances, args.num_worst)
     sounds = {u.id: recordings.embed_sound(wanted[u.id]) for u in worst if u.id in wanted and not args.no_audio}
     page = report.html_report(
-        result, utterances, reference.texts, hypotheses, worst, durations, sounds, counted, comparison
+        result, utterances, reference.texts, hypotheses, worst, durations, sounds, counted, comparison, judged
     )
 
     folder = Path(args.output_dir)
@@ -144,6 +156,10 @@ def score(args: argparse.Namespace) -> None:
         json.dump(result, file, ensure_ascii=False, indent=1)
     with atomic_write(folder / "report.html") as file:
         file.write(page)
+    if calibration is not None:
+        with atomic_write(folder / "confidence.json") as file:
+            json.dump(calibration.save(), file, indent=1)
+        logger.info("%s: for decode --confidence_file", folder / "confidence.json")
     low, high = (100 * end for end in result["interval_95"])
     logger.info("%s %.2f %% (95 %%: %.2f to %.2f)", result["metric"], 100 * result["rate"], low, high)
     if comparison:

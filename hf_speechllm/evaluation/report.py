@@ -15,6 +15,7 @@ import numpy as np
 from compute_wer.utils import default_cluster
 from compute_wer.wer import SER, WER
 
+from .confidence import JudgedWord, fit, least_confident, reliability_diagram
 from .hotword_scores import HotwordCounts
 from .report_audio import Sound
 from .scoring import ErrorCounts, ScoredUtterance, align
@@ -24,6 +25,7 @@ RULE = "=" * 75
 NUM_BINS = 8  # bins of the chart, with equal numbers of utterances
 NUM_DOTS = 2000  # dots in the chart, at most, which limits the size of the page
 NUM_NAMED = 200  # IDs per list on the page, at most; score.json contains all IDs
+NUM_UNSURE = 50  # utterances on the page, those with the lowest confidence
 NUM_HOTWORDS = 100  # hotwords on the page, at most, hotwords with most errors first
 
 # Cached because words repeat.
@@ -155,6 +157,7 @@ def html_report(
     sounds: Mapping[str, Sound],
     hotwords: Sequence[HotwordCounts] = (),
     comparison: Comparison | None = None,
+    words: Sequence[JudgedWord] = (),
 ) -> str:
     """Returns the HTML page: summary, comparison, tables, chart, worst utterances. Jinja escapes all texts.
 
@@ -168,6 +171,7 @@ def html_report(
         sounds: recordings to embed, by ID; may lack some of the worst utterances.
         hotwords: hotword counts.
         comparison: comparison with the second hypotheses.
+        words: judged words, for the section about confidence.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -196,6 +200,8 @@ def html_report(
         sounds=sounds,
         hotwords=list(islice(wrong_hotwords, NUM_HOTWORDS)),
         comparison=comparison,
+        reliability=Markup(reliability_diagram(words)) if words else "",
+        least_confident=least_confident(words, calibration, NUM_UNSURE) if (calibration := fit(words)) else [],
         num_named=NUM_NAMED,
         num_dots=NUM_DOTS,
     )

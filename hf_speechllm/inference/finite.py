@@ -19,10 +19,13 @@ class LogitsCheck:
 
     Args:
         model: the forward pass must return `logits`, shape = (rows times beams, tokens, vocabulary).
+        keep_scores: whether to keep the log-probability of the best token of each step, for greedy search.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, keep_scores: bool = False):
         self.model = model
+        self.keep_scores = keep_scores
+        self._scores: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
 
     def __enter__(self) -> LogitsCheck:
@@ -35,6 +38,13 @@ class LogitsCheck:
     def _add_sums(self, module, arguments, output) -> None:
         # A sum is finite only if all terms are finite; the sum of normal logits fits into float32.
         self._sums.append(output.logits[:, -1].sum(-1, dtype=torch.float32))
+        if self.keep_scores:
+            logits = output.logits[:, -1].float()
+            self._scores.append(logits.amax(-1) - logits.logsumexp(-1))
+
+    def scores(self, steps: int) -> list[list[float]]:
+        """Returns the log-probabilities of the best tokens in the last steps, for each row."""
+        return torch.stack(self._scores[-steps:], dim=1).tolist() if steps else []
 
     def finite(self, rows: int, tokens: torch.Tensor | None = None) -> list[bool]:
         """Returns for each row whether the logits of all beams were finite.

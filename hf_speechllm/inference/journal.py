@@ -17,6 +17,7 @@ import numpy as np
 from ..audio.waveform import source_stamp
 from ..data.bad_rows import NUM_NAMED
 from ..model.chat import ChatError
+from .alignment import Word
 from .pieces import Transcript
 from .requests import Request
 from .segments import Segment
@@ -155,7 +156,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _transcript(row: dict[str, Any]) -> Transcript:
-    segments = tuple(Segment(*values) for values in row["segments"])
+    segments = tuple(
+        Segment(start, end, text, looped, tuple(Word(*word) for word in words), *rest)
+        for start, end, text, looped, words, *rest in row["segments"]
+    )
     return Transcript(-1, row["text"], row["seconds"], segments=segments)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .alignment import Word
 from .segments import Segment
 
 
@@ -26,6 +27,11 @@ class Transcript:
     seconds: float = 0.0
     error: str | None = None
     segments: tuple[Segment, ...] = ()
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """Words of all segments, with times in the recording; empty without word times."""
+        return tuple(word for segment in self.segments for word in segment.words)
 
     @property
     def looped(self) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .alignment import Word
 
 # Scripts without spaces between words: CJK punctuation, kana, Han (with extensions), full-width forms; Thai, Lao,
 # Burmese, Khmer.
@@ -24,12 +28,18 @@ class Segment:
         start, end: in the recording, in seconds.
         text: recognised text; empty without speech.
         looped: whether a loop at the end of the text was cut.
+        words: with word times, the words of the text.
+        confidence: mean of the words' confidence, from 0 to 1; `None` if unknown.
+        contradicted: whether the CTC head contradicts the text (of the LLM, if the guard has replaced it).
     """
 
     start: float
     end: float
     text: str = ""
     looped: bool = False
+    words: tuple[Word, ...] = ()
+    confidence: float | None = None
+    contradicted: bool = False
 
 
 def join_texts(texts: Iterable[str]) -> str:
@@ -39,12 +49,11 @@ def join_texts(texts: Iterable[str]) -> str:
         text = text.strip()
         if not text:
             continue
-        unspaced = (
-            joined and _is_unspaced(joined[-1]) and (_is_unspaced(text[0]) or joined[-1] in UNSPACED_PUNCTUATION)
-        )
+        unspaced = joined and is_unspaced(joined[-1]) and (is_unspaced(text[0]) or joined[-1] in UNSPACED_PUNCTUATION)
         joined += text if unspaced or not joined else f" {text}"
     return joined
 
 
-def _is_unspaced(character: str) -> bool:
+def is_unspaced(character: str) -> bool:
+    """Whether a character belongs to a script without spaces between words."""
     return any(first <= ord(character) <= last for first, last in UNSPACED_RANGES)

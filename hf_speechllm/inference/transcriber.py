@@ -6,8 +6,8 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,22 @@ from ..audio.inputs import as_list, to_source
 from ..audio.vad import VoiceDetector
 from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
 from ..data.sampler import BudgetBatchSampler
-from ..fast.attention import disable_host_syncs, enable_host_syncs, without_cudnn_attention
+from ..fast.attention import disable_host_syncs, enable_host_syncs
 from ..formats.untrusted import one_line, reading
 from ..model import chat
-from ..model.generation import ignored_settings, transcribing, transcription_config
+from ..model.calibration import Calibration
+from ..model.generation import ignored_settings, transcription_config
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
-from .finite import LogitsCheck
+from .ctc_reader import CTCReader
+from .drafts import Drafter
 from .measuring import RequestMeter
 from .pieces import Piece, Transcript
 from .prefetch import prefetch
-from .repetition import LoopStop, cut_loop
+from .repetition import cut_loop
 from .requests import Request
+from .search import search
 from .segments import Segment, join_texts
 
 logger = logging.getLogger(__name__)
@@ -71,12 +74,17 @@ class Transcriber:
         repetition_guard: whether to stop and cut loops at the end of hypotheses; see `repetition`.
         vad: splits recordings into segments; `None` decodes whole recordings.
         cuda_graphs: has no effect; deprecated.
+        word_times: whether transcripts have the times and confidence of their words; requires a CTC head.
+        ctc_guard: whether a text that the CTC head contradicts is replaced by the text of the CTC head.
+        calibration: of the confidence of words, see `model.calibration`.
+        ctc_draft: whether the LLM verifies drafts of a CTC head over its tokens, in greedy search; see `drafts`.
         fast: whether to use fast paths: on a GPU padded-mask attention and the FSMN kernel, and no attention of
             cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
             same numbers), even after use by a fast transcriber.
 
     Raises:
-        ValueError: if an end token of the generation configuration is invalid; with `vad`, if the sampling rate of the
+        ValueError: if an end token of the generation configuration is invalid; if the model has no
+            CTC head, which `word_times`, `ctc_guard` and `ctc_draft` require; with `vad`, if the sampling rate of the
             processor differs from the rate of the voice detection.
     """
 
@@ -92,6 +100,10 @@ class Transcriber:
         vad: VoiceDetector | None = None,
         cuda_graphs: bool | None = None,
         fast: bool = True,
+        word_times: bool = False,
+        ctc_guard: bool = False,
+        ctc_draft: bool = False,
+        calibration: Calibration | None = None,
     ):
         self.model = model.eval()
         if cuda_graphs is not None:
@@ -106,6 +118,9 @@ class Transcriber:
         if fast and own and model.device.type == "cuda":
             disable_host_syncs(model)
         self.processor = processor
+        uses_ctc = word_times or ctc_guard or ctc_draft
+        self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
+        self.drafter = Drafter(self.reader, processor) if self.reader is not None and ctc_draft else None
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
@@ -314,18 +329,19 @@ class Transcriber:
         self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]
     ) -> Iterator[Segment | None]:
         """Decodes pieces with `counts` recordings each; yields segments with texts, or `None` (see `generate`)."""
-        texts = self._generate(inputs, counts) if pieces else []
-        for piece, text in zip(pieces, texts, strict=True):
-            if text is None:
+        hypotheses = self._generate(inputs, counts) if pieces else []
+        for piece, hypothesis in zip(pieces, hypotheses, strict=True):
+            if hypothesis.text is None:
                 yield None
                 continue
-            text, looped = cut_loop(text) if self.repetition_guard else (text, False)
-            yield Segment(piece.start, piece.end, text, looped)
+            text, looped = cut_loop(hypothesis.text) if self.repetition_guard else (hypothesis.text, False)
+            segment = Segment(piece.start, piece.end, text, looped)
+            yield segment if self.reader is None else self.reader.segment(segment, hypothesis.evidence)
 
-    def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[str | None]:
-        """Calls `generate`; splits a batch that does not fit into memory."""
+    def _generate(self, inputs: BatchFeature, counts: Sequence[int]) -> list[Hypothesis]:
+        """Decodes a batch; splits a batch that does not fit into memory."""
         try:
-            return self.generate(inputs)
+            return self._search(inputs, counts)
         except torch.OutOfMemoryError:
             if len(counts) == 1:
                 raise
@@ -333,11 +349,19 @@ class Transcriber:
         torch.cuda.empty_cache()
         middle = len(counts) // 2
         recordings = sum(counts[:middle])
-        texts: list[str | None] = []
+        hypotheses: list[Hypothesis] = []
         for rows, places in (slice(middle), slice(recordings)), (slice(middle, None), slice(recordings, None)):
             part = {name: value[rows if name in TOKEN_INPUTS else places] for name, value in inputs.items()}
-            texts += self._generate(BatchFeature(part), counts[rows])
-        return texts
+            hypotheses += self._generate(BatchFeature(part), counts[rows])
+        return hypotheses
+
+    @torch.inference_mode()
+    def _search(self, inputs: BatchFeature, counts: Sequence[int]) -> list[Hypothesis]:
+        if self.reader is None:
+            return [Hypothesis(text) for text in self.generate(inputs)]
+        with self.reader.listening():
+            texts = self.generate(inputs)
+        return [Hypothesis(*pair) for pair in zip(texts, self.reader.evidence(counts), strict=True)]
 
     @torch.inference_mode()
     def generate(self, inputs) -> list[str | None]:
@@ -347,18 +371,26 @@ class Transcriber:
             Text of each row; `None` if logits were not finite in a step that the text depends on.
         """
         inputs = inputs.to(self.model.device)
-        rows, prompt_tokens = inputs["input_ids"].shape
-        options = {}
-        if self.repetition_guard:
-            options["stopping_criteria"] = [LoopStop(self.processor.tokenizer, prompt_tokens)]
-        attention = without_cudnn_attention() if self.fast else nullcontext()
-        search = transcribing(self.model, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
-        with attention, search as config, LogitsCheck(self.model) as check:
-            output = self.model.generate(**inputs, generation_config=config, **options)
-        tokens = output[:, prompt_tokens:]
-        finite = check.finite(rows, tokens if self.num_beams == 1 else None)
-        texts = self.processor.transcripts(tokens)
-        return [text if ok else None for text, ok in zip(texts, finite, strict=True)]
+        find = partial(
+            search, self.model, num_beams=self.num_beams, fast=self.fast, keep_scores=self.reader is not None,
+            loop_stop_tokenizer=self.processor.tokenizer if self.repetition_guard else None,
+        )  # fmt: skip
+        if self.drafter is not None:
+            found = self.drafter.search(inputs, self.max_new_tokens, find)
+        else:
+            found = find(inputs, self.max_new_tokens)
+        if self.reader is not None:
+            self.reader.notice(found.tokens, found.scores)
+        texts = self.processor.transcripts(found.tokens)
+        return [text if ok else None for text, ok in zip(texts, found.finite, strict=True)]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Text of a row, and evidence for it; the text is `None` if logits were not finite."""
+
+    text: str | None
+    evidence: Any = None
 
 
 def _seconds(batch: list[Piece] | Transcript) -> float:

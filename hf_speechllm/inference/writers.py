@@ -13,23 +13,24 @@ from ..data.bad_rows import NUM_NAMED, path_hint
 from ..files import atomic_write
 from .pieces import Transcript
 from .segments import Segment
+from .word_files import ctm, cues, textgrid, word_rows
 
 LONGEST_NAME = 250  # bytes of a file name without the suffix; file systems allow 255
 
 
-def srt(segments: Sequence[Segment]) -> str:
-    """Formats segments with text as SubRip subtitles."""
+def srt(segments: Sequence[Segment], keep_lines: bool = False) -> str:
+    """Formats segments with text as SubRip subtitles; `keep_lines` keeps the lines of cues."""
     spoken = [segment for segment in segments if segment.text]
     return "\n".join(
-        f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_line(segment.text)}\n"
+        f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_text(segment, keep_lines)}\n"
         for number, segment in enumerate(spoken, start=1)
     )
 
 
-def vtt(segments: Sequence[Segment]) -> str:
-    """Formats segments with text as WebVTT subtitles (W3C)."""
+def vtt(segments: Sequence[Segment], keep_lines: bool = False) -> str:
+    """Formats segments with text as WebVTT subtitles (W3C); `keep_lines` keeps the lines of cues."""
     cues = [
-        f"\n{_clock(segment.start, '.')} --> {_clock(segment.end, '.')}\n{_escaped(_line(segment.text))}\n"
+        f"\n{_clock(segment.start, '.')} --> {_clock(segment.end, '.')}\n{_escaped(_text(segment, keep_lines))}\n"
         for segment in segments
         if segment.text
     ]
@@ -41,6 +42,8 @@ def write_results(
     results: Sequence[tuple[str, Transcript]],
     segments: bool = False,
     subtitles: bool = False,
+    words: bool = False,
+    checked: bool = False,
 ) -> None:
     """Writes lines `ID<tab>text`, and optional segments and subtitles.
 
@@ -48,9 +51,12 @@ def write_results(
         output_file: for example `DIR/hyp.txt`.
         results: ID and transcript of each recording.
         segments: whether to write `DIR/hyp.segments.jsonl`, one line per segment:
-            `{"id", "start", "end", "text", "looped"}`, times in seconds.
+            `{"id", "start", "end", "text", "looped"}`, times in seconds; with `checked` also `confidence`,
+            `contradicted`.
         subtitles: whether to write `DIR/hyp.subtitles/ID.srt` and `.vtt`. In file names, `/`, `\\` and `%` of an ID
             become `%2F` and so on, and the end of a name that is too long is replaced by a hash.
+        words: whether to write the times of words, see `write_words`; subtitles then have short cues.
+        checked: whether the CTC head has checked the texts.
     """
     output = Path(output_file)
     # Other suffixes stay, so that the files of hyp.v1 and hyp.v2 differ.
@@ -61,18 +67,46 @@ def write_results(
                 for segment in transcript.segments:
                     row = {"id": id_, "start": round(segment.start, 3), "end": round(segment.end, 3)}
                     row |= {"text": segment.text, "looped": segment.looped}
+                    if checked:
+                        confidence = None if segment.confidence is None else round(segment.confidence, 4)
+                        row |= {"confidence": confidence, "contradicted": segment.contradicted}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if subtitles:
-        folder = Path(f"{stem}.subtitles")
-        folder.mkdir(exist_ok=True)
         for id_, transcript in results:
-            name = _file_name(id_)
-            for ending, content in (("srt", srt(transcript.segments)), ("vtt", vtt(transcript.segments))):
-                with atomic_write(folder / f"{name}.{ending}") as file:
-                    file.write(content)
+            shown = cues(transcript.words) if words else transcript.segments
+            for ending, content in (("srt", srt(shown, words)), ("vtt", vtt(shown, words))):
+                _write_named(f"{stem}.subtitles", f"{_file_name(id_)}.{ending}", content)
+    if words:
+        write_words(stem, results)
     # Written last: if this file exists, all files are complete.
     with atomic_write(output) as file:
         file.writelines(f"{id_}\t{_line(transcript.text)}\n" for id_, transcript in results)
+
+
+def write_words(stem: str, results: Sequence[tuple[str, Transcript]]) -> None:
+    """Writes word times: `STEM.words.jsonl`, `STEM.ctm` and `STEM.textgrids/ID.TextGrid`.
+
+    A JSON line is `{"id", "words": [{"word", "start", "end", "confidence", "ctc", "llm"}, ...]}`, times in seconds.
+
+    Args:
+        stem: path without suffix.
+        results: ID and transcript of each recording.
+    """
+    with atomic_write(f"{stem}.words.jsonl") as file:
+        for id_, transcript in results:
+            file.write(json.dumps({"id": id_, "words": word_rows(transcript.words)}, ensure_ascii=False) + "\n")
+    with atomic_write(f"{stem}.ctm") as file:
+        for id_, transcript in results:
+            file.writelines(ctm(id_, transcript.words))
+    for id_, transcript in results:
+        content = textgrid(transcript.words, transcript.seconds)
+        _write_named(f"{stem}.textgrids", f"{_file_name(id_)}.TextGrid", content)
+
+
+def _write_named(folder: str, name: str, content: str) -> None:
+    Path(folder).mkdir(exist_ok=True)
+    with atomic_write(Path(folder) / name) as file:
+        file.write(content)
 
 
 def write_failures(output_file: str | os.PathLike[str], failures: Sequence[str]) -> str:
@@ -115,6 +149,10 @@ def _clock(seconds: float, point: str) -> str:
 def _line(text: str) -> str:
     """Joins a text to one line, because an empty line would end the subtitle."""
     return " ".join(text.split())
+
+
+def _text(segment: Segment, keep_lines: bool) -> str:
+    return "\n".join(map(_line, segment.text.split("\n"))) if keep_lines else _line(segment.text)
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,145 @@
+"""Drafts of the CTC head, which the LLM verifies in one forward pass instead of one pass per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import BatchFeature
+
+from ..model.processing import SpeechLLMProcessor
+from .ctc_reader import CTCReader
+from .search import Generated
+
+MAX_ROUNDS = 3  # verifications of a row; after an error, the rest of the draft is verified again
+MIN_GAIN = 3  # tokens; a round with fewer accepted tokens is the last one
+
+
+@dataclass
+class Verified(Generated):
+    """Verified beginnings of texts; `finished`: whether a text is complete, or has the maximum length."""
+
+    finished: list[bool]
+
+
+class Drafter:
+    """Computes drafts and verifies them. The tokens are those of greedy search, apart from rounding.
+
+    Args:
+        reader: of a CTC head over the LLM's tokens.
+        processor: of the model.
+
+    Raises:
+        ValueError: if the head has another vocabulary.
+    """
+
+    def __init__(self, reader: CTCReader, processor: SpeechLLMProcessor):
+        if reader.model.config.ctc_head_config.vocabulary != "llm":
+            raise ValueError(
+                "--ctc_draft requires a CTC head over the LLM's tokens; train one with --ctc_vocabulary llm"
+            )
+        self.reader = reader
+        self.model = reader.model
+        self.processor = processor
+
+    @torch.inference_mode()
+    def search(
+        self, inputs: BatchFeature, max_new_tokens: int, find: Callable[[BatchFeature, int], Generated]
+    ) -> Generated:
+        """Decodes a batch: verifies drafts, and lets greedy search complete the texts.
+
+        Args:
+            inputs: of the processor, on the device, padded on the left.
+            max_new_tokens: maximum number of tokens of a text.
+            find: greedy search for a batch with a maximum number of tokens.
+        """
+        if len(inputs.get("input_features", ())) != len(inputs["input_ids"]):
+            return find(inputs, max_new_tokens)  # dialogues with several recordings
+        found = self.verify(inputs, max_new_tokens)
+        rows = [row for row, finished in enumerate(found.finished) if not finished]
+        if rows:
+            done = [found.tokens[row] for row in rows]
+            more = find(extended(inputs, rows, done, self.processor), max_new_tokens - min(map(len, done)))
+            for row, ids, values, ok in zip(rows, more.tokens, more.scores, more.finite, strict=True):
+                found.tokens[row] = [*found.tokens[row], *ids][:max_new_tokens]
+                found.scores[row] = [*found.scores[row], *values][:max_new_tokens]
+                found.finite[row] = found.finite[row] and ok
+        return found
+
+    @torch.inference_mode()
+    def verify(self, inputs: BatchFeature, max_new_tokens: int) -> Verified:
+        """Verifies drafts for a batch with one recording per row; arguments as for `search`."""
+        rows = len(inputs["input_ids"])
+        states, mask = self.model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+        log_probabilities, lengths = self.model.ctc_head(states, mask)
+        end = self._ends()[0]
+        rest = [
+            [*self.reader.vocabulary.greedy(item[:length]), end]
+            for item, length in zip(log_probabilities, lengths.tolist(), strict=True)
+        ]
+        found = Verified([[] for _ in range(rows)], [[] for _ in range(rows)], [True] * rows, [False] * rows)
+        active = list(range(rows))
+        for _ in range(MAX_ROUNDS):
+            gains = self._verify(inputs, active, rest, found, states, mask, max_new_tokens)
+            active = [row for row in active if not found.finished[row] and gains[row] >= MIN_GAIN and rest[row]]
+            if not active:
+                break
+        return found
+
+    def _verify(self, inputs, active, rest, found: Verified, states, mask, max_new_tokens) -> dict[int, int]:
+        """Verifies the rest of the drafts of active rows in one forward pass; returns the numbers of new tokens."""
+        drafts = [rest[row][: max_new_tokens - len(found.tokens[row])] for row in active]
+        sequence = extended(inputs, active, [found.tokens[row] for row in active], self.processor)
+        width, longest = sequence["input_ids"].shape[1], max(map(len, drafts))
+        ids = torch.nn.functional.pad(sequence["input_ids"], (0, longest), value=0)
+        attention = torch.nn.functional.pad(sequence["attention_mask"], (0, longest), value=0)
+        for place, draft in enumerate(drafts):
+            ids[place, width : width + len(draft)] = torch.tensor(draft, device=ids.device)
+            attention[place, width : width + len(draft)] = 1
+        logits = self.model(
+            input_ids=ids, attention_mask=attention, encoder_states=states[active], input_features_mask=mask[active],
+            position_ids=(attention.cumsum(-1) - 1).clamp(min=0), logits_to_keep=longest + 1, use_cache=False,
+        ).logits.float()  # fmt: skip
+        best = logits.argmax(-1).tolist()
+        scores = (logits.amax(-1) - logits.logsumexp(-1)).tolist()
+        finite = logits.sum(-1).isfinite().tolist()
+        gains = {}
+        for place, (row, draft) in enumerate(zip(active, drafts, strict=True)):
+            agreed = next((at for at, token in enumerate(draft) if token != best[place][at]), len(draft))
+            room = max_new_tokens - len(found.tokens[row])
+            count = min(agreed + 1, room)  # the token after the agreed ones is the LLM's own
+            new = best[place][:count]
+            ends = [at for at, token in enumerate(new) if token in self._ends()]
+            new = new[: ends[0] + 1] if ends else new
+            found.tokens[row] += new
+            found.scores[row] += scores[place][: len(new)]
+            found.finite[row] &= all(finite[place][: len(new)])
+            found.finished[row] = bool(ends) or len(found.tokens[row]) >= max_new_tokens
+            rest[row] = draft[agreed + 1 :]  # as if the LLM had replaced one token
+            gains[row] = len(new)
+        return gains
+
+    def _ends(self) -> list[int]:
+        end = self.model.generation_config.eos_token_id
+        return list(end) if isinstance(end, (list, tuple)) else [end]
+
+
+def extended(
+    inputs: BatchFeature, rows: Sequence[int], tokens: Sequence[Sequence[int]], processor: SpeechLLMProcessor
+) -> BatchFeature:
+    """Returns a batch of some rows, whose prompts continue with tokens; padded on the left.
+
+    Args:
+        inputs: batch with one recording per row.
+        rows: indices of the rows.
+        tokens: of each of these rows.
+    """
+    prompts = [inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist() for row in rows]
+    columns = {"input_ids": [[*prompt, *added] for prompt, added in zip(prompts, tokens, strict=True)]}
+    batch = {
+        name: value.to(inputs["input_ids"].device) for name, value in processor.pad_tokens(columns, "left").items()
+    }
+    places = list(rows)
+    audio = {name: inputs[name][places] for name in ("input_features", "input_features_mask")}
+    return BatchFeature({**batch, **audio})
