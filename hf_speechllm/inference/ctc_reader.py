@@ -71,7 +71,7 @@ class CTCReader:
         self.calibration = calibration
         config = model.config.ctc_head_config
         self.vocabulary = CTCVocabulary(config, processor.tokenizer, model.ctc_tensors)
-        self.frame_seconds = processor.frame_seconds * processor.encoder_downsample_rate / config.upsample_rate
+        self.frame_seconds = processor.encoder_frame_seconds / config.upsample_rate
         self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._generated: tuple[list[list[int]], list[list[float]]] = ([], [])
 
