@@ -23,9 +23,10 @@ CorpusCheck = Callable[["Corpus"], Iterator[Found]]
 
 MIN_ROWS = 20  # rows from which a style can be rare
 MOST = 0.9  # share of a style that makes others unusual
-MIN_PACE_ROWS = 30
-PACE_FACTOR, PACE_SECONDS = 1.8, 0.7  # by which a row must differ, besides the threshold
-SHIFT_ROWS, SHIFT_STEP, SHIFT_FIT = 24, 6, 0.6  # rows compared, step, and correlation that a shift must reach
+MIN_PACE_ROWS, MIN_PACE_SCALE = 30, 0.05  # rows, and scale of log durations: read speech has 0.1
+PACE_FACTOR, PACE_SECONDS = 1.8, 0.5  # by which a row must differ, besides the threshold
+SHIFT_ROWS, SHIFT_FIT = 10, 0.8  # rows of a shifted block, fewest, and correlation that a shift must reach
+SHIFT_PENALTY = 0.03  # per row: rows that fit as well without the shift do not belong to the block
 MIN_UNIQUE = 0.5  # share of different texts from which a repeated text is unusual
 MIN_SYLLABLES = 3.0  # of a text in another script
 MIN_WORDS = 6  # of a text in another language
@@ -69,6 +70,21 @@ class Corpus:
     def syllables(self) -> list[float]:
         """Estimated syllables of the texts."""
         return [syllables(row.text) for row in self.rows]
+
+    @cached_property
+    def expected(self) -> dict[int, float]:
+        """Seconds of speech that a text takes, by number of the row, from a line fitted to the rows of its script."""
+        by_script: dict[str | None, list[int]] = defaultdict(list)
+        for index in self.usable:
+            if self.syllables[index] > 0 and self.measured[index][0].sounding_seconds > 0:
+                by_script[self.scripts[index]].append(index)
+        found: dict[int, float] = {}
+        for rows in by_script.values():
+            if len(rows) >= MIN_PACE_ROWS:
+                spoken = np.array([self.syllables[index] for index in rows])
+                seconds = np.array([self.measured[index][0].sounding_seconds for index in rows])
+                found |= zip(rows, fit_line(spoken, seconds).tolist(), strict=True)
+        return found
 
     def place(self, index: int) -> str:
         """Returns file and line of a row."""
@@ -235,7 +251,7 @@ def _styles(corpus: Corpus) -> Iterator[Found]:
         text = show(corpus.rows[index].text, 40)
         yield index, "unusual-script", f"{names[0]} letters; nearly all other rows have {names[1]}: {text}"
     cased = {index: corpus.rows[index].text for index, found in known.items() if found in CASED}
-    cases = {index: case for index, text in cased.items() if (case := _case(text)) is not None}
+    cases = {index: style for index, text in cased.items() if (style := _case(text)) is not None}
     for index, case, usual in _rare(cases, limit("unusual-case")):
         yield index, "unusual-case", f"{case}; nearly all other rows have {usual}: {show(cased[index], 40)}"
     marks = {index: row.text.rstrip(CLOSING)[-1:] in FINAL_MARKS for index, row in enumerate(corpus.rows)}
@@ -270,26 +286,22 @@ def _prompts(corpus: Corpus) -> Iterator[Found]:
 
 
 def _pace(corpus: Corpus) -> Iterator[Found]:
-    """Compares the time of speech with a line fitted to the rows of the same script."""
-    by_script: dict[str, list[int]] = defaultdict(list)
-    for index in corpus.usable:
-        if corpus.scripts[index] and corpus.measured[index][0].sounding_seconds > 0 and corpus.syllables[index] > 0:
-            by_script[str(corpus.scripts[index])].append(index)
+    """Finds rows whose time of speech is far from what their text takes."""
+    by_script: dict[str | None, list[int]] = defaultdict(list)
+    for index in corpus.expected:
+        by_script[corpus.scripts[index]].append(index)
     for rows in by_script.values():
-        if len(rows) < MIN_PACE_ROWS:
-            continue
-        spoken = np.array([corpus.syllables[index] for index in rows])
         seconds = np.array([corpus.measured[index][0].sounding_seconds for index in rows])
-        expected = fit_line(spoken, seconds)
+        expected = np.array([corpus.expected[index] for index in rows])
         ratios = np.log(seconds / expected)
-        scale = 1.4826 * np.median(np.abs(ratios - np.median(ratios)))
-        deviations = (ratios - np.median(ratios)) / max(float(scale), 0.05)
-        unusual = (np.abs(deviations) > limit("unusual-pace")) & (np.abs(ratios) > np.log(PACE_FACTOR))
-        unusual &= np.abs(seconds - expected) > PACE_SECONDS
-        for place in np.flatnonzero(unusual):
+        middle = float(np.median(ratios))
+        scale = max(1.4826 * float(np.median(np.abs(ratios - middle))), MIN_PACE_SCALE)
+        unusual = np.abs(ratios - middle) > limit("unusual-pace") * scale
+        unusual &= (np.abs(ratios) > np.log(PACE_FACTOR)) & (np.abs(seconds - expected) > PACE_SECONDS)
+        for place in np.flatnonzero(unusual).tolist():
             more = "long" if ratios[place] > 0 else "short"
             detail = f"{seconds[place]:.1f} s of speech are {more} for this text; expected {expected[place]:.1f} s"
-            yield rows[int(place)], "unusual-pace", f"{detail}: {show(corpus.rows[rows[int(place)]].text, 40)}"
+            yield rows[place], "unusual-pace", f"{detail}: {show(corpus.rows[rows[place]].text, 40)}"
 
 
 def fit_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -312,30 +324,42 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _shifted(corpus: Corpus) -> Iterator[Found]:
     """Finds blocks of a file in which the transcript of the next or previous row fits the durations better."""
-    usable = set(corpus.usable)
     files: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(corpus.rows):
-        if index in usable and corpus.syllables[index] > 0:
-            files[row.file].append(index)
+    for index in sorted(corpus.expected):
+        files[corpus.rows[index].file].append(index)
     for rows in files.values():
-        text = np.log([corpus.syllables[index] for index in rows])
-        time = np.log([max(corpus.measured[index][0].sounding_seconds, 0.02) for index in rows])
-        found: dict[int, str] = {}
-        for start in range(0, len(rows) - SHIFT_ROWS + 1, SHIFT_STEP):
-            part = slice(start + 1, start + SHIFT_ROWS - 1)
-            fits = {move: _fit(text[part.start + move : part.stop + move], time[part]) for move in (-1, 0, 1)}
-            best = max(fits, key=lambda move: fits[move])
-            if fits[best] > SHIFT_FIT and fits[best] - fits[0] > limit("shifted-transcripts"):
-                other = "next" if best > 0 else "previous"
-                detail = f"the {other} row's transcript fits the durations of {SHIFT_ROWS} rows better"
-                found |= {place: f"{detail} (correlation {fits[best]:.2f}, unshifted {fits[0]:.2f})" for place in
-                          range(start, start + SHIFT_ROWS)}  # fmt: skip
-        for place, detail in sorted(found.items()):
-            yield rows[place], "shifted-transcripts", detail
+        if len(rows) < SHIFT_ROWS + 2:
+            continue
+        expected = np.log([corpus.expected[index] for index in rows])
+        time = np.log([corpus.measured[index][0].sounding_seconds for index in rows])
+        for move, other in ((1, "next"), (-1, "previous")):
+            moved = np.roll(expected, -move)
+            gains = np.clip((time - expected) ** 2, 0, 1) - np.clip((time - moved) ** 2, 0, 1) - SHIFT_PENALTY
+            first, last = _best_run(gains)
+            block, rest = slice(first, last), np.r_[0:first, last : len(rows)]
+            shifted, unshifted = _fit(moved[block], time[block]), _fit(expected[block], time[block])
+            # Durations that do not depend on the text would fit a shifted block by chance.
+            rest = rest[np.abs(time - expected)[rest] < np.log(PACE_FACTOR)]  # the others are reported as they are
+            if last - first < SHIFT_ROWS or (len(rest) >= SHIFT_ROWS and _fit(expected[rest], time[rest]) < SHIFT_FIT):
+                continue
+            if shifted > SHIFT_FIT and shifted - unshifted > limit("shifted-transcripts"):
+                for place in range(first, last):
+                    text = show(corpus.rows[rows[place]].text, 30)
+                    fits = f"correlation {shifted:.2f}, unshifted {unshifted:.2f}"
+                    detail = f"in {last - first} neighbouring rows, the {other} row's transcript fits ({fits}): {text}"
+                    yield rows[place], "shifted-transcripts", detail
+
+
+def _best_run(gains: np.ndarray) -> tuple[int, int]:
+    """Returns start and end of the run with the largest sum."""
+    sums = np.concatenate([[0.0], np.cumsum(gains)])
+    ends = int(np.argmax(sums - np.minimum.accumulate(sums)))
+    return int(np.argmin(sums[: ends + 1])), ends
 
 
 def _fit(text: np.ndarray, time: np.ndarray) -> float:
-    return float(np.corrcoef(text, time)[0, 1]) if text.std() > 0.1 and time.std() > 0.1 else 0.0
+    """Returns the correlation of log durations; 0 if they hardly differ."""
+    return float(np.corrcoef(text, time)[0, 1]) if len(text) > 2 and min(text.std(), time.std()) > 0.1 else 0.0
 
 
 # A new check is one entry here, and its threshold one entry of `KINDS`.

@@ -69,9 +69,9 @@ KINDS: dict[str, Kind] = {
                          "keep the channel with signal"),
     "inverted-channel": Kind(WARNING, -0.8, "correlation of the channels, lowest", "averaging cancels the speech; "
                              "then only one channel is used", "invert or remove a channel"),
-    "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels and of their levels, lowest", "different "
+    "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels, lowest (0.6 for their levels)", "different "
                                "speakers or microphones in each; averaging mixes them", "make one row per channel"),
-    "narrow-band": Kind(WARNING, 4300, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
+    "narrow-band": Kind(WARNING, 4500, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
                         "upsampled from 8 kHz; 55 dB weaker above", "use the original, or keep it if the "
                         "model shall transcribe telephone speech"),
     "reduced-band": Kind(NOTE, 6500, "Hz, lowest full bandwidth", "lossy codec, or upsampled", "use the original"),
@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
                           "recording is cut, or the transcript is another's", CORRECT),
     "too-little-text": Kind(WARNING, 0.8, "syllables per second of speech, fewest", "the transcript is cut, or "
                             "another's", CORRECT),
-    "unusual-pace": Kind(WARNING, 6, "robust standard deviations from the other rows, most", "text and duration do "
+    "unusual-pace": Kind(WARNING, 3, "robust standard deviations from the other rows, most", "text and duration do "
                          "not fit: wrong or cut transcript, or wrong sampling rate", "listen"),
     "wrong-speech-length": Kind(ERROR, 3, "frames of 10 ms, largest difference", "batches are planned with the "
                                 "lengths in the rows", "prepare the list again"),

@@ -33,6 +33,7 @@ FINGERPRINT_POINTS = 48
 FINGERPRINT_RANGE = 30.0  # dB below the level of speech
 CLIP_RUN = 3  # equal samples at the peak
 EDGE_BAND = (100.0, 600.0)  # Hz below an edge of the spectrum, where the content next to it is measured
+EDGE_WIDTH = 0.3  # of the edge's frequency: transition band of a short resampling filter
 EDGE_DROP, EMPTY = 20.0, 55.0  # dB from this band to all above, and from the loudest band to all above
 MIN_EDGE, MAX_EDGE = 1500.0, 0.85  # Hz, and share of half the sampling rate, between which an edge is searched
 
@@ -326,9 +327,9 @@ def _edge(power: np.ndarray, hertz: float) -> float | None:
         return None
     sums = np.concatenate([[0.0], np.cumsum(bands)])
     below = (sums[centers - near] - sums[centers - far]) / (far - near)
-    rest = above[centers + near]
-    drops = np.where(rest < bands.max() - EMPTY, below - rest, 0)
-    best = int(np.argmax(drops))
+    rest = above[np.minimum((centers * (1 + EDGE_WIDTH)).astype(int), len(bands) - 1)]
+    drops = np.where(rest < bands.max() - EMPTY, np.maximum(below - rest, 0), 0)
+    best = int(np.flatnonzero(drops >= 0.95 * drops.max())[-1])  # the last of many for a sharp edge
     return float(centers[best] * width) if drops[best] > EDGE_DROP else None
 
 

@@ -11,7 +11,7 @@ from .corpus_checks import Corpus, Found, same_recording
 from .kinds import limit
 
 RATE = 8000  # Hz at which waveforms are compared: telephone copies have the same band
-SIMILAR = 0.97  # cosine of fingerprints from which waveforms are compared
+SIMILAR = 0.93  # cosine of fingerprints from which waveforms are compared
 LONGER = 0.04  # share, and 60 ms, by which the sounding parts of copies may differ
 MAX_SECONDS = 30.0  # compared at most
 MAX_COMPARED = 20  # waveforms compared with one recording

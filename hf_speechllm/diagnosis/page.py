@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..audio.time_range import add_time_range, split_time_range
 from ..evaluation.report_audio import Sound, embed_sound
 from ..files import atomic_write
 from .doctor import Diagnosis, Finding
@@ -21,6 +22,7 @@ from .text_checks import show
 NUM_FINDINGS = 20  # findings of a kind on the page, at most; the JSON report has all
 NUM_PLAYERS = 5  # findings of a kind with a player, at most
 MAX_PLAYERS = 200  # on the page, at most
+PLAYER_SECONDS = 20.0  # of a recording on the page, at most
 TEXT_LENGTH = 300  # characters of a transcript on the page
 NUM_BINS = 24
 WIDTH, HEIGHT, BASE = 320, 130, 100  # of a histogram, and the position of its axis
@@ -101,8 +103,13 @@ def _sound(diagnosis: Diagnosis, finding: Finding) -> Sound | None:
     measured = diagnosis.measured[finding.row]
     if not measured or measured[0].error is not None:
         return None
-    sound = embed_sound(diagnosis.rows[finding.row].recordings[0])
-    return sound if sound.uri else None
+    source = diagnosis.rows[finding.row].recordings[0]
+    whole, part = split_time_range(source)
+    if part is None and measured[0].seconds > PLAYER_SECONDS:
+        source = add_time_range(whole, 0, PLAYER_SECONDS)
+    sound = embed_sound(source)
+    note = f"first {PLAYER_SECONDS:.0f} s" if source != diagnosis.rows[finding.row].recordings[0] else sound.note
+    return Sound(sound.uri, note) if sound.uri else None
 
 
 def _histograms(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:

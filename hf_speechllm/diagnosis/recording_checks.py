@@ -10,7 +10,10 @@ from .measurement import Measurement
 RecordingCheck = Callable[[Measurement, float], str | None]
 
 MIN_SECONDS = 0.5  # shorter recordings have too few frames to tell a steady signal from a vowel
-FLAT_TOP = 0.42  # for `clipped`; at most 0.38 in 5,000 real recordings, 0.5 to 0.95 if overdriven by 20 dB
+# For `clipped`: at most 0.38 in 5,000 real recordings, at least 0.37 if overdriven by 20 dB and coded with Vorbis.
+FLAT_TOP = 0.4
+LOUD_TONE = -10.0  # dB relative to the loudest frames: a sine has flat waves without clipping
+SAME_ENVELOPE = 0.6  # correlation of the levels of two microphones that hear one speaker, lowest
 LOW_TONE, LOW_TONE_MARGIN = 70.0, 8.0  # Hz below the lowest voices, and dB by which hum is found better there
 
 
@@ -84,7 +87,7 @@ def _long_silence(m: Measurement, limit: float) -> str | None:
 def _clipped(m: Measurement, limit: float) -> str | None:
     if m.clipped > limit:
         return f"{m.clipped:.1%} of the samples in flat runs at {m.peak:.2f}"
-    if m.flat_top > FLAT_TOP and m.tone is None and m.seconds >= MIN_SECONDS:
+    if m.flat_top > FLAT_TOP and m.seconds >= MIN_SECONDS and not (m.tone and m.tone[1] - m.level > LOUD_TONE):
         return f"flat waves: {m.flat_top:.0%} of the samples near the peak of their frame"
     return None
 
@@ -122,7 +125,7 @@ def _inverted(m: Measurement, limit: float) -> str | None:
 def _unrelated(m: Measurement, limit: float) -> str | None:
     if m.correlation is None or m.envelope_correlation is None:
         return None
-    if abs(m.correlation) > limit or m.envelope_correlation > limit:
+    if abs(m.correlation) > limit or m.envelope_correlation > SAME_ENVELOPE:
         return None
     return f"correlation of the channels {m.correlation:.2f}, of their levels {m.envelope_correlation:.2f}"
 

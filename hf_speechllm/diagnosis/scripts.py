@@ -23,7 +23,9 @@ SCRIPTS_OF_LANGUAGES = {
 }  # fmt: skip
 _LATIN = "en vi id ms tl hr cs da nl et fi hu ga lv lt mt pl pt ro sk sl sv de fr es it tr no"
 LATIN_LANGUAGES = frozenset(_LATIN.split())
-_ACRONYM = re.compile(r"(?<![A-Za-z])[B-DF-HJ-NP-TV-XZ]{2,6}(?![A-Za-z])")  # without vowels: spelled by letters
+_WORD = re.compile(r"[A-Za-zÀ-ɏ]+")
+_VOWELS = re.compile("[aeiouyàáâãäåèéêëìíîïòóôõöùúûüýæœøıąęěůű]+", re.IGNORECASE)
+_CONSONANTS = re.compile("[B-DF-HJ-NP-TV-XZ]{2,6}")  # an acronym without vowels is spelled
 LOOK_ALIKE = frozenset({"LATIN", "CYRILLIC", "GREEK"})  # alphabets with letters that look the same
 
 
@@ -56,11 +58,23 @@ def main_script(text: str) -> str | None:
 
 def syllables(text: str) -> float:
     """Estimates the number of syllables of a text in any script."""
-    letters = scripts(text)
-    spelled = sum(len(word) for word in _ACRONYM.findall(text))
-    letters["LATIN"] -= spelled
-    spoken = (count / LETTERS_PER_SYLLABLE.get(name, OTHER_LETTERS_PER_SYLLABLE) for name, count in letters.items())
-    return spelled + sum(spoken) + SYLLABLES_PER_DIGIT * sum(map(str.isdigit, text))
+    spoken = 0.0
+    for name, count in scripts(text).items():
+        if name == "LATIN":
+            spoken += sum(map(_latin_syllables, _WORD.findall(text)))
+        else:
+            spoken += count / LETTERS_PER_SYLLABLE.get(name, OTHER_LETTERS_PER_SYLLABLE)
+    return spoken + SYLLABLES_PER_DIGIT * sum(map(str.isdigit, text))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _latin_syllables(word: str) -> float:
+    """Returns the mean of two estimates, by letters and by groups of vowels; a spelled letter is a syllable."""
+    if len(word) == 1 or _CONSONANTS.fullmatch(word):
+        return len(word)
+    groups = len(_VOWELS.findall(word))
+    silent = groups > 1 and word[-1] in "eE"
+    return (max(1, groups - silent) + len(word) / LETTERS_PER_SYLLABLE["LATIN"]) / 2
 
 
 def fits_language(text: str, language: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -106,10 +107,13 @@ def _mojibake(text: str, limit: float) -> str | None:
     for match in _NOT_ASCII.finditer(text):
         for encoding, script, shortest in (("cp1252", None, 2), ("gbk", "CJK", 3), ("cp1251", "CYRILLIC", 4)):
             try:
-                decoded = b"".join(_encode(character, encoding) for character in match[0]).decode("utf-8")
+                data = b"".join(_encode(character, encoding) for character in match[0])
+                # Half a character at the end is lost.
+                decoded = codecs.getincrementaldecoder("utf-8")().decode(data)
             except UnicodeError:
                 continue
-            if len(match[0]) >= shortest and (script is None or all(script_of(c) == script for c in decoded)):
+            real = decoded and (script is None or all(script_of(character) == script for character in decoded))
+            if real and len(match[0]) >= shortest:
                 return f"{show(match[0], 20)} is {show(decoded, 20)}"
     return "锟斤拷" if "锟斤拷" in text else None
 
