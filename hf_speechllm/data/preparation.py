@@ -47,12 +47,14 @@ class RowMaker:
         tokenizer: tokenizer of the model, to count `text_length`; with `None`, rows have no `text_length`.
         folder: absolute path of the folder to which written paths are relative; `None` for absolute paths.
         prompts: prompt by language of an utterance, instead of `prompt`.
+        origin: whether rows have `key` (ID), `speaker` and `language`, where the source has them, for `doctor`.
     """
 
     prompt: str
     tokenizer: Any = None
     folder: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    origin: bool = False
 
     def messages(self, utterance: Utterance) -> list[dict]:
         """Builds and checks the dialogue of an utterance, with paths as they are written.
@@ -99,6 +101,9 @@ class RowMaker:
             rows.append({"messages": messages, "speech_length": length[1]})
             if utterance.hotwords:
                 rows[-1]["hotwords"] = utterance.hotwords
+            if self.origin:
+                names = {"key": utterance.id, "speaker": utterance.speaker, "language": utterance.language}
+                rows[-1] |= {name: value for name, value in names.items() if value}
             result.seconds.append(length[0])
             result.good[-1] = True
         if self.tokenizer is not None:

@@ -101,7 +101,7 @@ KINDS: dict[str, Kind] = {
     "odd-quotes": Kind(NOTE, None, "", "doubled or lone quotes of a CSV", "read the CSV with its quotes"),
     "digits": Kind(WARNING, None, "", "the prompt asks for words (no text normalisation)", "write numbers as words, "
                    "or use the prompt with normalisation"),
-    "many-tokens": Kind(WARNING, 1.5, "tokens per character, largest", "characters that the tokenizer does not know; "
+    "many-tokens": Kind(WARNING, 2, "tokens per character, largest", "characters that the tokenizer does not know; "
                         "real text has at most 1", CORRECT),
     "unknown-token": Kind(WARNING, None, "", "the tokenizer loses a character", CORRECT),
     "wrong-language": Kind(ERROR, None, "", "the prompt or the row names a language of another script", "correct the "
@@ -119,7 +119,7 @@ KINDS: dict[str, Kind] = {
                               "batches are planned with the lengths in the rows", "prepare the list again"),
     "shifted-transcripts": Kind(ERROR, 0.4, "correlation of text and duration gained by a shift by one row, most",
                                 "the lists are out of step", "join the lists by ID"),
-    "high-loss": Kind(WARNING, 5, "robust standard deviations above the median loss per token, most", "the model "
+    "high-loss": Kind(WARNING, 5, "robust standard deviations above the median loss per token, most (and 1 nat)", "the model "
                       "hears something else: probably a wrong transcript", "listen"),
     # Rows compared with other rows.
     "duplicate-recording": Kind(WARNING, None, "", "the row counts twice", REMOVE),

@@ -21,7 +21,7 @@ from .text_checks import show
 
 MIN_CHARACTERS = 8  # of a transcript whose tokens per character are judged
 MIN_LOSS_ROWS = 10  # rows from which a median is one
-LOSS_FACTOR = 1.5  # by which a loss must exceed the median, besides the threshold
+LOSS_FACTOR, MIN_LOSS = 1.5, 1.0  # by which a loss must exceed the median, and nats per token, besides the threshold
 
 
 class ModelChecks:
@@ -115,7 +115,7 @@ def high_losses(corpus: Corpus, losses: dict[int, float], counts: Sequence[int])
     for index, loss in losses.items():
         # The mean of few tokens varies more.
         deviation = (loss - median) / (scale * max(1.0, (typical / max(1, counts[index])) ** 0.5))
-        if deviation > limit("high-loss") and loss > LOSS_FACTOR * median:
+        if deviation > limit("high-loss") and loss > max(LOSS_FACTOR * median, MIN_LOSS):
             text = show(corpus.rows[index].text, 40)
             yield index, "high-loss", f"loss {loss:.2f} per token, median {median:.2f}: {text}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ _LANGUAGE_IN_PROMPT = re.compile(f"语音转写成({'|'.join(map(re.escape, LANG
 _CODES = {name: code for code, name in LANGUAGES.items()}
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:_-]*(?:\s[^<>]*)?/?>|<!--|<\?xml|<!\[CDATA\[")
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});")
-_MARKDOWN = re.compile(r"\*\*\S[^*]*\*\*|\[[^\]]+\]\([^)]+\)|```|\{\\[a-z]|\\[nrtu](?![a-z])")
+_MARKDOWN = re.compile(r"\*\*\S[^*]*\*\*|\[[^\]]+\]\([^)]+\)|```|\\[nrtu\"/]|\{\\[a-z]")
 _TAGS = (
     "a abbr article b blockquote body br center code div em font h1 h2 h3 h4 h5 h6 head hr html i img input li link"
     " meta ol option p pre ruby rt s script section small span strike strong style sub sup table tbody td tr tt u ul"
@@ -32,8 +31,8 @@ _SPECIAL = re.compile(
     re.IGNORECASE,
 )
 _SOUND = re.compile(
-    r"[(（](?:laugh|noise|music|applause|inaudible|unintelligible|unclear|crosstalk|silence|cough|breath|笑|噪音|音乐)"
-    r"\w*[)）]|♪|♫",
+    r"[(（](?:laugh|noise|music|applause|inaudible|unintelligible|unclear|crosstalk|silence|cough|breath)"
+    r"\w*[)）]|[(（](?:笑|笑声|噪音|音乐|掌声)[)）]|♪|♫",
     re.IGNORECASE,
 )
 _URL = re.compile(r"https?:/|\bwww\.\w|\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b", re.IGNORECASE)
@@ -42,6 +41,7 @@ _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
 _FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
 _SPACES = re.compile(r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +")
 _QUOTES = re.compile(r'""|^"[^"]*$|^[^"]*"$')
+MOST_DECODED = 0.7  # share of characters in one script that shows UTF-8 in another encoding
 _JOINERS = "\u200c\u200d"  # needed in Persian, and in the scripts of India
 _WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
@@ -108,12 +108,12 @@ def _mojibake(text: str, limit: float) -> str | None:
         for encoding, script, shortest in (("cp1252", None, 2), ("gbk", "CJK", 3), ("cp1251", "CYRILLIC", 4)):
             try:
                 data = b"".join(_encode(character, encoding) for character in match[0])
-                # Half a character at the end is lost.
-                decoded = codecs.getincrementaldecoder("utf-8")().decode(data)
+                # The conversion may have lost bytes; but chance does not make many characters of one script.
+                decoded = data.decode("utf-8", "replace" if script else "strict")
             except UnicodeError:
                 continue
-            real = decoded and (script is None or all(script_of(character) == script for character in decoded))
-            if real and len(match[0]) >= shortest:
+            fitting = sum(script is None or script_of(character) == script for character in decoded)
+            if len(match[0]) >= shortest and fitting >= MOST_DECODED * len(decoded):
                 return f"{show(match[0], 20)} is {show(decoded, 20)}"
     return "锟斤拷" if "锟斤拷" in text else None
 
@@ -134,7 +134,8 @@ def _invisible(text: str, limit: float) -> str | None:
     for index, character in enumerate(text):
         if unicodedata.category(character) == "Cf":
             before = text[index - 1 : index]
-            joins = character in _JOINERS and before and script_of(before) not in ("LATIN", "CJK", None)
+            marked = unicodedata.category(before or " ")[0] == "M"  # a virama
+            joins = character in _JOINERS and (marked or script_of(before or " ") not in ("LATIN", "CJK", None))
             if not joins and not _EMOJI.search(text[max(0, index - 2) : index + 2]):
                 return _name(character)
     return None
@@ -182,7 +183,11 @@ def _repetition(text: str, limit: float) -> str | None:
             return f"{word} {run} times or more in a row"
     for match in _REPEATED_PHRASE.finditer(" ".join(words) + " "):
         letters = {character for character in match[1] if character.isalnum()}
-        number = letters <= _NUMBER_CHARACTERS or set(match[1].split()) <= _NUMBERS or match[1].strip().isdigit()
+        number = (
+            letters <= _NUMBER_CHARACTERS
+            or set(match[1].split()) <= _NUMBERS | _OFTEN_REPEATED
+            or match[1].strip().isdigit()
+        )
         if letters and not number and len(match[1].strip()) > 1:
             return f"{show(match[1].strip(), 20)} repeated in a row"
     return None
