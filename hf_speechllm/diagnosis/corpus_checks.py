@@ -24,8 +24,10 @@ CorpusCheck = Callable[["Corpus"], Iterator[Found]]
 MIN_ROWS = 20  # rows from which a style can be rare
 MOST = 0.9  # share of a style that makes others unusual
 MIN_PACE_ROWS, MIN_PACE_SCALE = 30, 0.05  # rows, and scale of log durations: read speech has 0.1
+MAX_PACE_FACTOR = 3.0  # from the median of seconds per syllable; other rows do not change what is expected
 PACE_FACTOR, PACE_SECONDS = 1.8, 0.5  # by which a row must differ, besides the threshold
 SHIFT_ROWS, SHIFT_FIT = 10, 0.8  # rows of a shifted block, fewest, and correlation that a shift must reach
+MIN_SPREAD = 0.3  # of log syllables between the 10th and 90th percentile: texts of one length fit every duration
 SHIFT_PENALTY = 0.03  # per row: rows that fit as well without the shift do not belong to the block
 MIN_UNIQUE = 0.5  # share of different texts from which a repeated text is unusual
 MIN_SYLLABLES = 3.0  # of a text in another script
@@ -310,15 +312,17 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     Args:
         x, y: shape = (points,), positive.
     """
-    weights = np.ones_like(x)
-    line = np.full_like(y, float(np.median(y)))
+    paces = np.log(y / x)
+    # A text of hundreds of words on a second would tilt the line.
+    plausible = np.abs(paces - np.median(paces)) < np.log(MAX_PACE_FACTOR)
+    weights, line = plausible.astype(float), np.full_like(y, float(np.median(y)))
     for _ in range(10):
         centre, height = np.average(x, weights=weights), np.average(y, weights=weights)
         spread = float(np.average((x - centre) ** 2, weights=weights))
         slope = float(np.average((x - centre) * (y - height), weights=weights)) / spread if spread > 1e-6 else 0.0
         line = np.maximum(height + max(slope, 0.0) * (x - centre), 0.05)
         errors = np.abs(np.log(y / line))
-        weights = 1 / np.maximum(errors, np.median(errors) + 1e-3) / line  # long rows have larger errors
+        weights = plausible / np.maximum(errors, np.median(errors) + 1e-3) / line  # long rows have larger errors
     return line
 
 
@@ -330,8 +334,13 @@ def _shifted(corpus: Corpus) -> Iterator[Found]:
     for rows in files.values():
         if len(rows) < SHIFT_ROWS + 2:
             continue
-        expected = np.log([corpus.expected[index] for index in rows])
+        text = np.log([corpus.syllables[index] for index in rows])
         time = np.log([corpus.measured[index][0].sounding_seconds for index in rows])
+        # The line through the percentiles of both does not depend on the order of the transcripts.
+        (low, high), (least, most) = np.percentile(text, (10, 90)), np.percentile(time, (10, 90))
+        if high - low < MIN_SPREAD:
+            continue
+        expected = np.median(time) + (text - np.median(text)) * (most - least) / (high - low)
         for move, other in ((1, "next"), (-1, "previous")):
             moved = np.roll(expected, -move)
             gains = np.clip((time - expected) ** 2, 0, 1) - np.clip((time - moved) ** 2, 0, 1) - SHIFT_PENALTY
@@ -344,9 +353,11 @@ def _shifted(corpus: Corpus) -> Iterator[Found]:
                 continue
             if shifted > SHIFT_FIT and shifted - unshifted > limit("shifted-transcripts"):
                 for place in range(first, last):
-                    text = show(corpus.rows[rows[place]].text, 30)
+                    shown = show(corpus.rows[rows[place]].text, 30)
                     fits = f"correlation {shifted:.2f}, unshifted {unshifted:.2f}"
-                    detail = f"in {last - first} neighbouring rows, the {other} row's transcript fits ({fits}): {text}"
+                    detail = (
+                        f"in {last - first} neighbouring rows, the {other} row's transcript fits ({fits}): {shown}"
+                    )
                     yield rows[place], "shifted-transcripts", detail
 
 

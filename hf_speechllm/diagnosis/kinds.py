@@ -69,7 +69,7 @@ KINDS: dict[str, Kind] = {
                          "keep the channel with signal"),
     "inverted-channel": Kind(WARNING, -0.8, "correlation of the channels, lowest", "averaging cancels the speech; "
                              "then only one channel is used", "invert or remove a channel"),
-    "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels, lowest (0.6 for their levels)", "different "
+    "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels over shifts of 25 ms, lowest", "different "
                                "speakers or microphones in each; averaging mixes them", "make one row per channel"),
     "narrow-band": Kind(WARNING, 4500, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
                         "upsampled from 8 kHz; 55 dB weaker above", "use the original, or keep it if the "
@@ -119,8 +119,8 @@ KINDS: dict[str, Kind] = {
                               "batches are planned with the lengths in the rows", "prepare the list again"),
     "shifted-transcripts": Kind(ERROR, 0.4, "correlation of text and duration gained by a shift by one row, most",
                                 "the lists are out of step", "join the lists by ID"),
-    "high-loss": Kind(WARNING, 5, "robust standard deviations above the median loss per token, most (and 1 nat)", "the model "
-                      "hears something else: probably a wrong transcript", "listen"),
+    "high-loss": Kind(WARNING, 5, "robust standard deviations above the median loss per token, most", "the model "
+                      "hears something else: probably a wrong transcript; at least 1 nat", "listen"),
     # Rows compared with other rows.
     "duplicate-recording": Kind(WARNING, None, "", "the row counts twice", REMOVE),
     "near-duplicate": Kind(WARNING, 0.8, "correlation of the second differences at 8 kHz, lowest", "the same "

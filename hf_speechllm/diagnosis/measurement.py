@@ -24,6 +24,7 @@ FRAME = 0.02  # seconds; frame of the levels
 WINDOW = 0.25  # seconds; spectra have at least this length, for a resolution of 4 Hz
 QUIET = -120.0  # dBFS; levels below are raised to it; 22 dB below the noise of 16 bits
 ACTIVE_RANGE = 35.0  # dB below the level of speech; louder frames are active
+MAX_DELAY = 0.025  # seconds between two microphones that hear one speaker: 8 m
 FADE = 0.005  # seconds before and after a gap, where its edges are measured
 GAP = 0.01  # seconds; shorter runs of equal samples occur in coarsely quantised speech
 GAP_EDGE = -20.0  # dB relative to the level of speech; both edges of a gap inside speech are louder
@@ -64,7 +65,7 @@ class Measurement:
         tone: frequency in Hz and level in dBFS of a constant tone; `None` without one.
         dead_channel: number of a channel without signal, counted from 1; `None` if there is none.
         correlation: correlation of the first two channels; `None` for mono.
-        envelope_correlation: correlation of their levels; `None` for mono.
+        similarity: their largest correlation over shifts of up to `MAX_DELAY`; `None` for mono.
         fingerprint: unit vector that is similar for copies with other gain, codec or padding.
         error: why the recording is unusable; the other values are then meaningless.
     """
@@ -94,7 +95,7 @@ class Measurement:
     tone: tuple[float, float] | None = None
     dead_channel: int | None = None
     correlation: float | None = None
-    envelope_correlation: float | None = None
+    similarity: float | None = None
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     error: str | None = None
 
@@ -222,15 +223,12 @@ class _Meter:
             self.result.dead_channel = weakest + 1
             return
         left, right = (np.diff(block[:, channel]) for channel in (0, 1))
-        norm = math.sqrt(float(left @ left) * float(right @ right))
-        self.result.correlation = float(left @ right) / norm if norm else 0.0
-        frames = len(block) // self.frame
-        if frames > 4:
-            shaped = block[: frames * self.frame, :2].reshape(frames, self.frame, 2)
-            levels = decibels(np.mean(shaped * shaped, axis=1))
-            levels = np.maximum(levels, levels.max(axis=0) - ACTIVE_RANGE)
-            if levels.std(axis=0).min() > 0:
-                self.result.envelope_correlation = float(np.corrcoef(levels.T)[0, 1])
+        norm = math.sqrt(float(left @ left) * float(right @ right)) or 1.0
+        size = 1 << (2 * len(left)).bit_length()
+        shifted = np.fft.irfft(np.fft.rfft(left, size) * np.conj(np.fft.rfft(right, size)), size) / norm
+        delay = round(MAX_DELAY * self.result.rate)
+        self.result.correlation = float(shifted[0])
+        self.result.similarity = float(np.abs(np.concatenate([shifted[: delay + 1], shifted[-delay:]])).max())
 
     def _finish(self) -> None:
         result = self.result

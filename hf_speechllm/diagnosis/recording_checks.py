@@ -13,7 +13,6 @@ MIN_SECONDS = 0.5  # shorter recordings have too few frames to tell a steady sig
 # For `clipped`: at most 0.38 in 5,000 real recordings, at least 0.37 if overdriven by 20 dB and coded with Vorbis.
 FLAT_TOP = 0.4
 LOUD_TONE = -10.0  # dB relative to the loudest frames: a sine has flat waves without clipping
-SAME_ENVELOPE = 0.6  # correlation of the levels of two microphones that hear one speaker, lowest
 LOW_TONE, LOW_TONE_MARGIN = 70.0, 8.0  # Hz below the lowest voices, and dB by which hum is found better there
 
 
@@ -123,11 +122,9 @@ def _inverted(m: Measurement, limit: float) -> str | None:
 
 
 def _unrelated(m: Measurement, limit: float) -> str | None:
-    if m.correlation is None or m.envelope_correlation is None:
+    if m.similarity is None or m.similarity > limit:
         return None
-    if abs(m.correlation) > limit or m.envelope_correlation > SAME_ENVELOPE:
-        return None
-    return f"correlation of the channels {m.correlation:.2f}, of their levels {m.envelope_correlation:.2f}"
+    return f"largest correlation of the channels {m.similarity:.2f}"
 
 
 def _narrow(m: Measurement, limit: float) -> str | None:

@@ -36,6 +36,8 @@ def test_speech_has_no_findings(check, speech):
         assert measured.seconds == pytest.approx(len(speech) / RATE, abs=0.05)
     assert check(np.stack([speech, 0.5 * speech], 1))[0] == set()
     assert check(resample(speech, RATE, 44100), 44100)[0] == set()
+    # A second microphone, 5 m away.
+    assert check(np.stack([speech, 0.3 * np.roll(speech, 230)], 1))[0] == set()
 
 
 def test_levels_are_those_of_the_samples(check):
