@@ -460,7 +460,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "Cyrillic letters": (("mixed-script",), text(lambda t: f"{t} \u0435nd")),
     "loop": (("repetition",), text(lambda t: f"{t} the the the the")),
     "loop of a phrase": (("repetition",), text(lambda t: "thank you so much " * 5)),
-    "no spaces": (("long-word",), text(lambda t: t.replace(" ", "") * 4)),
+    "no spaces": (("long-word",), text(lambda t: t.replace(" ", "") * 6)),
     "two spaces": (("odd-spaces",), text(lambda t: t.replace(" ", "  ", 1))),
     "quotes of a CSV": (("odd-quotes",), text(lambda t: f'""{t}""')),
     "capitals": (("unusual-case",), text(str.upper)),

@@ -31,12 +31,13 @@ GAP_EDGE = -20.0  # dB relative to the level of speech; both edges of a gap insi
 MAX_GAIN, SPEECH_PEAK = 1000.0, 0.5  # largest gain before VAD, and largest sample after it
 MIN_WINDOWS, TONE_PROMINENCE = 4, 15.0  # windows in which a tone must be, and dB above its neighbours
 FINGERPRINT_POINTS = 48
-FINGERPRINT_RANGE = 30.0  # dB below the level of speech
+SMOOTH = np.array([1, 4, 6, 4, 1]) / 16  # weights of neighbouring frames in a fingerprint
+FINGERPRINT_RANGE = 20.0  # dB below the level of speech
 CLIP_RUN = 3  # equal samples at the peak
 EDGE_BAND = (100.0, 600.0)  # Hz below an edge of the spectrum, where the content next to it is measured
 EDGE_WIDTH = 0.3  # of the edge's frequency: transition band of a short resampling filter
 EDGE_DROP, EMPTY = 20.0, 55.0  # dB from this band to all above, and from the loudest band to all above
-MIN_EDGE, MAX_EDGE = 1500.0, 0.85  # Hz, and share of half the sampling rate, between which an edge is searched
+MIN_EDGE, MAX_EDGE = 1500.0, 0.72  # Hz, and share of half the sampling rate, between which an edge is searched
 
 
 @dataclass
@@ -327,8 +328,11 @@ def _edge(power: np.ndarray, hertz: float) -> float | None:
     below = (sums[centers - near] - sums[centers - far]) / (far - near)
     rest = above[np.minimum((centers * (1 + EDGE_WIDTH)).astype(int), len(bands) - 1)]
     drops = np.where(rest < bands.max() - EMPTY, np.maximum(below - rest, 0), 0)
-    best = int(np.flatnonzero(drops >= 0.95 * drops.max())[-1])  # the last of many for a sharp edge
-    return float(centers[best] * width) if drops[best] > EDGE_DROP else None
+    best = int(np.argmax(drops))
+    if drops[best] < EDGE_DROP:
+        return None
+    middle = (below[best] + rest[best]) / 2
+    return float((np.flatnonzero(bands > middle)[-1] + 1) * width)
 
 
 def _local_median(values: np.ndarray, size: int) -> np.ndarray:
@@ -346,6 +350,7 @@ def _fingerprint(levels: np.ndarray, bright: np.ndarray, high: float) -> np.ndar
     places = np.linspace(part.start, part.stop - 1, FINGERPRINT_POINTS)
     contours = []
     for values in (levels, bright - levels):
+        values = np.convolve(np.pad(values, 2, mode="edge"), SMOOTH, "valid")  # copies may be shifted by half a frame
         contour = np.interp(places, np.arange(len(levels)), np.maximum(values, values[part].max() - FINGERPRINT_RANGE))
         contours.append(contour - contour.mean())
     vector = np.concatenate(contours)

@@ -11,10 +11,11 @@ from .corpus_checks import Corpus, Found, same_recording
 from .kinds import limit
 
 RATE = 8000  # Hz at which waveforms are compared: telephone copies have the same band
-SIMILAR = 0.93  # cosine of fingerprints from which waveforms are compared
+SIMILAR = 0.88  # cosine of fingerprints from which waveforms are compared
 LONGER = 0.04  # share, and 60 ms, by which the sounding parts of copies may differ
 MAX_SECONDS = 30.0  # compared at most
-MAX_COMPARED = 20  # waveforms compared with one recording
+MAX_COMPARED = 20  # waveforms compared with one recording, at most
+MAX_PAIRS = 40_000  # pairs compared, at most, the most similar first: two minutes
 ROWS_AT_ONCE = 1024
 
 
@@ -47,11 +48,13 @@ def near_duplicates(corpus: Corpus) -> Iterator[Found]:
 
 
 def _candidates(corpus: Corpus, rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Yields pairs of rows with similar fingerprints and lengths, the most similar first for each row."""
+    """Yields pairs of rows with similar fingerprints and lengths, the most similar first."""
     lengths = np.array([corpus.measured[index][0].active_seconds for index in rows])
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
     prints = np.array([corpus.measured[rows[place]][0].fingerprint for place in order])
+    most = max(1, min(MAX_COMPARED, MAX_PAIRS // max(1, len(rows))))
+    pairs: list[tuple[float, int, int]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, len(rows))
         last = int(np.searchsorted(lengths, lengths[stop - 1] * (1 + LONGER) + 0.06, side="right"))
@@ -60,8 +63,9 @@ def _candidates(corpus: Corpus, rows: list[int]) -> Iterator[tuple[int, int]]:
             longest = lengths[start + place] * (1 + LONGER) + 0.06
             found = np.flatnonzero(line[place + 1 :] > SIMILAR) + place + 1
             found = found[lengths[start + found] <= longest]
-            best = found[np.argsort(-line[found], kind="stable")][:MAX_COMPARED]
-            yield from ((rows[order[start + place]], rows[order[start + other]]) for other in best.tolist())
+            for other in found[np.argsort(-line[found], kind="stable")][:most].tolist():
+                pairs.append((-float(line[other]), rows[order[start + place]], rows[order[start + other]]))
+    yield from ((first, second) for _, first, second in sorted(pairs)[:MAX_PAIRS])
 
 
 def _load(source: str) -> np.ndarray | None:

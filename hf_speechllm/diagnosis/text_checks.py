@@ -41,7 +41,7 @@ _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
 _FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
 _SPACES = re.compile(r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +")
 _QUOTES = re.compile(r'""|^"[^"]*$|^[^"]*"$')
-MOST_DECODED = 0.7  # share of characters in one script that shows UTF-8 in another encoding
+MOST_DECODED = 0.5  # share of characters in one script that shows UTF-8 in another encoding
 _JOINERS = "\u200c\u200d"  # needed in Persian, and in the scripts of India
 _WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
@@ -113,7 +113,10 @@ def _mojibake(text: str, limit: float) -> str | None:
             except UnicodeError:
                 continue
             fitting = sum(script is None or script_of(character) == script for character in decoded)
-            if len(match[0]) >= shortest and fitting >= MOST_DECODED * len(decoded):
+            enough = fitting >= (MOST_DECODED * len(decoded) if script else len(decoded)) and (
+                not script or fitting > 1
+            )
+            if len(match[0]) >= shortest and enough:
                 return f"{show(match[0], 20)} is {show(decoded, 20)}"
     return "锟斤拷" if "锟斤拷" in text else None
 
