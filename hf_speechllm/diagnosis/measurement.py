@@ -47,7 +47,7 @@ class Measurement:
     Args:
         source: path, URL or address.
         seconds, rate, channels: length, sampling rate in Hz, number of channels.
-        digest: hash of the samples, as 16 bits, mono.
+        digest: hash of the samples, as 16 bits, mono, without zeros at both ends.
         peak: largest absolute sample.
         level: RMS of the loud frames (95th percentile of frames of 20 ms), dBFS.
         quiet_level: 10th percentile of the frames, dBFS.
@@ -137,6 +137,7 @@ class _Meter:
         self.hann = _hann(self.window)
         self.samples, self.total, self.loud_frames, self.flat_top = 0, 0.0, 0, 0.0
         self.block_peaks: list[tuple[float, int]] = []  # peak, and samples in flat runs at this peak
+        self.started, self.zeros = False, 0  # whether a sample was not 0, and zeros since the last
         self.digest = hashlib.blake2b(digest_size=16)
         self.powers: list[np.ndarray] = []  # mean square of each frame
         self.bright: list[np.ndarray] = []  # mean square of the differences of its samples
@@ -159,7 +160,7 @@ class _Meter:
         if block.shape[1] > 1 and result.correlation is None:
             self._compare_channels(block)
         mono = mix_channels(block, result.source) if block.shape[1] > 1 else block[:, 0]
-        self.digest.update((mono * 32768).round().clip(-32768, 32767).astype("<i2").tobytes())
+        self._add_to_digest((mono * 32768).round().clip(-32768, 32767).astype("<i2"))
         peak = max(-float(block.min()), float(block.max()))
         self.block_peaks.append((peak, _count_clipped(block, peak)))
         self.total += float(mono.sum(dtype=np.float64))
@@ -184,6 +185,18 @@ class _Meter:
             regions = self.detector.regions(probabilities, len(wave))
             self.spans += [(start + first / SAMPLE_RATE, start + last / SAMPLE_RATE) for first, last in regions]
         self.samples += len(mono)
+
+    def _add_to_digest(self, samples: np.ndarray) -> None:
+        """Adds samples to the hash, without zeros at the start and the end of the recording."""
+        sound = np.flatnonzero(samples)
+        if not len(sound):
+            self.zeros += len(samples)
+            return
+        if self.started:
+            self.digest.update(bytes(2 * self.zeros))
+        first = 0 if self.started else int(sound[0])
+        self.digest.update(samples[first : int(sound[-1]) + 1].tobytes())
+        self.started, self.zeros = True, len(samples) - int(sound[-1]) - 1
 
     def _add_spectra(self, mono: np.ndarray) -> None:
         count = len(mono) // self.window

@@ -15,7 +15,7 @@ SIMILAR = 0.88  # cosine of fingerprints from which waveforms are compared
 LONGER = 0.04  # share, and 60 ms, by which the sounding parts of copies may differ
 MAX_SECONDS = 30.0  # compared at most
 MAX_COMPARED = 20  # waveforms compared with one recording, at most
-MAX_PAIRS = 40_000  # pairs compared, at most, the most similar first: two minutes
+PAIRS_PER_ROW, MIN_PAIRS, MAX_PAIRS = 3, 2_000, 40_000  # compared, the most similar first; 40,000 take two minutes
 ROWS_AT_ONCE = 1024
 
 
@@ -54,6 +54,7 @@ def _candidates(corpus: Corpus, rows: list[int]) -> Iterator[tuple[int, int]]:
     lengths = lengths[order]
     prints = np.array([corpus.measured[rows[place]][0].fingerprint for place in order])
     most = max(1, min(MAX_COMPARED, MAX_PAIRS // max(1, len(rows))))
+    total = min(MAX_PAIRS, max(MIN_PAIRS, PAIRS_PER_ROW * len(rows)))
     pairs: list[tuple[float, int, int]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, len(rows))
@@ -65,7 +66,7 @@ def _candidates(corpus: Corpus, rows: list[int]) -> Iterator[tuple[int, int]]:
             found = found[lengths[start + found] <= longest]
             for other in found[np.argsort(-line[found], kind="stable")][:most].tolist():
                 pairs.append((-float(line[other]), rows[order[start + place]], rows[order[start + other]]))
-    yield from ((first, second) for _, first, second in sorted(pairs)[:MAX_PAIRS])
+    yield from ((first, second) for _, first, second in sorted(pairs)[:total])
 
 
 def _load(source: str) -> np.ndarray | None:

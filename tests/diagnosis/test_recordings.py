@@ -113,6 +113,8 @@ def test_hash_depends_on_samples_only(check, speech):
     samples = (32767 * speech).astype(np.int16)
     digests = {check(samples, name=name, subtype="PCM_16")[1].digest for name in ("a.wav", "a.flac")}
     digests.add(check(np.stack([samples, samples], 1))[1].digest)
+    digests.add(check(np.pad(samples, (700, 7000)), subtype="PCM_16")[1].digest)
+    digests.add(check(np.pad(samples, (1 << 20, 1 << 20)), name="a.flac", subtype="PCM_16")[1].digest)
     assert len(digests) == 1
     assert check(0.9 * speech)[1].digest not in digests
 
