@@ -410,7 +410,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
         ("near-duplicate",),
         copy_of(lambda p, item: p.write(0.5 * item.samples, "mp3", subtype="MPEG_LAYER_III")),
     ),
-    "copy with padding": (("duplicate-recording",), copy_of(lambda p, item: p.write(np.pad(item.samples, 3000)))),
+    "copy with padding": (
+        ("duplicate-recording", "near-duplicate"),
+        copy_of(lambda p, item: p.write(np.pad(item.samples, 3000))),
+    ),
     "copy in test": (("recording-in-two-splits",), copy_of(lambda p, item: p.write(item.samples, "flac"), "test")),
     "near copy in test": (
         ("recording-in-two-splits",),

@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
                              "then only one channel is used", "invert or remove a channel"),
     "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels over shifts of 25 ms, lowest", "different "
                                "speakers or microphones in each; averaging mixes them", "make one row per channel"),
-    "narrow-band": Kind(WARNING, 5000, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
+    "narrow-band": Kind(WARNING, 5300, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
                         "upsampled from 8 kHz; 55 dB weaker above", "use the original, or keep it if the "
                         "model shall transcribe telephone speech"),
     "reduced-band": Kind(NOTE, 6500, "Hz, lowest full bandwidth", "lossy codec, or upsampled", "use the original"),

@@ -81,4 +81,4 @@ def fits_language(text: str, language: str) -> bool:
     """Returns whether the script of a text is one of a language; true for unknown languages and for short texts."""
     found = main_script(text)
     expected = SCRIPTS_OF_LANGUAGES.get(language, ("LATIN",) if language in LATIN_LANGUAGES else ())
-    return found is None or not expected or found in expected or len(text) < 4
+    return found is None or not expected or found in expected or syllables(text) < 2
