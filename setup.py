@@ -73,7 +73,10 @@ setup(
     py_modules=["hf_speechllm_command"],
     entry_points={"console_scripts": ["hf-speechllm = hf_speechllm_command:main"]},
     cmdclass={"build_py": BuildWithConfigurations},
-    package_data={"hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"]},
+    package_data={
+        "hf_speechllm.evaluation": ["report.html", "mixed_error_rate/*.py"],
+        "hf_speechllm.diagnosis": ["page.html"],
+    },
     install_requires=[*DECODE, *(EVERYTHING if os.environ.get("HF_SPEECHLLM_EDITABLE") else [])],
     # A wheel asks for what decoding needs; an editable install (tools/build_backend.py) for what all recipes need.
     extras_require={

@@ -54,13 +54,20 @@ class VoiceDetector:
         Args:
             waveform: shape = (samples,), at 16 kHz.
         """
-        probabilities = self._model.audio_forward(waveform)
+        return self.regions(self.probabilities(waveform), len(waveform))
+
+    def probabilities(self, waveform: np.ndarray) -> list[float]:
+        """Returns the speech probability of each window of 32 ms; for `waveform` see `speech_regions`."""
+        return self._model.audio_forward(waveform).tolist()
+
+    def regions(self, probabilities: list[float], num_samples: int) -> list[Span]:
+        """Returns the regions of speech of a waveform with `num_samples` samples from its `probabilities`."""
         found = self._timestamps(
-            probabilities.tolist(),
+            probabilities,
             threshold=self.threshold,
             min_speech_duration_ms=1000 * MIN_SPEECH,
             speech_pad_ms=0,
-            audio_length_samples=len(waveform),
+            audio_length_samples=num_samples,
         )
         return [(int(region["start"]), int(region["end"])) for region in found]
 

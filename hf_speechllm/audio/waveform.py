@@ -174,10 +174,19 @@ def read_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
     Raises:
         AudioError: see `load_audio`.
     """
-    content, part = _content(source)
-    blocks = _decode(content, display_name(source), part=part)
+    blocks = read_blocks(source)
     first, rate = next(blocks)
     return _join(_chain(first, blocks)), rate
+
+
+def read_blocks(source: str | Path | bytes) -> Iterator[Block]:
+    """Decodes a recording like `read_audio`, block by block, so a long recording needs little memory.
+
+    Raises:
+        AudioError: see `load_audio`; possibly after some blocks.
+    """
+    content, part = _content(source)
+    yield from _decode(content, display_name(source), part=part)
 
 
 def _join(blocks: Iterable[np.ndarray]) -> np.ndarray:

@@ -12,6 +12,7 @@ from .parser import did_you_mean, prog, report
 VERBS = {
     "prepare": "converts a corpus in any known layout to training JSONL",
     "scp2jsonl": "converts Kaldi lists to training JSONL",
+    "doctor": "checks recordings and transcripts for faults",
     "inspect": "shows training data as the model receives them: ids, labels, loss",
     "plan": "measures time and memory of a training run, and chooses a configuration",
     "finetune": "trains a model; --num_processes N starts N processes",

@@ -125,7 +125,7 @@ def prepare_source(args: argparse.Namespace) -> None:
         prompts = {language: chat.transcription_prompt(language, not args.no_itn) for language in languages}
         splits, chosen = choose_splits(utterances, args.split, DEFAULT_SPLIT, args.seed)
         folder = os.path.realpath(args.output_dir) if args.relative else None
-        maker = RowMaker(prompt, tokenizer, folder, prompts)
+        maker = RowMaker(prompt, tokenizer, folder, prompts, origin=True)
         with tqdm(desc="checking", total=len(utterances), unit=" rows") as progress:
             counts = write_corpus(
                 utterances, splits, maker, args.output_dir, bad_rows, args.num_workers, progress.update

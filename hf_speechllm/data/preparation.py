@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
-from ..audio.waveform import AudioError, is_url, local_path
+from ..audio.waveform import AudioError, is_url
 from ..model.chat import ChatError, parse_messages, transcription_messages
 from .bad_rows import BadDataError
 from .jsonl import json_line, map_recordings
 from .kaldi import TEXTS_AT_ONCE, add_text_lengths, measure_recording
+from .processes import map_in_processes, read_ahead
 from .utterance import Utterance
 
 NUM_PER_PROCESS = 128  # utterances per worker above which processes are faster than threads
-HEADER_SIZE = 4096  # bytes (one page); contains the header of nearly every recording
-_maker: RowMaker  # set in each worker process
 
 
 class Prepared(NamedTuple):
@@ -56,12 +47,14 @@ class RowMaker:
         tokenizer: tokenizer of the model, to count `text_length`; with `None`, rows have no `text_length`.
         folder: absolute path of the folder to which written paths are relative; `None` for absolute paths.
         prompts: prompt by language of an utterance, instead of `prompt`.
+        origin: whether rows have `key` (ID), `speaker` and `language`, where the source has them, for `doctor`.
     """
 
     prompt: str
     tokenizer: Any = None
     folder: str | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    origin: bool = False
 
     def messages(self, utterance: Utterance) -> list[dict]:
         """Builds and checks the dialogue of an utterance, with paths as they are written.
@@ -108,6 +101,9 @@ class RowMaker:
             rows.append({"messages": messages, "speech_length": length[1]})
             if utterance.hotwords:
                 rows[-1]["hotwords"] = utterance.hotwords
+            if self.origin:
+                names = {"key": utterance.id, "speaker": utterance.speaker, "language": utterance.language}
+                rows[-1] |= {name: value for name, value in names.items() if value}
             result.seconds.append(length[0])
             result.good[-1] = True
         if self.tokenizer is not None:
@@ -143,25 +139,7 @@ def prepare(utterances: Sequence[Utterance], maker: RowMaker, num_workers: int) 
     # limited because some recordings are hours long.
     size = max(1, min(TEXTS_AT_ONCE, len(utterances) // (16 * num_workers)))
     chunks = (utterances[start : start + size] for start in range(0, len(utterances), size))
-    # A fork takes milliseconds, and processes need no imports. A fork is safe only on Linux.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    gc.freeze()  # garbage collection would write to, and thereby copy, shared memory
-    others = multiprocessing.active_children()
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (maker,)) as pool:
-        try:
-            # `pool.map` cancels waiting tasks, which makes the pool fail when its processes end (Python 3.11).
-            futures = deque(pool.submit(_prepare_chunk, chunk) for chunk in chunks)
-            while futures:
-                yield futures.popleft().result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a process that checks recordings was killed; if memory ran out, reduce --num_workers"
-            ) from error
-        except BaseException:  # including interruptions: otherwise the pool waits for recordings, possibly for minutes
-            for process in multiprocessing.active_children():
-                if process not in others:
-                    process.terminate()
-            raise
+    yield from map_in_processes(partial(_prepare_chunk, maker), chunks, num_workers)
 
 
 def measure(utterance: Utterance) -> tuple[float, int] | AudioError:
@@ -175,36 +153,6 @@ def measure(utterance: Utterance) -> tuple[float, int] | AudioError:
     return sum(seconds for seconds, _ in lengths), sum(frames for _, frames in lengths)
 
 
-def _start_worker(maker: RowMaker) -> None:
-    global _maker
-    _maker = maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process immediately when its parent process ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _read_ahead(source: str) -> None:
-    """Makes the system read the start of a file in the background; ignores errors, which `measure` reports."""
-    if not hasattr(os, "posix_fadvise"):  # macOS, Windows
-        return
-    with contextlib.suppress(OSError, ValueError):
-        file = os.open(source, os.O_RDONLY | os.O_NONBLOCK)  # does not block on a FIFO
-        try:
-            os.posix_fadvise(file, 0, HEADER_SIZE, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
-
-
-def _prepare_chunk(utterances: Sequence[Utterance]) -> Prepared:
-    # A disk reads many files in parallel nearly as fast as a few; read-ahead is cheaper than waiting threads.
-    for utterance in utterances:
-        _read_ahead(local_path(utterance.recording))
-    return _maker.make(utterances, map(measure, utterances))
+def _prepare_chunk(maker: RowMaker, utterances: Sequence[Utterance]) -> Prepared:
+    read_ahead([utterance.recording for utterance in utterances])
+    return maker.make(utterances, map(measure, utterances))

@@ -86,7 +86,7 @@ def test_only_long_lists_use_processes(utterances, request, monkeypatch):
 
 def test_read_ahead_of_all_files_precedes_the_first_measurement(utterances, processes, monkeypatch):
     asked = []
-    monkeypatch.setattr(preparation, "_read_ahead", asked.append)
+    monkeypatch.setattr(preparation, "read_ahead", asked.extend)
     monkeypatch.setattr(preparation, "measure", lambda utterance: AudioError(f"{len(asked)} asked for"))
     reason = next(prepare(utterances[1:], maker(), 1)).bad[0][-1]
     assert reason == f"unusable recording: {(NUM_UTTERANCES - 1) // 16} asked for"
