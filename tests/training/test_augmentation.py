@@ -163,6 +163,14 @@ def test_the_command_trains_and_saves_what_training_hears(tiny_model, tiny_corpu
     assert "--save_audio" in capsys.readouterr().err
     assert run_recipe("inspect_data.py", *arguments, "--save_audio", heard, "--gain_db", "1", "2") == 2
     assert "--gain_db has no effect without --gain_prob" in capsys.readouterr().err
-    assert run_recipe("finetune.py", *common, *training, "--reverb_prob", "1", "--reverb_source", "gone").endswith(
-        "error: --reverb_source: gone: no such folder"
-    )
+    assert run_recipe(
+        "finetune.py",
+        *common,
+        *training,
+        "--output_dir",
+        tmp_path / "b",
+        "--reverb_prob",
+        "1",
+        "--reverb_source",
+        "gone",
+    ).endswith("error: --reverb_source: gone: no such folder")
