@@ -52,7 +52,7 @@ EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 VOXTRAL = "mistral-common[soundfile]>=1.8.6"
 LHOTSE = "lhotse>=1.33"
-AUGMENT = "pyroomacoustics>=0.8.3"  # simulated rooms
+AUGMENT = "pyroomacoustics>=0.10.1"  # simulated rooms
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(

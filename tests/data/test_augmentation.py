@@ -1,5 +1,6 @@
 """Augmentation that options select: reproducible, within the batch budget, and refused with cached features."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,10 @@ def test_augmentation_differs_between_epochs_rows_and_seeds(rows, make_collator)
         return collator.waveforms({**row, "seed": seed})[0]
 
     assert np.array_equal(first(0, 5), first(0, 5))
+    again = pickle.loads(pickle.dumps(make_collator(**STRONG)))  # as for a process that is started without `fork`
+    assert np.array_equal(
+        again.waveforms({**row, "seed": (0, 5)})[0], make_collator(**STRONG).waveforms({**row, "seed": (0, 5)})[0]
+    )
     assert len({first(*seed).tobytes() for seed in ((0, 5), (0, 29), (0, 6), (1, 5))}) == 4
 
 
