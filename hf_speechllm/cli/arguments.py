@@ -38,11 +38,7 @@ OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
 AUTO = "--auto"
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
-TYPES: dict[str, Callable[[str], Any]] = {
-    "BOOL": lambda text: text.lower() in ("true", "1", "yes"),
-    "N": int,
-    "X": float,
-}
+TYPES = {"N": int, "X": float}  # of the values of other metavars: str
 
 
 def parse_arguments(

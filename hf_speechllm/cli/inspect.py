@@ -24,7 +24,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ..data.augmentation_options import AugmentationOptions
+from ..data.augmentation_options import WAVEFORM_OPTIONS, AugmentationOptions
 from .arguments import add_group
 from .parser import Parser, prog, show_log
 
@@ -46,7 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--save_audio", metavar="DIR", help="write the augmented recordings of each row as WAV files")
-    add_group(parser, "Augmentation, with --save_audio", fields(AugmentationOptions))
+    audible = {*WAVEFORM_OPTIONS, *sum(WAVEFORM_OPTIONS.values(), ())}
+    options = [item for item in fields(AugmentationOptions) if item.name in audible]
+    add_group(parser, "Augmentation, with --save_audio", options)
     args = parser.parse_args()
     if not Path(args.jsonl_file).is_file():
         parser.error(f"{args.jsonl_file}: no such file")
@@ -55,9 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     if (args.language or args.no_itn or args.hotwords) and not args.inference:
         parser.error("--language, --no_itn and --hotwords require --inference; training rows contain their prompts")
     try:
-        args.augmentation = AugmentationOptions(
-            **{item.name: vars(args)[item.name] for item in fields(AugmentationOptions)}
-        )
+        args.augmentation = AugmentationOptions(**{item.name: vars(args)[item.name] for item in options})
     except ValueError as error:
         parser.error(str(error))
     if args.augmentation != AugmentationOptions() and not args.save_audio:

@@ -116,15 +116,14 @@ class SpeechLLMCollator:
         Raises:
             ValueError: if waveforms are augmented, but the rows have cached features; or if babble has no rows.
         """
-        if self.waveform_augmentation is None:
+        if self.waveform_augmentation is None and not self.dither:
             return
-        cached = {"features", *ENCODED_COLUMNS} & {*(getattr(rows, "column_names", None) or ())}
-        if cached:
+        if {"features", *ENCODED_COLUMNS} & {*(getattr(rows, "column_names", None) or ())}:
             raise ValueError(
                 "augmentation of waveforms would not change the cached features of the rows; prepare the rows with "
                 "--feature_cache off, or prepare_dataset(..., feature_dtype='off')"
             )
-        for source in self.waveform_augmentation.noises:
+        for source in self.waveform_augmentation.noises if self.waveform_augmentation is not None else ():
             if isinstance(source, Babble):
                 if not hasattr(rows, "__len__"):
                     raise ValueError("--noise_source babble needs rows with random access; a stream has none")

@@ -138,7 +138,7 @@ def test_a_slower_speed_does_not_exceed_the_limit_of_the_encoder(processor):
 
 
 def test_rows_with_cached_features_are_refused(tiny_rows, processor):
-    for options in ({"noise_prob": 0.5}, {"speed_prob": 0.5}):
+    for options in ({"noise_prob": 0.5}, {"speed_prob": 0.5}, {"dither": 1.0}):
         collator = SpeechLLMCollator.augmenting(processor, AugmentationOptions(**options))
         with pytest.raises(ValueError, match="feature_dtype='off'"):
             collator.use_training_rows(tiny_rows)
