@@ -156,7 +156,7 @@ def _audio_writer(args: argparse.Namespace, processor) -> Callable[[int, list[st
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(index: int, recordings: list[str]) -> None:
-        waveforms = collator.waveforms({"recordings": recordings, "seed": (SEED, index)})
+        waveforms = collator.row_waveforms({"recordings": recordings, "seed": (SEED, index)})
         for number, waveform in enumerate(waveforms):
             soundfile.write(folder / f"row{index}_{number}.wav", waveform, processor.sampling_rate)
 

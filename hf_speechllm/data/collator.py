@@ -118,7 +118,8 @@ class SpeechLLMCollator:
         """
         if self.waveform_augmentation is None and not self.dither:
             return
-        if {"features", *ENCODED_COLUMNS} & {*(getattr(rows, "column_names", None) or ())}:
+        cached = {"features", *ENCODED_COLUMNS} & {*(getattr(rows, "column_names", None) or ())}
+        if cached and not isinstance(self.processor, NativeProcessor):  # whose rows contain waveforms
             raise ValueError(
                 "augmentation of waveforms would not change the cached features of the rows; prepare the rows with "
                 "--feature_cache off, or prepare_dataset(..., feature_dtype='off')"

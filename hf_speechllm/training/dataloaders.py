@@ -15,6 +15,7 @@ from ..data.dataset import row_seconds
 from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows, budget_before_augmentation
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
+from ..model.native_families import max_feature_frames
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
 from .loader_workers import ignore_signals, kill_workers_at_exit, worker_context
@@ -55,10 +56,8 @@ def training_collator(
     if augmentation is None:
         return SpeechLLMCollator(processing_class)
     args.run_options = {**args.run_options, **vars(augmentation)}  # compared when a run resumes
-    config = getattr(model, "config", None)
-    return SpeechLLMCollator.augmenting(
-        processing_class, augmentation, getattr(config, "max_feature_frames", None) or math.inf
-    )
+    limit = math.inf if model is None else max_feature_frames(model.config)
+    return SpeechLLMCollator.augmenting(processing_class, augmentation, limit)
 
 
 def train_loader(

@@ -81,12 +81,13 @@ def test_augmentation_differs_between_epochs_rows_and_seeds(rows, make_collator)
     row = rows[0]
 
     def first(*seed):
-        return collator.waveforms({**row, "seed": seed})[0]
+        return collator.row_waveforms({**row, "seed": seed})[0]
 
     assert np.array_equal(first(0, 5), first(0, 5))
     again = pickle.loads(pickle.dumps(make_collator(**STRONG)))  # as for a process that is started without `fork`
     assert np.array_equal(
-        again.waveforms({**row, "seed": (0, 5)})[0], make_collator(**STRONG).waveforms({**row, "seed": (0, 5)})[0]
+        again.row_waveforms({**row, "seed": (0, 5)})[0],
+        make_collator(**STRONG).row_waveforms({**row, "seed": (0, 5)})[0],
     )
     assert len({first(*seed).tobytes() for seed in ((0, 5), (0, 29), (0, 6), (1, 5))}) == 4
 
@@ -122,7 +123,7 @@ def test_batches_fit_the_budget_after_a_change_of_speed(rows, make_collator):
     budget = budget_before_augmentation(seconds, 4.0, collator.largest_stretch)
     assert budget == 3.2
     for keys in BudgetBatchSampler(seconds, budget, seed=3):
-        lengths = [len(item) for row in KeyedRows(rows, 3).__getitems__(keys) for item in collator.waveforms(row)]
+        lengths = [len(item) for row in KeyedRows(rows, 3).__getitems__(keys) for item in collator.row_waveforms(row)]
         assert max(lengths) * len(lengths) <= 4.0 * 16000 * 1.02  # 25 ms of the last frame
     assert budget_before_augmentation([3.5], 4.0, 1.25) == 3.5  # a single long recording is not refused
     assert budget_before_augmentation([4.5], 4.0, 1.25) == 4.0
@@ -134,7 +135,7 @@ def test_a_slower_speed_does_not_exceed_the_limit_of_the_encoder(processor):
     collator = SpeechLLMCollator.augmenting(processor, options, max_feature_frames=100)  # 6 s
     for seconds, expected in ((3.0, 3.75), (4.5, 4.5)):  # 4.5 s would become 7 s
         row = {"recordings": [np.ones(round(seconds * 16000), np.float32)], "seed": 1}
-        assert len(collator.waveforms(row)[0]) == round(expected * 16000)
+        assert len(collator.row_waveforms(row)[0]) == round(expected * 16000)
 
 
 def test_rows_with_cached_features_are_refused(tiny_rows, processor):
@@ -197,7 +198,7 @@ def test_babble_consists_of_the_training_rows(rows, processor):
     collator.use_training_rows(rows)
     time = np.arange(32_000) / 16000
     tone = np.sin(2 * np.pi * 7000 * time).astype(np.float32)
-    (noisy,) = collator.waveforms({"recordings": [tone], "seed": 1})
+    (noisy,) = collator.row_waveforms({"recordings": [tone], "seed": 1})
     spectrum = np.abs(np.fft.rfft(noisy)) ** 2
     words = sum(spectrum[2 * f - 20 : 2 * f + 20].sum() for f in range(200, 2400, 300))  # the pitches of the corpus
     assert words / spectrum[: 2 * 6900].sum() > 0.9

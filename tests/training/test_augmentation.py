@@ -154,9 +154,10 @@ def test_the_command_trains_and_saves_what_training_hears(tiny_model, tiny_corpu
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     options = AugmentationOptions(noise_prob=1, noise_snr=[3, 3], noise_source=["babble"], gain_prob=1)
     collator = SpeechLLMCollator.augmenting(processor, options)
-    rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, DataOptions(cache_dir=str(tmp_path / "cache")))[0]
-    collator.use_training_rows(rows.remove_columns("features"))
-    (waveform,) = collator.waveforms({**rows[2], "seed": (42, 2)})  # as in the first epoch
+    options = DataOptions(cache_dir=str(tmp_path / "cache"), feature_cache="off")
+    rows = prepare_rows([str(tiny_corpus.jsonl)], processor, 2048, options)[0]
+    collator.use_training_rows(rows)
+    (waveform,) = collator.row_waveforms({**rows[2], "seed": (42, 2)})  # as in the first epoch
     assert soundfile.read(heard / "row2_0.wav")[0] == pytest.approx(waveform, abs=1e-4)
 
     assert run_recipe("inspect_data.py", *arguments, *augmentation) == 2
