@@ -206,12 +206,9 @@ class SpeechLLMCollator:
 
     def row_waveforms(self, row: dict[str, Any]) -> list[np.ndarray]:
         """Returns the waveforms of a row's recordings, each of shape = (samples,), with augmentation."""
-        if row.get("features") is not None:  # of `prepare_dataset`
-            waveforms = [np.frombuffer(data, np.float32).copy() for data in row["features"]]
-        else:
-            sources = row_sources(row)
-            lengths = np.broadcast_to(row.get("num_frames", np.inf), len(sources))
-            waveforms = [self._load(item, frames * FRAME_SHIFT) for item, frames in zip(sources, lengths, strict=True)]
+        sources = row_sources(row)
+        lengths = np.broadcast_to(row.get("num_frames", np.inf), len(sources))
+        waveforms = [self._load(item, frames * FRAME_SHIFT) for item, frames in zip(sources, lengths, strict=True)]
         if self.waveform_augmentation is None:
             return waveforms
         rng = np.random.default_rng(np.random.SeedSequence(row["seed"], spawn_key=(_STREAM,)))
@@ -227,7 +224,9 @@ class SpeechLLMCollator:
 
 
 def row_sources(row: Mapping[str, Any]) -> list[Any]:
-    """Returns a row's recordings for `load_audio`: contents that the row contains, or paths and URLs."""
+    """Returns a row's recordings for `load_audio`: what the row contains, or paths and URLs."""
+    if row.get("features") is not None:  # waveforms of `prepare_dataset`, for a native speech LLM
+        return [np.frombuffer(data, np.float32) for data in row["features"]]
     contents = row.get("contents") or [None] * len(row["recordings"])
     return [name if content is None else content for name, content in zip(row["recordings"], contents, strict=True)]
 
