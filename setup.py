@@ -52,6 +52,7 @@ EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 VOXTRAL = "mistral-common[soundfile]>=1.8.6"
 LHOTSE = "lhotse>=1.33"
+AUGMENT = "pyroomacoustics>=0.10.1"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
@@ -86,10 +87,11 @@ setup(
         "vad": VAD,
         "all": EVERYTHING,
         "deepspeed": [DEEPSPEED],
+        "augment": [AUGMENT],  # simulated rooms for augmentation
         "lhotse": [LHOTSE],  # `prepare` of lhotse's manifests and Shar
         "voxtral": [VOXTRAL],  # prompts of Voxtral
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "test": [*EVERYTHING, LHOTSE, *TEST],
-        "dev": [*EVERYTHING, LHOTSE, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "test": [*EVERYTHING, LHOTSE, AUGMENT, *TEST],
+        "dev": [*EVERYTHING, LHOTSE, AUGMENT, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

@@ -9,6 +9,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .audio.fbank import FbankFeatureExtractor
     from .audio.waveform import load_audio
+    from .data.augmentation_options import AugmentationOptions
     from .data.columns import prepare_dataset
     from .evaluation.normalizers import normalize_text
     from .formats.composition import compose, train_tokenizer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AudioAdaptorConfig",
+    "AugmentationOptions",
     "FbankFeatureExtractor",
     "SpeechLLMConfig",
     "SpeechLLMForConditionalGeneration",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "AudioAdaptorConfig": "model.configuration",
+    "AugmentationOptions": "data.augmentation_options",
     "FbankFeatureExtractor": "audio.fbank",
     "SpeechLLMConfig": "model.configuration",
     "SpeechLLMForConditionalGeneration": "model.modeling",

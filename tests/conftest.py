@@ -23,7 +23,6 @@ from huggingface_hub import constants, hf_api
 from transformers import TrainerCallback, set_seed
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
@@ -338,9 +337,7 @@ def make_trainer(split_options, tiny_rows):
             args=args,
             train_dataset=train_dataset or tiny_rows,
             eval_dataset=eval_dataset,
-            data_collator=SpeechLLMCollator(
-                processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither
-            ),
+            data_collator=SpeechLLMCollator.augmenting(processor, data),
             eval_collator=SpeechLLMCollator(processor),
             processing_class=processor,
             callbacks=list(callbacks),

@@ -14,6 +14,9 @@ SIGNATURES = {
     "AudioAdaptorConfig": "adaptor_type, downsample_rate, use_low_frame_rate, encoder_hidden_size, hidden_size, "
     "projector_hidden_size, projector_hidden_act, num_hidden_layers, num_attention_heads, intermediate_size, "
     "hidden_act, hidden_dropout, attention_dropout, layer_norm_eps, initializer_range",
+    "AugmentationOptions": "speed_prob, speed_factors, reverb_prob, reverb_source, reverb_seconds, noise_prob, "
+    "noise_source, noise_snr, gain_prob, gain_db, telephone_prob, codec_prob, codec_kbps, spec_augment, "
+    "tempo_perturb, dither",
     "FbankFeatureExtractor": "feature_size, sampling_rate, frame_length, frame_shift, window_type, num_frames_lfr, "
     "stride_lfr, waveform_scale, dither, padding_value, kwargs",
     "SpeechLLMConfig": "audio_encoder_config, audio_adaptor_config, llm_config, audio_token_id, initializer_range, "
@@ -22,7 +25,7 @@ SIGNATURES = {
     "SpeechLLMProcessor": "feature_extractor, tokenizer, chat_template, audio_token, downsample_rate, "
     "use_low_frame_rate, encoder_downsample_rate, think_block, system_prompt, encoder_convolutions, "
     "encoder_window, chat_layout",
-    "SpeechLLMTrainer": "args, eval_collator, train_weights, kwargs",
+    "SpeechLLMTrainer": "args, augmentation, eval_collator, train_weights, kwargs",
     "SpeechLLMTrainingArguments": "per_device_train_batch_seconds, eval_cer, padding_free, keep_best_checkpoints",
     "Transcriber": "model, processor, batch_seconds, max_new_tokens, num_beams, num_workers, repetition_guard, vad, "
     "cuda_graphs, fast, word_times, ctc_guard, ctc_draft, calibration",

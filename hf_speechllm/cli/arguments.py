@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.augmentation_options import AugmentationOptions
 from ..data.options import DataOptions
 from ..hub.options import PublishingOptions
 from ..model.options import ModelOptions
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from ..training.arguments import SpeechLLMTrainingArguments
 
 OF_TRAINER = (OptimizationOptions, BatchOptions, ValidationOptions, FaultOptions, PublishingOptions)
-GROUPS = (ModelOptions, DataOptions, TrainedPartsOptions, *OF_TRAINER)
+GROUPS = (ModelOptions, DataOptions, AugmentationOptions, TrainedPartsOptions, *OF_TRAINER)
 OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind))
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
 AUTO = "--auto"
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
+TYPES = {"N": int, "X": float}  # of the values of other metavars: str
 
 
 def parse_arguments(
@@ -186,7 +188,8 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
     """
     parser = Parser(description, usage=USAGE, add_help=False)
     for kind in GROUPS:
-        _add_group(parser, str(kind.__doc__).partition("\n")[0], dataclasses.fields(kind))
+        own = [item for item in dataclasses.fields(kind) if item.name in kind.__annotations__]  # not of a parent class
+        add_group(parser, str(kind.__doc__).partition("\n")[0], own)
     add_launch_options(parser)
     parser.add_argument_group("Plan").add_argument(
         AUTO, action="store_true", help="measure this machine, and take the options of the plan; see hf-speechllm plan"
@@ -195,7 +198,7 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
         from transformers import TrainingArguments
 
         inherited = [item for item in dataclasses.fields(TrainingArguments) if item.init and item.name not in OWN]
-        _add_group(parser, "Options of transformers' TrainingArguments", inherited)
+        add_group(parser, "Options of transformers' TrainingArguments", inherited)
     else:
         parser.epilog = (
             "--help_all also lists the options of transformers' TrainingArguments (--output_dir, --learning_rate, "
@@ -204,20 +207,28 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
     parser.print_help()
 
 
-def _add_group(parser: argparse.ArgumentParser, title: str, fields: Sequence[dataclasses.Field]) -> None:
+class Values(list):
+    """A list that is formatted as on the command line."""
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, fields: Sequence[dataclasses.Field]) -> None:
+    """Adds fields of an options dataclass to a parser, as a group with a title."""
     group = parser.add_argument_group(title)
     for item in fields:
         if item.name in WITHOUT_EFFECT:
             continue
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        default = " ".join(default) if isinstance(default, list) else default
-        kind = str(getattr(item.type, "__name__", item.type)).replace(" | None", "")
+        default = item.default if item.default_factory is dataclasses.MISSING else Values(item.default_factory())
+        kind = item.type.__name__ if isinstance(item.type, type) else str(item.type).replace(" | None", "")
         many = kind.startswith("list[")
         metavar = KINDS.get(kind.removeprefix("list[").removesuffix("]"), "VALUE")
         group.add_argument(
             f"--{item.name}",
             metavar=metavar,
             nargs="+" if many else None,
+            type=TYPES.get(metavar, str),
             default=getattr(default, "value", default),
             help=item.metadata.get("help", "").replace("%", "%%"),
         )

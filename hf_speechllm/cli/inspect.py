@@ -6,6 +6,9 @@ hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.json
 # As JSON, one line per row, with the loss of the model
 hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --json --loss
 
+# Recordings as training hears them, as WAV files in a folder; options as for finetune
+hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/train.jsonl --save_audio heard --noise_prob 1
+
 # Prompts of decoding
 hf-speechllm inspect --model_name_or_path exp/model --jsonl_file data/test.jsonl --inference --language zh
 """
@@ -15,14 +18,19 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from ..data.augmentation_options import WAVEFORM_OPTIONS, AugmentationOptions
+from .arguments import add_group
 from .parser import Parser, prog, show_log
 
 logger = logging.getLogger(__name__)
 
+SEED = 42  # default of --seed in training
 GREEN, GREY, CYAN, RESET = "\033[32m", "\033[90m", "\033[36m", "\033[0m"
 
 
@@ -37,6 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--language", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
+    parser.add_argument("--save_audio", metavar="DIR", help="write the augmented recordings of each row as WAV files")
+    audible = {*WAVEFORM_OPTIONS, *sum(WAVEFORM_OPTIONS.values(), ())}
+    options = [item for item in fields(AugmentationOptions) if item.name in audible]
+    add_group(parser, "Augmentation, with --save_audio", options)
     args = parser.parse_args()
     if not Path(args.jsonl_file).is_file():
         parser.error(f"{args.jsonl_file}: no such file")
@@ -44,6 +56,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--loss requires answers, which --inference leaves out; use only one of the options")
     if (args.language or args.no_itn or args.hotwords) and not args.inference:
         parser.error("--language, --no_itn and --hotwords require --inference; training rows contain their prompts")
+    try:
+        args.augmentation = AugmentationOptions(**{item.name: vars(args)[item.name] for item in options})
+    except ValueError as error:
+        parser.error(str(error))
+    if args.augmentation != AugmentationOptions() and not args.save_audio:
+        parser.error("options of augmentation have no effect without --save_audio; add --save_audio")
     return args
 
 
@@ -85,6 +103,7 @@ def inspect(args: argparse.Namespace) -> int:
     model = None
     if args.loss:
         model = SpeechLLMForConditionalGeneration.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
+    save_audio = _audio_writer(args, processor) if args.save_audio else None
     num_rows = args.num_rows or (None if args.json else 5)
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if not args.json and not args.inference:
@@ -104,6 +123,8 @@ def inspect(args: argparse.Namespace) -> int:
                 messages = messages[:-1]
         try:
             batch: Any = processor.apply_chat_template(messages, hotwords=hotwords)
+            if save_audio is not None:
+                save_audio(index, row.recordings)
         except AudioError as error:
             print(f"{row.file}:{row.line}: {error}", file=sys.stderr)
             bad += 1
@@ -118,6 +139,28 @@ def inspect(args: argparse.Namespace) -> int:
                 record["loss"] = model(**batch).loss.item()
         print(json.dumps(record) if args.json else describe(record, processor, coloured))
     return bad
+
+
+def _audio_writer(args: argparse.Namespace, processor) -> Callable[[int, list[str]], None]:
+    """Returns a function that writes the recordings of a row as in the first epoch of a training with these rows."""
+    import soundfile
+
+    from ..data.bad_rows import BadRow
+    from ..data.collator import SpeechLLMCollator
+    from ..data.jsonl import read_jsonl
+
+    collator = SpeechLLMCollator.augmenting(processor, args.augmentation)
+    rows = [row for row in read_jsonl(args.jsonl_file, require_answers=False) if not isinstance(row, BadRow)]
+    collator.use_training_rows([{"recordings": row.recordings} for row in rows])
+    folder = Path(args.save_audio)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(index: int, recordings: list[str]) -> None:
+        waveforms = collator.row_waveforms({"recordings": recordings, "seed": (SEED, index)})
+        for number, waveform in enumerate(waveforms):
+            soundfile.write(folder / f"row{index}_{number}.wav", waveform, processor.sampling_rate)
+
+    return write
 
 
 def main() -> None:

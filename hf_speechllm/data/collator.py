@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..audio.augmentation import WaveformAugmentation
 from ..audio.decoders import TooLongError
 from ..audio.fbank import FRAME_SHIFT, FbankFeatureExtractor
 from ..audio.front_ends import (
@@ -21,6 +23,7 @@ from ..audio.front_ends import (
     reads_waveforms,
     stored_width,
 )
+from ..audio.noise import Babble
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.ctc import pad_ctc_labels
@@ -29,12 +32,15 @@ from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
 from ..model.packing import Positions, non_padding_positions
 from ..model.processing import SpeechLLMProcessor
+from .augmentation import augmentations, waveform_augmentation
+from .augmentation_options import AugmentationOptions
 from .hotword_lists import HotwordSampler, answers_of
 from .native_collator import training_batch
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # columns written by `data.encoder_cache`
 # A recording may exceed the length in its row by this factor and one second, because tools count frames differently.
 LENGTH_TOLERANCE = 1.1
+_STREAM = 2  # spawn key of the random numbers for waveforms, independent of those for features and hotwords
 Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
 
@@ -42,7 +48,8 @@ Augmentation = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 class SpeechLLMCollator:
     """Builds the model's training inputs from rows; see `data.dataset`.
 
-    Augmentation, dither and hotword sampling use random numbers from each row's `seed`.
+    Augmentation, dither and hotword sampling use random numbers from each row's `seed`, so they depend only on the
+    seed of the run, the row and the epoch.
 
     Args:
         processor: processor of the model.
@@ -51,6 +58,8 @@ class SpeechLLMCollator:
         hotwords: samples the hotwords of each row; with `None`, each row keeps its own hotwords.
         padding_free: whether to add the positions for padding-free computation.
         ctc_vocabulary: of the CTC head that is trained; adds its labels.
+        waveform_augmentation: applied to the waveforms; needs rows without cached features.
+        largest_stretch: factor by which `waveform_augmentation` lengthens a recording at most.
 
     Raises:
         ValueError: if the feature extractor does not support dither or the augmentations.
@@ -62,6 +71,8 @@ class SpeechLLMCollator:
     hotwords: HotwordSampler | None = None
     padding_free: bool = False
     ctc_vocabulary: CTCVocabulary | None = None
+    waveform_augmentation: WaveformAugmentation | None = None
+    largest_stretch: float = 1.0
 
     def __post_init__(self):
         extractor = self.processor.feature_extractor
@@ -72,6 +83,56 @@ class SpeechLLMCollator:
                 "--spec_augment and --tempo_perturb change spectrograms, but the encoder of this model reads "
                 "waveforms; leave the options out"
             )
+
+    @classmethod
+    def augmenting(
+        cls, processor: SpeechLLMProcessor, options: AugmentationOptions, max_feature_frames: float = math.inf
+    ) -> SpeechLLMCollator:
+        """Builds a collator for training with the augmentation that the options select.
+
+        Args:
+            processor: processor of the model.
+            options: see `AugmentationOptions`.
+            max_feature_frames: maximum number of feature frames per recording, see
+                `SpeechLLMConfig.max_feature_frames`; a slower speed does not exceed it.
+
+        Raises:
+            ValueError: if a source of noise or reverberation is not available.
+        """
+        rate = processor.sampling_rate
+        return cls(
+            processor,
+            augmentations(options.tempo_perturb, options.spec_augment),
+            options.dither,
+            waveform_augmentation=waveform_augmentation(
+                options, rate, max_feature_frames / (1 + options.tempo_perturb) * processor.frame_seconds * rate
+            ),
+            largest_stretch=options.largest_stretch,
+        )
+
+    def without_augmentation(self) -> SpeechLLMCollator:
+        """Returns a copy for validation."""
+        return replace(self, augmentations=(), dither=0.0, waveform_augmentation=None, largest_stretch=1.0)
+
+    def use_training_rows(self, rows: Any) -> None:
+        """Sets the rows whose speech becomes babble, and checks that these rows support the augmentation.
+
+        Raises:
+            ValueError: if waveforms are augmented, but the rows have cached features; or if babble has no rows.
+        """
+        if self.waveform_augmentation is None and not self.dither:
+            return
+        cached = {"features", *ENCODED_COLUMNS} & {*(getattr(rows, "column_names", None) or ())}
+        if cached and not isinstance(self.processor, NativeProcessor):  # whose rows contain waveforms
+            raise ValueError(
+                "augmentation of waveforms would not change the cached features of the rows; prepare the rows with "
+                "--feature_cache off, or prepare_dataset(..., feature_dtype='off')"
+            )
+        for source in self.waveform_augmentation.noises if self.waveform_augmentation is not None else ():
+            if isinstance(source, Babble):
+                if not hasattr(rows, "__len__"):
+                    raise ValueError("--noise_source babble needs rows with random access; a stream has none")
+                source.recordings, source.num_rows = RowRecordings(rows), len(rows)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Pads a batch.
@@ -158,13 +219,14 @@ class SpeechLLMCollator:
         return features
 
     def row_waveforms(self, row: dict[str, Any]) -> list[np.ndarray]:
-        """Returns the waveforms of a row's recordings, each of shape = (samples,)."""
-        if row.get("features") is not None:  # of `prepare_dataset`
-            return [np.frombuffer(data, np.float32) for data in row["features"]]
-        lengths = np.broadcast_to(row.get("num_frames", np.inf), len(row["recordings"]))
-        return [
-            self._load(source, frames * FRAME_SHIFT) for source, frames in zip(row["recordings"], lengths, strict=True)
-        ]
+        """Returns the waveforms of a row's recordings, each of shape = (samples,), with augmentation."""
+        sources = row_sources(row)
+        lengths = np.broadcast_to(row.get("num_frames", np.inf), len(sources))
+        waveforms = [self._load(item, frames * FRAME_SHIFT) for item, frames in zip(sources, lengths, strict=True)]
+        if self.waveform_augmentation is None:
+            return waveforms
+        rng = np.random.default_rng(np.random.SeedSequence(row["seed"], spawn_key=(_STREAM,)))
+        return [self.waveform_augmentation(waveform, rng) for waveform in waveforms]
 
     def _load(self, source: Any, seconds: float) -> np.ndarray:
         """Loads a waveform. The length must agree with the row's length, for which the batch was built."""
@@ -173,6 +235,25 @@ class SpeechLLMCollator:
             return load_audio(source, self.processor.sampling_rate, limit)
         except TooLongError as error:
             raise AudioError(f"{error}; the length in its row, or when it was measured, is {seconds:.1f} s") from error
+
+
+def row_sources(row: Mapping[str, Any]) -> list[Any]:
+    """Returns a row's recordings for `load_audio`: what the row contains, or paths and URLs."""
+    if row.get("features") is not None:  # waveforms of `prepare_dataset`, for a native speech LLM
+        return [np.frombuffer(data, np.float32) for data in row["features"]]
+    contents = row.get("contents") or [None] * len(row["recordings"])
+    return [name if content is None else content for name, content in zip(row["recordings"], contents, strict=True)]
+
+
+@dataclass(frozen=True)
+class RowRecordings:
+    """Returns the recordings of a row by its index, for `audio.noise.Babble`."""
+
+    rows: Any
+
+    def __call__(self, index: int) -> list[Any]:
+        """Returns the recordings for `load_audio`."""
+        return row_sources(self.rows[index])
 
 
 def stored_states(data: bytes) -> torch.Tensor:

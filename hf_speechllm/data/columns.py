@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -10,17 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import soundfile
 from datasets import Audio, Dataset, Features, List, Value
 
 from ..audio.inputs import to_source
-from ..audio.waveform import MAX_SECONDS, AudioError
+from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .bad_rows import BadDataError, BadRows
 from .dataset import ROW_FEATURES, FeatureMapper, drop_bad_rows, single_thread
 from .jsonl import hotwords_of
-from .kaldi import speech_length
+from .kaldi import FRAME_LENGTH, speech_length
 
 PREPARED_FEATURES = Features(
     {
@@ -28,6 +30,13 @@ PREPARED_FEATURES = Features(
         "stamps": List(Value("string")),
         "features": List(Value("large_binary")),
         "num_frames": List(Value("int64")),
+    }
+)
+
+UNCACHED_FEATURES = Features(
+    {
+        **{name: kind for name, kind in PREPARED_FEATURES.items() if name != "features"},
+        "contents": List(Value("large_binary")),  # null for a recording with a path
     }
 )
 
@@ -56,17 +65,21 @@ def prepare_dataset(
         max_seconds: maximum length of a recording; rows with longer recordings are bad. The model's limit is
             `config.max_feature_frames * processor.frame_seconds`.
         max_bad_fraction: allowed share of bad rows, which are skipped with a warning.
-        feature_dtype: `"float16"` or `"float32"`; ignored for a native speech LLM, whose rows contain the waveforms.
+        feature_dtype: `"float16"` or `"float32"`; `"off"`: no features, so that each epoch computes them from the
+            recordings, for augmentation of waveforms. Recordings without a file are stored with the rows. By default,
+            rows for a native speech LLM contain the waveforms.
         num_proc: number of processes.
 
     Returns:
-        A dataset with the columns of `load_rows`, `features` and `num_frames` (10 ms frames).
+        A dataset with the columns of `load_rows`, `features` (or `contents`) and `num_frames` (10 ms frames).
 
     Raises:
         BadDataError: if more rows are bad than allowed, or no rows are left; the message lists bad rows with reasons.
         TypeError: if `dataset` is not a `datasets.Dataset`.
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, or `feature_dtype` is unknown.
     """
+    if feature_dtype not in ("float16", "float32", "off"):
+        raise ValueError(f"feature_dtype is {feature_dtype!r}; choose float16, float32 or off")
     if not isinstance(dataset, Dataset):
         hint = "; prepare each split separately" if isinstance(dataset, dict) else ""
         raise TypeError(f"dataset must be a datasets.Dataset, not {type(dataset).__name__}{hint}")
@@ -93,10 +106,10 @@ def prepare_dataset(
             with_indices=True,
             input_columns=columns,
             remove_columns=columns,
-            features=PREPARED_FEATURES,
+            features=PREPARED_FEATURES if feature_dtype != "off" else UNCACHED_FEATURES,
             num_proc=None if num_proc is None or num_proc < 2 else min(num_proc, len(rows)),
             writer_batch_size=200,
-            desc="fbank",
+            desc="fbank" if feature_dtype != "off" else "lengths",
         )
     prepared = drop_bad_rows(prepared, bad_rows)
     bad_rows.check(len(dataset))
@@ -110,11 +123,13 @@ class WaveformMapper(FeatureMapper):
     """Loads the waveforms of a row, as float32 bytes: the family's own processor computes features of them."""
 
     def __getstate__(self) -> dict:
-        return {"rate": self.extractor.sampling_rate, "max_seconds": self.max_seconds, "version": self.version}
+        state = {"rate": self.extractor.sampling_rate, "max_seconds": self.max_seconds, "version": self.version}
+        return {**state, "dtype": self.dtype} if self.dtype == "off" else state
 
     def __setstate__(self, state: dict) -> None:
         self.extractor = SimpleNamespace(sampling_rate=state["rate"])
-        self.dtype, self.max_seconds, self.version = "float32", state["max_seconds"], state["version"]
+        self.dtype, self.max_seconds = state.get("dtype", "float32"), state["max_seconds"]
+        self.version = state["version"]
 
     def features_of(self, waveform: np.ndarray) -> tuple[bytes, int]:
         """Returns the waveform and the number of 10 ms frames."""
@@ -146,7 +161,8 @@ class RowMapper:
         try:
             return {**self._row(audio, text, language, hotwords, f"row-{index + 1}"), **place, "error": None}
         except (AudioError, BadDataError, chat.ChatError, ValueError) as error:
-            return {**dict.fromkeys(PREPARED_FEATURES), **place, "error": str(error)}
+            columns = PREPARED_FEATURES if self.features.dtype != "off" else UNCACHED_FEATURES
+            return {**dict.fromkeys(columns), **place, "error": str(error)}
 
     def _row(self, audio: Any, text: Any, language: Any, hotwords: Any, name: str) -> dict[str, Any]:
         if not isinstance(text, str) or not text.strip():
@@ -157,17 +173,35 @@ class RowMapper:
         messages = chat.transcription_messages(name, chat.transcription_prompt(language), text.strip())
         chat.parse_messages(messages, words)
         rate = self.features.extractor.sampling_rate
-        computed = self.features([to_source(np.asarray(audio) if isinstance(audio, list) else audio, rate)])
-        if computed["error"] is not None:
-            raise BadDataError(computed["error"])
+        source = to_source(np.asarray(audio) if isinstance(audio, list) else audio, rate)
+        computed = self._stored(source, rate) if self.features.dtype == "off" else self._computed(source)
         path = audio if isinstance(audio, str) else audio.get("path") if isinstance(audio, dict) else None
         return {
             "messages": json.dumps(messages, ensure_ascii=False),
             "recordings": [os.fspath(path) if path else name],
             "hotwords": words,
-            "stamps": [hashlib.sha256(computed["features"][0]).hexdigest()],
             "speech_length": computed["num_frames"][0],
             "text_length": None,
-            "features": computed["features"],
-            "num_frames": computed["num_frames"],
+            **computed,
+        }
+
+    def _computed(self, source: Any) -> dict[str, Any]:
+        computed = self.features([source])
+        if (error := computed.pop("error")) is not None:
+            raise BadDataError(error)
+        return {**computed, "stamps": [hashlib.sha256(computed["features"][0]).hexdigest()]}
+
+    def _stored(self, source: Any, rate: int) -> dict[str, Any]:
+        waveform = load_audio(source, rate, self.features.max_seconds)
+        if (frames := speech_length(len(waveform), rate)) < 1:
+            raise AudioError(f"the recording is shorter than {FRAME_LENGTH} ms")
+        content = source
+        if isinstance(source, np.ndarray):
+            buffer = io.BytesIO()
+            soundfile.write(buffer, source, rate, format="WAV", subtype="FLOAT")
+            content = buffer.getvalue()
+        return {
+            "contents": [content if isinstance(content, bytes) else None],
+            "num_frames": [frames],
+            "stamps": [hashlib.sha256(waveform.tobytes()).hexdigest()],
         }

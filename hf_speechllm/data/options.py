@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..options import option
+from .augmentation_options import BABBLE, AugmentationOptions
 
 
 @dataclass
-class DataOptions:
+class DataOptions(AugmentationOptions):
     """Data
 
     Raises:
@@ -46,11 +47,6 @@ class DataOptions:
     )
     cache_dir: str | None = option(None, "Cache folder of datasets (default: the default of datasets).")
     preprocessing_num_workers: int | None = option(None, "Processes that compute features (default: all cores).")
-    spec_augment: bool = option(False, "Apply SpecAugment: mask time and frequency bands of training spectrograms.")
-    tempo_perturb: float = option(0.0, "Stretch training recordings by up to this share; 0.1: 90 to 110 percent.")
-    dither: float = option(
-        0.0, "Noise added to training recordings, in 16-bit steps (original: 1.0); needs --feature_cache off."
-    )
     # Without these options, each row keeps its own hotwords.
     hotword_file: str | None = option(
         None,
@@ -67,20 +63,13 @@ class DataOptions:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         self._check_files()
         if self.shuffle_buffer < 1:
             raise ValueError(f"--shuffle_buffer is {self.shuffle_buffer}; it must be at least 1")
         if self.feature_cache not in ("float16", "float32", "off"):
             raise ValueError(f"--feature_cache is {self.feature_cache!r}; choose float16, float32 or off")
-        if self.dither < 0:
-            raise ValueError(f"--dither is {self.dither}; it must be at least 0")
-        if self.dither and self.feature_cache != "off" and not self.streaming:
-            raise ValueError(
-                f"--dither {self.dither:g} with --feature_cache {self.feature_cache} would add the same noise in "
-                "every epoch; set --feature_cache off"
-            )
-        if not 0 <= self.tempo_perturb < 1:
-            raise ValueError(f"--tempo_perturb is {self.tempo_perturb}; it must be at least 0 and below 1")
+        self._check_augmentation()
         self._check_hotwords()
 
     def _check_files(self) -> None:
@@ -93,6 +82,18 @@ class DataOptions:
             raise ValueError("--train_file names a file twice; give it once, with a higher --train_weight")
         if any(weight <= 0 for weight in self.train_weight):
             raise ValueError("--train_weight must be above 0; leave the file out instead")
+
+    def _check_augmentation(self) -> None:
+        if (used := self.changes_waveforms) and self.feature_cache != "off" and not self.streaming:
+            raise ValueError(
+                f"{used} with --feature_cache {self.feature_cache} would repeat the same augmentation in every epoch; "
+                "set --feature_cache off"
+            )
+        if self.streaming and self.noise_prob and BABBLE in self.noise_source:
+            raise ValueError(
+                "--noise_source babble needs all training rows, which are not available with --streaming; choose from "
+                "white, pink and folders"
+            )
 
     def _check_hotwords(self) -> None:
         if self.hotword_distractors < 0:

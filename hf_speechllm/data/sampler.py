@@ -14,6 +14,22 @@ MIN_BUCKET_SECONDS = 0.1  # shorter rows share one bucket
 ROW_COST = 1.5
 
 
+def budget_before_augmentation(
+    seconds: Sequence[float] | np.ndarray, batch_seconds: float, largest_stretch: float
+) -> float:
+    """Returns the budget for unchanged recordings, so that batches fit the budget after augmentation.
+
+    The lengths after augmentation differ between epochs, and are not known before. So each recording counts as if it
+    were lengthened as much as possible. Only a single recording that nearly fills the budget can exceed it.
+
+    Args:
+        seconds: seconds of audio of each row, shape = (rows,).
+        batch_seconds: budget after augmentation.
+        largest_stretch: factor by which augmentation lengthens a recording at most.
+    """
+    return min(batch_seconds, max(batch_seconds / largest_stretch, float(np.max(seconds, initial=0.0))))
+
+
 @dataclass(frozen=True)
 class CompletedRun:
     """The batches of an epoch that an interrupted run has completed with one setting.

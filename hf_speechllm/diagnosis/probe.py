@@ -144,7 +144,8 @@ class _Probe:
             compiled, args.compile_layers, args.output_dir = args.compile_layers, False, self.folder
             self._trainer(data.for_trainer()).get_train_dataloader()  # measures the budget, see `find_batch_seconds`
             args.compile_layers = compiled
-        sampler = train_sampler(args, data.train_rows, data.weights, self.processes)
+        stretch = data.collator.largest_stretch
+        sampler = train_sampler(args, data.train_rows, data.weights, self.processes, stretch)
         steps_per_epoch, steps = schedule.steps(len(sampler))
         batches = sampler.batches(0)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.augmentation import augmentations
 from ..data.collator import SpeechLLMCollator
 from ..data.dataset import prepare_rows
 from ..data.encoder_cache import add_encoded
@@ -85,7 +84,7 @@ def load_data(options: FinetuningOptions, feature_cache: str | None = None) -> R
     if feature_cache is not None:
         data = dataclasses.replace(data, feature_cache=feature_cache)
     stretched = int(limit / (1 + data.tempo_perturb))  # augmentation may lengthen a recording
-    collator = SpeechLLMCollator(processor, augmentations(data.tempo_perturb, data.spec_augment), data.dither)
+    collator = SpeechLLMCollator.augmenting(processor, data, limit)
     bad = {"max_bad_fraction": args.max_bad_fraction}
     limits: dict[str, Any] = {"batch_seconds": args.per_device_train_batch_seconds, **bad}
     weights = None

@@ -20,11 +20,8 @@ def _refusal(level: str, data: DataOptions, parts: TrainedPartsOptions) -> str |
     """
     if level == "fbank":
         return None
-    if data.spec_augment or data.tempo_perturb or data.dither:
-        return (
-            "--spec_augment, --tempo_perturb and --dither change the features in every epoch; leave these out or use "
-            "--cache_level fbank"
-        )
+    if used := data.changes_features:
+        return f"{used}: augmentation must change the features in every epoch; leave it out or use --cache_level fbank"
     if not parts.freeze_audio_encoder:
         return "the encoder is trained; set --freeze_audio_encoder"
     if level == "adaptor" and parts.ctc_head is not None:

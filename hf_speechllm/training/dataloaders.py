@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from ..data.augmentation_options import AugmentationOptions
+from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
-from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows
+from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows, budget_before_augmentation
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
+from ..model.native_families import max_feature_frames
+from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
 from .loader_workers import ignore_signals, kill_workers_at_exit, worker_context
+from .unreadable_rows import SkipUnreadableCollator
 
 
 class BudgetDataLoader(DataLoader):
@@ -24,7 +30,39 @@ class BudgetDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def train_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable, weights=None) -> BudgetDataLoader:
+def training_collator(
+    args: SpeechLLMTrainingArguments,
+    augmentation: AugmentationOptions | None,
+    processing_class: SpeechLLMProcessor,
+    data_collator: SpeechLLMCollator | None = None,
+    model: Any = None,
+    **kwargs: Any,
+) -> SpeechLLMCollator:
+    """Returns the collator of a trainer for training; adds the options of augmentation to the options of the run.
+
+    Args:
+        args: of the run.
+        augmentation: options; default: no augmentation, or that of `data_collator`.
+        processing_class, data_collator, model: arguments of the trainer.
+        **kwargs: other arguments of the trainer, ignored.
+
+    Raises:
+        ValueError: if both `augmentation` and `data_collator` are given, or a source of augmentation is missing.
+    """
+    if data_collator is not None:
+        if augmentation is not None:
+            raise ValueError("augmentation and data_collator are both given; use SpeechLLMCollator.augmenting")
+        return data_collator
+    if augmentation is None:
+        return SpeechLLMCollator(processing_class)
+    args.run_options = {**args.run_options, **vars(augmentation)}  # compared when a run resumes
+    limit = math.inf if model is None else max_feature_frames(model.config)
+    return SpeechLLMCollator.augmenting(processing_class, augmentation, limit)
+
+
+def train_loader(
+    args: SpeechLLMTrainingArguments, rows, collator: SpeechLLMCollator, weights=None, skip_unreadable: bool = False
+) -> BudgetDataLoader:
     """Builds the loader of this rank for training.
 
     Args:
@@ -32,15 +70,24 @@ def train_loader(args: SpeechLLMTrainingArguments, rows, collator: Callable, wei
         rows: a `datasets.Dataset`, see `data.dataset`.
         collator: builds a batch from rows.
         weights: how often an epoch uses each row, shape = (rows,); default 1.
+        skip_unreadable: whether to skip rows with unreadable recordings.
     """
-    return batch_loader(args, rows, train_sampler(args, rows, weights, args.world_size), collator)
+    sampler = train_sampler(args, rows, weights, args.world_size, collator.largest_stretch)
+    return batch_loader(args, rows, sampler, SkipUnreadableCollator(collator) if skip_unreadable else collator)
 
 
-def train_sampler(args: SpeechLLMTrainingArguments, rows, weights=None, num_replicas: int = 1) -> BudgetBatchSampler:
-    """Builds the sampler of this rank for training; arguments as for `train_loader`."""
+def train_sampler(
+    args: SpeechLLMTrainingArguments, rows, weights=None, num_replicas: int = 1, largest_stretch: float = 1.0
+) -> BudgetBatchSampler:
+    """Builds the sampler of this rank for training; arguments as for `train_loader` and `BudgetBatchSampler`.
+
+    Args:
+        largest_stretch: see `SpeechLLMCollator`.
+    """
+    seconds = row_seconds(rows)
     return BudgetBatchSampler(
-        row_seconds(rows),
-        args.per_device_train_batch_seconds,
+        seconds,
+        budget_before_augmentation(seconds, args.per_device_train_batch_seconds, largest_stretch),
         num_replicas=num_replicas,
         rank=args.process_index,
         seed=args.data_seed if args.data_seed is not None else args.seed,

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from ..data.augmentation_options import WAVEFORM_OPTIONS
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
 from ..hub.card import DataSummary, model_card
@@ -134,6 +135,7 @@ def run_settings(
         ("precision", "float32 weights" + (", bfloat16 compute" if args.bf16 else "")),
         ("SpecAugment", "yes" if args.run_options.get("spec_augment") else "no"),
         ("tempo perturbation", args.run_options.get("tempo_perturb", "")),
+        *((name, args.run_options[name]) for name in WAVEFORM_OPTIONS if args.run_options.get(name)),
         ("seed", args.seed),
         ("versions", ", ".join([f"hf_speechllm {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])),
     ]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
+from ..data.collator import ENCODED_COLUMNS
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
 from ..fast.fsdp import clip_shards, sharded_optimizer
@@ -39,7 +39,7 @@ from .checkpointing.selection import complete_checkpoints, scores_at, select_fin
 from .checkpointing.verification import CheckpointVerifier
 from .checkpointing.weights import load_weights
 from .checkpointing.writer import CheckpointWriter, remove_partial_checkpoints, save_callback_states
-from .dataloaders import BudgetDataLoader, stream_loader, train_loader
+from .dataloaders import BudgetDataLoader, stream_loader, train_loader, training_collator
 from .device import to_device
 from .errors import Preempted
 from .loader_workers import explain_loader_faults
@@ -51,7 +51,7 @@ from .preemption import Preemption
 from .progress import Progress
 from .publishing import PublishingTrainer
 from .speed import attention_context, enable_fast_paths
-from .unreadable_rows import SkipUnreadableCollator, UnreadableRows
+from .unreadable_rows import UnreadableRows
 from .validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,11 @@ class SpeechLLMTrainer(PublishingTrainer):
 
     Args:
         args: see `SpeechLLMTrainingArguments`.
-        eval_collator: builds validation batches, without augmentation; default the training collator.
+        augmentation: augmentation of the training rows; not together with `data_collator`.
+        eval_collator: builds validation batches; default: the training collator without augmentation.
         train_weights: how often an epoch uses each training row, shape = (rows,); default 1.
-        **kwargs: as for `Trainer`; `processing_class` must be the processor. The default `data_collator` has no
-            augmentation.
+        **kwargs: as for `Trainer`; `processing_class` must be the processor. The default `data_collator` is a
+            `SpeechLLMCollator` with `augmentation`.
 
     Attributes:
         position: position in the training rows; `None` for a stream, which has a separate state.
@@ -76,20 +77,20 @@ class SpeechLLMTrainer(PublishingTrainer):
         selection: text that says which weights are final; `None` for the last weights.
 
     Raises:
-        ValueError: if an option is not supported with DeepSpeed or FSDP.
+        ValueError: if an option is not supported with DeepSpeed or FSDP, or the rows do not support the augmentation.
     """
 
     args: SpeechLLMTrainingArguments
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
 
-    def __init__(self, *, args, eval_collator: SpeechLLMCollator | None = None, train_weights=None, **kwargs):
+    def __init__(self, *, args, augmentation=None, eval_collator=None, train_weights=None, **kwargs):
         if args.max_grad_norm == 0:
             args.max_grad_norm = math.inf  # measures the norm without clipping
-        if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = SpeechLLMCollator(kwargs["processing_class"])
+        kwargs["data_collator"] = training_collator(args, augmentation, **kwargs)
         super().__init__(args=args, **kwargs)
-        eval_collator = eval_collator or self.data_collator
+        self.data_collator.use_training_rows(self.train_dataset)
+        eval_collator = eval_collator or self.data_collator.without_augmentation()
         self.train_weights = train_weights
         self.position: Position | None = None
         self.dependencies: dict[str, Any] = {}
@@ -147,9 +148,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             self.args.per_device_train_batch_seconds = find_batch_seconds(
                 self.args, self.model, rows, collator, self._probe, sharded
             )
-        if self.reads_recordings:
-            collator = SkipUnreadableCollator(collator)
-        self.train_loader = train_loader(self.args, rows, collator, self.train_weights)
+        self.train_loader = train_loader(self.args, rows, collator, self.train_weights, self.reads_recordings)
         self.position = Position(self.train_loader.batch_sampler, self.args)
         if self._resumed_from is not None:
             self.position.load(Path(self._resumed_from), same_ranks=self.is_deepspeed_enabled)

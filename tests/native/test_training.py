@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_speechllm import (
+    AugmentationOptions,
     SpeechLLMForConditionalGeneration,
     SpeechLLMProcessor,
     SpeechLLMTrainer,
@@ -19,6 +20,7 @@ from hf_speechllm import (
     Transcriber,
     prepare_dataset,
 )
+from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
 from hf_speechllm.model.native_families import part_of
@@ -212,6 +214,23 @@ def test_python_interface(native_folder, tone, tmp_path):
     trainer = SpeechLLMTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor)
     assert trainer.train().training_loss > 0
     assert isinstance(Transcriber(model, processor, max_new_tokens=4).transcribe(tone(1.0)[:, 0]), str)
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr"], indirect=True)
+def test_waveforms_are_augmented(native_folder, tone):
+    """Also with the waveforms that `prepare_dataset` stores by default."""
+    processor = SpeechLLMProcessor.from_pretrained(native_folder)
+    audio = [{"array": tone(seconds)[:, 0], "sampling_rate": 16000} for seconds in (0.5, 1.0)]
+    dataset = Dataset.from_dict({"audio": audio, "text": ["one", "two"]})
+    collator = SpeechLLMCollator.augmenting(processor, AugmentationOptions(noise_prob=1.0))
+    batches = []
+    for feature_dtype in ("float16", "off"):
+        rows = prepare_dataset(dataset, processor, feature_dtype=feature_dtype)
+        collator.use_training_rows(rows)
+        batch = [{**row, "seed": (0, index)} for index, row in enumerate(rows)]
+        batches.append(collator(batch))
+        assert not torch.equal(batches[-1]["input_features"], SpeechLLMCollator(processor)(batch)["input_features"])
+    assert torch.equal(batches[0]["input_features"], batches[1]["input_features"])
 
 
 @pytest.mark.parametrize("native_folder", ["qwen3_asr", "glmasr"], indirect=True)

@@ -99,6 +99,7 @@ def test_level_precision_and_weights_of_each_part_have_files_of_their_own(parts,
         ({**FROZEN, "spec_augment": True}, "fbank"),
         ({**FROZEN, "tempo_perturb": 0.1}, "fbank"),
         ({**FROZEN, "feature_cache": "off"}, "fbank"),
+        ({**FROZEN, "feature_cache": "off", "noise_prob": 0.5}, "fbank"),
         ({**FROZEN, "num_train_epochs": 1}, "fbank"),
         ({**FROZEN, "max_steps": 10}, "fbank"),
         ({**FROZEN, "max_steps": 10, "cache_level": "encoder"}, "encoder"),
@@ -116,6 +117,10 @@ def test_auto_chooses_the_last_correct_level(options, level, split_options):
         ({"cache_level": "encoder"}, "--freeze_audio_encoder"),
         ({"cache_level": "adaptor", "freeze_audio_encoder": True}, "--freeze_audio_adaptor"),
         ({"cache_level": "encoder", **FROZEN, "spec_augment": True}, "change the features in every epoch"),
+        (
+            {"cache_level": "adaptor", **FROZEN, "codec_prob": 0.5, "feature_cache": "off"},
+            "--codec_prob 0.5: augmentation must change the features in every epoch",
+        ),
         ({"cache_level": "deep"}, "choose auto, fbank, encoder, adaptor"),
     ],
 )

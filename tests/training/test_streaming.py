@@ -11,7 +11,6 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMProcessor
-from hf_speechllm.data.augmentation import augmentations
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.stream_loader import StreamLoader
 from hf_speechllm.data.streaming import RowStream, open_stream
@@ -29,7 +28,7 @@ def train(make_trainer, split_options, tiny_corpus, monkeypatch):
     def run(checkpoint=None, **options):
         model, data, _, args = split_options(**OPTIONS, **options)
         processor = SpeechLLMProcessor.from_pretrained(model.model_name_or_path)
-        collator = SpeechLLMCollator(processor, augmentations(data.tempo_perturb, data.spec_augment))
+        collator = SpeechLLMCollator.augmenting(processor, data)
         seconds = args.per_device_train_batch_seconds
         stream = open_stream(data.train_file, collator, seconds, 2048, data, seed=args.seed)
         trainer = make_trainer(train_dataset=stream, **OPTIONS, **options)
@@ -47,7 +46,8 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     config["llm_config"]["attention_dropout"] = 0.2  # makes the random state matter
     for part in compose_tiny(config):
         part.save_pretrained(tmp_path / "model")
-    options = {**options, "model_name_or_path": str(tmp_path / "model"), "spec_augment": True}
+    options = {**options, "model_name_or_path": str(tmp_path / "model"), "spec_augment": True, "speed_prob": 0.5}
+    options |= {"noise_prob": 0.5, "noise_source": ["white"]}
     whole = train(**options)
     again = train(str(tmp_path / "run" / "checkpoint-3"), **options)
     assert again.state.global_step == whole.state.global_step == 6

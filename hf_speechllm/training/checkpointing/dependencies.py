@@ -15,7 +15,8 @@
 - `recordings`: CRC-32 of sizes and of modification times of the recordings (for a stream, of the files), for at most
   10,000 blocks of consecutive rows.
 - `validation`, `validation_recordings`: SHA-256 of the rows and of the recordings' stamps, for each validation set.
-- `hotword_file`: SHA-256 of the file.
+- `hotword_file`: SHA-256 of the file; `augmentation`: SHA-256 of names and sizes of the recordings in each folder of
+  noises and impulse responses.
 - `device`: cpu, or the name of the GPU; `engine`: none, fsdp, or deepspeed with the stage; `engine_settings`:
   settings such as offloading and precision; `processes`; `versions` of libraries.
 """
@@ -39,6 +40,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from ...audio.noise import recordings_in
+from ...data.augmentation_options import source_folders
 from ...data.streaming import RowStream
 from ...files import atomic_write
 from ...model import chat
@@ -157,6 +160,7 @@ def _describe(args: SpeechLLMTrainingArguments, model, processor, train_rows, we
         "validation": {name: _hash_texts(rows) for name, rows in sets.items()},
         "validation_recordings": {name: _hash_stamps(rows) for name, rows in sets.items()},
         "hotword_file": _hash_file(args.run_options.get("hotword_file")),
+        "augmentation": _hash_folders(args.run_options),
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
         "processes": args.world_size,
         "versions": {"hf_speechllm": __version__, **{name: version(name) for name in LIBRARIES}},
@@ -195,6 +199,15 @@ def _sha(data: bytes) -> str:
 
 def _hash_file(path: str | None) -> str | None:
     return _sha(Path(path).read_bytes()) if path is not None and Path(path).is_file() else None
+
+
+def _hash_folders(options: Mapping[str, Any]) -> dict[str, str] | None:
+    hashes: dict[str, str] = {}
+    for folder in source_folders(options):
+        files = [(os.path.relpath(file, folder), os.path.getsize(file)) for file in recordings_in(folder)]
+        name = os.path.basename(os.path.abspath(folder))
+        hashes[name] = _sha((hashes.get(name, "") + json.dumps(files)).encode())  # two folders may have one name
+    return hashes or None
 
 
 def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,6 +199,8 @@ MATRIX = {
     # Augmentation and loss
     "SpecAugment": option("reported", "--spec_augment False -> True", spec_augment=True),
     "tempo": option("reported", "--tempo_perturb 0.0 -> 0.1", tempo_perturb=0.1),
+    "augmentation of waveforms": record("reported", "--noise_prob 0.5 -> 0.0", options={"noise_prob": 0.5}),
+    "folder of noises": record("reported", "augmentation.noises 00000000 -> none", augmentation={"noises": "0" * 64}),
     "noise on the embeddings": option("reported", "--neftune_noise_alpha none -> 5", neftune_noise_alpha=5),
     "hotword distractors": option("reported", "--hotword_distractors 0 -> 3", hotword_distractors=3),
     "hotword file": edit("reported", "hotword_file", write_words),
@@ -318,7 +320,7 @@ def resume(make_trainer, tiny_rows, finished, tmp_path, caplog, monkeypatch):
             checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint-2"))
             saved = json.loads((checkpoint / RECORD_FILE).read_text(encoding="utf-8"))
             changed = {
-                key: {**saved[key], **value} if isinstance(value, dict) else value
+                key: {**(saved[key] or {}), **value} if isinstance(value, dict) else value
                 for key, value in case.record.items()
             }
             (checkpoint / RECORD_FILE).write_text(json.dumps({**saved, **changed}), encoding="utf-8")
