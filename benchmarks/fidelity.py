@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.audio.waveform import load_audio
-from hf_speechllm.formats.loading import save_native
+from hf_speechllm.formats.saving import save_native
 from hf_speechllm.model import chat
 from hf_speechllm.model.modeling import PARTS
 

@@ -35,7 +35,8 @@ def main() -> None:
     show_log()
 
     from .. import SpeechLLMProcessor
-    from ..formats.loading import read_checkpoint, write_checkpoint
+    from ..formats.loading import read_checkpoint
+    from ..formats.saving import write_checkpoint
 
     try:
         checkpoint = read_checkpoint(args.input, revision=args.revision)

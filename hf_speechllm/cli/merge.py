@@ -18,7 +18,8 @@ def main() -> None:
         parser.error(f"{args.output} exists; remove it or choose another --output")
 
     from .. import SpeechLLMProcessor
-    from ..formats.loading import ADAPTER, PARTIAL, find_layout, read_checkpoint, write_checkpoint
+    from ..formats.loading import ADAPTER, PARTIAL, find_layout, read_checkpoint
+    from ..formats.saving import write_checkpoint
 
     try:
         if find_layout(args.input) not in (ADAPTER, PARTIAL):

@@ -198,7 +198,8 @@ def write_model(
     Returns:
         Whether the native layout was used.
     """
-    from ..formats.loading import NATIVE, OWN, write_files
+    from ..formats.loading import NATIVE, OWN
+    from ..formats.saving import write_files
 
     if isinstance(checkpoint, FamilyCheckpoint):
         write_files(checkpoint, processor, folder, OWN, **options)

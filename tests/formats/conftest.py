@@ -5,7 +5,8 @@ import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.formats.composition import compose, train_tokenizer
-from hf_speechllm.formats.loading import Checkpoint, write_checkpoint
+from hf_speechllm.formats.loading import Checkpoint
+from hf_speechllm.formats.saving import write_checkpoint
 
 
 @pytest.fixture(scope="session")

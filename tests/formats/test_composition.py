@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_speechllm.formats.checkpoint import Checkpoint, CheckpointError
 from hf_speechllm.formats.composition import PAD_TOKEN, SPECIAL_TOKENS, compose, train_tokenizer
-from hf_speechllm.formats.loading import write_checkpoint
+from hf_speechllm.formats.saving import write_checkpoint
 from hf_speechllm.hub.upload import is_exportable
 from hf_speechllm.model import chat
 from hf_speechllm.model.chat_layout import CHATML

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.formats.funasr_tensors import to_our_name
-from hf_speechllm.formats.loading import read_checkpoint, save_funasr, save_native
+from hf_speechllm.formats.loading import read_checkpoint
+from hf_speechllm.formats.saving import save_funasr, save_native
 from hf_speechllm.model.ctc import add_ctc_head
 from hf_speechllm.model.ctc_configuration import CTCHeadConfig
 

@@ -22,15 +22,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats import native
 from hf_speechllm.formats.checkpoint import CheckpointError
-from hf_speechllm.formats.loading import (
-    LAYOUTS,
-    find_layout,
-    read_checkpoint,
-    save_funasr,
-    save_native,
-    write_checkpoint,
-)
+from hf_speechllm.formats.loading import LAYOUTS, find_layout, read_checkpoint
 from hf_speechllm.formats.quantization import only_whole_blocks
+from hf_speechllm.formats.saving import save_funasr, save_native, write_checkpoint
 from hf_speechllm.model import chat
 from hf_speechllm.training.lora import add_lora
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.formats import untrusted
 from hf_speechllm.formats.checkpoint import CheckpointError
-from hf_speechllm.formats.loading import read_checkpoint, write_checkpoint
+from hf_speechllm.formats.loading import read_checkpoint
+from hf_speechllm.formats.saving import write_checkpoint
 from hf_speechllm.formats.untrusted import check_name, inside, read_json, read_yaml
 from hf_speechllm.inference.transcriber import Transcriber
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
-from hf_speechllm.formats.loading import save_funasr
+from hf_speechllm.formats.saving import save_funasr
 from hf_speechllm.hub.code import requirements
 from hf_speechllm.hub.publishing import publish
 from hf_speechllm.hub.upload import reporting_unreachable
