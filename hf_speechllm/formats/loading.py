@@ -29,6 +29,7 @@ from .checkpoint import (
     read_safetensors,
     widest,
 )
+from .checkpoint import write_ctc_tensors as write_ctc_tensors  # the model calls this function, see `model.pretrained`
 from .hub_files import find_file, offline_if_unreachable, read_json_file
 from .quantization import only_whole_blocks
 from .untrusted import base_model, check_folder, one_line, read_json, reading, stored_base
