@@ -43,11 +43,25 @@ def main() -> None:
         if stages is not None:
             if AUTO in argv:
                 raise ValueError(f"{AUTO} plans a single run; leave it out for a configuration with stages")
-            run_stages(stages, check_command_line, lambda command: finetune(launch_options, command))
+            run_stages(stages, check, lambda command: finetune(launch_options, command))
             return
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
     finetune(launch_options, argv)
+
+
+def check(argv: list[str]) -> None:
+    """Checks the options of a command line, and whether the data files exist.
+
+    Raises:
+        OSError, ValueError: if a file is missing, or a list of files is invalid.
+        SystemExit: if an option is wrong.
+    """
+    from ..data.file_lists import expand_paths
+
+    options = check_command_line(argv)
+    for files in (options.data.train_file, *([file] for file in options.validation_files.values())):
+        expand_paths(files)
 
 
 def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
@@ -58,12 +72,8 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     """
     plans, argv = AUTO in argv, [word for word in argv if word != AUTO]
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
-        from ..data.file_lists import expand_paths
-
-        given = check_command_line(argv)
         try:
-            for files in (given.data.train_file, *([file] for file in given.validation_files.values())):
-                expand_paths(files)  # an error if a file is missing
+            check(argv)
             launch("finetune", launch_options, [*argv, AUTO] if plans else argv)
         except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}")

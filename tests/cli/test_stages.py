@@ -134,6 +134,7 @@ def test_models_from_an_earlier_result_of_a_changed_stage_are_not_kept(write, tm
         ({"name": "a"}, "stages must be a list of"),
         ([{"name": "a"}, {"name": "a"}], "stage 2 (a): name must consist of"),
         ([{"name": "../a"}], "stage 1 (../a): name must consist of"),
+        ([{"name": "a"}, {"name": "a.yaml"}], "stage 2 (a.yaml): name must consist of"),
         ([{"output_dir": "x"}], "stage 1 (stage1): output_dir is the same for all stages; write it above stages"),
         ([{"replay": 0.5}], "stage 1 (stage1): replay needs an earlier stage"),
         ([{}, {"replay": 2}], "stage 2 (stage2): replay is 2; it must be a share"),
@@ -147,6 +148,8 @@ def test_invalid_stages_are_one_line(stages, message, write, run):
 def test_errors_of_all_stages_are_found_before_the_first_run(write, run, tmp_path):
     code, output = run("finetune", write([{"max_steps": 1}, {"lerning_rate": 1}]))
     assert code == 2 and "stage2.yaml: unknown key lerning_rate; did you mean learning_rate?" in output.err
+    code, _ = run("finetune", write([{"max_steps": 1}, {"train_file": "missing.jsonl"}]))
+    assert code.endswith("error: missing.jsonl: no such file")
     assert not (tmp_path / "run" / "stage1").exists()
 
 

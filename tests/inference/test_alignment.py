@@ -45,6 +45,8 @@ def frames_of(vocabulary, path, probability=0.9):
         ('(well) "quoted" 「你好」', ["(well)", '"quoted"', "「你", "好」"]),
         ("안녕 여러분", ["안녕", "여러분"]),
         (" -- ... ", []),
+        ("हिन्दी में ❤\ufe0f!", ["हिन्दी", "में"]),
+        ("ไทยนี้ ok", ["ไ", "ท", "ย", "นี้", "ok"]),
     ],
 )
 def test_words_of_a_text(text, words):
@@ -68,6 +70,11 @@ def test_words_that_the_probabilities_contradict_have_low_confidence(vocabulary)
     assert words[0].confidence > 0.8 and words[1].confidence < 0.05
     short = align(frames_of(vocabulary, "_o_"), "one two three", vocabulary, 0.02)
     assert [word.confidence for word in short] == [0, 0, 0] and short[-1].end == pytest.approx(0.06)
+
+
+def test_a_head_without_finite_probabilities_gives_no_confidence(vocabulary):
+    words = align(torch.full((30, 40), float("nan")), "one two", vocabulary, 0.02)
+    assert [word.confidence for word in words] == [0, 0] and words[-1].end <= 0.6
 
 
 def test_words_outside_the_vocabulary_are_interpolated(vocabulary):

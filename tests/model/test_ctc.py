@@ -127,6 +127,13 @@ def test_characters_of_texts():
         character_config(["...", ""])
 
 
+def test_vowel_signs_are_characters():
+    characters = character_config(["हिन्दी ไทยนี้ ❤\ufe0f"]).characters
+    assert {"ि", "्", "ี", "้"} <= {*characters} and "\ufe0f" not in characters
+    vocabulary = CTCVocabulary(character_config(["हिन्दी"]))
+    assert vocabulary.decode(vocabulary.encode("हिन्दी")) == "हिन्दी"
+
+
 def test_greedy_ids_leave_out_blanks_and_repetitions():
     vocabulary = CTCVocabulary(character_config(["ab"]))
     frames = functional.one_hot(torch.tensor([0, 2, 2, 0, 2, 3, 3, 0]), 4).float()
@@ -154,6 +161,8 @@ def test_token_file_of_funasr():
         ({"characters": ["", "a"], "vocab_size": 3}, "vocab_size entries"),
         ({"vocabulary": "llm", "vocab_size": 3, "blank_id": 3}, "blank_id is 3"),
         ({"vocabulary": "llm", "upsample_rate": 0}, "upsample_rate is 0"),
+        ({"vocabulary": "llm", "num_attention_heads": 3}, "num_attention_heads is 3; it must divide 32"),
+        ({"vocabulary": "llm", "hidden_dropout": 7}, "hidden_dropout is 7; it must be from 0 to 1"),
     ],
 )
 def test_invalid_configs(tiny_config, fields, message):

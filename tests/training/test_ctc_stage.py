@@ -7,6 +7,7 @@ import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.encoder_cache import add_encoded
+from hf_speechllm.evaluation.validation_metrics import set_names
 from hf_speechllm.training.cache_stage import choose_cache_level
 from hf_speechllm.training.ctc_stage import prepare_ctc_head
 from hf_speechllm.training.freezing import freeze_parts
@@ -61,7 +62,8 @@ def test_head_beside_the_llm_over_its_tokens(make_ctc_trainer):
     training = next(entry for entry in trainer.state.log_history if "loss" in entry)
     validation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert training["ctc_loss"] > 0 and training["token_accuracy"] >= 0
-    assert validation["eval_loss"] > 0.3 * validation["eval_ctc_loss"] > 0
+    assert validation["eval_loss"] > 0.3 * validation["eval_loss_ctc"] > 0
+    assert set_names(validation) == [""]  # the table of evaluations has a row per name
 
 
 def test_a_head_without_the_option_is_frozen(make_ctc_trainer, tiny_model, tiny_rows):
