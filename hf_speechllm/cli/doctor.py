@@ -158,7 +158,11 @@ def main() -> None:
     args = parse_arguments()
     show_log()
     try:
-        sys.exit(examine(args))
+        status = examine(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `doctor | head`; the main function ends the command
+        raise
     except (OSError, ValueError) as error:  # unknown layout, missing file or model, full disk
         print(f"{prog()}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(status)

@@ -93,6 +93,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     from ..training.checkpointing.writer import SaveError
     from ..training.errors import FaultError, Preempted
     from ..training.freezing import count_parameters
+    from ..training.parameter_groups import learning_rate
     from ..training.preemption import EXIT_STATUS
     from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from ..training.trainer import SpeechLLMTrainer
@@ -123,7 +124,8 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         model = load_model(options, loaded)
         loaded.train_rows = encode_rows(loaded.train_rows, model, loaded.processor, options)
         for part, (trained, total) in count_parameters(model).items():
-            logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
+            rate = f", learning rate {learning_rate(args, part):g}" if trained else ""
+            logger.info("%s: %.2f M of %.2f M parameters are trained%s", part, trained / 1e6, total / 1e6, rate)
 
         trainer = SpeechLLMTrainer(model=model, args=args, **loaded.for_trainer())
         trainer.get_optimizer_cls_and_kwargs(args, model)  # --optim may need a package

@@ -35,7 +35,9 @@ EXTRAS = {
     "zhconv": "eval",
     "silero_vad": "vad",
     "lhotse": "lhotse",
+    "pyroomacoustics": "augment",
 }
+SYNONYMS = {"train": "finetune", "transcribe": "decode", "evaluate": "score", "export": "convert"}
 
 
 def main(verb: str | None = None) -> None:
@@ -83,6 +85,6 @@ def _verb(argv: list[str]) -> str:
         )
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
-        hint = did_you_mean(argv[0], VERBS)
+        hint = did_you_mean(SYNONYMS.get(argv[0], argv[0]), VERBS)
         sys.exit(f"hf-speechllm: error: unknown verb {argv[0]}{hint}; hf-speechllm --help lists all verbs")
     return argv[0]

@@ -86,6 +86,8 @@ def load_tokenizer(name: str):
     """Loads the tokenizer of a model folder or Hub id; FunASR models have a tokenizer folder (Qwen3-0.6B)."""
     from transformers import AutoTokenizer
 
+    from ..model.configuration import SpeechLLMConfig  # noqa: F401 (transformers warns of unregistered configs)
+
     if Path(name, "config.yaml").is_file():
         inner = sorted(Path(name).glob("*/tokenizer_config.json"))
         name = str(inner[0].parent) if inner else name

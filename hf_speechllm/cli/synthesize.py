@@ -36,9 +36,13 @@ def main() -> None:
     parser.add_argument("--num_texts", type=int, default=10_000, help="number of texts to sample from the LLM")
     parser.add_argument("--text_prompt", default="", help="beginning of every sampled text (default: none)")
     parser.add_argument("--num_rows", type=int, help="number of rows (default: one per text; more: texts repeat)")
-    parser.add_argument("--language", default="en", help="language of the voices: en, cmn, de, ...")
+    parser.add_argument("--language", default="en", help="language of the voices, for example cmn")
     parser.add_argument(
-        "--engines", nargs="+", default=["espeak"], metavar="NAME[=SHARE]", help="engines and their shares of the rows"
+        "--engines",
+        nargs="+",
+        default=["espeak"],
+        metavar="NAME[=SHARE]",
+        help="engines and their shares of the rows (default: espeak)",
     )
     parser.add_argument("--piper_voices", help="folder with voices of Piper: NAME.onnx and NAME.onnx.json")
     parser.add_argument(

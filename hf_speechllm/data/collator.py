@@ -26,7 +26,7 @@ from ..audio.front_ends import (
 from ..audio.noise import Babble
 from ..audio.waveform import MAX_SECONDS, AudioError, load_audio
 from ..model import chat
-from ..model.ctc import pad_ctc_labels
+from ..model.ctc import pad_ctc_targets
 from ..model.ctc_vocabulary import CTCVocabulary
 from ..model.loss import label_positions
 from ..model.native_processing import NativeProcessor
@@ -146,7 +146,7 @@ class SpeechLLMCollator:
         if isinstance(self.processor, NativeProcessor):
             return training_batch(self.processor, rows, self.row_waveforms, self.padding_free)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        ctc_labels: list[list[int] | None] = []
+        ctc_targets: list[list[int] | None] = []
         audio: list[torch.Tensor] = []
         num_frames: list[int] = []
         level = next((name for name in ENCODED_COLUMNS if rows[0].get(name) is not None), None)
@@ -166,12 +166,12 @@ class SpeechLLMCollator:
             supervised = row.get("supervised", True)
             columns["labels"].append(example.labels if supervised else [chat.IGNORE_INDEX] * len(example.labels))
             if self.ctc_vocabulary is not None:
-                ctc_labels += self._ctc_labels(dialogue, supervised)
+                ctc_targets += self._ctc_targets(dialogue, supervised)
             audio.extend(inputs)
             num_frames.extend(lengths)
         batch = self.processor.pad_tokens(columns, "right")
         if self.ctc_vocabulary is not None:
-            batch.update(pad_ctc_labels(ctc_labels))
+            batch.update(pad_ctc_targets(ctc_targets))
         positions: Positions = {"labels": label_positions(batch["labels"])}
         if self.padding_free:
             positions["tokens"] = non_padding_positions(batch["attention_mask"])
@@ -186,7 +186,7 @@ class SpeechLLMCollator:
             positions["frames"] = non_padding_positions(padded["input_features_mask"])
         return {**batch, "positions": positions, **padded}
 
-    def _ctc_labels(self, dialogue: chat.Dialogue, supervised: bool) -> list[list[int] | None]:
+    def _ctc_targets(self, dialogue: chat.Dialogue, supervised: bool) -> list[list[int] | None]:
         """Returns the ids of each recording's transcript; `None` for rows that only fill a batch."""
         heard = (turn for turn in dialogue.turns if any(isinstance(piece, chat.Recording) for piece in turn.pieces))
         return [self.ctc_vocabulary.encode(turn.answer or "") if supervised else None for turn in heard]

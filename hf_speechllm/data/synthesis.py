@@ -307,7 +307,9 @@ def voices_of(engines: Iterable[str], language: str, folder: str | None) -> dict
         try:
             found[name] = ENGINES[name].voices(language, folder)
         except (OSError, ValueError) as error:
-            raise BadDataError(f"--engines {name}: {program} cannot be used: {error}") from error
+            missing = isinstance(error, FileNotFoundError) and error.filename == program
+            reason = "is not installed" if missing else f"cannot be used: {error}"
+            raise BadDataError(f"--engines {name}: {program} {reason}") from error
         if not found[name]:
             raise BadDataError(f"--engines {name}: {program} has no voice for the language {language!r}")
     return found

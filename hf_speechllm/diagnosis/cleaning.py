@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections import defaultdict
 from typing import Any
 
@@ -100,7 +101,8 @@ def kinds_table() -> str:
             if kind.severity == severity:
                 number = "" if kind.limit is None else f"{kind.limit:g} {kind.unit}. "
                 unit = "" if kind.limit is not None or not kind.unit else f"{kind.unit}. "
-                lines.append(f"{severity:8} {name:24} {number}{unit}{_capital(kind.reason)}. {_capital(kind.advice)}.")
+                text = f"{severity:8} {name:24} {number}{unit}{_capital(kind.reason)}. {_capital(kind.advice)}."
+                lines += textwrap.wrap(text, 120, subsequent_indent=" " * 34)
     return "\n".join(lines)
 
 

@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     "silent": Kind(ERROR, -80, "dBFS, lowest peak", "3 steps of 16 bits: no signal", REMOVE),
     "low-level": Kind(WARNING, -50, "dBFS, lowest level of speech", "less than 8 of 16 bits are used; the quietest "
                       "of 5,000 real recordings has -48 dBFS", "record with more gain"),
-    "no-speech": Kind(ERROR, 0.3, "lowest highest speech probability of Silero VAD", "silence or noise with a "
+    "no-speech": Kind(ERROR, 0.3, "lowest peak of Silero VAD's speech probability", "silence or noise with a "
                       "transcript teaches the model to invent text; at least 0.58 in 4,285 real recordings, at most "
                       "0.2 in synthetic noise", REMOVE),
     "steady-signal": Kind(ERROR, 4, "dB between quiet and loud frames, least", "a tone or noise; speech has at least "

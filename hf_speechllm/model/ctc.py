@@ -17,17 +17,17 @@ from .ctc_configuration import CTCHeadConfig
 from .gradient_checkpointing import require_gradient
 from .native_families import CTC_HEAD
 
-CTC_INPUTS = ("ctc_labels", "ctc_label_lengths")  # inputs of the model with one entry per recording
+CTC_INPUTS = ("ctc_targets", "ctc_target_lengths")  # inputs of the model with one entry per recording
 
 
 class CTCHead(PreTrainedModel):
     """Maps encoder states to log-probabilities of tokens and the blank.
 
-    The parameters are frozen until `train_ctc_head` is called, because a loss without `ctc_labels` does not use them.
+    The parameters are frozen until `train_ctc_head` is called, because a loss without `ctc_targets` does not use them.
 
     Attributes:
         loss_weight: factor of the CTC loss beside the loss of the LLM.
-        trained_alone: whether a forward pass with `ctc_labels` computes the CTC loss only, without adaptor and LLM.
+        trained_alone: whether a forward pass with `ctc_targets` computes the CTC loss only, without adaptor and LLM.
     """
 
     config_class = CTCHeadConfig
@@ -149,11 +149,11 @@ def train_ctc_head(model, loss_weight: float, alone: bool) -> None:
 
 
 def is_trained_alone(model) -> bool:
-    """Whether a forward pass with `ctc_labels` computes the loss of the CTC head only."""
+    """Whether a forward pass with `ctc_targets` computes the loss of the CTC head only."""
     return getattr(model, CTC_HEAD, None) is not None and model.ctc_head.trained_alone
 
 
-def pad_ctc_labels(labels: Sequence[Sequence[int] | None]) -> dict[str, torch.Tensor]:
+def pad_ctc_targets(labels: Sequence[Sequence[int] | None]) -> dict[str, torch.Tensor]:
     """Pads labels to the inputs `CTC_INPUTS` of the model.
 
     Args:

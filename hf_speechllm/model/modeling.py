@@ -49,7 +49,7 @@ class SpeechLLMOutput(CausalLMOutputWithPast):
         attentions: with `output_attentions`, one tensor per LLM layer, shape = (batch, heads, tokens, tokens).
         num_label_tokens: scalar integer, number of supervised tokens; with labels only.
         token_accuracy: scalar, share of supervised tokens predicted correctly (teacher forcing); with labels only.
-        ctc_loss: scalar, loss of the CTC head before weighting; with `ctc_labels` only.
+        ctc_loss: scalar, loss of the CTC head before weighting; with `ctc_targets` only.
     """
 
     num_label_tokens: torch.Tensor | None = None
@@ -254,8 +254,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_tokens: torch.Tensor | None = None,
         positions: Positions | None = None,
         past_key_values: Cache | None = None,
-        ctc_labels: torch.Tensor | None = None,
-        ctc_label_lengths: torch.Tensor | None = None,
+        ctc_targets: torch.Tensor | None = None,
+        ctc_target_lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> SpeechLLMOutput:
         """Runs the model. With labels, computes logits only at supervised positions.
@@ -275,7 +275,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 the mask from `encode_audio`.
             audio_tokens: replaces `input_features`: audio tokens of all recordings, shape = (tokens, width).
             positions: optional, for speed; computed by `SpeechLLMCollator`.
-            ctc_labels, ctc_label_lengths: labels of the CTC head, whose loss is added; see `CTCHead.loss`.
+            ctc_targets, ctc_target_lengths: labels of the CTC head, whose loss is added; see `CTCHead.loss`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `shift_labels` and other arguments of
                 transformers' LLMs.
 
@@ -292,13 +292,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = getattr(self.config, "use_cache", None)
         ctc_loss = None
-        if ctc_labels is not None and labels is not None:
+        if ctc_targets is not None and labels is not None:
             if encoder_states is None and input_features is not None and input_features_mask is not None:
                 encoder_states, input_features_mask = self.encode_audio(
                     input_features, input_features_mask, positions.get("frames")
                 )
             items = count_labels(labels, positions) if num_items_in_batch is None else num_items_in_batch
-            ctc_loss = self.ctc_head.loss(encoder_states, input_features_mask, ctc_labels, ctc_label_lengths, items)
+            ctc_loss = self.ctc_head.loss(encoder_states, input_features_mask, ctc_targets, ctc_target_lengths, items)
             if self.ctc_head.trained_alone:
                 return SpeechLLMOutput(loss=ctc_loss, num_label_tokens=count_labels(labels, positions))
         if inputs_embeds is None:

@@ -8,6 +8,12 @@ from .arguments import SpeechLLMTrainingArguments
 from .freezing import part_of
 
 
+def learning_rate(args: SpeechLLMTrainingArguments, part: str) -> float:
+    """Returns the learning rate of a part of the model."""
+    rate = getattr(args, f"{part}_learning_rate")
+    return args.learning_rate if rate is None else rate
+
+
 def parameter_groups(model, args: SpeechLLMTrainingArguments, decayed: Collection[str]) -> list[dict]:
     """Returns parameter groups: for each part of the model, one with and one without weight decay.
 
@@ -21,12 +27,11 @@ def parameter_groups(model, args: SpeechLLMTrainingArguments, decayed: Collectio
         if not parameter.requires_grad:
             continue
         part, decay = part_of(name), name in decayed
-        rate = getattr(args, f"{part}_learning_rate")
         group = groups.setdefault(
             (part, decay),
             {
                 "params": [],
-                "lr": args.learning_rate if rate is None else rate,
+                "lr": learning_rate(args, part),
                 "weight_decay": args.weight_decay if decay else 0.0,
             },
         )

@@ -40,6 +40,10 @@ def test_unknown_verb_is_reported_with_the_closest(run):
     assert code == "hf-speechllm: error: unknown verb decod; did you mean decode?; hf-speechllm --help lists all verbs"
 
 
+def test_verbs_of_other_tools_lead_to_the_verb(run):
+    assert "unknown verb train; did you mean finetune?" in run("train")[0]
+
+
 def test_unknown_option_is_reported_with_the_closest(run):
     code, output = run("score", "a", "b", "--output_dir", "c", "--utt2langs", "d")
     assert code == 2

@@ -134,6 +134,12 @@ def test_wrong_engines_are_one_line(run, texts, tmp_path, options, message):
     assert message in code and "\n" not in code
 
 
+def test_missing_engine_is_named(run, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _ = run("synthesize", "--texts", texts, "--output_dir", tmp_path / "out")
+    assert code.endswith("--engines espeak: espeak-ng is not installed")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the commands are scripts")
 def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_path, monkeypatch):
     log = tmp_path / "log"

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from torch.nn import functional
+from transformers.utils.generic import find_labels
 
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration
 from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.model.ctc import add_ctc_head, pad_ctc_labels, train_ctc_head
+from hf_speechllm.model.ctc import add_ctc_head, pad_ctc_targets, train_ctc_head
 from hf_speechllm.model.ctc_configuration import CTCHeadConfig
 from hf_speechllm.model.ctc_vocabulary import CTCVocabulary, character_config
 from hf_speechllm.training.out_of_memory import split_batch
@@ -56,7 +57,7 @@ def test_loss_of_one_recording_equals_that_of_torch(with_head):
     model, _ = with_head()
     states, mask = torch.randn(3, 20, 32), torch.ones(3, 20, dtype=torch.long)
     mask[1, 13:] = 0
-    labels = pad_ctc_labels([[2, 3, 3], [4], None])
+    labels = pad_ctc_targets([[2, 3, 3], [4], None])
     log_probabilities, lengths = model.ctc_head(states, mask)
     single = [
         functional.ctc_loss(
@@ -107,13 +108,13 @@ def test_labels_are_the_transcripts(with_head, batch, tiny_rows):
     model, processor = with_head()
     vocabulary = vocabulary_of(model, processor)
     inputs = batch(processor, vocabulary)
-    for index, (ids, length) in enumerate(zip(inputs["ctc_labels"], inputs["ctc_label_lengths"], strict=True)):
+    for index, (ids, length) in enumerate(zip(inputs["ctc_targets"], inputs["ctc_target_lengths"], strict=True)):
         text = json.loads(tiny_rows[index]["messages"])[-1]["content"]
         assert vocabulary.decode(ids[:length].tolist()) == text
     filler = SpeechLLMCollator(processor, ctc_vocabulary=vocabulary)(
         [{**tiny_rows[0], "seed": (0, 0, 0), "supervised": False}]
     )
-    assert filler["ctc_label_lengths"].tolist() == [-1]
+    assert filler["ctc_target_lengths"].tolist() == [-1]
 
 
 def test_characters_of_texts():
@@ -178,3 +179,8 @@ def test_own_layout(with_head, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert not any(parameter.requires_grad for parameter in loaded.ctc_head.parameters())
+
+
+def test_stock_trainer_takes_no_target_of_the_head_for_a_label():
+    """A label that a batch lacks leaves the validation of transformers' own trainer without a loss."""
+    assert find_labels(SpeechLLMForConditionalGeneration) == ["labels"]
