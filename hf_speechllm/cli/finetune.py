@@ -43,11 +43,25 @@ def main() -> None:
         if stages is not None:
             if AUTO in argv:
                 raise ValueError(f"{AUTO} plans a single run; leave it out for a configuration with stages")
-            run_stages(stages, check_command_line, lambda command: finetune(launch_options, command))
+            run_stages(stages, check, lambda command: finetune(launch_options, command))
             return
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
     finetune(launch_options, argv)
+
+
+def check(argv: list[str]) -> None:
+    """Checks the options of a command line, and whether the data files exist.
+
+    Raises:
+        OSError, ValueError: if a file is missing, or a list of files is invalid.
+        SystemExit: if an option is wrong.
+    """
+    from ..data.file_lists import expand_paths
+
+    options = check_command_line(argv)
+    for files in (options.data.train_file, *([file] for file in options.validation_files.values())):
+        expand_paths(files)
 
 
 def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
@@ -58,12 +72,8 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     """
     plans, argv = AUTO in argv, [word for word in argv if word != AUTO]
     if launch_options and not {"-h", "--help", "--help_all"} & {*argv}:
-        from ..data.file_lists import expand_paths
-
-        given = check_command_line(argv)
         try:
-            for files in (given.data.train_file, *([file] for file in given.validation_files.values())):
-                expand_paths(files)  # an error if a file is missing
+            check(argv)
             launch("finetune", launch_options, [*argv, AUTO] if plans else argv)
         except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}")
@@ -83,6 +93,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     from ..training.checkpointing.writer import SaveError
     from ..training.errors import FaultError, Preempted
     from ..training.freezing import count_parameters
+    from ..training.parameter_groups import learning_rate
     from ..training.preemption import EXIT_STATUS
     from ..training.run import describe_data, find_checkpoint, save_final, set_up_logging
     from ..training.trainer import SpeechLLMTrainer
@@ -113,7 +124,8 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         model = load_model(options, loaded)
         loaded.train_rows = encode_rows(loaded.train_rows, model, loaded.processor, options)
         for part, (trained, total) in count_parameters(model).items():
-            logger.info("%s: %.2f M of %.2f M parameters are trained", part, trained / 1e6, total / 1e6)
+            rate = f", learning rate {learning_rate(args, part):g}" if trained else ""
+            logger.info("%s: %.2f M of %.2f M parameters are trained%s", part, trained / 1e6, total / 1e6, rate)
 
         trainer = SpeechLLMTrainer(model=model, args=args, **loaded.for_trainer())
         trainer.get_optimizer_cls_and_kwargs(args, model)  # --optim may need a package

@@ -26,7 +26,8 @@ SUMMARY_FILE = "stages.json"  # in the output folder: results of all finished st
 RESULTS_FILE, STATE_FILE = "all_results.json", "trainer_state.json"  # of a stage, written by the trainer
 FINISHED_FILE = "finished.json"
 RESERVED = ("model_name_or_path", "output_dir", "resume_from_checkpoint")  # the same for all stages, or derived
-NAME = re.compile(r"[\w.-]*\w[\w.-]*")
+# A name with a suffix could be that of a file in the output folder.
+NAME = re.compile(r"(?!.*\.(json|yaml)$)[\w.-]*\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def find_stages(argv: Sequence[str]) -> list[Stage] | None:
         name = str(own.pop("name", f"stage{number}"))
         where = f"{file}: stage {number} ({name})"
         if not NAME.fullmatch(name) or name in [stage.name for stage in stages]:
-            raise ValueError(f"{where}: name must consist of letters, digits, '-', '_' and '.', and differ")
+            raise ValueError(
+                f"{where}: name must consist of letters, digits, '-', '_' and '.', not end in .json or .yaml, and "
+                "differ from the other names"
+            )
         if wrong := next((key for key in RESERVED if key in own), None):
             raise ValueError(f"{where}: {wrong} is the same for all stages; write it above {KEY}")
         options = {**common, **own, "model_name_or_path": model, "resume_from_checkpoint": "auto"}

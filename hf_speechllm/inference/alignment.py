@@ -125,7 +125,8 @@ def _align_tokens(
     """Returns start, end and log-probability of each token."""
     # Only the columns of the text and the blank: an LLM has 150,000 tokens.
     columns, targets = torch.tensor([blank, *ids]).unique(return_inverse=True)
-    scores = log_probabilities[:, columns.to(log_probabilities.device)].float().cpu().clamp(min=-1e4)
+    # `forced_align` returns wrong indices for NaN.
+    scores = log_probabilities[:, columns.to(log_probabilities.device)].float().cpu().nan_to_num(-1e4).clamp(min=-1e4)
     path, path_scores = forced_align(scores.unsqueeze(0), targets[1:].int().unsqueeze(0), blank=int(targets[0]))
     return [
         (token.start * frame_seconds, token.end * frame_seconds, float(path_scores[0, token.start : token.end].max()))

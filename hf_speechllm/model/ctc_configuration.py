@@ -61,6 +61,11 @@ class CTCHeadConfig(PreTrainedConfig):
             raise ValueError(f"blank_id is {self.blank_id}; it must be from 0 to {self.vocab_size - 1}")
         if not 1 <= self.upsample_rate <= 100:
             raise ValueError(f"upsample_rate is {self.upsample_rate}; it must be from 1 to 100")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads is {self.num_attention_heads}; it must divide {self.hidden_size}")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.intermediate_size is None:
             is_funasr = self.head_type == "transformer"
             self.intermediate_size = self.hidden_size // 4 if is_funasr else 2 * self.hidden_size

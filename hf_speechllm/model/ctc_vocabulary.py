@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,8 +108,9 @@ def character_config(texts: Iterable[str], **options: Any) -> CTCHeadConfig:
 
 
 def is_spoken(character: str) -> bool:
-    """Whether a character is part of a word: letter, mark, digit or apostrophe."""
-    return character.isalnum() or character in "'\u2019" or "\u0300" <= character <= "\u036f"
+    """Whether a character is part of a word: letter, mark (not the variation of an emoji), digit or apostrophe."""
+    is_mark = unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
+    return character.isalnum() or character in "'\u2019" or is_mark
 
 
 def _tiktoken(content: bytes) -> Tokenizer:

@@ -145,7 +145,8 @@ class Validator:
         if not alone:
             metrics[f"{prefix}_token_accuracy"] = correct / max(tokens, 1)
         if self.collator.ctc_vocabulary is not None and not alone:
-            metrics[f"{prefix}_ctc_loss"] = ctc_loss / max(tokens, 1)
+            # Not `_ctc_loss`, which would be the loss of a validation set with this name.
+            metrics[f"{prefix}_loss_ctc"] = ctc_loss / max(tokens, 1)
         return metrics
 
     def decode(self, engine: Any, rows: Any, shown_rows: int = SAMPLES_SHOWN) -> tuple[ErrorCounts, list[Sample]]:
