@@ -150,13 +150,15 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
     path = Path(args.output_dir) / PLAN_FILE
     name = argv[0] if argv and not argv[0].startswith("-") else None
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if name not in (None, stored["configuration"]):
-            raise ValueError(
-                f"{path} is a plan for {stored['configuration']}, not for {name}; delete it to plan again"
-            )
-        logger.info("%s: the stored plan is used (%s)", path, stored["configuration"])
-        return stored["options"]
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            configuration, planned = stored["configuration"], stored["options"]
+        except (ValueError, KeyError, TypeError) as error:  # damaged, or a plan without a usable configuration
+            raise ValueError(f"{path} is not a plan that can be used; delete it to plan again") from error
+        if name not in (None, configuration):
+            raise ValueError(f"{path} is a plan for {configuration}, not for {name}; delete it to plan again")
+        logger.info("%s: the stored plan is used (%s)", path, configuration)
+        return planned
     if checkpoint_folders(args.output_dir):
         raise ValueError(
             f"--auto: {args.output_dir} contains checkpoints of a run without a plan; leave --auto out, or choose "

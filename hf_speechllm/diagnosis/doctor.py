@@ -145,6 +145,7 @@ def diagnose(
     good: list[DataRow] = []
     for row in rows:
         (problems if isinstance(row, Problem) else good).append(row)  # type: ignore[arg-type]
+    report(len(problems))
     measured: list[Sequence[Measurement]] = []
     found: list[list[tuple[str, str]]] = []
     with closing(_examine(good, Examiner(vad, max_seconds), num_workers)) as chunks:

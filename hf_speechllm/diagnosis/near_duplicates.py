@@ -14,9 +14,13 @@ RATE = 8000  # Hz at which waveforms are compared: telephone copies have the sam
 SIMILAR = 0.88  # cosine of fingerprints from which waveforms are compared
 LONGER = 0.04  # share, and 60 ms, by which the sounding parts of copies may differ
 MAX_SECONDS = 30.0  # compared at most
+MAX_SAMPLES = 64 * 2**20  # kept at a time: 256 MB
 MAX_COMPARED = 20  # waveforms compared with one recording, at most
 PAIRS_PER_ROW, MIN_PAIRS, MAX_PAIRS = 3, 2_000, 40_000  # compared, the most similar first; 40,000 take two minutes
 ROWS_AT_ONCE = 1024
+WINDOW = 1600  # samples (0.2 s) in which correlations are compared
+LOUD = 0.5  # smallest energy of such a window, as a share of the mean
+IDENTICAL, OTHER = 0.97, 0.65  # median and lowest correlation of windows if only a part is the same
 
 
 def near_duplicates(corpus: Corpus) -> Iterator[Found]:
@@ -34,17 +38,25 @@ def near_duplicates(corpus: Corpus) -> Iterator[Found]:
         value = _correlation(waves[first], waves[second])
         if value >= limit("near-duplicate"):
             similarity[max(first, second)] = value
-            joined = {parents[first], parents[second]}
-            parents |= {index: min(joined) for index, parent in parents.items() if parent in joined}
-        if len(waves) > 4 * ROWS_AT_ONCE:
+            roots = _root(parents, first), _root(parents, second)
+            parents[max(roots)] = min(roots)
+        if sum(len(wave) for wave in waves.values() if wave is not None) > MAX_SAMPLES:
             waves.clear()
     groups: dict[int, list[int]] = {}
-    for index, parent in parents.items():
-        groups.setdefault(parent, []).append(index)
+    for index in rows:
+        groups.setdefault(_root(parents, index), []).append(index)
     for group in groups.values():
         if len(group) > 1:
             value = max(similarity.get(index, 0.0) for index in group)
             yield from same_recording(corpus, group, "near-duplicate", f" (correlation of the waveforms {value:.2f})")
+
+
+def _root(parents: dict[int, int], index: int) -> int:
+    """Returns the first row of a group of copies, and shortens the path to it."""
+    while parents[index] != index:
+        parents[index] = parents[parents[index]]
+        index = parents[index]
+    return index
 
 
 def _candidates(corpus: Corpus, rows: list[int]) -> Iterator[tuple[int, int]]:
@@ -78,10 +90,27 @@ def _load(source: str) -> np.ndarray | None:
 
 
 def _correlation(first: np.ndarray | None, second: np.ndarray | None) -> float:
-    """Returns the largest correlation of two waveforms over all shifts."""
+    """Returns the largest correlation of two waveforms over all shifts; 0 if only a part of them is the same."""
     if first is None or second is None:
         return 0.0
     size = 1 << (len(first) + len(second) - 1).bit_length()
     spectra = np.fft.rfft(first, size) * np.conj(np.fft.rfft(second, size))
     norm = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(np.abs(np.fft.irfft(spectra, size)).max()) / norm if norm else 0.0
+    correlations = np.abs(np.fft.irfft(spectra, size))
+    shift = int(correlations.argmax())
+    shift -= size if shift >= len(first) else 0
+    return float(correlations[shift]) / norm if norm and _same_throughout(first, second, shift) else 0.0
+
+
+def _same_throughout(first: np.ndarray, second: np.ndarray, shift: int) -> bool:
+    """Returns whether aligned waveforms are not identical except for some words, as synthetic ones may be."""
+    first, second = first[max(0, shift) :], second[max(0, -shift) :]
+    count = min(len(first), len(second)) // WINDOW
+    first, second = (wave[: count * WINDOW].reshape(count, WINDOW) for wave in (first, second))
+    norms = np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1)
+    energy = np.maximum(*norms) ** 2
+    loud = (energy > LOUD * energy.mean()) if count else np.zeros(0, bool)
+    if not loud.any():
+        return True
+    values = np.abs((first * second).sum(1))[loud] / np.maximum((norms[0] * norms[1])[loud], 1e-12)
+    return bool(np.median(values) < IDENTICAL or values.min() >= OTHER)

@@ -34,6 +34,7 @@ VALIDATION: dict[str, Any] = {
 VALIDATION_OPTIONS = {*VALIDATION, "eval_steps", "early_stopping_patience"}
 SCHEDULES = {"eval_strategy", "save_strategy"}  # a schedule of the configuration stays, and one of the user
 AUGMENTATION = ("spec_augment", "tempo_perturb")  # of features, which a native model's own processor computes
+CER = ("eval_cer", "eval_cer_samples")  # of the LLM's texts, which a CTC head trained alone does not change
 STAGES = {
     "start": "start",
     "features": "features, first run only",
@@ -135,14 +136,19 @@ def make_plan(
     Raises:
         ProbeError: if the data are not usable.
     """
-    data, _ = run_isolated(describe_data, parse, argv, _shared_options(configurations, given))
+    shared = _shared_options(configurations, given)
+    if len(configurations) == 1:  # it may name the model and the data
+        (config,) = configurations.values()
+        later = {*VALIDATION_OPTIONS, *AUGMENTATION}  # need a validation set, or another model
+        shared = {**{name: value for name, value in config.items() if name not in later}, **shared}
+    data, _ = run_isolated(describe_data, parse, argv, shared)
     workers, unsupported = data.pop("cores") // processes, data.pop("unsupported")
     plan = Plan(data, processes)
     names = _by_preference(configurations, data["hours"]) if only_recommended else [*configurations]
     for number, name in enumerate(names):
         logger.info("measuring %s (%d of %d)", name, number + 1, len(names))
-        config = {key: value for key, value in configurations[name].items() if key not in unsupported}
-        options = planned_options(config, given, data["validation_rows"] > 0, workers)
+        left_out = {*given, *unsupported}
+        options = planned_options(configurations[name], left_out, data["validation_rows"] > 0, workers)
         share = seconds if only_recommended else seconds / len(names)
         candidate = Candidate(name, options)
         _measure(candidate, parse, argv, given, data["longest_seconds"], processes, share, folder)
@@ -171,7 +177,7 @@ def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any])
     """Returns the amount of data of a run; call this function by `run_isolated`.
 
     Also returns the number of free cores (`cores`; training on a CPU uses all) and the names of options that the model
-    does not support (`unsupported`).
+    or the run does not support (`unsupported`).
 
     Args:
         parse, argv, planned: as for `measure`.
@@ -190,7 +196,10 @@ def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any])
         "longest_seconds": float(row_seconds(loaded.train_rows).max()),
         "validation_rows": sum(map(len, validation)),
         "validation_hours": float(sum(part.sum() for part in validation)) / 3600,
-        "unsupported": AUGMENTATION if isinstance(loaded.processor, NativeProcessor) else (),
+        "unsupported": (
+            *(AUGMENTATION if isinstance(loaded.processor, NativeProcessor) else ()),
+            *(CER if options.parts.only_ctc_head else ()),
+        ),
         "cores": 0 if options.training.device.type == "cpu" else os.cpu_count() or 1,
     }
 

@@ -377,6 +377,12 @@ def test_folder_of_save_to_disk(dataset, read, tmp_path):
     assert [item.split for item in found] == ["train", "train", "dev", "dev"]
 
 
+def test_recordings_inside_a_source_need_prepare(dataset, tmp_path):
+    dataset.save_to_disk(tmp_path / "one")
+    with pytest.raises(BadDataError, match=f"{tmp_path}/one: recordings are not files; .* prepare"):
+        list(read_source(str(tmp_path / "one"), Reading(BadRows(0)), "datasets"))
+
+
 def test_parquet_with_bytes_stays_where_it_is(dataset, read, tmp_path):
     path = tmp_path / "p/train-00000-of-00001.parquet"
     path.parent.mkdir()

@@ -165,6 +165,14 @@ def test_copies_are_found_by_sound(speech, tmp_path, write_rows, examine):
     assert examine(f"train={path}", f"train={other}")["test.jsonl", 1] == ["conflicting-transcripts"]
 
 
+def test_synthetic_sentences_that_differ_in_one_word_are_no_copies(speech, tmp_path, write_rows, examine):
+    other = speech.copy()
+    other[8000:11200] = other[8000:11200][::-1]  # a synthetic voice says equal words with equal samples
+    for name, samples in (("a.wav", speech), ("b.wav", other)):
+        soundfile.write(tmp_path / name, (32767 * samples).astype(np.int16), 16000)
+    assert examine(write_rows([(tmp_path / "a.wav", "three one"), (tmp_path / "b.wav", "three two")])) == {}
+
+
 def test_rows_of_all_sources(speech, tmp_path, write_rows):
     soundfile.write(tmp_path / "a.wav", speech, 16000)
     (tmp_path / "kaldi" / "dev").mkdir(parents=True)

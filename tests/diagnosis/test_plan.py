@@ -299,6 +299,24 @@ def test_auto_takes_the_plan_and_a_resumed_run_takes_the_stored_plan(
     assert "of a run without a plan" in finetune(monkeypatch, "--auto", *arguments)
 
 
+def test_configuration_names_the_data_and_trains_only_a_ctc_head(in_process, arguments):
+    config = {f"freeze_{part}": True for part in ("audio_encoder", "audio_adaptor", "llm")}
+    config |= {"ctc_head": "linear", "num_train_epochs": 1}
+    place = arguments.index("--train_file")
+    config["train_file"] = str(arguments[place + 1])
+    arguments = [*arguments[:place], *arguments[place + 2 :]]
+    found = make_plan(parse_planned, arguments, {"mine": config}, given_options(arguments), seconds=0.1)
+    assert found.chosen.problem is None and "eval_cer" not in found.chosen.options
+    assert found.chosen.options["load_best_model_at_end"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"configuration": null, "candidates": []}'])
+def test_stored_plan_without_options_is_reported(content, arguments, tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text(content, encoding="utf-8")
+    end = finetune(monkeypatch, "--auto", *arguments, "--output_dir", tmp_path)
+    assert f"{tmp_path}/plan.json is not a plan that can be used; delete it" in end
+
+
 def test_learning_curve_of_nested_parts(in_process, arguments, tiny_corpus, tmp_path, monkeypatch):
     lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines(keepends=True)
     many = tmp_path / "many.jsonl"

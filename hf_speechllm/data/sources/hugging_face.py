@@ -63,7 +63,7 @@ def _read(found: Any, name: str, reading: Reading, split: str | None = None) -> 
             dataset = dataset.cast_column(columns["audio"], Audio(decode=False))
         for number, record in enumerate(dataset, start=1):
             place = f"{part} row {number}".strip()
-            audio = _address(record[columns["audio"]], f"{part or 'all'}-{number:08d}", reading)
+            audio = _address(record[columns["audio"]], f"{part or 'all'}-{number:08d}", reading, name)
             item = utterance_of_record(
                 reading, record, columns, name, place, _folder(name), split_of(part) if part else None, audio
             )
@@ -77,7 +77,7 @@ def _folder(name: str) -> str:
     return path if os.path.isdir(path) else os.path.dirname(path)
 
 
-def _address(value: Any, name: str, reading: Reading) -> str | None:
+def _address(value: Any, name: str, reading: Reading, source: str) -> str | None:
     """Returns the recording of a row: the path, or for bytes the address in the written tar file.
 
     Returns:
@@ -89,7 +89,7 @@ def _address(value: Any, name: str, reading: Reading) -> str | None:
     content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if isinstance(content, bytes):
         if reading.recordings_tar is None:
-            raise BadDataError("recordings are not files; write the recordings with `hf-speechllm prepare`")
+            raise BadDataError(f"{source}: recordings are not files; write them with `hf-speechllm prepare {source}`")
         return reading.recordings_tar.add(name + os.path.splitext(path or "")[1], content)
     return content if isinstance(content, str) else path
 
