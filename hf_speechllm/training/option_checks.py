@@ -70,6 +70,16 @@ def _check_ctc_head(options: FinetuningOptions) -> None:
         raise ValueError(f"--ctc_vocabulary is {parts.ctc_vocabulary!r}; choose auto, characters or llm")
     if not 0 < parts.ctc_weight < math.inf:
         raise ValueError(f"--ctc_weight is {parts.ctc_weight:g}; it must be above 0")
+    detail = {
+        "--ctc_vocabulary": parts.ctc_vocabulary != "auto",
+        "--ctc_weight": parts.ctc_weight != type(parts).ctc_weight,
+        "--ctc_head_learning_rate": options.training.ctc_head_learning_rate is not None,
+    }
+    if parts.ctc_head is None and any(detail.values()):
+        raise ValueError(
+            f"{', '.join(name for name, given in detail.items() if given)} without --ctc_head has no effect; leave it "
+            "out, or add --ctc_head auto"
+        )
     if parts.ctc_head is not None and parts.use_lora:
         raise ValueError(
             "--ctc_head is not supported with --use_lora, because an adapter cannot add a part to its base model; "

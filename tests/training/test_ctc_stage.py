@@ -82,6 +82,8 @@ def test_a_head_without_the_option_is_frozen(make_ctc_trainer, tiny_model, tiny_
         ({"ctc_head": "lstm"}, "choose auto, sanm or linear"),
         ({"ctc_head": "sanm", "ctc_vocabulary": "phones"}, "choose auto, characters or llm"),
         ({"ctc_head": "sanm", "ctc_weight": 0.0}, "--ctc_weight is 0"),
+        ({"ctc_weight": 0.5}, "--ctc_weight without --ctc_head has no effect"),
+        ({"ctc_head_learning_rate": 1e-3}, "--ctc_head_learning_rate without --ctc_head has no effect"),
         ({"ctc_head": "sanm", "use_lora": True}, "--ctc_head is not supported with --use_lora"),
         ({**ALONE, "cache_level": "adaptor"}, "the CTC head needs the encoder's output"),
         ({**ALONE, "eval_cer": True, "validation_file": ["dev.jsonl"]}, "--eval_cer has no effect"),
