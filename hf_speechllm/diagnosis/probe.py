@@ -138,6 +138,11 @@ class _Probe:
         self.not_of_the_run = 0.0  # seconds that only the probe needs
 
     def run(self, seconds: float) -> Measurement:
+        """Measures steps, caches, validation and checkpoints of the run.
+
+        Args:
+            seconds: limit of the measured steps; other measurements take additional time.
+        """
         args, data = self.args, self.data
         schedule = Schedule.of(args, bool(data.validation_rows))  # before options change
         if not args.per_device_train_batch_seconds:
