@@ -29,6 +29,7 @@ from workload import environment
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
+from hf_speechllm.model.native_families import max_feature_frames
 from hf_speechllm.model.native_modeling import native_class
 from hf_speechllm.model.native_processing import NativeProcessor
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
@@ -168,7 +169,7 @@ def main() -> None:
             options.jsonl = str(make_corpus(folder, options.rows, processor.sampling_rate))
             data = DataOptions(train_file=[options.jsonl], cache_dir=str(folder), preprocessing_num_workers=1)
             data.compute_features_per_epoch(model_type)
-            rows, _ = prepare_rows([options.jsonl], processor, processor.max_feature_frames, data)
+            rows, _ = prepare_rows([options.jsonl], processor, max_feature_frames(model.config), data)
             seconds = [sum(frames) / 100 for frames in rows["num_frames"]]
             common = {
                 "model_type": model_type, "size": options.size, "batch_seconds": options.batch_seconds,

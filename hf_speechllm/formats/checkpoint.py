@@ -181,6 +181,20 @@ def check_model_size(config: SpeechLLMConfig, stored: Mapping[str, torch.Size], 
         )
 
 
+def check_names(info: Mapping[str, Any], source: Any) -> None:
+    """Checks transformers' report of a loaded model (`output_loading_info`) for missing and unexpected tensors.
+
+    Raises:
+        CheckpointError: if there are any; the message lists both.
+    """
+    if info["missing_keys"] or info["unexpected_keys"]:
+        missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
+        raise CheckpointError(
+            f"{source}: the tensors do not match the config; missing: {missing or 'none'}; "
+            f"unexpected: {unexpected or 'none'}"
+        )
+
+
 def _join_names(names: Iterable[str]) -> str:
     names = list(dict.fromkeys(names))  # a fused tensor of the source may correspond to three tensors here
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

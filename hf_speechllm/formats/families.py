@@ -20,8 +20,8 @@ from ..model.configuration import check_sizes
 from ..model.native_modeling import native_class
 from ..model.native_processing import NativeProcessor
 from . import peft_adapters as adapters
-from .checkpoint import CheckpointError, read_headers
-from .untrusted import one_line, read_json, reading, stored_base
+from .checkpoint import CheckpointError, check_names, read_headers
+from .untrusted import read_json, reading, stored_base
 
 
 @dataclass
@@ -78,12 +78,7 @@ def load_model(folder: Path, output_loading_info: bool = False, **options: Any) 
         model, info = native_class(base).from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, **options
         )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
-        raise CheckpointError(
-            f"{folder}: the tensors do not match the config; missing: {missing or 'none'}; "
-            f"unexpected: {unexpected or 'none'}"
-        )
+    check_names(info, folder)
     model.name_or_path = model.config.name_or_path = stored_base(folder)
     if (folder / adapters.CONFIG_FILE).is_file():
         model = adapters.merge(model, folder, keep_dtypes=options.get("dtype") is None)

@@ -21,6 +21,7 @@ from .checkpoint import (
     StoredTensor,
     build_config,
     check_model_size,
+    check_names,
     check_tensors,
     part_dtypes,
     read_ctc_tensors,
@@ -202,12 +203,7 @@ def load_model(
     options["ignore_mismatched_sizes"] = True
     load = super(SpeechLLMForConditionalGeneration, model_class).from_pretrained  # type: ignore[misc]
     model, info = load(source, *model_args, dtype=loaded, output_loading_info=True, **options)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        missing, unexpected = (one_line(", ".join(sorted(info[key]))) for key in ("missing_keys", "unexpected_keys"))
-        raise CheckpointError(
-            f"{name}: the tensors do not match the config; missing: {missing or 'none'}; "
-            f"unexpected: {unexpected or 'none'}"
-        )
+    check_names(info, name)
     if strict and info["mismatched_keys"]:
         shapes = [
             f"{key} is {tuple(found)}, not {tuple(asked)}" for key, found, asked in sorted(info["mismatched_keys"])

@@ -256,7 +256,7 @@ def max_feature_frames(config: Any) -> int:
     return config.max_feature_frames
 
 
-_HEADER, _, _HEADER_END = chat.hotword_context((), "\0").partition("\0")
+_HEADER = chat.hotword_context((), "\0").partition("\0")[0]
 _CODES = {name: code for code, name in LANGUAGES.items()}
 _PROMPT = re.compile(
     rf"(?:{re.escape(_HEADER)}(?P<context>.*?))?语音转写(?:成(?P<language>.+?))?(?:：|，不进行文本规整：)", re.DOTALL

@@ -45,12 +45,6 @@ class NativeProcessor(SpeechLLMProcessor):
         self._tokens_per_second: float | None = None
         self._warned = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model_type}, {type(self.native).__name__})"
 
@@ -69,11 +63,6 @@ class NativeProcessor(SpeechLLMProcessor):
     def frame_seconds(self) -> float:
         """Seconds per frame of the length columns of rows."""
         return FRAME_SHIFT
-
-    @property
-    def max_feature_frames(self) -> int:
-        """Longest recording, in frames of `frame_seconds`."""
-        return round(self.family.max_seconds / self.frame_seconds)
 
     @property
     def model_input_names(self) -> list[str]:
