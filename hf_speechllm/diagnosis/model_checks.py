@@ -11,9 +11,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ..data.collator import SpeechLLMCollator
+from ..formats.loading import load_config
 from ..model.chat import IGNORE_INDEX
-from ..model.configuration import SpeechLLMConfig
 from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import max_feature_frames
 from ..model.processing import SpeechLLMProcessor
 from .corpus_checks import Corpus, Found
 from .kinds import limit
@@ -39,8 +40,7 @@ class ModelChecks:
     def __init__(self, name: str, loss: bool = True, batch_seconds: float = 60.0):
         self.name, self.loss, self.batch_seconds = name, loss, batch_seconds
         self.processor = SpeechLLMProcessor.from_pretrained(name)
-        config = SpeechLLMConfig.from_pretrained(name)
-        self.max_seconds = config.max_feature_frames * self.processor.frame_seconds
+        self.max_seconds = max_feature_frames(load_config(name)) * self.processor.frame_seconds
 
     def __call__(self, corpus: Corpus) -> Iterator[Found]:
         """Yields the findings of all rows."""

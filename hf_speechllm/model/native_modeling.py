@@ -83,7 +83,12 @@ def native_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(self, *args, labels=None, positions=None, num_items_in_batch=None, return_logits=False, **kwargs):
         kwargs = {**dict(self.family.options), **kwargs}
         if labels is None:
-            return base.forward(self, *args, **kwargs)
+            if can_skip_logits:
+                return base.forward(self, *args, **kwargs)
+            kept = kwargs.pop("logits_to_keep", 0)
+            outputs = base.forward(self, *args, **kwargs)
+            outputs.logits = outputs.logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
+            return outputs
         positions = {"labels": label_positions(labels)} | (positions or {})
         if "tokens" in positions:
             require_padding_free(self.llm.config)

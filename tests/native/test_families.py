@@ -225,3 +225,12 @@ def test_document_lists_all_families_and_refusals():
         assert ("hotwords" in rows[model_type].split("|")[3]) == family.contexts
     for model_type, reason in REFUSED.items():
         assert rows[model_type] == f"| `{model_type}` | {reason} |"
+
+
+def test_logits_of_some_positions(native, batch):
+    model, _ = native
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        every = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, every[:, -1:])
+        torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([3, 5])).logits, every[:, [3, 5]])

@@ -21,6 +21,9 @@ from hf_speechllm import (
     prepare_dataset,
 )
 from hf_speechllm.data.collator import SpeechLLMCollator
+from hf_speechllm.diagnosis.doctor import diagnose
+from hf_speechllm.diagnosis.model_checks import ModelChecks
+from hf_speechllm.diagnosis.rows import read_rows
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
 from hf_speechllm.model.native_families import part_of
@@ -241,3 +244,13 @@ def test_gradient_checkpointing_does_not_change_the_result(native_folder, train)
     tensors = [load_file(folder / "model.safetensors") for folder in (plain, checkpointed)]
     torch.testing.assert_close(*tensors)
     assert changed_parts(native_folder, checkpointed) == {"audio_encoder", "audio_adaptor"}
+
+
+@pytest.mark.parametrize("native_folder", ["qwen3_asr", "qwen2_audio"], indirect=True)
+def test_doctor_finds_high_losses(native_folder, tiny_corpus, monkeypatch):
+    losses = {}
+    monkeypatch.setattr(
+        "hf_speechllm.diagnosis.model_checks.high_losses", lambda corpus, found, counts: losses.update(found) or ()
+    )
+    diagnose(read_rows([str(tiny_corpus.jsonl)]), vad=False, more_checks=[ModelChecks(str(native_folder))])
+    assert len(losses) > 10 and all(1 < loss < 10 for loss in losses.values())
