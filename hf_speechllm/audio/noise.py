@@ -57,7 +57,7 @@ class Babble:
     Args:
         sampling_rate: rate of the result in Hz.
         recordings: returns the recordings of a row, for `load_audio`.
-        num_rows: number of rows; 0 before the rows are known.
+        num_rows: number of rows; without rows, there is no babble.
     """
 
     sampling_rate: int
@@ -68,6 +68,8 @@ class Babble:
         """Mixes excerpts; recordings without sound and unreadable ones, which training reports, are left out."""
         if self.recordings is None:
             raise ValueError("babble needs the training rows; call `use_training_rows` of the collator first")
+        if not self.num_rows:
+            return None
         mixture = np.zeros(samples, np.float32)
         for index in rng.integers(self.num_rows, size=rng.integers(TALKERS[0], TALKERS[1] + 1)):
             recordings = self.recordings(int(index))

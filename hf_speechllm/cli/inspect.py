@@ -24,7 +24,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ..data.augmentation_options import WAVEFORM_OPTIONS, AugmentationOptions
+from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
 from .arguments import add_group
 from .parser import Parser, prog, show_log
 
@@ -46,8 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--save_audio", metavar="DIR", help="write the augmented recordings of each row as WAV files")
-    audible = {*WAVEFORM_OPTIONS, *sum(WAVEFORM_OPTIONS.values(), ())}
-    options = [item for item in fields(AugmentationOptions) if item.name in audible]
+    options = [item for item in fields(AugmentationOptions) if item.name in WAVEFORM_NAMES]
     add_group(parser, "Augmentation, with --save_audio", options)
     args = parser.parse_args()
     if not Path(args.jsonl_file).is_file():

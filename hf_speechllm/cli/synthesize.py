@@ -7,8 +7,9 @@ hf-speechllm synthesize --texts sentences.txt --output_dir data/synthetic --engi
 hf-speechllm synthesize --llm Qwen/Qwen3-0.6B --num_texts 60000 --output_dir data/synthetic
 
 Writes tar shards for `finetune --train_file 'data/synthetic/*.tar'`. The command continues after an interruption.
-Engines are commands: espeak (eSpeak NG: apt install espeak-ng), flite (English), piper (pip install piper-tts, with
-voices in --piper_voices), or your own with --command.
+Engines are commands: espeak (eSpeak NG: apt install espeak-ng), mbrola (eSpeak NG with recorded diphones: apt install
+mbrola mbrola-us1 ...), pico (apt install libttspico-utils), flite (English), piper (pip install piper-tts, with voices
+in --piper_voices), or your own with --command.
 
 Synthetic speech teaches a new adaptor which sounds belong to which tokens. It does not replace real recordings: the
 voices of rule-based engines sound like no speaker. Train on real speech afterwards, and validate on real speech only.
@@ -20,8 +21,11 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
+from .arguments import add_group
 from .parser import Parser, prog, show_log
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,12 @@ def main() -> None:
     source.add_argument("--texts", help="file with one text per line")
     source.add_argument("--llm", help="LLM from which texts are sampled: folder, Hub id or GGUF file")
     parser.add_argument("--num_texts", type=int, default=10_000, help="number of texts to sample from the LLM")
-    parser.add_argument("--text_prompt", default="", help="beginning of every sampled text (default: none)")
+    parser.add_argument(
+        "--text_prompt", nargs="+", default=[""], help="beginnings of sampled texts, used in turn (default: none)"
+    )
+    parser.add_argument(
+        "--shuffled_words", type=float, default=0.0, help="share of the rows with the words of a text in random order"
+    )
     parser.add_argument("--num_rows", type=int, help="number of rows (default: one per text; more: texts repeat)")
     parser.add_argument("--language", default="en", help="language of the voices, for example cmn")
     parser.add_argument(
@@ -60,7 +69,15 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows in a shard")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of rows that fail")
+    options = [item for item in fields(AugmentationOptions) if item.name in WAVEFORM_NAMES]
+    add_group(parser, "Augmentation of the recordings", options)
     args = parser.parse_args()
+    try:
+        args.augmentation = AugmentationOptions(**{item.name: vars(args)[item.name] for item in options})
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 <= args.shuffled_words <= 1:
+        parser.error(f"--shuffled_words is {args.shuffled_words:g}; it must be between 0 and 1")
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -126,7 +143,18 @@ def synthesize_rows(args: argparse.Namespace) -> None:
     if not texts:
         raise ValueError(f"{args.texts}: no texts")
     prompt = transcription_prompt(prompt=args.prompt)
-    plan = Plan(texts, args.num_rows or len(texts), voices, shares, prompt, args.seed, args.rows_per_shard, commands)
+    plan = Plan(
+        texts=texts,
+        num_rows=args.num_rows or len(texts),
+        voices=voices,
+        shares=shares,
+        prompt=prompt,
+        seed=args.seed,
+        rows_per_shard=args.rows_per_shard,
+        shuffled=args.shuffled_words,
+        augmentation=args.augmentation,
+        commands=commands,
+    )
     logger.info("%d rows, %s voices", plan.num_rows, {name: len(found) for name, found in voices.items()})
     hours = 0.0
     for shard, seconds in synthesize(plan, folder, args.num_workers, args.max_bad_fraction):

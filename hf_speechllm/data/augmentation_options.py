@@ -20,6 +20,7 @@ WAVEFORM_OPTIONS: dict[str, tuple[str, ...]] = {
     "telephone_prob": (),
     "codec_prob": ("codec_kbps",),
 }
+WAVEFORM_NAMES = frozenset({*WAVEFORM_OPTIONS, *sum(WAVEFORM_OPTIONS.values(), ())})
 RANGES = {  # of options with a smallest and a largest value; rooms with a longer reverberation need gigabytes
     "reverb_seconds": (0.1, 1.0), "noise_snr": (-40.0, 80.0), "gain_db": (-60.0, 60.0), "codec_kbps": (6.0, 160.0),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Synthetic training speech: texts spoken by installed engines with many voices, written as tar shards.
 
-Each row depends on the seed and its number alone: engine, voice, rate and pitch. A shard appears when it is complete,
+Each row depends on the seed and its number alone: text, engine, voice, rate and pitch; only babble also depends on the
+shard. A shard appears when it is complete,
 so an interrupted run continues with the missing shards.
 """
 
@@ -14,22 +15,28 @@ import shlex
 import subprocess
 import tarfile
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from ..audio.noise import Babble
 from ..audio.waveform import AudioError, load_audio
 from ..files import atomic_write
 from ..model.chat import transcription_messages
+from .augmentation import waveform_augmentation
+from .augmentation_options import AugmentationOptions
 from .bad_rows import BadDataError, BadRows
 from .kaldi import speech_length
 
 SAMPLING_RATE = 16000  # Hz, of the shards
 RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
+PICO_VOICES = ("de-DE", "en-GB", "en-US", "es-ES", "fr-FR", "it-IT")
+RECENT = 64  # rows of which babble is mixed
 TIMEOUT = 120.0  # seconds for one row
 SETTINGS_FILE = "synthesis.json"
 
@@ -64,6 +71,20 @@ def _espeak_voices(language: str, folder: str | None) -> list[str]:
     return [f"{accent}+{variant}" for accent in accents for variant in variants]
 
 
+def _mbrola_voices(language: str, folder: str | None) -> list[str]:
+    """Returns the voices of the language, native or with an accent, whose diphones are installed."""
+    listed = [words for words in _table("espeak-ng", "--voices=mb")[1:] if words[4].startswith("mb/")]
+    code = {"cmn": "zh"}.get(language, language)
+    voices = [words[4].removeprefix("mb/") for words in listed if words[1].partition("-")[0] == code]
+    command = ["espeak-ng", "-q", "-v"]
+    return [voice for voice in voices if not subprocess.run([*command, voice, "a"], capture_output=True).returncode]
+
+
+def _pico_voices(language: str, folder: str | None) -> list[str]:
+    _table("pico2wave", "--help")  # fails if it is not installed
+    return [voice for voice in PICO_VOICES if voice.partition("-")[0] == language.partition("-")[0]]
+
+
 def _flite_voices(language: str, folder: str | None) -> list[str]:
     if language.partition("-")[0] != "en":
         return []
@@ -89,6 +110,13 @@ def _espeak(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[
     return ["espeak-ng", "-v", voice, *values, "-f", text, "-w", wav]
 
 
+def _pico(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    """Pico reads rate and pitch, in percent, from markup."""
+    content = re.sub("[<>&]", " ", Path(text).read_text(encoding="utf-8"))
+    spoken = f"<speed level='{100 * rate:.0f}'><pitch level='{100 * pitch:.0f}'>{content}</pitch></speed>"
+    return ["pico2wave", "-l", voice, "-w", wav, spoken]
+
+
 def _flite(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
     values = ["--setf", f"duration_stretch={1 / rate:.3f}", "--setf", f"f0_shift={pitch:.3f}"]
     return ["flite", "-voice", voice, *values, "-f", text, "-o", wav]
@@ -102,6 +130,8 @@ def _piper(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[s
 
 ENGINES = {
     "espeak": Engine("espeak-ng", _espeak_voices, _espeak),
+    "mbrola": Engine("espeak-ng", _mbrola_voices, _espeak),
+    "pico": Engine("pico2wave", _pico_voices, _pico),
     "flite": Engine("flite", _flite_voices, _flite),
     "piper": Engine("piper", _piper_voices, _piper),
 }
@@ -119,6 +149,8 @@ class Plan:
         prompt: user's text of every row, see `chat.transcription_prompt`.
         seed: seed of engine, voice, rate and pitch of every row.
         rows_per_shard: number of rows in a shard.
+        shuffled: share of the rows with the words of a text in random order, which an LLM cannot guess from context.
+        augmentation: changes the waveforms; its babble is mixed from earlier rows of the shard.
         commands: command lines of further engines, with `{voice}`, `{rate}`, `{pitch}`, `{text}` (file) and `{wav}`.
     """
 
@@ -129,6 +161,8 @@ class Plan:
     prompt: str
     seed: int = 0
     rows_per_shard: int = 1000
+    shuffled: float = 0.0
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     commands: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -143,6 +177,15 @@ class Plan:
         voice = self.voices[engine][int(rng.integers(len(self.voices[engine])))]
         rate, pitch = (float(np.exp(rng.uniform(*np.log(limits)))) for limits in (RATES, PITCHES))
         return engine, voice, round(rate, 3), round(pitch, 3)
+
+    def text(self, row: int) -> str:
+        """Returns what a row says."""
+        text = self.texts[row % len(self.texts)]
+        rng = np.random.default_rng([self.seed, row, 1])
+        if rng.random() >= self.shuffled:
+            return text
+        words = [word.strip(',.!?;:"“”()。，！？、；：') for word in text.split()]
+        return " ".join(rng.permutation([word for word in words if word])) + "."
 
 
 def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
@@ -159,7 +202,7 @@ def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
     """
     engine, voice, rate, pitch = plan.choose(row)
     text, wav = folder / "text.txt", folder / "speech.wav"
-    content = plan.texts[row % len(plan.texts)]
+    content = plan.text(row)
     text.write_text(content + "\n", encoding="utf-8")
     wav.unlink(missing_ok=True)
     if engine in plan.commands:
@@ -187,6 +230,9 @@ def write_shard(plan: Plan, shard: int, path: Path) -> tuple[float, list[tuple[i
         Seconds of speech, and the number and reason of each failed row.
     """
     seconds, failed = 0.0, []
+    augment = waveform_augmentation(plan.augmentation, SAMPLING_RATE)
+    recent: deque[np.ndarray] = deque(maxlen=RECENT)
+    babbles = [noise for noise in augment.noises if isinstance(noise, Babble)] if augment is not None else []
     rows = range(shard * plan.rows_per_shard, min((shard + 1) * plan.rows_per_shard, plan.num_rows))
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -199,6 +245,11 @@ def write_shard(plan: Plan, shard: int, path: Path) -> tuple[float, list[tuple[i
             except AudioError as error:
                 failed.append((row, str(error)))
                 continue
+            if augment is not None:
+                for babble in babbles:
+                    babble.recordings, babble.num_rows = (lambda index: [recent[index]]), len(recent)
+                recent.append(waveform)
+                waveform = augment(waveform, np.random.default_rng([plan.seed, row, 2]))
             seconds += len(waveform) / SAMPLING_RATE
             _add(tar, plan, row, waveform)
     return seconds, failed
@@ -207,7 +258,7 @@ def write_shard(plan: Plan, shard: int, path: Path) -> tuple[float, list[tuple[i
 def _add(tar: tarfile.TarFile, plan: Plan, row: int, waveform: np.ndarray) -> None:
     audio = io.BytesIO()
     soundfile.write(audio, waveform, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    messages = transcription_messages(f"{row:08d}.flac", plan.prompt, plan.texts[row % len(plan.texts)])
+    messages = transcription_messages(f"{row:08d}.flac", plan.prompt, plan.text(row))
     names = ("engine", "voice", "rate", "pitch")
     record = {
         "messages": messages,
@@ -259,7 +310,8 @@ def synthesize(
 
 def _check_settings(plan: Plan, output_dir: Path) -> None:
     settings = {
-        **{name: value for name, value in vars(plan).items() if name not in ("texts", "voices")},
+        **{name: value for name, value in vars(plan).items() if name not in ("texts", "voices", "augmentation")},
+        "augmentation": asdict(plan.augmentation),
         "texts": hashlib.blake2b("\n".join(plan.texts).encode(), digest_size=16).hexdigest(),
         "voices": {engine: len(voices) for engine, voices in plan.voices.items()},
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-BATCH_SIZE, NEW_TOKENS = 64, 128
+BATCH_SIZE = {"cpu": 64, "cuda": 1024}  # texts at once
+NEW_TOKENS = 128
 MAX_EMPTY_ROUNDS = 5  # consecutive batches without a new sentence
 
 
@@ -17,7 +19,7 @@ def sample_sentences(
     name: str,
     count: int,
     clean: Callable[[list[str]], list[str]],
-    prompt: str = "",
+    prompts: Sequence[str] = ("",),
     seed: int = 0,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
@@ -27,7 +29,7 @@ def sample_sentences(
         name: folder or Hub id of the LLM, or a GGUF file.
         count: number of sentences.
         clean: returns the usable sentences of sampled texts.
-        prompt: beginning of each text, which is not part of the sentences; default: the start token.
+        prompts: beginnings of texts, one per batch in turn, which are not part of the sentences; "": the start token.
         seed: seed of the samples.
         report: called with the number of sentences after every batch.
 
@@ -41,12 +43,12 @@ def sample_sentences(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
-    inputs = torch.tensor([ids or [start]] * BATCH_SIZE, device=device)
+    beginnings = itertools.cycle([tokenizer.encode(text, add_special_tokens=False) or [start] for text in prompts])
     set_seed(seed)
     found: dict[str, None] = {}
     empty = 0
     while len(found) < count:
+        inputs = torch.tensor([next(beginnings)] * BATCH_SIZE[device.type], device=device)
         outputs = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
