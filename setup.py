@@ -50,7 +50,7 @@ TRAIN = [
 VAD = ["silero-vad[onnx-cpu]>=6.2.3"]
 EVERYTHING = [*TRAIN, *VAD]
 DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
-VOXTRAL = "mistral-common[soundfile]>=1.8.6"
+VOXTRAL = "mistral-common[soundfile]>=1.11.5"  # what transformers asks for; limits numpy
 LHOTSE = "lhotse>=1.33"
 AUGMENT = "pyroomacoustics>=0.10.1"
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]

@@ -11,6 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, Transcriber
+from hf_speechllm.model.ctc import add_ctc_head
+from hf_speechllm.model.ctc_configuration import CTCHeadConfig
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = ["multi_gpu", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
 WRAPPERS = {
@@ -338,3 +342,69 @@ def test_validation_by_decoding_has_the_same_error_rates(engine, train):
     ]
     assert [step for step, _ in rates[0]][:3] == [0, 2, 4]
     assert rates[0] == rates[1]
+
+
+@pytest.fixture(scope="module")
+def model_with_head(tiny_model, tmp_path_factory):
+    """A model with a CTC head over the LLM's tokens, without dropout."""
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    size = len(processor.tokenizer)
+    torch.manual_seed(0)
+    config = CTCHeadConfig(
+        vocabulary="llm", vocab_size=size + 1, blank_id=size, num_attention_heads=2, hidden_dropout=0.0,
+        hidden_size=model.config.audio_adaptor_config.encoder_hidden_size, attention_dropout=0.0,
+    )  # fmt: skip
+    add_ctc_head(model, config)
+    folder = tmp_path_factory.mktemp("head")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("engine", "alone"),
+    [
+        ("deepspeed_zero3", True),
+        ("fsdp2", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("deepspeed_zero1", True),
+                ("deepspeed_zero1", False),
+                ("deepspeed_zero3", False),
+                ("fsdp2", True),
+            ]
+        ),
+    ],
+)
+def test_ctc_head_is_trained_saved_resumed_and_decodes(engine, alone, train, model_with_head, tiny_corpus):
+    options = ["--model_name_or_path", model_with_head, "--ctc_head", "auto"]
+    frozen = [f"--freeze_{part}" for part in ("audio_encoder", "audio_adaptor", "llm")]
+    options += [item for option in (frozen if alone else frozen[:1]) for item in (option, "true")]
+    saving = ["--save_strategy", "steps", "--save_steps", 2]
+    notes, log, folder = train(engine, *options, *saving)
+    _, expected, reference = train("one", *options, accumulation=2)
+    check_engine(engine, notes)
+    for key in ("loss", "grad_norm", *(() if alone else ("ctc_loss", "token_accuracy"))):
+        values = [[line[key] for line in lines if key in line] for lines in (log, expected)]
+        assert len(values[0]) == 4 and values[0] == pytest.approx(values[1], rel=1e-3 if key == "grad_norm" else 1e-5)
+    check_weights(folder, reference)
+    before, after = (load_file(place / "model.safetensors") for place in (model_with_head, folder))
+    moved = {name.partition(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == ({"ctc_head"} if alone else {"ctc_head", "audio_adaptor", "llm"})
+
+    shutil.rmtree(folder / "checkpoint-4")
+    notes, resumed_log, _ = train(engine, *options, *saving, "--resume_from_checkpoint", "auto", folder=folder)
+    check_engine(engine, notes)
+    assert [line["loss"] for line in resumed_log if "loss" in line] == [line["loss"] for line in log if "loss" in line]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(folder / "model.safetensors").items())
+
+    texts, words = [], []
+    for place in (folder, reference):
+        loaded = SpeechLLMForConditionalGeneration.from_pretrained(place), SpeechLLMProcessor.from_pretrained(place)
+        transcriber = Transcriber(*loaded, max_new_tokens=8, word_times=True, ctc_draft=True)
+        found = transcriber.transcripts(sorted(map(str, tiny_corpus.jsonl.parent.glob("*.wav"))))
+        texts.append([item.text for item in found])
+        words.append([(word.text, word.start, word.end) for item in found for word in item.words])
+    assert texts[0] == texts[1] and words[0] == words[1] and any(texts[0])

@@ -37,7 +37,7 @@ def main() -> None:
 
     from ..data.bad_rows import BadRows
     from ..data.kaldi import read_scp
-    from ..evaluation.transcripts import read_transcripts, require_common_ids
+    from ..data.transcripts import read_transcripts, require_common_ids
     from ..inference.aligning import Aligner
     from ..inference.writers import write_failures, write_results
     from .decoding import load_model

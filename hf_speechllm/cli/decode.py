@@ -60,6 +60,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="let the LLM verify drafts of the CTC head: fewer steps, equal texts",
     )
+    parser.add_argument(
+        "--ctc_draft_threshold",
+        type=float,
+        metavar="P",
+        help="with --ctc_draft: take drafts with a probability of at least P without the LLM",
+    )
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
@@ -83,6 +89,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--confidence_file requires --word_times")
     if args.ctc_draft and (args.num_beams > 1 or args.repetition_guard):
         parser.error("--ctc_draft is not supported with --num_beams and --repetition_guard; leave these out")
+    if args.ctc_draft_threshold is not None:
+        if not args.ctc_draft:
+            parser.error("--ctc_draft_threshold requires --ctc_draft")
+        if not 0 < args.ctc_draft_threshold <= 1:
+            parser.error("--ctc_draft_threshold must be above 0 and at most 1")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")

@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 # Options that affect the texts: an unfinished run resumes only with the same values.
 SETTINGS = (
     "language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard",
-    "word_times", "ctc_guard", "ctc_draft",
+    "word_times", "ctc_guard", "ctc_draft", "ctc_draft_threshold",
 )  # fmt: skip
 OPTIONS = (
     "batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "word_times", "ctc_guard",
-    "ctc_draft",
+    "ctc_draft", "ctc_draft_threshold",
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def main(verb: str | None = None) -> None:
             sys.exit(status)
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}.{verb}":  # the code in the repository of a published model
-            sys.exit(f"{prog()}: error: this installation supports decoding only; pip install hf_speechllm")
+            sys.exit(f"{prog()}: error: this installation has decode and align only; pip install hf_speechllm")
         package = str(error.name).partition(".")[0]
         if package == __package__.partition(".")[0]:
             raise

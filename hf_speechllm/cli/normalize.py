@@ -24,8 +24,8 @@ def normalized_lines(path: str) -> Iterator[str]:
     Raises:
         ValueError: if a line is not UTF-8.
     """
+    from ..data.transcripts import split_line
     from ..evaluation.normalizers import normalize_text
-    from ..evaluation.transcripts import split_line
 
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):

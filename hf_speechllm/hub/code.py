@@ -1,4 +1,4 @@
-"""The code that is published with a model in the layout of this package: for loading and decoding, not training."""
+"""The code that is published with a model in the layout of this package: for decoding and alignment, not training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..version import __version__
 CODE_FOLDER = "code"
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMAND = "hf_speechllm_command"
-ROOTS = ("", "__main__", "cli.main", "cli.decode", "inference.transcriber")
+ROOTS = ("", "__main__", "cli.main", "cli.decode", "cli.align", "inference.transcriber")
 
 
 def write_code(folder: Path) -> None:
@@ -25,11 +25,12 @@ def write_code(folder: Path) -> None:
         shutil.copy(source, target)
     shutil.copy(PACKAGE.with_name(f"{COMMAND}.py"), code)
     python = metadata.metadata(PACKAGE.name)["Requires-Python"]
-    listed = "".join(f"    {item!r},\n" for item in requirements())
+    listed, vad = ("".join(f"    {item!r},\n" for item in requirements(extra)) for extra in ("decode", "vad"))
     (code / "pyproject.toml").write_text(
         f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
         f'[project]\nname = "{PACKAGE.name}"\nversion = "{__version__}"\nrequires-python = "{python}"\n'
         f"dependencies = [\n{listed}]\n\n"
+        f"[project.optional-dependencies]\nvad = [\n{vad}]\n\n"
         f'[project.scripts]\nhf-speechllm = "{COMMAND}:main"\n\n'
         f'[tool.setuptools]\npy-modules = ["{COMMAND}"]\n\n'
         f'[tool.setuptools.packages.find]\ninclude = ["{PACKAGE.name}*"]\n',
@@ -37,10 +38,10 @@ def write_code(folder: Path) -> None:
     )
 
 
-def requirements() -> list[str]:
-    """Returns the requirements of decoding: the extra `decode`; if it is missing, all requirements of the package."""
+def requirements(extra: str = "decode") -> list[str]:
+    """Returns the requirements of an extra; if it is missing, all requirements of the package."""
     declared = [item.partition(";") for item in metadata.requires(PACKAGE.name) or ()]
-    needed = [name.strip() for name, _, marker in declared if marker.split() == ["extra", "==", '"decode"']]
+    needed = [name.strip() for name, _, marker in declared if marker.split() == ["extra", "==", f'"{extra}"']]
     return needed or [name for name, _, marker in declared if "extra" not in marker]
 
 

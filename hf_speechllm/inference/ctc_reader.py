@@ -80,12 +80,16 @@ class CTCReader:
         """Keeps the encoder states that the adaptor receives in the block, so that the encoder runs once."""
         self._states, self._generated = [], ([], [])
         handle = self.model.audio_adaptor.register_forward_pre_hook(
-            lambda module, arguments: self._states.append(arguments[:2])
+            lambda module, arguments: self.hear(*arguments[:2])
         )
         try:
             yield
         finally:
             handle.remove()
+
+    def hear(self, states: torch.Tensor, mask: torch.Tensor) -> None:
+        """Keeps encoder states of all recordings of a batch, of which the adaptor may receive a part."""
+        self._states.append((states, mask))
 
     def notice(self, tokens: list[list[int]], scores: list[list[float]]) -> None:
         """Keeps the tokens of greedy search and their log-probabilities, by row."""

@@ -1,4 +1,7 @@
-"""Drafts of the CTC head, which the LLM verifies in one forward pass instead of one pass per token."""
+"""Drafts of the CTC head, which the LLM verifies in one forward pass instead of one pass per token.
+
+With a threshold, texts that are probable enough according to the head are taken without the LLM.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from transformers import BatchFeature
 
+from ..model.ctc import pad_ctc_targets
 from ..model.processing import SpeechLLMProcessor
 from .ctc_reader import CTCReader
 from .search import Generated
 
-MAX_ROUNDS = 3  # verifications of a row; after an error, the rest of the draft is verified again
-MIN_GAIN = 3  # tokens; a round with fewer accepted tokens is the last one
+MIN_GAIN = 3  # tokens; after an error, the rest of a draft is verified again if the rounds gave as many on average
 
 
 @dataclass
@@ -24,17 +28,19 @@ class Verified(Generated):
 
 
 class Drafter:
-    """Computes drafts and verifies them. The tokens are those of greedy search, apart from rounding.
+    """Computes drafts and verifies them. Verified tokens are those of greedy search, apart from rounding.
 
     Args:
         reader: of a CTC head over the LLM's tokens.
         processor: of the model.
+        threshold: probability of a draft, from 0 to 1, from which it is the text, without scores and without the LLM;
+            `None`: the LLM verifies all drafts.
 
     Raises:
         ValueError: if the head has another vocabulary.
     """
 
-    def __init__(self, reader: CTCReader, processor: SpeechLLMProcessor):
+    def __init__(self, reader: CTCReader, processor: SpeechLLMProcessor, threshold: float | None = None):
         if reader.model.config.ctc_head_config.vocabulary != "llm":
             raise ValueError(
                 "--ctc_draft requires a CTC head over the LLM's tokens; train one with --ctc_vocabulary llm"
@@ -42,6 +48,7 @@ class Drafter:
         self.reader = reader
         self.model = reader.model
         self.processor = processor
+        self.threshold = threshold
 
     @torch.inference_mode()
     def search(
@@ -72,28 +79,37 @@ class Drafter:
         """Verifies drafts for a batch with one recording per row; arguments as for `search`."""
         rows = len(inputs["input_ids"])
         states, mask = self.model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+        self.reader.hear(states, mask)
         log_probabilities, lengths = self.model.ctc_head(states, mask)
-        end = self._ends()[0]
-        rest = [
-            [*self.reader.vocabulary.greedy(item[:length]), end]
+        drafts = [
+            self.reader.vocabulary.greedy(item[:length])
             for item, length in zip(log_probabilities, lengths.tolist(), strict=True)
         ]
+        rest = [[*draft, self._ends()[0]] for draft in drafts]
         found = Verified([[] for _ in range(rows)], [[] for _ in range(rows)], [True] * rows, [False] * rows)
-        active = list(range(rows))
-        for _ in range(MAX_ROUNDS):
-            gains = self._verify(inputs, active, rest, found, states, mask, max_new_tokens)
-            active = [row for row in active if not found.finished[row] and gains[row] >= MIN_GAIN and rest[row]]
-            if not active:
-                break
+        if self.threshold is not None:
+            blank = self.reader.vocabulary.blank
+            for row, probability in enumerate(text_probabilities(log_probabilities, lengths, drafts, blank)):
+                if probability >= self.threshold and len(rest[row]) <= max_new_tokens:
+                    found.tokens[row], found.finished[row] = rest[row], True
+        active = [row for row, finished in enumerate(found.finished) if not finished]
+        rounds = 0
+        while active:
+            self._verify(inputs, active, rest, found, states, mask, max_new_tokens)
+            rounds += 1
+            active = [
+                row for row in active
+                if not found.finished[row] and rest[row] and len(found.tokens[row]) >= MIN_GAIN * rounds
+            ]  # fmt: skip
         return found
 
-    def _verify(self, inputs, active, rest, found: Verified, states, mask, max_new_tokens) -> dict[int, int]:
-        """Verifies the rest of the drafts of active rows in one forward pass; returns the numbers of new tokens."""
+    def _verify(self, inputs, active, rest, found: Verified, states, mask, max_new_tokens) -> None:
+        """Verifies the rest of the drafts of active rows in one forward pass."""
         drafts = [rest[row][: max_new_tokens - len(found.tokens[row])] for row in active]
         sequence = extended(inputs, active, [found.tokens[row] for row in active], self.processor)
         width, longest = sequence["input_ids"].shape[1], max(map(len, drafts))
-        ids = torch.nn.functional.pad(sequence["input_ids"], (0, longest), value=0)
-        attention = torch.nn.functional.pad(sequence["attention_mask"], (0, longest), value=0)
+        ids = functional.pad(sequence["input_ids"], (0, longest), value=0)
+        attention = functional.pad(sequence["attention_mask"], (0, longest), value=0)
         for place, draft in enumerate(drafts):
             ids[place, width : width + len(draft)] = torch.tensor(draft, device=ids.device)
             attention[place, width : width + len(draft)] = 1
@@ -104,7 +120,6 @@ class Drafter:
         best = logits.argmax(-1).tolist()
         scores = (logits.amax(-1) - logits.logsumexp(-1)).tolist()
         finite = logits.sum(-1).isfinite().tolist()
-        gains = {}
         for place, (row, draft) in enumerate(zip(active, drafts, strict=True)):
             agreed = next((at for at, token in enumerate(draft) if token != best[place][at]), len(draft))
             room = max_new_tokens - len(found.tokens[row])
@@ -117,12 +132,28 @@ class Drafter:
             found.finite[row] &= all(finite[place][: len(new)])
             found.finished[row] = bool(ends) or len(found.tokens[row]) >= max_new_tokens
             rest[row] = draft[agreed + 1 :]  # as if the LLM had replaced one token
-            gains[row] = len(new)
-        return gains
 
     def _ends(self) -> list[int]:
         end = self.model.generation_config.eos_token_id
         return list(end) if isinstance(end, (list, tuple)) else [end]
+
+
+def text_probabilities(
+    log_probabilities: torch.Tensor, lengths: torch.Tensor, texts: Sequence[Sequence[int]], blank: int
+) -> list[float]:
+    """Returns the probability of each text according to a CTC head: the sum over its alignments (Graves et al., 2006).
+
+    Args:
+        log_probabilities: shape = (recordings, frames, vocabulary).
+        lengths: frames of each recording, shape = (recordings,).
+        texts: ids of each text, without blanks.
+        blank: id of the blank.
+    """
+    ids, sizes = (value.to(lengths.device) for value in pad_ctc_targets(texts).values())
+    losses = functional.ctc_loss(
+        log_probabilities.transpose(0, 1), ids, lengths, sizes, blank=blank, reduction="none"
+    )  # fmt: skip
+    return (-losses).exp().tolist()
 
 
 def extended(

@@ -78,6 +78,8 @@ class Transcriber:
         ctc_guard: whether a text that the CTC head contradicts is replaced by the text of the CTC head.
         calibration: of the confidence of words, see `model.calibration`.
         ctc_draft: whether the LLM verifies drafts of a CTC head over its tokens, in greedy search; see `drafts`.
+        ctc_draft_threshold: with `ctc_draft`: probability of a draft, from 0 to 1, from which it is the text, without
+            the LLM; `None`: the LLM verifies all drafts.
         fast: whether to use fast paths: on a GPU padded-mask attention and the FSMN kernel, and no attention of
             cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
             same numbers), even after use by a fast transcriber.
@@ -104,6 +106,7 @@ class Transcriber:
         ctc_guard: bool = False,
         ctc_draft: bool = False,
         calibration: Calibration | None = None,
+        ctc_draft_threshold: float | None = None,
     ):
         self.model = model.eval()
         if cuda_graphs is not None:
@@ -120,7 +123,7 @@ class Transcriber:
         self.processor = processor
         uses_ctc = word_times or ctc_guard or ctc_draft
         self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
-        self.drafter = Drafter(self.reader, processor) if self.reader is not None and ctc_draft else None
+        self.drafter = Drafter(self.reader, processor, ctc_draft_threshold) if self.reader and ctc_draft else None
         self.batch_seconds = batch_seconds
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
@@ -227,10 +230,8 @@ class Transcriber:
                 failed, decodable, counts, inputs = result
                 yield from failed
                 for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
-                    if piece.waveform is None:
-                        seconds[piece.index] = (
-                            piece.seconds
-                        )  # the recording may have been replaced since the measurement
+                    if piece.waveform is None:  # the recording may have been replaced since the measurement
+                        seconds[piece.index] = piece.seconds
                     if piece.index not in found:  # another segment of this recording has failed
                         continue
                     if segment is None:

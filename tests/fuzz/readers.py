@@ -43,7 +43,7 @@ from hf_speechllm.data.kaldi import join, read_list, read_scp
 from hf_speechllm.data.options import DataOptions
 from hf_speechllm.data.preparation import RowMaker, prepare
 from hf_speechllm.data.shards import read_shard, shards_of
-from hf_speechllm.evaluation.transcripts import read_map
+from hf_speechllm.data.transcripts import read_map
 from hf_speechllm.formats.saving import write_checkpoint
 from hf_speechllm.inference.journal import Journal, request_key
 from hf_speechllm.inference.pieces import Transcript

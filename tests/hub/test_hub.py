@@ -134,7 +134,9 @@ def test_other_models_are_pushed_in_the_own_layout_with_the_code(
     declared = metadata.metadata("hf_speechllm")
     assert project["name"] == "hf_speechllm" and project["requires-python"] == declared["Requires-Python"]
     assert project["dependencies"] == requirements()
-    assert {"code/hf_speechllm/cli/decode.py", "code/hf_speechllm_command.py"} <= files.keys()
+    assert project["optional-dependencies"] == {"vad": requirements("vad")} and "silero" in requirements("vad")[0]
+    assert {f"code/hf_speechllm/cli/{verb}.py" for verb in ("decode", "align")} <= files.keys()
+    assert "code/hf_speechllm_command.py" in files
     assert not any("/training/" in name or "/evaluation/" in name for name in files)
     assert any(re.match(r"transformers.*<", item) for item in project["dependencies"])
     assert "pip install ./speech_llm/code" in files["README.md"].content.decode()

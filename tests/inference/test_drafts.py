@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_speechllm import Transcriber
+from hf_speechllm.inference.drafts import text_probabilities
 from hf_speechllm.model.ctc import add_ctc_head
 from hf_speechllm.model.ctc_configuration import CTCHeadConfig
 from hf_speechllm.model.ctc_vocabulary import character_config
@@ -117,3 +118,40 @@ def test_verified_texts_end_at_the_end_token(with_head, waveforms, monkeypatch):
         left = list(drafts)
         drafted.reader.vocabulary.greedy = lambda log_probabilities, left=left: left.pop(0)
         assert drafted.generate(inputs) == expected
+
+
+def test_probability_of_a_text_is_the_sum_over_its_alignments():
+    probabilities = torch.tensor([[[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]], [[0.9, 0.05, 0.05]] * 3])
+    texts = [[1], []]
+    paths = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 1, 1)]
+    expected = sum(
+        float(torch.stack([probabilities[0, at, id_] for at, id_ in enumerate(path)]).prod()) for path in paths
+    )
+    found = text_probabilities(probabilities.log(), torch.tensor([3, 2]), texts, blank=0)
+    assert found == pytest.approx([expected, 0.9**2])
+
+
+def test_drafts_above_the_threshold_are_not_verified(with_head, waveforms, monkeypatch):
+    model, processor = with_head
+    inputs = processor.apply_transcription_request(waveforms)
+    greedy = Transcriber(model, processor, max_new_tokens=8).transcribe(waveforms)
+    probabilities = {0: 0.95}  # the other drafts are less probable than the threshold
+    monkeypatch.setattr(
+        "hf_speechllm.inference.drafts.text_probabilities",
+        lambda _, lengths, *rest: [probabilities.get(row, 0.1) for row in range(len(lengths))],
+    )
+    options = {"max_new_tokens": 8, "word_times": True, "ctc_draft": True, "ctc_draft_threshold": 0.9}
+    transcriber = Transcriber(model, processor, **options)
+    draft = processor.tokenizer.encode("one", add_special_tokens=False)
+    transcriber.reader.vocabulary.greedy = lambda log_probabilities: draft
+    texts = transcriber.generate(inputs)
+    assert texts == ["one", *greedy[1:]]
+
+    probabilities.update({row: 0.9 for row in range(len(waveforms))})
+    counted = Steps(model)
+    found = transcriber.transcripts(waveforms)
+    counted.handle.remove()
+    assert counted.count == 0  # not even the adaptor runs
+    for item in found:
+        assert item.text == "one" and [word.text for word in item.words] == ["one"]
+        assert item.words[0].ctc is not None and item.words[0].llm is None

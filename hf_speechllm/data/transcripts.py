@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..audio.downloads import redact
-from ..data.bad_rows import BadDataError, BadRow
-from ..data.jsonl import read_jsonl, recording_id
+from .bad_rows import BadDataError, BadRow
+from .jsonl import read_jsonl, recording_id
 
 # A path, URL or command in a wav.scp.
 _RECORDING = re.compile(r"^\S+\.(?:wav|flac|mp3|ogg|opus|m4a|aac|sph|pcm|ark:\d+)$|\|$", re.IGNORECASE)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_speechllm.data.bad_rows import BadDataError
-from hf_speechllm.evaluation.transcripts import (
+from hf_speechllm.data.transcripts import (
     read_durations,
     read_map,
     read_transcripts,
