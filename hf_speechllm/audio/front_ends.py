@@ -51,13 +51,21 @@ def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np
     if isinstance(feature_extractor, FbankFeatureExtractor):
         return feature_extractor.fbank(waveform).numpy()
     rate = feature_extractor.sampling_rate
-    if type(feature_extractor).__name__ != "WhisperFeatureExtractor":  # pads to 30 s and masks the padding
-        waveform = np.pad(waveform, (0, max(0, round(MIN_SECONDS * rate) - len(waveform))))
-    batch = feature_extractor(waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="np")
+    options: dict = {}
+    length = len(waveform)
+    if type(feature_extractor).__name__ == "WhisperFeatureExtractor":
+        # By default, it pads to 30 s. A window of silence gives the same frames in a fraction of the time.
+        options["padding"] = "longest"
+        waveform = np.pad(waveform, (0, feature_extractor.n_fft))
+    else:
+        waveform = np.pad(waveform, (0, max(0, round(MIN_SECONDS * rate) - length)))
+    batch = feature_extractor(waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="np", **options)
     if reads_waveforms(feature_extractor):
         samples, width = batch["input_values"][0], stored_width(feature_extractor)
         return np.pad(samples, (0, -len(samples) % width)).reshape(-1, width).astype(np.float32)
     features, mask = batch["input_features"][0], batch["attention_mask"][0].astype(bool)
+    if options:
+        mask[-(-length // feature_extractor.hop_length) :] = False
     features = features[:, mask].T if type(feature_extractor).__name__ in TIME_LAST else features[mask]
     return features.reshape(-1, stored_width(feature_extractor))
 

@@ -152,7 +152,7 @@ def test_stored_features_become_the_input_of_the_encoder():
     assert num_encoder_input_frames(extractor, len(stored)) == len(expected)
 
 
-@pytest.mark.parametrize("samples", [1600, 1601, 1759, 16000, 480_000])
+@pytest.mark.parametrize("samples", [1, 1600, 1601, 1759, 16000, 479_601, 479_999, 480_000])
 def test_stored_whisper_features_exclude_the_padding(samples):
     extractor = WhisperFeatureExtractor()
     waveform = noise(samples)
