@@ -35,7 +35,6 @@ EVALUATE = [
     "compute-wer>=0.2.4",
     "rapidfuzz>=3.10.0",
     "jinja2>=3.1.4",
-    "matplotlib>=3.9.2",
     "whisper-normalizer>=0.1.13",
     "zhconv>=1.4.3",
     "evaluate>=0.4.6",
@@ -45,6 +44,7 @@ TRAIN = [
     "datasets>=4.4.0,<5.3",
     "peft>=0.20.0,<0.22",
     "tensorboard>=2.18.0",
+    "matplotlib>=3.9.2",
     *EVALUATE,  # validation by decoding
 ]
 VAD = ["silero-vad[onnx-cpu]>=6.2.3"]

@@ -30,8 +30,8 @@ VERBS = {
 }
 # Extra that installs an optional package.
 EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "peft", "pyarrow", "tensorboard"), "train"),
-    **dict.fromkeys(("compute_wer", "evaluate", "jinja2", "matplotlib", "rapidfuzz", "whisper_normalizer"), "eval"),
+    **dict.fromkeys(("accelerate", "datasets", "matplotlib", "peft", "pyarrow", "tensorboard"), "train"),
+    **dict.fromkeys(("compute_wer", "evaluate", "jinja2", "rapidfuzz", "whisper_normalizer"), "eval"),
     "zhconv": "eval",
     "silero_vad": "vad",
     "lhotse": "lhotse",

@@ -113,7 +113,7 @@ def score(args: argparse.Namespace) -> None:
     if datasets:
         warn_about_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in reference.texts if id_ not in datasets])
 
-    comparison = None
+    comparison, others, absent = None, [], []
     if args.compare:
         others = scoring.rescore(utterances, other_hypotheses, **options)
         errors, other_errors = ([u.counts.errors for u in scored] for scored in (utterances, others))
@@ -142,11 +142,13 @@ def score(args: argparse.Namespace) -> None:
     if not args.utt2dur:
         durations, reasons = recordings.measure_durations(wanted)
         warn_about_ids("unreadable recordings", list(reasons.values()))
-    worst = report.worst_utterances(utterances, args.num_worst)
-    sounds = {u.id: recordings.embed_sound(wanted[u.id]) for u in worst if u.id in wanted and not args.no_audio}
+    examples = report.choose_examples(utterances, args.num_worst, result["missing_hypotheses"], others, absent)
+    heard = [id_ for id_ in examples.ids() if id_ in wanted and not args.no_audio]
     page = report.html_report(
-        result, utterances, reference.texts, hypotheses, worst, durations, sounds, counted, comparison, judged
-    )
+        result, utterances, reference.texts, hypotheses, examples, durations,
+        sounds={id_: recordings.embed_sound(wanted[id_]) for id_ in heard}, hotwords=counted, comparison=comparison,
+        others=others, other_hypotheses=other_hypotheses, words=judged,
+    )  # fmt: skip
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

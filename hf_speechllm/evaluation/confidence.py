@@ -1,8 +1,7 @@
-"""Confidence of words: correct words, calibration by logistic regression, reliability diagram."""
+"""Confidence of words: correct words, calibration by logistic regression, calibration error."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -127,12 +126,12 @@ def raw_confidence(words: Iterable[JudgedWord]) -> list[tuple[float, bool]]:
 
 def calibration_error(pairs: Sequence[tuple[float, bool]]) -> float | None:
     """Returns the expected calibration error: the mean difference of confidence and accuracy, over the words."""
-    bins = _bins(pairs)
+    bins = bins_of(pairs)
     total = sum(count for *_, count in bins)
     return sum(count * abs(mean - accuracy) for mean, accuracy, count in bins) / total if total else None
 
 
-def _bins(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, float, int]]:
+def bins_of(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, float, int]]:
     """Returns mean confidence, accuracy and size of each bin that has words."""
     groups: list[list[tuple[float, bool]]] = [[] for _ in range(NUM_BINS)]
     for pair in pairs:
@@ -165,29 +164,3 @@ def least_confident(
             by_id.setdefault(word.id, []).append(confidence)
     means = [(id_, sum(values) / len(values), len(values)) for id_, values in by_id.items()]
     return sorted(means, key=lambda item: item[1])[:number]
-
-
-def reliability_diagram(words: Sequence[JudgedWord]) -> str:
-    """Draws accuracy against confidence as SVG: without calibration, and calibrated on the other half."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], color="#94a3b8", linewidth=0.8)
-        for name, pairs, colour in (
-            ("without calibration", raw_confidence(words), "#c2410c"),
-            ("calibrated", held_out_confidence(words), "#1d4ed8"),
-        ):
-            bins = _bins(pairs)
-            axes.plot([mean for mean, *_ in bins], [rate for _, rate, _ in bins], "o-", color=colour, label=name)
-        axes.set(xlabel="confidence", ylabel="share of correct words", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(frameon=False, loc="upper left")
-        axes.spines[["top", "right"]].set_visible(False)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]

@@ -16,14 +16,23 @@ import pytest
 import soundfile
 
 from hf_speechllm.evaluation import normalize_text, report
+from hf_speechllm.evaluation.charts import MAX_TICKS, NUM_DOTS, Axis, duration_chart
 from hf_speechllm.evaluation.hotword_scores import count_hotwords, summarize
-from hf_speechllm.evaluation.report import duration_chart, html_report, worst_utterances, write_compute_wer
+from hf_speechllm.evaluation.report import (
+    align_columns,
+    choose_examples,
+    frequent_confusions,
+    html_report,
+    worst_utterances,
+    write_compute_wer,
+)
 from hf_speechllm.evaluation.report_audio import MAX_SOUND_SECONDS, embed_sound, measure_durations
-from hf_speechllm.evaluation.scoring import rules_for, score_set, score_utterances
+from hf_speechllm.evaluation.scoring import rescore, rules_for, score_set, score_utterances
 from hf_speechllm.evaluation.statistics import compare_systems
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+LONG = "pneumonoultramicroscopicsilicovolcanoconiosis"
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 
 
@@ -66,16 +75,20 @@ def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, 
     counted = count_hotwords(utterances, hotwords)
     if hotwords:
         score["hotwords"] = summarize(counted)
-    comparison = None
+    comparison, before, absent = None, [], []
     if others:
-        errors = [utterance.counts.errors for utterance in utterances]
+        before = rescore(utterances, others)
+        absent = [id_ for id_ in references if id_ not in others]
+        errors, other_errors = ([utterance.counts.errors for utterance in scored] for scored in (utterances, before))
         tokens = [utterance.counts.reference_tokens for utterance in utterances]
-        comparison = compare_systems(errors, others, tokens)
+        comparison = compare_systems(errors, other_errors, tokens)
         score["comparison"] = {"file": f"{HOSTILE}/other", "rate": 0.5}
-    worst = worst_utterances(utterances, 10)
+    examples = choose_examples(utterances, 10, score["missing_hypotheses"], before, absent)
     durations, _ = measure_durations(sources or {})
-    sounds = {utterance.id: embed_sound(sources[utterance.id]) for utterance in worst} if sources else {}
-    return html_report(score, utterances, references, hypotheses, worst, durations, sounds, counted, comparison)
+    sounds = {id_: embed_sound(sources[id_]) for id_ in examples.ids()} if sources else {}
+    return html_report(
+        score, utterances, references, hypotheses, examples, durations, sounds, counted, comparison, before, others
+    )
 
 
 class Reader(HTMLParser):
@@ -98,12 +111,13 @@ def test_every_text_in_the_page_is_escaped(tmp_path):
     hypotheses = {f"{HOSTILE}1": f"{HOSTILE} goodbye", f"{HOSTILE}2": "", f"{HOSTILE}extra": "x"}
     sources = {id_: str(tmp_path / f"{HOSTILE}.wav") for id_ in references}
     datasets = {id_: f"{HOSTILE}{number}" for number, id_ in enumerate(references)}
-    page = make_page(references, hypotheses, sources, [f"hello {HOSTILE}"], datasets, [1, 2, 3])
+    others = {id_: f"{HOSTILE} other" for id_ in references}
+    page = make_page(references, hypotheses, sources, [f"hello {HOSTILE}"], datasets, others)
     reader = Reader(page)
     assert not {"script", "img"} & {tag for tag, _ in reader.elements}
     assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
     # Title, file names, IDs, texts as written, data sets, hotwords, paths of unreadable recordings, other hypotheses.
-    assert reader.text.count(HOSTILE) >= 3 * 5 + 6
+    assert reader.text.count(HOSTILE) >= 2 * 5 + 9
     assert "no such file" in reader.text.lower()
 
 
@@ -130,7 +144,9 @@ def test_missing_and_empty_hypotheses_are_listed_separately():
     missing, empty = re.findall("<details>(.*?)</details>", page, flags=re.DOTALL)[:2]
     assert "without a hypothesis" in missing and "gone" in missing and "silent" not in missing
     assert "Empty hypotheses" in empty and "silent" in empty and "gone" not in empty
-    assert page.count("· no hypothesis") == 1
+    # The page shows no alignment with nothing, and the rate of the others.
+    assert page.count("<article") == 1 and "1 of 3 references have no hypothesis" in page
+    assert "WER of the others: 50.00\u00a0%" in page
 
 
 def test_worst_utterances_have_most_errors_then_the_highest_rate():
@@ -140,15 +156,94 @@ def test_worst_utterances_have_most_errors_then_the_highest_rate():
     assert [utterance.id for utterance in worst_utterances(utterances, 1)] == ["c"]
 
 
-@pytest.mark.parametrize("number", [1, 3, 100, report.NUM_DOTS + 7])
+def test_examples_are_the_worst_and_the_most_changed_utterances_with_a_hypothesis():
+    texts = {id_: "1 2 3 4" for id_ in "abcdef"}
+    utterances = score_utterances(texts, {"a": "1 2 3 4", "b": "1 2", "c": "1", "d": "", "e": "1 2 3"})
+    others = rescore(utterances, {"a": "1", "b": "1 2 3 4", "c": "1", "d": "1 2 3", "f": "1 2 3 4"})
+    examples = choose_examples(utterances, 3, ["f"], others, ["e"])
+    assert [[u.id for u in part] for part in (examples.worst, examples.better, examples.worse)] == [
+        ["d", "c", "b"], ["a"], ["d", "b"],
+    ]  # fmt: skip
+    assert examples.ids() == ["d", "b", "a", "c"]
+    assert choose_examples(utterances, 0, [], others).ids() == []
+
+
+def test_columns_have_the_cells_of_both_hypotheses():
+    columns = align_columns(["a", "b", "c"], ["x", "a", "c"], ["a", "y", "z", "b", "d"])
+    assert [(column.reference, *column.cells) for column in columns] == [
+        ("", ("insert", "x"), ("equal", "")),
+        ("a", ("equal", "a"), ("equal", "a")),
+        ("", ("equal", ""), ("insert", "y")),
+        ("", ("equal", ""), ("insert", "z")),
+        ("b", ("delete", ""), ("equal", "b")),
+        ("c", ("equal", "c"), ("replace", "d")),
+    ]
+    assert align_columns([]) == align_columns([], [], []) == []
+
+
+def test_confusions_of_both_systems_are_counted():
+    references = {str(number): "a b c" for number in range(4)}
+    utterances = score_utterances(references, dict.fromkeys(references, "x b c d"))
+    others = rescore(utterances, dict.fromkeys("012", "a c") | {"3": "x b c"})
+    assert frequent_confusions(utterances, others) == {
+        "replace": [(("a", "x"), 4, 1)], "delete": [(("b", ""), 0, 3)], "insert": [(("", "d"), 4, 0)],
+    }  # fmt: skip
+    page = make_page(references, dict.fromkeys(references, "x b c d"), others=dict.fromkeys(references, "a c"))
+    rows = re.findall("<tr><td class.*?</tr>", page)
+    assert [re.findall("<td[^>]*>(.*?)</td>", row) for row in rows] == [
+        ["a", "x", "4", "0"], ["b", "0", "4"], ["d", "4", "0"],
+    ]  # fmt: skip
+
+
+def test_both_hypotheses_are_shown_and_each_recording_once(make_wav):
+    texts = {"a": "one two", "b": "three"}
+    page = make_page(
+        texts, {"a": "one", "b": "tree"}, dict.fromkeys(texts, str(make_wav())), others={"a": "one too", "b": "three"}
+    )
+    text = Reader(page).text
+    assert page.count("<article") == page.count("<audio") == 2
+    assert "More errors than before" in text and "Fewer errors than before" not in text
+    assert re.search(r'<b>2</b><b class="delete"><s>2</s></b><b class="replace">too</b>', page)
+    assert '<a href="#example-1" dir="auto">b</a>' in page and "shown above" in text
+
+
+@pytest.mark.parametrize("number", [1, 3, 100, NUM_DOTS + 7])
 def test_chart_has_a_dot_for_each_utterance_up_to_a_limit(number):
     texts = {str(index): "one two" for index in range(number)}
     utterances = score_utterances(texts, {"0": "one"})
-    links = {"0": "#worst-1"}
-    svg = duration_chart(utterances, {id_: 1 + int(id_) % 50 for id_ in texts}, links)
-    assert len(re.findall("<use [^>]*fill: #(?:94a3b8|c2410c)", svg)) == min(number, report.NUM_DOTS + 1)
-    assert svg.count("#worst-1") == 1
-    assert "duration (s)" in svg and "error rate (%)" in svg
+    chart = duration_chart(utterances, {id_: 1 + int(id_) % 50 for id_ in texts}, {"0": "#example-1"})
+    assert len(chart.dots) == min(number - 1, NUM_DOTS) and chart.sampled is (number > NUM_DOTS)
+    assert [dot[2:] for dot in chart.linked] == [("0", "#example-1")]
+    assert all(0 <= value <= 100 for dot in (*chart.dots, *chart.steps) for value in dot)
+    assert 1 <= len(chart.x_ticks) <= MAX_TICKS
+
+
+def test_missing_and_few_bad_utterances_do_not_flatten_the_chart():
+    texts = {str(index): "one two three four five" for index in range(400)}
+    right = dict(list(texts.items())[:300]) | {"0": "", "1": "one", "2": "one two three four"}
+    utterances = score_utterances(texts, right)
+    durations = {id_: 1 + int(id_) / 100 for id_ in texts}
+    chart = duration_chart(utterances, durations, {}, [id_ for id_ in texts if id_ not in right])
+    assert (chart.missing, chart.above, len(chart.dots)) == (100, 3, 300)
+    assert max(float(label) for _, label in chart.y_ticks) <= 20
+    assert max(rate for *_, rate, _, _ in chart.steps) > 25  # percent of the height
+    assert duration_chart(utterances[300:], durations, {}, list(texts)) is None
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        (Axis(0, 100), ["0", "20", "40", "60", "80", "100"]),
+        (Axis(0.19, 1.16), ["0.2", "0.4", "0.6", "0.8", "1"]),
+        (Axis(0.5, 60, log=True), ["0.5", "1", "2", "5", "10", "20", "50"]),
+        (Axis(0.5, 3000, log=True), ["1", "10", "100", "1000"]),
+    ],
+)
+def test_ticks_are_round_and_few(axis, labels):
+    places = [place for place, _ in axis.ticks()]
+    assert [label for _, label in axis.ticks()] == labels
+    assert places == sorted(places) and places[0] >= 0 and places[-1] <= 100
+    assert axis.place(axis.low) == 0 and axis.place(axis.high) == axis.place(2 * axis.high) == 100
 
 
 def test_durations_come_from_headers_and_urls_are_skipped(make_wav, tmp_path):
@@ -189,18 +284,31 @@ PROBE = """<script>
 const height = element => Math.round(element.getBoundingClientRect().height);
 const result = {seconds: [...document.querySelectorAll("audio")].map(audio => audio.duration),
   chart: height(document.querySelector("#chart svg")), wide: document.documentElement.scrollWidth - innerWidth,
+  width: innerWidth, column: document.querySelector("#hotwords td").getBoundingClientRect().width,
+  font: parseFloat(getComputedStyle(document.querySelector("#chart text")).fontSize),
   colours: ["replace", "delete", "insert"].map(name =>
     getComputedStyle(document.querySelector(".alignment ." + name)).backgroundColor)};
-document.body.setAttribute("data-result", JSON.stringify(result));
+parent.postMessage(JSON.stringify(result), "*");
 </script>"""
+# A browser's window cannot be as narrow as a phone, but a frame can.
+FRAME = """<body><iframe src="report.html" width="390" height="800"></iframe>
+<script>addEventListener("message", event => document.body.setAttribute("data-result", event.data))</script></body>"""
 
 
 @needs_browser
 def test_page_in_a_browser(tmp_path, make_wav):
-    references = {"a": "one two three four", "b": "今天天气很好", "c": f"five {HOSTILE}"}
+    """No message, no horizontal scrolling at the width of a phone, three colours of errors, and playable sounds."""
+    references = {"a": "one two three four", "b": "今天天气很好", "c": f"five {LONG} {HOSTILE}"}
     hypotheses = {"a": "one too three four five", "b": "今天气很好", "c": "five"}
     sources = {id_: str(make_wav(f"{id_}.wav", seconds)) for id_, seconds in (("a", 1), ("b", 2), ("c", 3))}
-    page = make_page(references, hypotheses, sources, ["two"], {"a": "first", "b": "second"}, [0, 3, 1])
+    page = make_page(
+        references,
+        hypotheses,
+        sources,
+        ["two", LONG],
+        {"a": "first", "b": "second"},
+        {"a": "x", "b": "今天"},
+    )
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
     shown, messages = browse(path, tmp_path)
@@ -209,18 +317,20 @@ def test_page_in_a_browser(tmp_path, make_wav):
     names = [tag for tag, _ in reader.elements]
     assert names.count("article") == names.count("audio") == 3 and names.count("svg") == 1
     sections = [attributes.get("id") for tag, attributes in reader.elements if tag == "section"]
-    assert sections == ["comparison", "datasets", "languages", "hotwords", "chart", "worst"]
+    assert sections == ["comparison", "datasets", "languages", "hotwords", "confusions", "chart", "changes", "worst"]
 
     # Only a script can measure the page, and the page forbids all scripts.
     probed = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page)
     waiting = PROBE.replace("<script>", '<script>addEventListener("load", () => {').replace("</script>", "})</script>")
     path.write_text(probed.replace("</body>", f"{waiting}</body>"), encoding="utf-8")
-    shown, messages = browse(path, tmp_path)
+    (tmp_path / "frame.html").write_text(FRAME, encoding="utf-8")
+    shown, messages = browse(tmp_path / "frame.html", tmp_path)
     assert messages == []
     body = next(attributes for tag, attributes in Reader(shown).elements if tag == "body")
     result = json.loads(body["data-result"])
     assert sorted(result["seconds"]) == pytest.approx([1, 2, 3], abs=0.05)
-    assert result["chart"] > 100 and result["wide"] <= 0
+    assert result["width"] == 390 and result["wide"] <= 0 and result["column"] > 60
+    assert result["chart"] > 100 and result["font"] >= 11
     assert len(set(result["colours"])) == 3
 
     path.write_text(page.replace("</body>", "<script>console.error(1)</script></body>"), encoding="utf-8")
