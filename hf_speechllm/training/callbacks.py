@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,25 @@ from .validation_files import TABLE_FILE, write_table
 
 _TITLES = {
     "loss": "Loss per supervised token",
-    "token_accuracy": "Token accuracy (teacher forcing)",
-    "cer": "CER of decoded validation sets, %",
+    "token_accuracy": "Token accuracy (teacher forcing), %",
+    "cer": "Error rate of decoded validation sets, %",
+    "learning_rate": "Learning rate",
 }
-_HIGHEST_CER = 105  # percent; the CER of an untrained model has no limit and would flatten the other curves
+_IN_PERCENT = ("token_accuracy", "cer")
+_HIGHEST_RATE = 105  # percent; the error rate of an untrained model has no limit and would flatten the other curves
+_TRAINING, _MEAN, _BASE = "training", "mean of the sets", "base model"
+_MARKERS = "osv^Ph"
 
 
 class TrainingCurve(TrainerCallback):
-    """Draws loss, token accuracy and CER over the steps, at every evaluation and save and at the end."""
+    """Draws losses, accuracies, error rates and learning rates over the steps, at evaluations, saves and the end.
 
-    def __init__(self):
+    Args:
+        rate_names: CER, WER or MER, by name of the validation set; may be filled later.
+    """
+
+    def __init__(self, rate_names: Mapping[str, str] | None = None):
+        self.rate_names = rate_names
         self._drawn_step = -1
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -46,7 +56,7 @@ class TrainingCurve(TrainerCallback):
     def _draw(self, args, state) -> None:
         self._drawn_step = state.global_step
         if state.is_world_process_zero:
-            draw_curve(state.log_history, Path(args.output_dir) / CURVE_FILE)
+            draw_curve(state.log_history, Path(args.output_dir) / CURVE_FILE, self.rate_names)
 
 
 class ValidationTable(TrainerCallback):
@@ -58,40 +68,84 @@ class ValidationTable(TrainerCallback):
             write_table(state.log_history, Path(args.output_dir) / TABLE_FILE)
 
 
-def draw_curve(log_history: list[dict], path: Path) -> None:
-    """Draws the curves of a run into a PNG file.
+def draw_curve(log_history: list[dict], path: Path, rate_names: Mapping[str, str] | None = None) -> None:
+    """Draws the curves of a run into a PNG file: a panel for each quantity in the log.
+
+    Marks are validations, a hollow diamond at step 0 is the base model, a dashed line is the mean of several sets.
 
     Args:
-        log_history: of `TrainerState`: dicts with `step`, and `loss`, `token_accuracy`, or `eval_..._loss`, ...; with
-            an `eval_..._cer`, the picture has a third panel.
+        log_history: of `TrainerState`: dicts with `step`, and `loss`, `token_accuracy`, `PART_learning_rate` or
+            `learning_rate`, or `eval_..._loss`, `eval_..._cer`, ...
         path: of the PNG file; the folder is created.
+        rate_names: CER, WER or MER, by name of the validation set.
     """
     Figure, FigureCanvasAgg = _load_matplotlib()
-    curves = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
-    quantities = [quantity for quantity in _TITLES if quantity != "cer" or curves["cer"]]
-    labels = dict.fromkeys(label for quantity in _TITLES for label in curves[quantity])
-    colours = {label: f"C{index}" for index, label in enumerate(labels)}  # a set has the same colour in every panel
-    figure = Figure(figsize=(5 * len(quantities), 4), layout="constrained")
+    found = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
+    curves = {quantity: lines for quantity, lines in found.items() if lines or quantity == "loss"}
+    columns = 2 if len(curves) == 4 else len(curves)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
-        highest = 0.0
-        for label, points in curves[quantity].items():
-            steps = [step for step, _ in points]
-            values = [100 * value if quantity == "cer" else value for _, value in points]
-            highest = max(highest, *values)
-            marker = "" if label == "training" else "o"
-            axes.plot(steps, values, label=label, color=colours[label], marker=marker, markersize=3)
-        axes.set_title(_TITLES[quantity])
-        axes.set_xlabel("Step")
-        axes.grid(alpha=0.3)
-        if curves[quantity]:
-            axes.legend()
-        if quantity == "token_accuracy":
-            axes.set_ylim(0, 1.02)
-        elif quantity == "cer":
-            axes.set_ylim(0, min(max(1.05 * highest, 1.0), _HIGHEST_CER))
+    styles = _styles(label for lines in curves.values() for label in lines)
+    for axes, (quantity, lines) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=True
+    ):
+        _draw_panel(axes, quantity, lines, styles, rate_names or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns line styles by label: a label has the same style in every panel, and the mean has no set's colour."""
+    others = [label for label in dict.fromkeys(labels) if label not in (_TRAINING, _MEAN)]
+    marked = {
+        label: {"color": f"C{1 + i % 9}", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+        for i, label in enumerate(others)
+    }
+    return {
+        **marked,
+        _TRAINING: {"color": "C0"},
+        _MEAN: {"color": "black", "linestyle": "--", "marker": "D", "markersize": 4},
+    }
+
+
+def _draw_panel(
+    axes: Any,
+    quantity: str,
+    lines: Mapping[str, list[tuple[int, float]]],
+    styles: Mapping[str, Mapping[str, Any]],
+    rate_names: Mapping[str, str],
+) -> None:
+    scale = 100 if quantity in _IN_PERCENT else 1
+    highest = 0.0
+    for label, points in lines.items():
+        steps, values = [step for step, _ in points], [scale * value for _, value in points]
+        highest = max(highest, *values)
+        style = dict(styles[label])
+        if quantity == "learning_rate":
+            axes.plot(steps, values, color=style["color"], label=label)
+            continue
+        if quantity == "cer":
+            name = rate_names.get(label, rate_names.get("", ""))  # the name of a single set is empty
+            label = f"{label}:{f' {name}' if name else ''} {values[0]:.2f}"
+            label += f" to {values[-1]:.2f}" if len(values) > 1 else ""
+        axes.plot(steps, values, label=label, **style)
+        if steps[0] == 0:
+            base = min(values[0], _HIGHEST_RATE) if quantity == "cer" else values[0]
+            axes.plot(
+                0, base, color=style["color"], marker="D", markersize=9, fillstyle="none", linestyle="", clip_on=False
+            )
+    axes.set_title(_TITLES[quantity])
+    axes.set_xlabel("Step")
+    axes.grid(alpha=0.3)
+    if any(line.get_fillstyle() == "none" for line in axes.lines):
+        axes.plot([], [], color="gray", marker="D", markersize=9, fillstyle="none", linestyle="", label=_BASE)
+    if lines:
+        axes.legend()
+    if quantity == "token_accuracy":
+        axes.set_ylim(0, 102)
+    elif quantity == "cer":
+        axes.set_ylim(0, min(max(1.05 * highest, 1.0), _HIGHEST_RATE))
 
 
 def _load_matplotlib() -> tuple[Any, Any]:
@@ -103,13 +157,15 @@ def _load_matplotlib() -> tuple[Any, Any]:
 
 
 def _curves(log_history: list[dict], quantity: str) -> dict[str, list[tuple[int, float]]]:
-    """Returns points by label: of training, of every validation set, and of the mean of several sets."""
-    keys = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith(f"_{quantity}")}
+    """Returns points by label: of training (or of each part), of every validation set, and of the mean of several."""
+    keys = {key for entry in log_history for key in entry if key.endswith(f"_{quantity}")}
+    parts = sorted(key for key in keys if not key.startswith("eval_")) if quantity == "learning_rate" else []
+    labels = {key: key.removesuffix(f"_{quantity}") for key in parts} or {quantity: _TRAINING}
     mean = f"eval_{quantity}"
-    labels = {key: key.removeprefix("eval_").removesuffix(f"_{quantity}") for key in sorted(keys - {mean})}
-    if mean in keys and len(labels) != 1:
-        labels[mean] = "mean" if labels else "validation"
-    labels = {quantity: "training", **labels}
+    sets = sorted(key for key in keys - {mean} if key.startswith("eval_"))
+    labels |= {key: key.removeprefix("eval_").removesuffix(f"_{quantity}") for key in sets}
+    if mean in keys and len(sets) != 1:
+        labels[mean] = _MEAN if sets else "validation"
     points = {
         label: [(entry["step"], entry[key]) for entry in log_history if key in entry] for key, label in labels.items()
     }

@@ -279,12 +279,51 @@ def test_scores_of_all_sets_are_in_log_table_and_curve(make_trainer, sets):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "CER before training | CER after training" in card
     assert f"| {evaluations[0]['eval_near_cer']:.2%} | {evaluations[1]['eval_near_cer']:.2%} |" in card
-    assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (480, 1800)
+    assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (960, 1200)  # four panels
 
 
-def test_curve_without_cer_has_no_cer_panel(tmp_path):
-    draw_curve([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}], tmp_path / "new" / "curve.png")
-    assert matplotlib.image.imread(tmp_path / "new" / "curve.png").shape[:2] == (480, 1200)
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws the curve of a log; returns a dict of lines by label for each panel, by title."""
+    figures = []
+
+    def draw(log_history, **options):
+        monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        draw_curve(log_history, tmp_path / "new" / "curve.png", **options)
+        return {axes.get_title(): {line.get_label(): line for line in axes.lines} for axes in figures[-1].axes}
+
+    return draw
+
+
+def test_curve_has_a_panel_for_each_quantity_in_the_log(tmp_path, drawn):
+    history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}]
+    draw_curve(history, tmp_path / "new" / "curve.png")
+    assert matplotlib.image.imread(tmp_path / "new" / "curve.png").shape[:2] == (480, 600)
+    assert {title: list(lines) for title, lines in drawn(history).items()} == {
+        "Loss per supervised token": ["training", "validation"]
+    }
+
+
+def test_curve_shows_the_base_model_and_sets_apart_from_their_mean(drawn):
+    history = [
+        {"step": step, "eval_near_cer": rate, "eval_far_cer": 3 * rate, "eval_cer": 2 * rate}
+        for step, rate in ((0, 0.4), (9, 0.1))
+    ]
+    lines = drawn(history, rate_names={"near": "WER", "far": "CER"})["Error rate of decoded validation sets, %"]
+    near, far, mean = "near: WER 40.00 to 10.00", "far: CER 120.00 to 30.00", "mean of the sets: 80.00 to 20.00"
+    assert {near, far, mean, "base model"} <= set(lines)
+    assert len({lines[label].get_color() for label in (near, far, mean)}) == 3
+    assert [lines[label].get_linestyle() for label in (near, far, mean)] == ["-", "-", "--"]
+    base = [line for label, line in lines.items() if label.startswith("_")]
+    # The hollow diamonds; the axis ends at 105 %.
+    assert sorted((*line.get_xdata(), *line.get_ydata()) for line in base) == [(0, 40), (0, 80), (0, 105)]
+
+
+def test_curve_shows_the_learning_rates_of_the_parts(drawn):
+    history = [{"step": step, "loss": 1.0, "learning_rate": 2e-5 * step} for step in (1, 2)]
+    assert list(drawn(history)["Learning rate"]) == ["training"]
+    parts = [{**entry, "audio_adaptor_learning_rate": 1e-4, "llm_learning_rate": 2e-5} for entry in history]
+    assert list(drawn(parts)["Learning rate"]) == ["audio_adaptor", "llm"]
 
 
 # Selection of checkpoints
