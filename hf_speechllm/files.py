@@ -1,5 +1,7 @@
-"""Atomic writing of files (readers get the complete old or new content), and reading of regular files only."""
+"""Atomic writing of files (readers get the complete old or new content), reading of regular files only, digests."""
 
+import hashlib
+import json
 import os
 import secrets
 import stat
@@ -74,3 +76,33 @@ def apply_umask(folder: str | os.PathLike[str], pattern: str = "*.safetensors") 
         probe.unlink(missing_ok=True)
     for path in Path(folder).glob(pattern):
         os.chmod(path, mode)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of the content of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_path(output_file: str | os.PathLike[str]) -> Path:
+    """Returns the file in which `decode` records how it made an output file: `hyp.decoding.json` for `hyp.txt`."""
+    output = Path(output_file)
+    # Other suffixes stay, so that the files of hyp.v1 and hyp.v2 differ.
+    return output.with_name(f"{output.stem if output.suffix == '.txt' else output.name}.decoding.json")
+
+
+def read_record(output_file: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Reads the record of `decode` about an output file; `None` without a record.
+
+    Raises:
+        ValueError: if the record is not a JSON object with a digest.
+    """
+    path = record_path(output_file)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["sha256"], record["settings"]["weights"]  # noqa: B018
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of `hf-speechllm decode`; remove the file") from error
+    return record

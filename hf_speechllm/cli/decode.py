@@ -129,8 +129,8 @@ def main() -> None:
     from ..inference.decoding import decode_requests, lock_output
     from ..inference.distributed import Processes
     from ..inference.journal import Journal
-    from ..inference.writers import write_failures, write_results
-    from .decoding import option_settings, prepare, read_requests
+    from ..inference.writers import write_failures, write_record, write_results
+    from .decoding import option_settings, prepare, read_requests, run_record
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:
@@ -148,11 +148,12 @@ def main() -> None:
                 return
             failures = [*map(str, bad_rows), *outcome.failures]
             uses_ctc = args.word_times or args.ctc_guard
-            if outcome.results:
+            if transcriber is not None and outcome.results:
                 write_results(
                     args.output_file, outcome.results, args.vad or args.repetition_guard or uses_ctc,
                     subtitles=args.vad or args.word_times, words=args.word_times, checked=uses_ctc,
                 )  # fmt: skip
+                write_record(args.output_file, run_record(args, journal, transcriber, outcome, processes))
             named = write_failures(args.output_file, failures)
         except OSError as error:
             sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 from collections import Counter
+from datetime import date
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
 from ..formats.loading import load_config
 from ..inference.ctc_reader import NO_HEAD
-from ..inference.decoding import Plan, plan_requests
+from ..inference.decoding import Outcome, Plan, plan_requests
 from ..inference.distributed import Processes
 from ..inference.journal import Journal
 from ..inference.measuring import RequestMeter
@@ -142,3 +143,22 @@ def prepare(
     transcriber = Transcriber(model.to(device), processor, vad=vad, fast=args.fast == "auto", **options)
     transcriber.rehearse(name)
     return plan, transcriber
+
+
+def run_record(
+    args: argparse.Namespace, journal: Journal, transcriber: Transcriber, outcome: Outcome, processes: Processes
+) -> dict[str, Any]:
+    """Returns what `push` and `score` need to know about texts: model, settings, device, amounts; ready for JSON."""
+    device = transcriber.model.device
+    return {
+        "model": args.model_name_or_path,
+        "settings": journal.settings,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "processes": processes.world_size,
+        "texts": len(outcome.results),
+        "failed": len(outcome.failures),
+        # Of this run: a resumed run decodes the rest only.
+        "decoded_seconds": round(outcome.seconds, 2),
+        "elapsed_seconds": round(outcome.elapsed, 2),
+        "date": date.today().isoformat(),
+    }

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def score(args: argparse.Namespace) -> None:
     from ..evaluation import confidence, report, scoring, statistics, transcripts
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report_audio as recordings
-    from ..files import atomic_write
+    from ..files import atomic_write, file_digest, read_record
+    from ..version import __version__
 
     reference = transcripts.read_transcripts(args.reference, required=True)
     hypotheses = transcripts.read_transcripts(args.hypothesis).texts
@@ -104,7 +106,10 @@ def score(args: argparse.Namespace) -> None:
     )
     result = scoring.score_set(utterances, args.num_resamples, args.seed)
     result["files"] = {"reference": args.reference, "hypothesis": args.hypothesis}
+    result["sha256"] = {"reference": file_digest(args.reference), "hypothesis": file_digest(args.hypothesis)}
+    result["decoding"] = read_record(args.hypothesis)
     result["normalized"] = not args.no_normalize
+    result["hf_speechllm"], result["date"] = __version__, date.today().isoformat()
     result["missing_hypotheses"] = [id_ for id_ in reference.texts if id_ not in hypotheses]
     result["extra_hypotheses"] = [id_ for id_ in hypotheses if id_ not in reference.texts]
     warn_about_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
@@ -123,6 +128,7 @@ def score(args: argparse.Namespace) -> None:
         absent = [id_ for id_ in reference.texts if id_ not in other_hypotheses]
         warn_about_ids(f"references not in {args.compare}, counted as deletions", absent)
         result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
+        result["comparison"] |= {"sha256": file_digest(args.compare), "decoding": read_record(args.compare)}
     counted = []
     if words or any(reference.hotwords.values()):
         counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)
@@ -142,6 +148,8 @@ def score(args: argparse.Namespace) -> None:
     if not args.utt2dur:
         durations, reasons = recordings.measure_durations(wanted)
         warn_about_ids("unreadable recordings", list(reasons.values()))
+    if all(id_ in durations for id_ in reference.texts):
+        result["seconds"] = sum(durations[id_] for id_ in reference.texts)
     examples = report.choose_examples(utterances, args.num_worst, result["missing_hypotheses"], others, absent)
     heard = [id_ for id_ in examples.ids() if id_ in wanted and not args.no_audio]
     page = report.html_report(

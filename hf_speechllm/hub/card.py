@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from ..evaluation.validation_metrics import metric_prefix, set_names
 from ..model.configuration import SpeechLLMConfig
+from .markdown import code, escape, table
 from .upload import TAGS, hub_id, usage
 
 
@@ -71,46 +70,24 @@ def model_card(
         tags=[*TAGS, *(["lora"] if lora else [])],
         pipeline_tag=TAGS[0],
     )
-    local = _code(Path(source).resolve().name)
+    local = code(Path(source).resolve().name)
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"the local model {local}"
     sections = [
-        f"---\n{front_matter.to_yaml()}\n---\n\n# {_escape(name.split('/')[-1])}",
+        f"---\n{front_matter.to_yaml()}\n---\n\n# {escape(name.split('/')[-1])}",
         f"A speech LLM (audio encoder, adaptor, causal LLM) that transcribes speech, fine-tuned from {origin} with "
         "`hf_speechllm`.",
         _trained(parameters, lora, base),
         _data(data),
-        "## Settings\n" + _table(("setting", "value"), [(name, _escape(value)) for name, value in settings]),
+        "## Settings\n" + table(("setting", "value"), [(name, escape(value)) for name, value in settings]),
         _scores(log_history, scores),
         usage(name, model_type),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _one_line(text: object) -> str:
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
-
-
-def _escape(text: object) -> str:
-    """Escapes a text for Markdown, including table cells."""
-    line = html.escape(_one_line(text), quote=False)
-    return "".join(f"\\{char}" if char in "\\`*[]|~" else char for char in line)
-
-
-def _code(name: object) -> str:
-    """Formats a name, which may contain any character, as Markdown code."""
-    line = _one_line(name).replace("|", "\\|")
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
-    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def _trained(parameters: Mapping[str, tuple[int, int]], lora: str | None, base: str | None) -> str:
     rows = [(part, f"{trained / 1e6:,.2f}", f"{total / 1e6:,.2f}") for part, (trained, total) in parameters.items()]
-    text = "## What was trained\n" + _table(("part", "trained (million parameters)", "of"), rows)
+    text = "## What was trained\n" + table(("part", "trained (million parameters)", "of"), rows)
     if lora:
         text += f"\n\nThe LLM was trained with low-rank adapters (LoRA, {lora}). "
         text += (
@@ -125,13 +102,13 @@ def _data(data: Sequence[DataSummary]) -> str:
     rows = [
         (
             item.use,
-            _code(item.name),
+            code(item.name),
             "streamed" if item.rows is None else f"{item.rows:,}",
             "not counted" if item.seconds is None else f"{item.seconds / 3600:.2f}",
         )
         for item in data
     ]
-    return "## Data\n" + _table(("use", "set", "rows", "hours"), rows) if rows else ""
+    return "## Data\n" + table(("use", "set", "rows", "hours"), rows) if rows else ""
 
 
 def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, float] | None) -> str:
@@ -146,11 +123,11 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
     rows = []
     for name in set_names(scores):
         prefix = metric_prefix("eval", name)
-        row = [_code(name or "validation"), f"{scores[f'{prefix}_loss']:.4f}"]
+        row = [code(name or "validation"), f"{scores[f'{prefix}_loss']:.4f}"]
         accuracy = scores.get(f"{prefix}_token_accuracy")  # absent if only a CTC head is trained
         row.append("" if accuracy is None else f"{accuracy:.2%}")
         if decoded:
             key = f"{prefix}_cer"
             row += [f"{table[key]:.2%}" if key in table else "" for table in (before, scores)]
         rows.append(row)
-    return "## Scores\n" + _table(header, rows) if rows else ""
+    return "## Scores\n" + table(header, rows) if rows else ""

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 PACKAGES = ("transformers", "tokenizers")  # releases may change prompts, search and texts
-# Keys of configurations that are no properties of the model: paths and versions.
-PLACES = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
+# Keys of configurations that are no properties of the model: paths, versions, and how the files were found.
+PLACES = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "is_local", "local_files_only")
 
 
 def model_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, num_workers: int = 4) -> dict[str, str]:

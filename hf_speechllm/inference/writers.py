@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data.bad_rows import NUM_NAMED, path_hint
-from ..files import atomic_write
+from ..files import atomic_write, file_digest, record_path
 from .pieces import Transcript
 from .segments import Segment
 from .word_files import ctm, cues, textgrid, word_rows
@@ -81,6 +82,17 @@ def write_results(
     # Written last: if this file exists, all files are complete.
     with atomic_write(output) as file:
         file.writelines(f"{id_}\t{_line(transcript.text)}\n" for id_, transcript in results)
+
+
+def write_record(output_file: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Writes beside an output file how it was made (`files.record_path`), with the digest of the output file.
+
+    Args:
+        output_file: complete file of texts.
+        record: JSON values: model, settings and fingerprint of the model, device, amounts.
+    """
+    with atomic_write(record_path(output_file)) as file:
+        json.dump({**record, "sha256": file_digest(output_file)}, file, ensure_ascii=False, indent=1)
 
 
 def write_words(stem: str, results: Sequence[tuple[str, Transcript]]) -> None:

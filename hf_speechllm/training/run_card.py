@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState
 
 from ..data.augmentation_options import WAVEFORM_OPTIONS
@@ -122,6 +123,7 @@ def run_settings(
             rows.append((f"learning rate, {part}", f"{args.learning_rate if rate is None else rate:g}"))
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     devices, accumulation = args.world_size, args.gradient_accumulation_steps
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
     rows += [
         (
             "schedule",
@@ -137,6 +139,7 @@ def run_settings(
         ("tempo perturbation", args.run_options.get("tempo_perturb", "")),
         *((name, args.run_options[name]) for name in WAVEFORM_OPTIONS if args.run_options.get(name)),
         ("seed", args.seed),
+        ("hardware", f"{devices} x {device}"),
         ("versions", ", ".join([f"hf_speechllm {__version__}", *(f"{name} {version(name)}" for name in LIBRARIES)])),
     ]
     return [row for row in rows if row[1] != ""]

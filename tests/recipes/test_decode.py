@@ -72,7 +72,9 @@ def test_resumed_list_has_the_same_file_as_an_uninterrupted_run(decode, tiny_cor
     assert decode(*options, output="killed.txt") == decode(*options, output="whole.txt")
     assert f"{kept} of 24 requests are already decoded" in caplog.text
     assert len((tmp_path / "whole.txt").read_text().splitlines()) == 24
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.txt", "whole.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed.decoding.json", "killed.txt", "whole.decoding.json", "whole.txt",
+    ]  # fmt: skip
 
 
 def test_two_processes_share_a_list_and_write_the_same_file(decode, tiny_corpus, tiny_model, tmp_path, launch):
@@ -241,7 +243,7 @@ def test_a_second_run_is_refused_and_the_first_ends_with_all_texts(decode, tiny_
         assert f"hyp.txt is in use by another run, process {first.pid} on " in message and text is None
     assert first.wait(120) == 0
     assert len((tmp_path / "hyp.txt").read_text().splitlines()) == 24
-    assert [path.name for path in tmp_path.iterdir()] == ["hyp.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"hyp.decoding.json", "hyp.txt"}
 
 
 def test_run_does_not_replace_the_output_of_another_run_that_has_just_ended(decode, tmp_path, monkeypatch):
