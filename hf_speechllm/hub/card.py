@@ -43,6 +43,7 @@ def model_card(
     language: list[str] | None = None,
     licence: str | None = None,
     model_type: str = SpeechLLMConfig.model_type,
+    rate_names: Mapping[str, str] | None = None,
 ) -> str:
     """Builds the card of a trained model. The card contains file names, but no local folders and no secrets.
 
@@ -57,6 +58,7 @@ def model_card(
         scores: metrics of the final weights; default: metrics of the last validation in the log.
         language, licence: ISO codes and SPDX id, if known.
         model_type: of the model's config.
+        rate_names: CER, WER or MER, by name of the validation set, if known.
 
     Returns:
         Markdown with a YAML front matter.
@@ -79,7 +81,7 @@ def model_card(
         _trained(parameters, lora, base),
         _data(data),
         "## Settings\n" + table(("setting", "value"), [(name, escape(value)) for name, value in settings]),
-        _scores(log_history, scores),
+        _scores(log_history, scores, rate_names or {}),
         usage(name, model_type),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -111,7 +113,9 @@ def _data(data: Sequence[DataSummary]) -> str:
     return "## Data\n" + table(("use", "set", "rows", "hours"), rows) if rows else ""
 
 
-def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, float] | None) -> str:
+def _scores(
+    log_history: Sequence[Mapping[str, float]], scores: Mapping[str, float] | None, rate_names: Mapping[str, str]
+) -> str:
     evaluations = [entry for entry in log_history if set_names(entry)]
     last = {key: value for entry in evaluations for key, value in entry.items()}
     before = {key: value for entry in evaluations if entry["step"] == 0 for key, value in entry.items()}
@@ -119,7 +123,7 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
     header = ["validation set", "loss per token", "token accuracy (teacher forcing)"]
     decoded = any(key.endswith("_cer") for key in scores)
     if decoded:
-        header += ["CER before training", "CER after training"]
+        header += ["error rate before training", "error rate after training"]
     rows = []
     for name in set_names(scores):
         prefix = metric_prefix("eval", name)
@@ -128,6 +132,7 @@ def _scores(log_history: Sequence[Mapping[str, float]], scores: Mapping[str, flo
         row.append("" if accuracy is None else f"{accuracy:.2%}")
         if decoded:
             key = f"{prefix}_cer"
-            row += [f"{table[key]:.2%}" if key in table else "" for table in (before, scores)]
+            kind = f"{rate_names[name]} " if name in rate_names else ""
+            row += [f"{kind}{100 * rates[key]:.2f} %" if key in rates else "" for rates in (before, scores)]
         rows.append(row)
     return "## Scores\n" + table(header, rows) if rows else ""

@@ -159,7 +159,8 @@ def complete_card(text: str, repo_id: str, options: CardOptions) -> str:
         data.model_name = repo_id.split("/")[-1]
         data.eval_results = eval_results(options.results)
         base = data.base_model if isinstance(data.base_model, str) else None
-        card.text = f"{card.text.rstrip()}\n\n{results_section(options.results, base)}\n"
+        start, heading, rest = card.text.rstrip().partition("\n## ")
+        card.text = f"{start.rstrip()}\n\n{results_section(options.results, base)}\n{heading}{rest}\n"
     return str(card)
 
 

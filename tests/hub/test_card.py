@@ -40,3 +40,9 @@ def test_invalid_hub_ids_are_not_links(name):
 @pytest.mark.parametrize("name", ["org/model-1.5_b", "model"])
 def test_valid_hub_ids_are_recognised(name):
     assert hub_id(name) == name
+
+
+def test_error_rates_have_their_name_and_unit():
+    history = [{"step": step, "eval_loss": 1.0, "eval_cer": rate} for step, rate in ((0, 0.5), (9, 0.0123))]
+    card = model_card("x", "/x", {}, [], [], log_history=history, rate_names={"": "WER"})
+    assert "| `validation` | 1.0000 |  | WER 50.00 % | WER 1.23 % |" in card

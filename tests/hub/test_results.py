@@ -110,6 +110,7 @@ def test_push_writes_results_in_both_forms_of_the_hub(work, hub, run):
 
     body = ModelCard(text).text
     assert f"| `org/speech:clean:test` | {score['metric']} | **{first.metric_value:.2f} %** |" in body
+    assert body.index("## Results") < body.index("## Parts") < body.index("## Use")
     assert "- `own`: " in body and "no record says which model" in body
     for file in files.values():
         assert str(work).encode() not in file.content and b"Secret" not in file.content

@@ -277,8 +277,8 @@ def test_scores_of_all_sets_are_in_log_table_and_curve(make_trainer, sets):
     saved = json.loads((folder / "eval_results.json").read_text())
     assert saved["eval_near_cer"] == evaluations[1]["eval_near_cer"]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "CER before training | CER after training" in card
-    assert f"| {evaluations[0]['eval_near_cer']:.2%} | {evaluations[1]['eval_near_cer']:.2%} |" in card
+    assert "error rate before training | error rate after training" in card
+    assert f"| {100 * evaluations[0]['eval_near_cer']:.2f} % | {100 * evaluations[1]['eval_near_cer']:.2f} % |" in card
     assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (960, 1200)  # four panels
 
 
