@@ -38,6 +38,7 @@ def write_card(
     selection: str | None = None,
     language: list[str] | None = None,
     licence: str | None = None,
+    rate_names: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model card of a run into the output folder; logs a warning if the card cannot be written.
 
@@ -51,6 +52,7 @@ def write_card(
         scores: metrics of the final weights; `None` without evaluation.
         selection: text that says which weights are saved; `None` for the last weights.
         language, licence: ISO codes and SPDX id, if known.
+        rate_names: CER, WER or MER, by name of the validation set, if known.
     """
     lora = None
     if uses_lora(model):
@@ -71,6 +73,7 @@ def write_card(
         language,
         licence,
         model.config.model_type,
+        rate_names,
     )
     path = Path(args.output_dir) / CARD_FILE
     try:

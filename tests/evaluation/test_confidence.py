@@ -88,7 +88,7 @@ def test_command(words, tmp_path, monkeypatch):
     section = json.loads((tmp_path / "out" / "score.json").read_text())["confidence"]
     assert section["words"] == 400 and section["calibration_error_calibrated"] < section["calibration_error"]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "least confident utterances" in page and "share of correct words" in page
+    assert "Least confident utterances" in page and "share of correct words" in page
     assert Calibration.read(tmp_path / "out" / "confidence.json") == fit(
         [
             JudgedWord(f"u{index // 10 * 10}", word.correct, word.ctc, word.llm)
