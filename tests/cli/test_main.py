@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def test_help_loads_nothing_heavy_and_takes_less_than_a_second(verb):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "loaded: [] True"
     assert result.stdout.startswith(f"usage: hf-speechllm {verb or 'VERB'}")
+
+
+def test_help_is_one_screen(run):
+    code, output = run("--help")
+    lines = output.out.splitlines()
+    assert not code and len(lines) <= 24 and max(map(len, lines)) < 80
+    assert all(any(f" {verb} " in line for line in lines) for verb in VERBS)
 
 
 def test_module_is_the_same_command_and_its_help_is_light():
@@ -106,6 +114,10 @@ def test_env_prints_versions(run):
     code, output = run("env")
     assert not code
     assert "hf_speechllm: 0." in output.out and "torch: " in output.out and "GPUs: " in output.out
+    assert "system: " in output.out and "driver: " in output.out and "\nextras: decode" in output.out
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in output.out
 
 
 def test_reader_of_the_output_may_end_early(tiny_model, make_wav, tmp_path):
