@@ -35,8 +35,6 @@ CSS = """
 .times tr:first-child, .times td:first-child {color: var(--block-label-text-color)}
 .times td:not(:nth-child(2)) {width: 1%; white-space: nowrap}
 """
-# Fonts of the system: the default theme loads fonts from a server.
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
 def load_transcriber(name: str, device: str | None, dtype: str | None) -> Transcriber:
@@ -140,9 +138,11 @@ def serve(page: gr.Blocks, host: str, port: int | None, share: bool, max_megabyt
     Raises:
         OSError: if the port is in use.
     """
+    # Fonts of the system: the default theme loads fonts from a server.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     _, local, public = page.launch(
         server_name=host, server_port=port, share=share, max_file_size=round(max_megabytes * 2**20),
-        theme=gr.themes.Default(**FONTS), css=CSS, footer_links=[], quiet=True, ssr_mode=False,
+        theme=theme, css=CSS, footer_links=[], quiet=True, ssr_mode=False,
         prevent_thread_lock=True,
     )  # fmt: skip
     return public or local

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_speechllm.cli.main import VERBS
 
@@ -161,3 +162,13 @@ def test_conversion_prints_one_line(tiny_model, tmp_path):
     )
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "it/s" not in line]
     assert len([line for line in lines if str(tmp_path) in line]) == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")
+def test_training_without_a_gpu_is_reported(run, caplog, tmp_path):
+    options = ["--model_name_or_path", "m", "--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path]
+    assert "rows.jsonl: no such file" in run("finetune", *options)[0]
+    assert "no GPU was found: training uses the CPU" in caplog.text
+    caplog.clear()
+    run("finetune", *options, "--use_cpu")
+    assert "no GPU was found" not in caplog.text
