@@ -48,7 +48,7 @@ def main() -> None:
 
 def parser_of(verb: str, option: str = "--help") -> argparse.ArgumentParser:
     """Returns the parser of a verb, which the option prints."""
-    sys.argv = ["hf-speechllm", verb, option]
+    sys.argv[1:] = [verb, option]  # the verbs read the command line
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         import_module(f".{verb}", __package__).main()
     return Parser.last_printed
