@@ -55,7 +55,7 @@ LHOTSE = "lhotse>=1.33"
 AUGMENT = "pyroomacoustics>=0.10.1"
 DEMO = "gradio>=6.31,<7"
 COMPLETION = "shtab>=1.13"
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+TEST = [*EVERYTHING, LHOTSE, AUGMENT, COMPLETION, DEMO, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
     name="hf_speechllm",
@@ -95,19 +95,7 @@ setup(
         "completion": [COMPLETION],  # completion of the command in shells
         "demo": [DEMO, *VAD],  # page of `hf-speechllm demo`
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "test": [*EVERYTHING, LHOTSE, AUGMENT, COMPLETION, DEMO, *TEST],
-        "dev": [
-            *EVERYTHING,
-            LHOTSE,
-            AUGMENT,
-            COMPLETION,
-            DEMO,
-            *TEST,
-            DEEPSPEED,
-            "ruff",
-            "mypy",
-            "import-linter",
-            "pre-commit",
-        ],
+        "test": TEST,
+        "dev": [*TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )
