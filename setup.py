@@ -53,7 +53,9 @@ DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 VOXTRAL = "mistral-common[soundfile]>=1.11.5"  # what transformers asks for; limits numpy
 LHOTSE = "lhotse>=1.33"
 AUGMENT = "pyroomacoustics>=0.10.1"
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+DEMO = "gradio>=6.31,<7"
+COMPLETION = "shtab>=1.13"
+TEST = [*EVERYTHING, LHOTSE, AUGMENT, COMPLETION, DEMO, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
     name="hf_speechllm",
@@ -90,8 +92,10 @@ setup(
         "augment": [AUGMENT],  # simulated rooms for augmentation
         "lhotse": [LHOTSE],  # `prepare` of lhotse's manifests and Shar
         "voxtral": [VOXTRAL],  # prompts of Voxtral
+        "completion": [COMPLETION],  # completion of the command in shells
+        "demo": [DEMO, *VAD],  # page of `hf-speechllm demo`
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
-        "test": [*EVERYTHING, LHOTSE, AUGMENT, *TEST],
-        "dev": [*EVERYTHING, LHOTSE, AUGMENT, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "test": TEST,
+        "dev": [*TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

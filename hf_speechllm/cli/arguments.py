@@ -186,7 +186,8 @@ def print_help(description: str | None, with_inherited: bool = False) -> None:
         description: text before the options.
         with_inherited: whether to add the options of transformers' `TrainingArguments`.
     """
-    parser = Parser(description, usage=USAGE, add_help=False)
+    parser = Parser(description, usage=USAGE, add_help=False, conflict_handler="resolve")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or name of a file of the package")
     for kind in GROUPS:
         own = [item for item in dataclasses.fields(kind) if item.name in kind.__annotations__]  # not of a parent class
         add_group(parser, str(kind.__doc__).partition("\n")[0], own)

@@ -27,8 +27,12 @@ def find_configuration(name: str, folder: str) -> Path:
     for candidate in (ROOT / folder / name, ROOT / folder / f"{name}.yaml", ROOT / name):
         if candidate.is_file():
             return candidate
-    names = [
-        file.relative_to(ROOT / folder).with_suffix("").as_posix() for file in sorted((ROOT / folder).rglob("*.yaml"))
-    ]
+    names = configuration_names(folder)
     hint = did_you_mean(name, names) or f"; available names: {', '.join(names)}"
     raise ValueError(f"{name}: no such file or configuration{hint}")
+
+
+def configuration_names(folder: str) -> list[str]:
+    """Returns the names of the package's configurations in a folder of the project."""
+    files = sorted((ROOT / folder).rglob("*.yaml"))
+    return [file.relative_to(ROOT / folder).with_suffix("").as_posix() for file in files]

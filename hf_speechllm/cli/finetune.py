@@ -99,6 +99,8 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
     from ..training.trainer import SpeechLLMTrainer
 
     set_up_logging(options.training)
+    if options.training.device.type == "cpu" and not options.training.use_cpu:
+        logger.warning("no GPU was found: training uses the CPU; --use_cpu hides this warning")
     if plans:
         try:
             options = apply_plan(options, argv)

@@ -9,25 +9,40 @@ from importlib import import_module
 from ..version import __version__
 from .parser import did_you_mean, prog, report
 
-VERBS = {
-    "prepare": "converts a corpus in any known layout to training JSONL",
-    "scp2jsonl": "converts Kaldi lists to training JSONL",
-    "doctor": "checks recordings and transcripts for faults",
-    "inspect": "shows training data as the model receives them: ids, labels, loss",
-    "plan": "measures time and memory of a training run, and chooses a configuration",
-    "finetune": "trains a model; --num_processes N starts N processes",
-    "decode": "transcribes recordings",
-    "align": "finds the times of the words of given transcripts",
-    "normalize": "normalizes transcripts before scoring",
-    "score": "computes error rates and writes a report",
-    "synthesize": "makes synthetic training speech with installed engines",
-    "compose": "composes a new model from an audio encoder, an adaptor and an LLM",
-    "convert": "converts a checkpoint between formats",
-    "average": "averages checkpoints of a run",
-    "merge": "merges LoRA adapters into the base model",
-    "push": "publishes a model on the Hub",
-    "env": "prints versions for bug reports",
+GROUPS = {
+    "Data": {
+        "prepare": "converts a corpus in any known layout to training JSONL",
+        "scp2jsonl": "converts Kaldi lists to training JSONL",
+        "doctor": "checks recordings and transcripts for faults",
+        "inspect": "shows data as the model receives them: ids, labels, loss",
+        "synthesize": "makes synthetic training speech with installed engines",
+    },
+    "Training": {
+        "plan": "measures time and memory, and chooses a configuration",
+        "finetune": "trains a model; --num_processes N starts N processes",
+    },
+    "Speech": {
+        "decode": "transcribes recordings",
+        "align": "finds the times of the words of given transcripts",
+        "demo": "opens a page in the browser to try a model",
+    },
+    "Scores": {
+        "normalize": "normalizes transcripts before scoring",
+        "score": "computes error rates and writes a report",
+    },
+    "Models": {
+        "compose": "composes a model from an audio encoder, adaptor and LLM",
+        "convert": "converts a checkpoint between formats",
+        "average": "averages checkpoints of a run",
+        "merge": "merges LoRA adapters into the base model",
+        "push": "publishes a model on the Hub",
+    },
+    "Help": {
+        "env": "prints versions for bug reports",
+        "completion": "prints a completion script for bash, zsh or fish",
+    },
 }
+VERBS = {verb: description for group in GROUPS.values() for verb, description in group.items()}
 # Extra that installs an optional package.
 EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "matplotlib", "peft", "pyarrow", "tensorboard"), "train"),
@@ -36,6 +51,8 @@ EXTRAS = {
     "silero_vad": "vad",
     "lhotse": "lhotse",
     "pyroomacoustics": "augment",
+    "gradio": "demo",
+    "shtab": "completion",
 }
 SYNONYMS = {"train": "finetune", "transcribe": "decode", "evaluate": "score", "export": "convert"}
 
@@ -79,10 +96,10 @@ def _verb(argv: list[str]) -> str:
         print(f"hf_speechllm {__version__}")
         sys.exit()
     if not argv or argv[0] in ("-h", "--help"):
-        lines = (f"  {verb:<10} {description}" for verb, description in VERBS.items())
-        print(
-            "usage: hf-speechllm VERB [--OPTION VALUE ...]\n", *lines, "\nOptions: hf-speechllm VERB --help", sep="\n"
-        )
+        print("usage: hf-speechllm VERB [--OPTION VALUE ...] (VERB --help: its options)\n")
+        for title, group in GROUPS.items():
+            for number, (verb, description) in enumerate(group.items()):
+                print(f"{'' if number else title:<10}{verb:<12}{description}")
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
         hint = did_you_mean(SYNONYMS.get(argv[0], argv[0]), VERBS)

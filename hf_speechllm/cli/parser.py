@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -52,8 +52,15 @@ class OneLineErrors(argparse.ArgumentParser):
 class Parser(OneLineErrors):
     """The parser of a verb; the description is the docstring of the module."""
 
+    last_printed: ClassVar[Parser]  # `completion` reads the options of a verb from the parser that `--help` prints
+
     def __init__(self, description: str | None, **options: Any):
         super().__init__(prog(), description=description, formatter_class=HelpFormatter, **options)
+
+    def print_help(self, file=None) -> None:
+        """Prints the help."""
+        Parser.last_printed = self
+        super().print_help(file)
 
     def parse_args(self, args=None, namespace=None) -> Any:
         """Parses arguments; reports a misspelled option before missing options, because one can cause the other."""

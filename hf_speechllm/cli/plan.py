@@ -113,7 +113,8 @@ def existing_folder(path: str) -> str:
 def apply_plan(options: "FinetuningOptions", argv: Sequence[str]) -> "FinetuningOptions":
     """Returns the options of a run that takes a plan; must be called by all processes.
 
-    The first process makes the plan and stores it in the output folder. A stored plan is used again.
+    The first process makes the plan and stores it in the output folder. A stored plan is used again, unless the data
+    have changed and there are no checkpoints.
 
     Args:
         options: of the command line without a plan.
@@ -143,12 +144,15 @@ def apply_plan(options: "FinetuningOptions", argv: Sequence[str]) -> "Finetuning
 def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> dict[str, Any]:
     import json
 
+    from ..data import file_lists
     from ..diagnosis.plan import PLAN_FILE, format_plan
     from ..training.checkpointing.manifest import checkpoint_folders
 
     args = options.training
     path = Path(args.output_dir) / PLAN_FILE
     name = argv[0] if argv and not argv[0].startswith("-") else None
+    fingerprint = file_lists.fingerprint([*options.data.train_file, *options.validation_files.values()])
+    has_checkpoints = bool(checkpoint_folders(args.output_dir))
     if path.is_file():
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -157,9 +161,14 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
             raise ValueError(f"{path} is not a plan that can be used; delete it to plan again") from error
         if name not in (None, configuration):
             raise ValueError(f"{path} is a plan for {configuration}, not for {name}; delete it to plan again")
-        logger.info("%s: the stored plan is used (%s)", path, configuration)
-        return planned
-    if checkpoint_folders(args.output_dir):
+        changed = stored.get("fingerprint", fingerprint) != fingerprint
+        if not changed or has_checkpoints:
+            logger.info("%s: the stored plan is used (%s)", path, configuration)
+            if changed:
+                logger.warning("the data have changed since this plan; the checkpoints of the run fix the plan")
+            return planned
+        logger.info("%s: the data have changed since this plan; planning again", path)
+    elif has_checkpoints:
         raise ValueError(
             f"--auto: {args.output_dir} contains checkpoints of a run without a plan; leave --auto out, or choose "
             "another --output_dir"
@@ -169,7 +178,7 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
     plan = plan_run(argv, args.output_dir, processes=args.world_size, seconds=probe_seconds(), only_recommended=True)
     print(format_plan(plan), flush=True)
     options_of_plan = plan.chosen.options  # an error if no configuration is usable
-    plan.save(path)
+    plan.save(path, fingerprint=fingerprint)
     return options_of_plan
 
 

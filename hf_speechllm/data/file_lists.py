@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,26 @@ def expand_paths(patterns: Sequence[str]) -> list[list[str]]:
     if twice := [file for file, count in counts.items() if count > 1]:
         raise ValueError(f"{twice[0]} is given twice; give it once, with a higher weight")
     return found
+
+
+def fingerprint(patterns: Sequence[str]) -> str:
+    """Returns a SHA-256 of files: of the contents of lists and files of rows, and of the sizes of archives.
+
+    Args:
+        patterns: see `expand_paths`; files may repeat.
+
+    Raises:
+        OSError, ValueError: see `expand_paths`.
+    """
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        digest.update(b"pattern")
+        for file in expand_paths([pattern])[0]:
+            digest.update(f"file {os.path.getsize(file)}".encode())
+            if os.path.isfile(file) and not is_archive(file):
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _expand(pattern: str, name: str) -> list[str]:

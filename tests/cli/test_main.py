@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_speechllm.cli.main import VERBS
 
@@ -26,6 +28,13 @@ def test_help_loads_nothing_heavy_and_takes_less_than_a_second(verb):
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "loaded: [] True"
     assert result.stdout.startswith(f"usage: hf-speechllm {verb or 'VERB'}")
+
+
+def test_help_is_one_screen(run):
+    code, output = run("--help")
+    lines = output.out.splitlines()
+    assert not code and len(lines) <= 24 and max(map(len, lines)) < 80
+    assert all(any(f" {verb} " in line for line in lines) for verb in VERBS)
 
 
 def test_module_is_the_same_command_and_its_help_is_light():
@@ -106,6 +115,10 @@ def test_env_prints_versions(run):
     code, output = run("env")
     assert not code
     assert "hf_speechllm: 0." in output.out and "torch: " in output.out and "GPUs: " in output.out
+    assert "system: " in output.out and "driver: " in output.out and "\nextras: decode" in output.out
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", REPOSITORY, "rev-parse", "--short", "HEAD"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in output.out
 
 
 def test_reader_of_the_output_may_end_early(tiny_model, make_wav, tmp_path):
@@ -149,3 +162,13 @@ def test_conversion_prints_one_line(tiny_model, tmp_path):
     )
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "it/s" not in line]
     assert len([line for line in lines if str(tmp_path) in line]) == 1
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")
+def test_training_without_a_gpu_is_reported(run, caplog, tmp_path):
+    options = ["--model_name_or_path", "m", "--train_file", tmp_path / "rows.jsonl", "--output_dir", tmp_path]
+    assert "m: no such folder" in run("finetune", *options)[0]
+    assert "no GPU was found: training uses the CPU" in caplog.text
+    caplog.clear()
+    run("finetune", *options, "--use_cpu")
+    assert "no GPU was found" not in caplog.text

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from hf_speechllm.cli.plan import given_options, parse_planned, split_own_options
+from hf_speechllm.cli import plan as cli_plan
+from hf_speechllm.cli.arguments import parse_arguments
+from hf_speechllm.cli.plan import apply_plan, given_options, parse_planned, split_own_options
 from hf_speechllm.data.sampler import BudgetBatchSampler
 from hf_speechllm.diagnosis import curve, plan, probe
 from hf_speechllm.diagnosis.isolation import ProbeError, run_isolated
@@ -308,6 +310,40 @@ def test_configuration_names_the_data_and_trains_only_a_ctc_head(in_process, arg
     found = make_plan(parse_planned, arguments, {"mine": config}, given_options(arguments), seconds=0.1)
     assert found.chosen.problem is None and "eval_cer" not in found.chosen.options
     assert found.chosen.options["load_best_model_at_end"]
+
+
+def test_stored_plan_is_made_again_if_the_data_changed(arguments, tiny_corpus, tmp_path, monkeypatch, caplog):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(tiny_corpus.jsonl.read_bytes())
+    arguments[arguments.index("--train_file") + 1] = rows
+    arguments = [*map(str, arguments), "--output_dir", str(tmp_path / "run")]
+    measured = []
+
+    def measure(*_, **__):
+        measured.append(1)
+        candidate = plan.Candidate("lora", options={"lora_r": 3})
+        return plan.Plan({}, 1, [candidate], "lora")
+
+    monkeypatch.setattr(cli_plan, "plan_run", measure)
+    monkeypatch.setattr(plan, "format_plan", lambda found: "")
+    caplog.set_level(logging.INFO, "hf_speechllm")
+
+    def planned():
+        caplog.clear()
+        measured.clear()
+        assert apply_plan(parse_arguments(arguments), arguments).parts.lora_r == 3
+        return bool(measured), caplog.text
+
+    assert planned() == (True, "")
+    made, log = planned()
+    assert not made and "the stored plan is used (lora)" in log and "changed" not in log
+    rows.write_bytes(rows.read_bytes().replace(b"one", b"two"))  # of the same size
+    made, log = planned()
+    assert made and "the data have changed since this plan; planning again" in log
+    (tmp_path / "run/checkpoint-1").mkdir()
+    rows.write_bytes(tiny_corpus.jsonl.read_bytes())
+    made, log = planned()
+    assert not made and "the checkpoints of the run fix the plan" in log
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"configuration": null, "candidates": []}'])
