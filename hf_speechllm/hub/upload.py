@@ -152,7 +152,7 @@ in the folder `{CODE_FOLDER}`:
 hf download {repo_id} --include "{CODE_FOLDER}/*" --local-dir speech_llm && pip install ./speech_llm/{CODE_FOLDER}
 ```
 
-It has the commands `hf-speechllm decode` and `align`. `decode --vad` needs `pip install './speech_llm/{CODE_FOLDER}[vad]'`."""
+Its commands are `hf-speechllm decode` and `align`. For `decode --vad`, install `./speech_llm/{CODE_FOLDER}[vad]`."""
 
 
 def plain_card(repo_id: str, checkpoint: Checkpoint | FamilyCheckpoint, source: str) -> str:
