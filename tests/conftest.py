@@ -310,6 +310,27 @@ def make_arguments(split_options):
 
 
 @pytest.fixture(scope="session")
+def model_with_head(tiny_model, tmp_path_factory):
+    """Folder with a tiny model that has a CTC head over the LLM's tokens, without dropout."""
+    from hf_speechllm.model.ctc import add_ctc_head
+    from hf_speechllm.model.ctc_configuration import CTCHeadConfig
+
+    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    size = len(processor.tokenizer)
+    torch.manual_seed(0)
+    config = CTCHeadConfig(
+        vocabulary="llm", vocab_size=size + 1, blank_id=size, num_attention_heads=2, hidden_dropout=0.0,
+        hidden_size=model.config.audio_adaptor_config.encoder_hidden_size, attention_dropout=0.0,
+    )  # fmt: skip
+    add_ctc_head(model, config)
+    folder = tmp_path_factory.mktemp("head")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_rows(tiny_model, tiny_corpus, tmp_path_factory):
     """The rows of the corpus, with features."""
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)

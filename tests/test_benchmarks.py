@@ -5,27 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from hf_speechllm.model.ctc import add_ctc_head
-from hf_speechllm.model.ctc_configuration import CTCHeadConfig
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_measurements_of_the_ctc_head(compose_tiny, tiny_corpus, tmp_path):
-    model, processor = compose_tiny(seed=2)
-    size = len(processor.tokenizer)
-    torch.manual_seed(0)
-    options = {"hidden_size": 32, "num_attention_heads": 2}
-    add_ctc_head(
-        model, CTCHeadConfig(head_type="linear", vocabulary="llm", vocab_size=size + 1, blank_id=size, **options)
-    )
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def test_measurements_of_the_ctc_head(model_with_head, tiny_corpus, tmp_path):
     command = [
         sys.executable, ROOT / "benchmarks/ctc_gpu.py", "--tiny", "--seconds", "1", "--thresholds", "0.5",
-        "--model", tmp_path / "model", "--jsonl_file", tiny_corpus.jsonl, "--output", tmp_path / "lines.jsonl",
+        "--model", model_with_head, "--jsonl_file", tiny_corpus.jsonl, "--output", tmp_path / "lines.jsonl",
     ]  # fmt: skip
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]

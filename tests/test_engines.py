@@ -12,8 +12,6 @@ import yaml
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor, Transcriber
-from hf_speechllm.model.ctc import add_ctc_head
-from hf_speechllm.model.ctc_configuration import CTCHeadConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = ["multi_gpu", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
@@ -250,8 +248,10 @@ def test_bfloat16_run_is_close_to_float32_and_resumes(engine, way, train):
     kept = torch.bfloat16 if engine.startswith("deepspeed") else torch.float32
     assert {tensor.dtype for tensor in weights.values()} == {kept}
 
+    (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoint-4")
-    _, log, _ = train(engine, *options, "--resume_from_checkpoint", "auto", folder=folder)
+    notes, log, _ = train(engine, *options, "--resume_from_checkpoint", "auto", folder=folder)
+    assert [len(note["rows"]) for note in notes] == [2, 2]
     assert [line["loss"] for line in log if "loss" in line] == losses
     again = load_file(folder / file)
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
@@ -344,24 +344,6 @@ def test_validation_by_decoding_has_the_same_error_rates(engine, train):
     assert rates[0] == rates[1]
 
 
-@pytest.fixture(scope="module")
-def model_with_head(tiny_model, tmp_path_factory):
-    """A model with a CTC head over the LLM's tokens, without dropout."""
-    model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
-    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
-    size = len(processor.tokenizer)
-    torch.manual_seed(0)
-    config = CTCHeadConfig(
-        vocabulary="llm", vocab_size=size + 1, blank_id=size, num_attention_heads=2, hidden_dropout=0.0,
-        hidden_size=model.config.audio_adaptor_config.encoder_hidden_size, attention_dropout=0.0,
-    )  # fmt: skip
-    add_ctc_head(model, config)
-    folder = tmp_path_factory.mktemp("head")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("engine", "alone"),
     [
@@ -394,9 +376,11 @@ def test_ctc_head_is_trained_saved_resumed_and_decodes(engine, alone, train, mod
     moved = {name.partition(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved == ({"ctc_head"} if alone else {"ctc_head", "audio_adaptor", "llm"})
 
+    (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoint-4")
     notes, resumed_log, _ = train(engine, *options, *saving, "--resume_from_checkpoint", "auto", folder=folder)
     check_engine(engine, notes)
+    assert [len(note["rows"]) for note in notes] == [2, 2]
     assert [line["loss"] for line in resumed_log if "loss" in line] == [line["loss"] for line in log if "loss" in line]
     assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(folder / "model.safetensors").items())
 

@@ -187,9 +187,11 @@ class SpeechLLMCollator:
         return {**batch, "positions": positions, **padded}
 
     def _ctc_targets(self, dialogue: chat.Dialogue, supervised: bool) -> list[list[int] | None]:
-        """Returns the ids of each recording's transcript; `None` for rows that only fill a batch."""
+        """Returns the ids of each recording's transcript, without silence marks; `None` for rows that fill a batch."""
         heard = (turn for turn in dialogue.turns if any(isinstance(piece, chat.Recording) for piece in turn.pieces))
-        return [self.ctc_vocabulary.encode(turn.answer or "") if supervised else None for turn in heard]
+        return [
+            self.ctc_vocabulary.encode(chat.clean_answer(turn.answer or "")) if supervised else None for turn in heard
+        ]
 
     def row_inputs(self, row: dict[str, Any]) -> list[torch.Tensor]:
         """Returns encoder inputs of a row's recordings, each of shape = (frames, feature size)."""

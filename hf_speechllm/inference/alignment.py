@@ -14,8 +14,9 @@ from torchaudio.functional import forced_align, merge_tokens
 from ..model.ctc_vocabulary import CTCVocabulary, is_spoken
 from .segments import is_unspaced
 
-# CTC marks a token by a short peak inside the sound. A word starts before the first peak and ends after the last.
-LEAD, TRAIL = 0.04, 0.06  # seconds, at most half of the gap to the neighbouring word
+# CTC marks a token by a short peak inside the sound. A word starts before the first peak and ends after the last, at
+# most in the middle of the gap to the neighbouring word. Long frames have late peaks.
+LEAD, LEAD_FRAMES, TRAIL = 0.04, 1.75, 0.06  # the larger of seconds and frames; seconds
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def align(
         return ()
     ids, spans = vocabulary.encode_with_spans(text)
     seconds = len(log_probabilities) * frame_seconds
+    lead = max(LEAD, LEAD_FRAMES * frame_seconds)
     needed = len(ids) + sum(left == right for left, right in pairwise(ids))
     times: list[tuple[float, float, float] | None] = [None] * len(places)
     if ids and needed <= len(log_probabilities):
@@ -114,7 +116,7 @@ def align(
     return tuple(
         Word(text[a:b], round(start + first, 3), round(start + last, 3), confidence, a > 0 and text[a - 1].isspace())
         for (a, b), (first, last), confidence in zip(
-            places, _interpolate(_widen(times, seconds), seconds), confidences, strict=True
+            places, _interpolate(_widen(times, seconds, lead), seconds), confidences, strict=True
         )
     )
 
@@ -151,7 +153,7 @@ def _word_time(tokens, spans, place: tuple[int, int]) -> tuple[float, float, flo
     return parts[0][0], parts[-1][1], math.exp(sum(score for *_, score in parts) / len(parts))
 
 
-def _widen(times: list, seconds: float) -> list:
+def _widen(times: list, seconds: float, lead: float) -> list:
     """Moves starts before the first peaks and ends after the last, without overlaps."""
     known = [index for index, time in enumerate(times) if time is not None]
     result = [None if time is None else time[:2] for time in times]
@@ -160,8 +162,8 @@ def _widen(times: list, seconds: float) -> list:
         after = times[known[number + 1]][0] if number + 1 < len(known) else math.inf
         start, end, _ = times[index]
         result[index] = (
-            max(0.0, start - min(LEAD, (start - before) * LEAD / (LEAD + TRAIL))),
-            min(seconds, end + min(TRAIL, (after - end) * TRAIL / (LEAD + TRAIL))),
+            max(0.0, start - min(lead, (start - before) * lead / (lead + TRAIL))),
+            min(seconds, end + min(TRAIL, (after - end) * TRAIL / (lead + TRAIL))),
         )
     return result
 

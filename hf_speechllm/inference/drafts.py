@@ -17,7 +17,8 @@ from ..model.processing import SpeechLLMProcessor
 from .ctc_reader import CTCReader
 from .search import Generated
 
-MIN_GAIN = 3  # tokens; after an error, the rest of a draft is verified again if the rounds gave as many on average
+# After an error, the rest of a draft is verified again, if all rounds but one gave this many tokens on average.
+MIN_GAIN = 3
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Drafter:
             rounds += 1
             active = [
                 row for row in active
-                if not found.finished[row] and rest[row] and len(found.tokens[row]) >= MIN_GAIN * rounds
+                if not found.finished[row] and rest[row] and len(found.tokens[row]) >= MIN_GAIN * (rounds - 1)
             ]  # fmt: skip
         return found
 

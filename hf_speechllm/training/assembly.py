@@ -26,6 +26,7 @@ from .freezing import freeze_parameters, freeze_parts
 from .lora import add_lora
 from .options import FinetuningOptions
 from .preemption import interruptible
+from .speed import attention_context
 
 
 @dataclass
@@ -136,7 +137,8 @@ def encode_rows(rows: Any, model: Any, processor: SpeechLLMProcessor, options: F
     data, args = options.data, options.training
     if (level := choose_cache_level(data, options.parts, args)) == "fbank":
         return rows
-    return add_encoded(
-        rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
-        batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
-    )  # fmt: skip
+    with attention_context(args):
+        return add_encoded(
+            rows, model, processor, level, data.cache_dir, device=args.device, bf16=bool(args.bf16),
+            batch_seconds=args.per_device_train_batch_seconds or 240.0, show_progress=args.should_log,
+        )  # fmt: skip

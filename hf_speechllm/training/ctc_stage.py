@@ -82,4 +82,4 @@ def _new_config(model, processor, rows: Any, parts: TrainedPartsOptions) -> CTCH
 def _answers(rows: Any) -> Iterator[str]:
     for messages in rows.with_format(None)["messages"]:
         for turn in chat.parse_messages(json.loads(messages)).turns:
-            yield turn.answer or ""
+            yield chat.clean_answer(turn.answer or "")

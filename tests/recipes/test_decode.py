@@ -172,6 +172,16 @@ def test_loops_are_cut_counted_and_flagged(decode, tmp_path, caplog):
     assert all(f"{name}: a loop at the end of the text is cut" in caplog.text for name in looped)
 
 
+def test_drafts_above_the_threshold_are_the_texts(decode, model_with_head):
+    options = ["--max_new_tokens", "8", "--batch_seconds", "4"]
+    greedy = decode(*options, model=model_with_head)
+    assert decode(*options, "--ctc_draft", model=model_with_head, output="verified.txt") == greedy
+    taken = decode(
+        *options, "--ctc_draft", "--ctc_draft_threshold", "1e-300", model=model_with_head, output="taken.txt"
+    )
+    assert taken[0] is None and len(taken[1].splitlines()) == 24 and taken[1] != greedy[1]
+
+
 def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"word {number}" for number in range(10_000)))
@@ -180,6 +190,11 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     for option in ("--num_beams", "--max_new_tokens", "--batch_seconds"):
         assert decode(option, "0")[0] == 2
         assert f"{option} must be above 0" in capsys.readouterr().err
+    for options, message in (
+        (["--ctc_draft_threshold", "0.9"], "--ctc_draft_threshold requires --ctc_draft"),
+        (["--ctc_draft", "--ctc_draft_threshold", "90"], "--ctc_draft_threshold must be above 0 and at most 1"),
+    ):
+        assert decode(*options)[0] == 2 and message in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
     assert decode(output="no/such/folder/hyp.txt")[0] == 2
     assert "no such folder" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Training of a CTC head."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -64,6 +65,17 @@ def test_head_beside_the_llm_over_its_tokens(make_ctc_trainer):
     assert training["ctc_loss"] > 0 and training["token_accuracy"] >= 0
     assert validation["eval_loss"] > 0.3 * validation["eval_loss_ctc"] > 0
     assert set_names(validation) == [""]  # the table of evaluations has a row per name
+
+
+def test_silence_marks_are_no_labels_of_the_head(make_ctc_trainer, tiny_rows):
+    rows = tiny_rows.select(range(2)).with_format(None)
+    quiet = []
+    for row, text in zip(rows, ("/sil", "one /sil two"), strict=True):
+        turns = json.loads(row["messages"])[:-1]
+        quiet.append({**row, "seed": 0, "messages": json.dumps([*turns, {"role": "assistant", "content": text}])})
+    trainer = make_ctc_trainer(TrainedPartsOptions(**ALONE))
+    lengths = trainer.data_collator(quiet)["ctc_target_lengths"]
+    assert lengths.tolist() == [0, len("one two")]
 
 
 def test_a_head_without_the_option_is_frozen(make_ctc_trainer, tiny_model, tiny_rows):
