@@ -9,7 +9,8 @@ the same command again.
 import sys
 from pathlib import Path
 
-from .parser import Parser, prog, show_log
+from ..console import command, print_summary, show_log
+from .parser import Parser, prog
 
 
 def main() -> None:
@@ -29,4 +30,5 @@ def main() -> None:
         commit = publish(args.input, args.hub_model_id, private=not args.public, revision=args.revision)
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client raises RuntimeError for a failed upload
         sys.exit(f"{prog()}: error: {error}")
-    print(commit.repo_url)
+    recording = command("decode", "RECORDING", model_name_or_path=args.hub_model_id, output_file="texts.txt")
+    print_summary({"published": str(commit.repo_url)}, [recording])
