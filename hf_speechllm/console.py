@@ -91,6 +91,11 @@ def is_silenced(record: logging.LogRecord) -> bool:
     return any(library == name and part in record.getMessage() for name, part in SILENCED)
 
 
+def is_own_or_error(record: logging.LogRecord) -> bool:
+    """Returns whether a record is of this package, or an error."""
+    return record.name.partition(".")[0] == "hf_speechllm" or record.levelno >= logging.ERROR
+
+
 def show_log(level: int = logging.INFO, timestamps: bool = False) -> None:
     """Prints log lines of this package and warnings of libraries to standard error.
 
@@ -103,8 +108,8 @@ def show_log(level: int = logging.INFO, timestamps: bool = False) -> None:
     is_first = is_first_process()
     handler = LineHandler()
     handler.setFormatter(LogFormatter(timestamps and not sys.stderr.isatty()))
-    handler.addFilter(lambda record: not is_silenced(record))
-    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, handlers=[handler])
+    handler.addFilter(lambda record: not is_silenced(record) and (is_first or is_own_or_error(record)))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("hf_speechllm").setLevel(level if is_first else max(level, logging.WARNING))
     logging.getLogger("DeepSpeed").addFilter(lambda record: not is_silenced(record))  # prints by its own handler
     logging.captureWarnings(True)

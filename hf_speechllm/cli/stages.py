@@ -197,7 +197,14 @@ def run_stages(
     with atomic_write(folder / SUMMARY_FILE) as file:
         json.dump(results, file, indent=1)
     for result in results:
-        report("  ".join(f"{name} {value}" for name, value in result.items()))
+        report("  ".join(_shown(name, value) for name, value in result.items()))
+
+
+def _shown(name: str, value: Any) -> str:
+    """Returns a result as text; error rates and accuracy in percent."""
+    if name.endswith(("_cer", "_token_accuracy")):
+        return f"{name.replace('_cer', '_error_rate')} {100 * value:.2f} %"
+    return f"{name} {value}"
 
 
 def summary_of(stage: Stage) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def training_line(entry: Mapping[str, Any]) -> str:
     if "ctc_loss" in entry:
         parts.append(f"CTC loss {entry['ctc_loss']:.3f}")
     if "token_accuracy" in entry:
-        parts.append(f"accuracy {100 * entry['token_accuracy']:.1f} %")
+        parts.append(f"acc {100 * entry['token_accuracy']:.1f} %")
     parts.append(f"lr {learning_rates(entry)}")
     if "audio_seconds_per_second" in entry:
         parts.append(f"{entry['audio_seconds_per_second']:.0f} audio s/s")
@@ -124,7 +124,7 @@ def validation_lines(
         key = metric_prefix(prefix, name)
         parts = [name or "validation", f"loss {entry[f'{key}_loss']:.3f}"]
         if f"{key}_token_accuracy" in entry:
-            parts.append(f"accuracy {100 * entry[f'{key}_token_accuracy']:.1f} %")
+            parts.append(f"acc {100 * entry[f'{key}_token_accuracy']:.1f} %")
         if (rate := entry.get(f"{key}_cer")) is not None:
             base_key = f"{metric_prefix('eval', name)}_cer"
             base = next((item[base_key] for item in before if base_key in item and item is not entry), None)
