@@ -137,9 +137,9 @@ def tracker_values(logs: Mapping[str, Any], rate_names: Mapping[str, str]) -> di
             rate = rate_names.get(prefix.removeprefix("eval_").removeprefix(f"{AVERAGED}_")) or common_metric(
                 rate_names.values()
             )
-            values[f"{prefix}_{rate.lower()}"] = 100 * value
+            values[f"{prefix}_{rate.lower()}"] = round(100 * value, 4)
         elif name.endswith(_PERCENT):
-            values[name] = 100 * value
+            values[name] = round(100 * value, 4)
         else:
             values[name] = value
     return values

@@ -154,7 +154,7 @@ def test_errors_of_all_stages_are_found_before_the_first_run(write, run, tmp_pat
     code, _ = run("finetune", write([{"max_steps": 1}, {"train_file": "gone.jsonl"}]))
     assert "error: stage 2 (stage2): " in code and "gone.jsonl" in code
     code, _ = run("finetune", write([{"max_steps": 1}, {"train_file": "missing.jsonl"}]))
-    assert code.endswith("error: missing.jsonl: no such file")
+    assert code.endswith("error: stage 2 (stage2): missing.jsonl: no such file")
     assert not (tmp_path / "run" / "stage1").exists()
 
 
