@@ -64,7 +64,9 @@ def test_python_version_equals_the_version_in_ci(declared):
 
 def test_workflows_run_all_tests_the_core_tests_and_the_newest_releases():
     script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert {"pytest", "pytest tests/native -k voxtral"} <= {*script} and script[-1] == "python3 tools/test_versions.py --oldest"
+    assert {"pytest", "pytest tests/native -k voxtral"} <= {*script} and script[
+        -1
+    ] == "python3 tools/test_versions.py --oldest"
     assert commands(jobs("ci.yml")["all"]) == ["bash .ci/run"]
     core = jobs("ci.yml")["core"]
     assert commands(core) == ["python tools/test_versions.py"]

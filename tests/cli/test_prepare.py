@@ -61,7 +61,7 @@ def test_files_and_summary(run, kaldi, tmp_path, tiny_model):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["format"] == "kaldi" and summary["split"] == "drawn by speaker, seed 0" and not summary["bad_rows"]
     assert summary["splits"]["train"]["speakers"] == 3 and summary["splits"]["train"]["hours"] == 0.0021
-    assert "train      6 rows, 0.0021 hours, 3 speakers" in output.out and "languages: unknown 12" in output.out
+    assert "train      6 rows, 0.0021 hours, 3 speakers" in output.out and "languages  unknown 12" in output.out
 
 
 def test_second_run_writes_the_same_files_and_requires_overwrite(run, kaldi, tmp_path):
