@@ -29,6 +29,7 @@ DECODE = [
     "av>=18.1.0",  # earlier releases crash on a damaged VOC file
     "pyyaml>=6.0.2",
     "tqdm>=4.66.3",
+    "rich>=13.8.0",  # tables and summaries on terminals; transformers needs it too
     "regex>=2025.10.22",
 ]
 EVALUATE = [

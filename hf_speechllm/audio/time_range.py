@@ -100,6 +100,14 @@ def split_time_range(source: str | os.PathLike[str]) -> tuple[str, TimeRange | N
     return name[: match.start()], TimeRange(float(match["start"]), None if end is None else float(end))
 
 
+def time_range_hint(source: str) -> str:
+    """Returns what is wrong with the part in a name that looks like the address of a part; otherwise an empty text."""
+    part = source.rpartition("#t=")[2]
+    if "#t=" not in source or _FRAGMENT.search(source) is not None:
+        return ""
+    return f"; #t={part} is not a part of a recording: write #t=START or #t=START,END, in seconds"
+
+
 def _decimal(seconds: float) -> str:
     """Formats seconds with a precision of one microsecond, which is shorter than a sample."""
     return f"{seconds:.6f}".rstrip("0").rstrip(".")

@@ -29,7 +29,7 @@ from .decoders import (
 )
 from .downloads import DownloadError, download, is_url, redact_url
 from .resampling import resample_blocks
-from .time_range import TimeRange, split_time_range
+from .time_range import TimeRange, split_time_range, time_range_hint
 from .truncation import second_recording
 from .wav_header import probe_plain_wav
 
@@ -356,7 +356,7 @@ def _as_audio_error(source: str) -> Iterator[None]:
         raise AudioError(f"{source}: truncated: connection lost after {len(error.partial)} bytes") from error
     except FileNotFoundError as error:
         hint = "; only http and https URLs are supported" if "://" in source else ""
-        raise AudioError(f"{source}: no such file{hint}") from error
+        raise AudioError(f"{source}: no such file{hint or time_range_hint(source)}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise AudioError(f"{source}: cannot be read: {error}") from error
 

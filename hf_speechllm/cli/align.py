@@ -12,7 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
-from .parser import Parser, prog, refuse_input, show_log
+from ..console import print_summary, progress_bar, quiet_transformers, show_log
+from .parser import Parser, prog, refuse_input
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,7 @@ def main() -> None:
     if Path(args.output_file).exists() and not args.overwrite:
         parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
     show_log()
-
-    from tqdm import tqdm
+    quiet_transformers()
 
     from ..data.bad_rows import BadRows
     from ..data.kaldi import read_scp
@@ -58,7 +58,8 @@ def main() -> None:
     ids = [id_ for id_ in transcripts.texts if id_ in recordings]
     results, failures = [], []
     items = ((recordings[id_], transcripts.texts[id_]) for id_ in ids)
-    for id_, transcript in zip(ids, tqdm(aligner(items), "aligning", len(ids)), strict=True):
+    bar = progress_bar(aligner(items), desc="aligning", total=len(ids), unit=" recordings")
+    for id_, transcript in zip(ids, bar, strict=True):
         if transcript.error is None:
             results.append((id_, transcript))
         else:
@@ -70,6 +71,8 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"{prog()}: error: {error}")
     words = [word for _, transcript in results for word in transcript.words]
-    logger.info("%s: %d recordings, %d words", args.output_file, len(results), len(words))
+    stem = Path(args.output_file).with_suffix("")
+    written = [args.output_file, *(f"{stem}.{end}" for end in ("words.jsonl", "ctm", "textgrids", "subtitles"))]
+    print_summary({"aligned": f"{len(results)} recordings, {len(words)} words", "written": written})
     if failures:
         sys.exit(f"{prog()}: {len(failures)} failed:\n{named}")

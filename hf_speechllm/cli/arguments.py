@@ -63,8 +63,12 @@ def parse_arguments(
     return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values), planned)
 
 
-def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
+def check_command_line(argv: Sequence[str], where: str = "") -> FinetuningOptions:
     """Checks a command line in the same way as `parse_arguments`, before processes start, without using a device.
+
+    Args:
+        argv: the command line.
+        where: name of the stage, for errors.
 
     Raises:
         SystemExit: see `parse_arguments`.
@@ -78,17 +82,20 @@ def check_command_line(argv: Sequence[str]) -> FinetuningOptions:
         training.check()
         return training
 
-    return _parse(argv, unstarted)
+    return _parse(argv, unstarted, where=where)
 
 
 def _parse(
     argv: Sequence[str],
     make_training: Callable[[dict], SpeechLLMTrainingArguments],
     planned: Mapping[str, Any] | None = None,
+    where: str = "",
 ) -> FinetuningOptions:
     from ..training.arguments import SpeechLLMTrainingArguments
 
     parser = _parser(SpeechLLMTrainingArguments)
+    if where:
+        parser.prog += f": {where}"
     values = _read(parser, argv, planned)
 
     def chosen(kind: type) -> dict[str, Any]:

@@ -6,6 +6,7 @@ hf-speechllm average \\
 
 import sys
 
+from ..console import command, print_summary, quiet_transformers, show_log
 from .parser import Parser, prog
 
 
@@ -23,10 +24,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    show_log()
+    quiet_transformers()
+
     from ..training.checkpointing.averaging import average_checkpoints
 
     try:
         average_checkpoints(args.inputs, args.output, args.exact_lora)
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
-    print(f"mean of {len(args.inputs)} checkpoints: {args.output}")
+    recording = command("decode", "RECORDING", model_name_or_path=args.output, output_file="texts.txt")
+    print_summary({"written": f"{args.output}: mean of {len(args.inputs)} checkpoints"}, [recording])

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import yaml
 
+from ..console import command, print_summary, quiet_transformers, show_log
 from .configurations import TRAINING, find_configuration
-from .parser import Parser, prog, show_log
+from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def compose_model(args: argparse.Namespace) -> None:
 
     from ..formats.composition import compose, train_tokenizer
 
+    quiet_transformers()
     transformers_logging.set_verbosity_error()  # lists the weights of decoders, which are not used
     set_seed(args.seed)
     tokenizer = args.tokenizer or args.llm
@@ -75,4 +77,10 @@ def compose_model(args: argparse.Namespace) -> None:
     millions = {
         name: f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in model.named_children()
     }
-    logger.info("%s: %s; vocabulary %d", args.output_dir, millions, len(processor.tokenizer))
+    train = command(
+        "finetune", model_name_or_path=args.output_dir, train_file="data/train.jsonl",
+        validation_file="data/dev.jsonl", output_dir="exp/model",
+    )  # fmt: skip
+    parts = ", ".join(f"{name} {size}" for name, size in millions.items())
+    facts = {"parameters": parts, "vocabulary": len(processor.tokenizer), "model": args.output_dir}
+    print_summary(facts, [train])

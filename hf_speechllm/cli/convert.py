@@ -14,7 +14,8 @@ import logging
 import sys
 from pathlib import Path
 
-from .parser import Parser, prog, show_log
+from ..console import command, print_summary, quiet_transformers, show_log
+from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def main() -> None:
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
     show_log()
+    quiet_transformers()
 
     from .. import SpeechLLMProcessor
     from ..formats.loading import read_checkpoint
@@ -44,4 +46,5 @@ def main() -> None:
         write_checkpoint(checkpoint, processor, args.output, args.format, args.force, args.max_shard_size)
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
-    logger.info("%s: %d tensors, format %s", args.output, len(checkpoint.tensors), args.format)
+    recording = command("decode", "RECORDING", model_name_or_path=args.output, output_file="texts.txt")
+    print_summary({"written": f"{args.output}: {len(checkpoint.tensors)} tensors, format {args.format}"}, [recording])

@@ -19,8 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..console import command, format_seconds, print_summary, quiet_transformers, show_log
 from .launch import add_launch_options, launch, split_launch_options
-from .parser import Parser, command_line, prog, refuse_input, show_log
+from .parser import Parser, command_line, prog, refuse_input
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"{prog()}: error: {error}")
     show_log()
+    quiet_transformers()
 
     from ..data.bad_rows import BadRows
     from ..inference.decoding import decode_requests, lock_output
@@ -134,8 +136,6 @@ def main() -> None:
 
     bad_rows = BadRows(max_bad_fraction=1.0)
     with Processes() as processes, contextlib.ExitStack() as stack:
-        if processes.rank > 0:
-            logging.getLogger("hf_speechllm").setLevel(logging.WARNING)  # the main process logs other messages
         journal = Journal(os.path.realpath(args.output_file), option_settings(args), processes.rank)
         try:
             stack.enter_context(lock_output(args.output_file, journal, processes, args.overwrite))
@@ -159,12 +159,19 @@ def main() -> None:
             sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; results are kept; run the same command again to resume") from None
-        loops = sum(transcript.looped for _, transcript in outcome.results)
-        logger.info(
-            "%s: %d texts; %.1f s of audio in %.1f s (RTFx %.0f); %d failed%s",
-            args.output_file, len(outcome.results), outcome.seconds, outcome.elapsed,
-            outcome.seconds / outcome.elapsed, len(failures), f"; {loops} loops cut" if args.repetition_guard else "",
-        )  # fmt: skip
+        texts = f"{len(outcome.results)}, {len(failures)} failed"
+        if args.repetition_guard:
+            texts += f", {sum(transcript.looped for _, transcript in outcome.results)} loops cut"
+        audio = f"{format_seconds(outcome.seconds)} in {format_seconds(outcome.elapsed)}"
+        facts = {
+            "texts": texts,
+            "audio": f"{audio} (RTFx {outcome.seconds / outcome.elapsed:.0f})",
+            "written": args.output_file,
+        }
+        reference = args.jsonl_file or "REFERENCE"
+        folder = f"{args.output_file}.score"
+        score = command("score", reference, args.output_file, output_dir=folder, scp_file=args.scp_file)
+        print_summary(facts, [] if failures else [score])
         if failures:
             hint = f"Correct these and start again; other results are kept in {journal.prefix}*.jsonl"
             sys.exit(f"{prog()}: {len(failures)} failed:\n{named}\n{hint}")

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .parser import Parser, prog, show_log
+from ..console import show_log
+from .parser import Parser, prog
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .parser import Parser, did_you_mean, prog, refuse_input, show_log
+from ..console import command, print_summary, progress_bar, show_log
+from .parser import Parser, did_you_mean, prog, refuse_input, require_writable
 
 if TYPE_CHECKING:
     from ..diagnosis.doctor import Diagnosis
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXAMPLE_WIDTH = 110  # characters of the detail in the console table
-COLOURS = {"error": "\033[31m", "warning": "\033[33m", "note": "\033[36m"}
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,8 +61,7 @@ def parse_arguments() -> argparse.Namespace:
             refuse_input(parser, f"--{name}", path, [item.rpartition("=")[2] for item in args.data])
             if os.path.exists(path) and not args.overwrite:
                 parser.error(f"--{name} {path} exists; choose another name, or use --overwrite")
-            if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):
-                parser.error(f"--{name} {path}: the folder {folder} is missing; create it")
+            require_writable(parser, f"--{name}", path)
     for name, minimum in (("num_workers", 1), ("batch_seconds", 1)):
         if getattr(args, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}")
@@ -75,8 +75,6 @@ def examine(args: argparse.Namespace) -> int:
         OSError, ValueError: if the data or the model cannot be read, or a file cannot be written.
         ChildProcessError: if a process was killed.
     """
-    from tqdm import tqdm
-
     from ..diagnosis.cleaning import dropped_file, kinds_table, output_files, write_clean, write_json
     from ..diagnosis.doctor import diagnose
     from ..diagnosis.kinds import KINDS, NOTE, WARNING
@@ -97,26 +95,47 @@ def examine(args: argparse.Namespace) -> int:
         logger.warning("speech is not searched: pip install 'hf_speechllm[vad]', or use --no_vad")
         vad = False
     more_checks, max_seconds = _model_checks(args)
-    with tqdm(desc="reading", unit=" rows") as progress:
+    with progress_bar(desc="reading", unit=" rows") as progress:
         rows = read_rows(args.data, progress.update)
     if not rows:
         raise ValueError(f"{', '.join(args.data)}: no rows")
     logging.getLogger("hf_speechllm.audio").setLevel(logging.ERROR)  # the findings say it
-    with tqdm(desc="examining", total=len(rows), unit=" rows", smoothing=0.1) as progress:
+    with progress_bar(desc="examining", total=len(rows), unit=" rows", smoothing=0.1) as progress:
         result = diagnose(rows, vad, max_seconds, args.num_workers, args.ignore, more_checks, progress.update)
-    print_table(result)
+    print_findings(result)
+    facts: dict[str, Any] = {}
     if args.json:
         write_json(result, args.json)
+        facts["findings"] = args.json
     if args.html:
         from ..diagnosis.page import write_page
 
         write_page(result, args.html, [item.rpartition("=")[2] for item in args.data], audio=not args.no_audio)
-        print(f"page: {args.html}")
+        facts["page"] = args.html
     if args.fix:
         files, dropped = write_clean(result, args.fix, WARNING if args.drop == "error" else NOTE)
         kept = len(result.rows) + result.num_unreadable - dropped
-        print(f"clean rows: {kept} in {', '.join(files)}\ndropped rows: {dropped}, see {dropped_file(args.fix)}")
+        facts["clean rows"] = f"{kept} in {', '.join(files)}"
+        facts["dropped rows"] = f"{dropped}, see {dropped_file(args.fix)}"
+    print_summary(facts, _next_commands(args, result))
     return int(bool(result.count("error") or (args.strict and result.count("warning"))))
+
+
+def _next_commands(args: argparse.Namespace, result: Diagnosis) -> list[str]:
+    """Returns the commands to run next: clean the data, otherwise plan a run."""
+    if not args.fix and (result.count("error") or result.count("warning")):
+        return [command("doctor", *args.data, fix="clean.jsonl")]
+    if args.fix:
+        return []
+    files: dict[str, list[str]] = {"train": [], "dev": []}
+    for row in result.rows:
+        if row.split in files and row.file.endswith(".jsonl") and row.file not in files[row.split]:
+            files[row.split].append(row.file)
+    if not files["train"]:
+        return []
+    model = args.model_name_or_path or "MODEL"
+    lists = {"train_file": files["train"], "validation_file": files["dev"] or None}
+    return [command("plan", model_name_or_path=model, **lists)]
 
 
 def _model_checks(args: argparse.Namespace) -> tuple[list[Any], float | None]:
@@ -128,22 +147,37 @@ def _model_checks(args: argparse.Namespace) -> tuple[list[Any], float | None]:
     return [checks], checks.max_seconds
 
 
-def print_table(result: Diagnosis) -> None:
-    """Prints the number of findings of each kind, with an example."""
+def print_findings(result: Diagnosis) -> None:
+    """Prints the number of findings of each kind, with an example: a table on a terminal, otherwise lines."""
     from ..diagnosis.kinds import KINDS, SEVERITIES
 
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     hours = result.seconds / 3600
     print(f"{len(result.rows) + result.num_unreadable} rows, {hours:.2f} hours")
     kinds = result.kinds()
-    width = max((len(kind) for kind, _ in kinds), default=0)
-    for kind, findings in kinds:
-        severity = KINDS[kind].severity
-        shown = f"{COLOURS[severity]}{severity:8}\033[0m" if coloured else f"{severity:8}"
-        print(f"{shown} {kind:{width}} {len(findings):7}  {next(_examples(findings))}")
-        print(f"{'':{width + 18}}-> {KINDS[kind].advice}")
+    rows = [
+        (KINDS[kind].severity, kind, len(found), next(_examples(found)), KINDS[kind].advice) for kind, found in kinds
+    ]
+    if rows and sys.stdout.isatty():
+        _print_rich(rows)
+    else:
+        width = max((len(kind) for kind, _ in kinds), default=0)
+        for severity, kind, count, example, advice in rows:
+            print(f"{severity:8} {kind:{width}} {count:7}  {example}\n{'':{width + 18}}-> {advice}")
     counts = ", ".join(f"{severity}s: {result.count(severity)}" for severity in SEVERITIES)
     print(counts if kinds else "no findings")
+
+
+def _print_rich(rows: list[tuple[str, str, int, str, str]]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console()
+    for severity, kind, count, example, advice in rows:
+        title = Text.assemble((f"{severity:8}", COLOURS[severity]), " ", (kind, "bold"), f"  {count}")
+        console.print(title)
+        console.print(Padding(Text(example, "dim"), (0, 0, 0, 9)))
+        console.print(Padding(Text(f"-> {advice}"), (0, 0, 0, 9)))
 
 
 def _examples(findings) -> Iterator[str]:

@@ -27,7 +27,7 @@ from typing import Any
 from .arguments import AUTO, check_command_line, parse_arguments
 from .exiting import skip_teardown
 from .launch import launch, split_launch_options
-from .parser import command_line, prog, report
+from .parser import command_line, fail, prog, report
 from .plan import apply_plan
 from .stages import find_stages, run_stages
 
@@ -50,8 +50,12 @@ def main() -> None:
     finetune(launch_options, argv)
 
 
-def check(argv: list[str]) -> None:
+def check(argv: list[str], where: str = "") -> None:
     """Checks the options of a command line, and whether the data files exist.
+
+    Args:
+        argv: the command line.
+        where: name of the stage, for errors of options.
 
     Raises:
         OSError, ValueError: if a file is missing, or a list of files is invalid.
@@ -59,7 +63,7 @@ def check(argv: list[str]) -> None:
     """
     from ..data.file_lists import expand_paths
 
-    options = check_command_line(argv)
+    options = check_command_line(argv, where)
     for files in (options.data.train_file, *([file] for file in options.validation_files.values())):
         expand_paths(files)
 
@@ -105,7 +109,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         try:
             options = apply_plan(options, argv)
         except ValueError as error:
-            sys.exit(f"{prog()}: error: {error}")
+            fail(f"{prog()}: error: {error}")
     data, args = options.data, options.training
     set_seed(args.seed)
 
@@ -115,7 +119,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         checkpoint = find_checkpoint(args)
         loaded = load_data(options)
     except (BadDataError, OSError, ValueError) as error:
-        sys.exit(f"{prog()}: error: {error}")
+        fail(f"{prog()}: error: {error}")
     except RunFinished as end:
         logger.info("%s", end)
         args.distributed_state.destroy_process_group()
@@ -126,15 +130,16 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         model = load_model(options, loaded)
         loaded.train_rows = encode_rows(loaded.train_rows, model, loaded.processor, options)
         for part, (trained, total) in count_parameters(model).items():
-            rate = f", learning rate {learning_rate(args, part):g}" if trained else ""
-            logger.info("%s: %.2f M of %.2f M parameters are trained%s", part, trained / 1e6, total / 1e6, rate)
+            rate = f"trained with learning rate {learning_rate(args, part):g}" if trained else "frozen"
+            share = f"{trained / 1e6:.2f} M of " if 0 < trained < total else ""
+            logger.info("%s: %s%.2f M parameters, %s", part, share, total / 1e6, rate)
 
         trainer = SpeechLLMTrainer(model=model, args=args, **loaded.for_trainer())
         trainer.get_optimizer_cls_and_kwargs(args, model)  # --optim may need a package
     except ModuleNotFoundError:
         raise  # `main` reports this error
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"{prog()}: error: {' '.join(str(error).split())}")
+        fail(f"{prog()}: error: {' '.join(str(error).split())}")
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Preempted as end:
@@ -143,18 +148,16 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         sys.exit(EXIT_STATUS)
     except (RetentionError, SaveError, VerificationError) as error:  # raised on all ranks
         trainer.accelerator.end_training()
-        sys.exit(f"{prog()}: {error}")
+        fail(f"{prog()}: {error}")
     except (BadDataError, FaultError, CheckpointError) as error:
-        sys.exit(f"{prog()}: {error}")
-    save_final(trainer, result)
+        fail(f"{prog()}: {error}")
+    save_final(trainer, result, options.validation_files)
     if args.push_to_hub:
         try:
             trainer.push_to_hub()
         except (OSError, ValueError, RuntimeError) as error:
             again = f"hf-speechllm push --input {args.output_dir} --hub_model_id {trainer.hub_model_id}"
-            sys.exit(
-                f"{prog()}: error: {error}; the model is saved in {args.output_dir}; to publish the model: {again}"
-            )
+            fail(f"{prog()}: error: {error}; the model is saved in {args.output_dir}; to publish the model: {again}")
     _end_training(trainer)
 
 

@@ -24,9 +24,10 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from ..console import quiet_transformers, show_log
 from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
 from .arguments import add_group
-from .parser import Parser, prog, show_log
+from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +166,7 @@ def _audio_writer(args: argparse.Namespace, processor) -> Callable[[int, list[st
 def main() -> None:
     args = parse_arguments()
     show_log(logging.WARNING)
+    quiet_transformers()
     try:
         bad = inspect(args)
         sys.stdout.flush()

@@ -6,6 +6,7 @@ hf-speechllm merge --input exp/lora --output exp/lora_merged
 import sys
 from pathlib import Path
 
+from ..console import command, print_summary, quiet_transformers, show_log
 from .parser import Parser, prog
 
 
@@ -16,6 +17,9 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).exists():
         parser.error(f"{args.output} exists; remove it or choose another --output")
+
+    show_log()
+    quiet_transformers()
 
     from .. import SpeechLLMProcessor
     from ..formats.loading import ADAPTER, PARTIAL, find_layout, read_checkpoint
@@ -28,4 +32,5 @@ def main() -> None:
         write_checkpoint(checkpoint, SpeechLLMProcessor.from_pretrained(args.input), args.output, "speech_llm")
     except (OSError, ValueError) as error:
         sys.exit(f"{prog()}: error: {error}")
-    print(f"{args.output}: merged")
+    recording = command("decode", "RECORDING", model_name_or_path=args.output, output_file="texts.txt")
+    print_summary({"merged": args.output}, [recording])

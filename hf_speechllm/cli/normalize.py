@@ -12,8 +12,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..console import show_log
 from ..files import atomic_write
-from .parser import Parser, show_log
+from .parser import Parser
 
 logger = logging.getLogger(__name__)
 

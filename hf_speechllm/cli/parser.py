@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
-import logging
 import os
 import re
 import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
+
+OTHER_RANKS_WAIT = 5.0  # seconds; the launcher needs less to end the ranks
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -73,27 +76,26 @@ class Parser(OneLineErrors):
         return super().parse_args(args, namespace)
 
 
-class LogFormatter(logging.Formatter):
-    """Formats a record as its message; warnings and errors start with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Returns the line to print."""
-        message = super().format(record)
-        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
-
-
-def show_log(level: int = logging.INFO) -> None:
-    """Prints log lines of this package, and warnings of libraries, to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("hf_speechllm").setLevel(level)
-
-
 def report(message: str) -> None:
     """Prints a message that is the same in all processes; only the first process of each machine prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(message, file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends a process of a launch with an error, and with status 1.
+
+    An error that all ranks have is printed once: the launcher ends the other ranks after the first. An error that only
+    another rank has appears after `OTHER_RANKS_WAIT` seconds.
+
+    Args:
+        message: may have several lines.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+        message = f"rank {rank}: {message}"
+    sys.exit(message)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -124,6 +126,20 @@ def command_line() -> tuple[str, list[str]]:
 def prog() -> str:
     """Returns the program name for messages."""
     return command_line()[0]
+
+
+def require_writable(parser: argparse.ArgumentParser, option: str, path: str) -> None:
+    """Ends with an error if a file cannot be written: its folder is missing or read-only, or it is a folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        parser.error(f"{option} {path} is a folder; name a file")
+    if not os.path.isdir(folder):
+        parser.error(f"{option} {path}: the folder {folder} is missing; create it")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        parser.error(f"{option} {path}: the folder {folder} is not writable: {error.strerror}; choose another folder")
 
 
 def refuse_input(parser: argparse.ArgumentParser, option: str, output: str, inputs: Iterable[str | None]) -> None:

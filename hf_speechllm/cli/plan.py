@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import command, print_summary, quiet_transformers, show_log
 from .arguments import check_command_line, parse_arguments, read_configuration
 from .configurations import TRAINING, find_configuration
-from .parser import Parser, command_line, prog, show_log
+from .parser import Parser, command_line, prog
 
 if TYPE_CHECKING:
     from ..diagnosis.plan import Plan
@@ -182,10 +183,19 @@ def _stored_or_new_plan(options: "FinetuningOptions", argv: Sequence[str]) -> di
     return options_of_plan
 
 
+def _training_command(argv: Sequence[str], processes: int) -> str:
+    """Returns the command that trains with the plan of a command line."""
+    words = [*argv, "--auto"]
+    if processes > 1:
+        words += ["--num_processes", str(processes)]
+    return command("finetune", *words, output_dir=None if "output_dir" in given_options(argv) else "exp/auto")
+
+
 def main() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `finetune`
     own, argv = split_own_options(command_line()[1])
     show_log()
+    quiet_transformers()
     options = check_command_line(argv)
     output_dir = options.training.output_dir or "."
     from ..diagnosis.isolation import ProbeError
@@ -208,5 +218,6 @@ def main() -> None:
         if own.json:
             plan.save(Path(own.json), curve=curve)
         plan.chosen  # noqa: B018 (an error if no configuration is usable)
+        print_summary({"plan": own.json}, [_training_command(argv, own.num_processes)])
     except (OSError, ValueError, ProbeError) as error:
         sys.exit(f"{prog()}: error: {error}")

@@ -16,13 +16,16 @@ import contextlib
 import logging
 import os
 import sys
+from typing import Any
 
-from .parser import Parser, prog, refuse_input, show_log
+from ..console import command, print_summary, progress_bar, show_log
+from .parser import Parser, prog, refuse_input
 from .scp2jsonl import add_row_options, fraction, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = [0.9, 0.05, 0.05]
+ROUNDING = 0.002  # tolerance of the sum of the shares, for thirds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,8 +63,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--columns: write ROLE=NAME, for example text=sentence")
     if args.num_workers < 1:
         parser.error("--num_workers must be at least 1")
-    if args.split is not None and not sum(args.split):
-        parser.error("--split: one of the shares must be above 0")
+    if args.split is not None and abs(sum(args.split) - 1) > ROUNDING:
+        parser.error(
+            f"--split {' '.join(f'{share:g}' for share in args.split)}: the sum of the shares is {sum(args.split):g}; "
+            "it must be 1"
+        )
     for path in output_files(args):
         # The lists of a folder with these files are the source.
         beside = os.path.join(args.source, os.path.basename(path))
@@ -88,8 +94,6 @@ def prepare_source(args: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: if the source or an option is not usable, or a file cannot be written.
     """
-    from tqdm import tqdm
-
     from ..data.bad_rows import BadDataError, BadRows
     from ..data.corpus import SUMMARY_FILE, choose_splits, read_utterances, write_corpus, write_summary
     from ..data.preparation import RowMaker
@@ -118,7 +122,7 @@ def prepare_source(args: argparse.Namespace) -> None:
         if message := existing_output(args):  # of a run that has ended meanwhile
             raise FileExistsError(message)
         reading = Reading(bad_rows, args.columns, args.subset, args.config, args.hub_split, args.streaming, tar)
-        found = tqdm(read_source(args.source, reading, format), desc="reading", unit=" rows")
+        found = progress_bar(read_source(args.source, reading, format), desc="reading", unit=" rows")
         utterances = read_utterances(found, bad_rows, args.audio_root)
         tar.finish()
         languages = {item.language for item in utterances if item.language is not None} if own_language else set()
@@ -126,7 +130,7 @@ def prepare_source(args: argparse.Namespace) -> None:
         splits, chosen = choose_splits(utterances, args.split, DEFAULT_SPLIT, args.seed)
         folder = os.path.realpath(args.output_dir) if args.relative else None
         maker = RowMaker(prompt, tokenizer, folder, prompts, origin=True)
-        with tqdm(desc="checking", total=len(utterances), unit=" rows") as progress:
+        with progress_bar(desc="checking", total=len(utterances), unit=" rows") as progress:
             counts = write_corpus(
                 utterances, splits, maker, args.output_dir, bad_rows, args.num_workers, progress.update
             )
@@ -137,15 +141,23 @@ def prepare_source(args: argparse.Namespace) -> None:
             "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
         }  # fmt: skip
         write_summary(summary, args.output_dir)
+    files = [path for path in output_files(args) if os.path.exists(path)]
+    print_summary({**_facts(summary), "written": files}, [command("doctor", args.output_dir)])
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, str]:
+    """Returns the entries of a summary as text."""
+    facts = {}
     for name, values in summary.items():
         if name == "splits":
             for split, numbers in values.items():
-                print(f"{split}: " + ", ".join(f"{number} {unit}" for unit, number in numbers.items()))
+                facts[split] = ", ".join(f"{number} {unit}" for unit, number in numbers.items())
         elif values not in ({}, None):
             listed = (
-                ", ".join(f"{key} {count}" for key, count in values.items()) if isinstance(values, dict) else values
+                (f"{key} {count}" for key, count in values.items()) if isinstance(values, dict) else (str(values),)
             )
-            print(f"{name.replace('_', ' ')}: {listed}")
+            facts[name.replace("_", " ")] = ", ".join(listed)
+    return facts
 
 
 def main() -> None:

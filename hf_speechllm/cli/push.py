@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parser import Parser, prog, show_log
+from ..console import command, print_summary, show_log
+from .parser import Parser, prog
 
 if TYPE_CHECKING:
     from ..hub.results import Result
@@ -56,7 +57,8 @@ def main() -> None:
         )
     except (OSError, ValueError, RuntimeError) as error:  # the Hub client raises RuntimeError for a failed upload
         sys.exit(f"{prog()}: error: {error}")
-    print(commit.repo_url)
+    recording = command("decode", "RECORDING", model_name_or_path=args.hub_model_id, output_file="texts.txt")
+    print_summary({"published": str(commit.repo_url)}, [recording])
 
 
 def check_models(folder: str, results: Sequence[Result]) -> None:

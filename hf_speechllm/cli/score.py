@@ -16,7 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .parser import Parser, prog, show_log
+from ..console import print_summary, show_log
+from .parser import Parser, prog
 
 OUTPUTS = ("cer.txt", "score.json", "report.html")
 
@@ -167,16 +168,17 @@ def score(args: argparse.Namespace) -> None:
         json.dump(result, file, ensure_ascii=False, indent=1)
     with atomic_write(folder / "report.html") as file:
         file.write(page)
+    facts: dict[str, Any] = {}
     if calibration is not None:
         with atomic_write(folder / "confidence.json") as file:
             json.dump(calibration.save(), file, indent=1)
-        logger.info("%s: for decode --confidence_file", folder / "confidence.json")
+        facts["calibration"] = f"{folder / 'confidence.json'}, for decode --confidence_file"
     low, high = (100 * end for end in result["interval_95"])
-    logger.info("%s %.2f %% (95 %%: %.2f to %.2f)", result["metric"], 100 * result["rate"], low, high)
+    facts = {result["metric"]: f"{100 * result['rate']:.2f} % (95 %: {low:.2f} to {high:.2f})", **facts}
     if comparison:
         points = [100 * value for value in comparison[:3]]
-        logger.info("against %s: %+.2f points (95 %%: %+.2f to %+.2f)", args.compare, *points)
-    logger.info("%s", folder / "report.html")
+        facts["compared"] = "{:+.2f} points (95 %: {:+.2f} to {:+.2f})".format(*points) + f" against {args.compare}"
+    print_summary({**facts, "written": [str(folder / name) for name in OUTPUTS]})
 
 
 def main() -> None:

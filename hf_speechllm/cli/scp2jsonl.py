@@ -16,7 +16,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from .parser import Parser, refuse_input, show_log
+from ..console import progress_bar, show_log
+from .parser import Parser, refuse_input
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,6 @@ def load_tokenizer(name: str):
 
 
 def make_rows(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from ..data.bad_rows import BadDataError, BadRows
     from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts, warn_of_unused_segments
     from ..data.preparation import RowMaker, prepare
@@ -134,7 +133,7 @@ def make_rows(args: argparse.Namespace) -> None:
     # `closing` ends the processes after any interruption.
     with (
         closing(prepare(utterances, maker, args.num_workers)) as parts,
-        tqdm(desc="checking", total=len(utterances), unit=" recordings") as progress,
+        progress_bar(desc="checking", total=len(utterances), unit=" recordings") as progress,
     ):
         for part in parts:
             lines += part.lines

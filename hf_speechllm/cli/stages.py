@@ -148,12 +148,14 @@ def _weights_of(options: dict[str, Any]) -> dict[str, float]:
     return dict(zip(files, weights or [1.0] * len(files), strict=False))
 
 
-def run_stages(stages: Sequence[Stage], check: Callable[[list[str]], Any], run: Callable[[list[str]], Any]) -> None:
+def run_stages(
+    stages: Sequence[Stage], check: Callable[[list[str], str], Any], run: Callable[[list[str]], Any]
+) -> None:
     """Runs the stages that are not finished, in order, and writes and prints a summary.
 
     Args:
         stages: result of `find_stages`.
-        check: checks the command line of a stage; called for all stages before the first run.
+        check: checks the command line of a stage, which its errors name; called for all stages before the first run.
         run: runs `finetune` with a command line; ends the process if the run fails.
 
     Raises:
@@ -171,8 +173,12 @@ def run_stages(stages: Sequence[Stage], check: Callable[[list[str]], Any], run: 
     for stage in stages[begin:]:
         with atomic_write(stage.config_file) as file:
             file.write(stage.content)
-    for stage in stages[begin:]:
-        check(stage.command)
+    for number, stage in enumerate(stages[begin:], start=begin + 1):
+        where = f"stage {number} ({stage.name})"
+        try:
+            check(stage.command, where)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
     for number, stage in enumerate(stages, start=1):
         if number <= begin:
             report(f"stage {number} of {len(stages)} ({stage.name}) is finished")
@@ -191,7 +197,14 @@ def run_stages(stages: Sequence[Stage], check: Callable[[list[str]], Any], run: 
     with atomic_write(folder / SUMMARY_FILE) as file:
         json.dump(results, file, indent=1)
     for result in results:
-        report("  ".join(f"{name} {value}" for name, value in result.items()))
+        report("  ".join(_shown(name, value) for name, value in result.items()))
+
+
+def _shown(name: str, value: Any) -> str:
+    """Returns a result as text; error rates and accuracy in percent."""
+    if name.endswith(("_cer", "_token_accuracy")):
+        return f"{name.replace('_cer', '_error_rate')} {100 * value:.2f} %"
+    return f"{name} {value}"
 
 
 def summary_of(stage: Stage) -> dict[str, Any]:

@@ -24,9 +24,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ..console import command, print_summary, progress_bar, quiet_transformers, show_log
 from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
 from .arguments import add_group
-from .parser import Parser, prog, show_log
+from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,13 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         if not file.is_file():
             from ..inference.text_sampling import sample_sentences
 
-            def show(count: int) -> None:
-                logger.info("%d of %d texts", min(count, args.num_texts), args.num_texts)
+            quiet_transformers()
+            with progress_bar(desc="sampling", total=args.num_texts, unit=" texts") as progress:
 
-            sampled = sample_sentences(args.llm, args.num_texts, clean_texts, args.text_prompt, args.seed, show)
+                def show(count: int) -> None:
+                    progress.update(min(count, args.num_texts) - progress.n)
+
+                sampled = sample_sentences(args.llm, args.num_texts, clean_texts, args.text_prompt, args.seed, show)
             with atomic_write(file) as opened:
                 opened.writelines(f"{text}\n" for text in sampled)
         texts = file.read_text(encoding="utf-8").splitlines()
@@ -156,8 +160,11 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         commands=commands,
     )
     logger.info("%d rows, %s voices", plan.num_rows, {name: len(found) for name, found in voices.items()})
-    hours = 0.0
-    for shard, seconds in synthesize(plan, folder, args.num_workers, args.max_bad_fraction):
-        hours += seconds / 3600
-        logger.info("shard %d of %d: %.2f h of new speech", shard + 1, plan.num_shards, hours)
-    logger.info("%s: %d shards", folder, plan.num_shards)
+    shards = synthesize(plan, folder, args.num_workers, args.max_bad_fraction)
+    bar = progress_bar(shards, desc="speaking", total=plan.num_shards, unit=" shards")
+    hours = sum(seconds for _, seconds in bar) / 3600
+    next_command = command(
+        "finetune", "adaptor_only", model_name_or_path="MODEL", train_file=f"{folder}/*.tar", output_dir="exp/adaptor"
+    )
+    facts = {"rows": f"{plan.num_rows}, {hours:.2f} h of new speech", "written": f"{folder}: {plan.num_shards} shards"}
+    print_summary(facts, [next_command])

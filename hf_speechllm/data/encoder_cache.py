@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import generate_fingerprint
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..audio.front_ends import pad_features
+from ..console import progress_bar
 from ..files import atomic_write
 from ..formats.partial import hash_tensors
 from ..model.modeling import PARTS, SpeechLLMForConditionalGeneration
@@ -76,11 +78,15 @@ def add_encoded(
         if missing:
             was_training = model.training
             model.to(device).eval()
-            for start in tqdm(missing[local_rank::local_ranks], desc=level, disable=not show_progress):
-                part = rows.select(range(start, min(start + ROWS_PER_FILE, len(rows))))
-                _write(
-                    _file(folder, start), COLUMNS[level], _encode(part, model, processor, level, dtype, batch_seconds)
-                )
+            own = {start: min(ROWS_PER_FILE, len(rows) - start) for start in missing[local_rank::local_ranks]}
+            title = f"caching {level} outputs"
+            with progress_bar(
+                desc=title, total=sum(own.values()), unit=" rows", disable=not show_progress
+            ) as progress:
+                for start, number in own.items():
+                    part = rows.select(range(start, start + number))
+                    encoded = _encode(part, model, processor, level, dtype, batch_seconds, progress.update)
+                    _write(_file(folder, start), COLUMNS[level], encoded)
             model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -119,9 +125,9 @@ def _key(rows: Dataset, model: SpeechLLMForConditionalGeneration, level: str, dt
 
 @torch.inference_mode()
 def _encode(
-    rows: Dataset, model, processor, level: str, dtype: torch.dtype, batch_seconds: float
+    rows: Dataset, model, processor, level: str, dtype: torch.dtype, batch_seconds: float, report: Callable[[int], Any]
 ) -> list[list[bytes]]:
-    """Computes the outputs of the parts for each row's recordings, in the order of the rows."""
+    """Computes the outputs of the parts for each row's recordings, in the order of the rows; reports finished rows."""
     collator = SpeechLLMCollator(processor)
     result: list[list[bytes]] = [[] for _ in range(len(rows))]
     seconds = row_seconds(rows)
@@ -142,6 +148,7 @@ def _encode(
         for index, items in zip(indices, inputs, strict=True):
             for state, length in (next(recordings) for _ in items):
                 result[index].append(header + state[:length].contiguous().view(torch.uint8).numpy().tobytes())
+        report(len(indices))
     return result
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
+from ..console import progress_bar
 from ..data.collator import SpeechLLMCollator
 from ..formats.loading import load_config
 from ..model.chat import IGNORE_INDEX
@@ -78,7 +78,7 @@ class ModelChecks:
         model = SpeechLLMForConditionalGeneration.from_pretrained(self.name, dtype=dtype).eval().to(device)
         collator = SpeechLLMCollator(self.processor)
         losses: dict[int, float] = {}
-        with tqdm(desc="computing losses", total=len(rows), unit=" rows") as progress, torch.no_grad():
+        with progress_bar(desc="computing losses", total=len(rows), unit=" rows") as progress, torch.no_grad():
             for batch in _batches(rows, corpus, self.batch_seconds):
                 inputs = collator(
                     [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..console import progress_bar
 from ..data.dataset import row_seconds
 from ..files import atomic_write
 from ..model.native_processing import NativeProcessor
@@ -145,7 +146,8 @@ def make_plan(
     workers, unsupported = data.pop("cores") // processes, data.pop("unsupported")
     plan = Plan(data, processes)
     names = _by_preference(configurations, data["hours"]) if only_recommended else [*configurations]
-    for number, name in enumerate(names):
+    bar = progress_bar(names, desc="measuring", unit=" configurations", leave=False)
+    for number, name in enumerate(bar):
         logger.info("measuring %s (%d of %d)", name, number + 1, len(names))
         left_out = {*given, *unsupported}
         options = planned_options(configurations[name], left_out, data["validation_rows"] > 0, workers)

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..audio.downloads import UrlPolicy
+from ..console import show_log
 from ..data.dataset import row_seconds
 from ..hub.publishing import CURVE_FILE
 from ..training.arguments import SpeechLLMTrainingArguments
@@ -359,7 +360,7 @@ class _StepClock(TrainerCallback):
 
 def silence() -> None:
     """Hides log lines and progress bars of a run."""
-    logging.getLogger("hf_speechllm").setLevel(logging.ERROR)
+    show_log(logging.ERROR)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

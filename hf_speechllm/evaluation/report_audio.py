@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..audio.waveform import SAMPLE_RATE, AudioError, header_seconds, is_url, load_audio, probe_audio
+from ..console import progress_bar
 
 MAX_SOUND_SECONDS = 120.0  # duration of an embedded recording, at most; about 0.5 MB
 
@@ -41,7 +42,10 @@ def measure_durations(recordings: Mapping[str, str]) -> tuple[dict[str, float], 
     reasons: dict[str, str] = {}
     local = {id_: path for id_, path in recordings.items() if not is_url(path)}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for id_, duration in zip(local, pool.map(_duration, local.values()), strict=True):
+        measured = progress_bar(
+            pool.map(_duration, local.values()), desc="measuring", total=len(local), unit=" recordings", leave=False
+        )
+        for id_, duration in zip(local, measured, strict=True):
             if isinstance(duration, str):
                 reasons[id_] = duration
             else:

@@ -273,8 +273,13 @@ def rescore(
 
 def metric_of(utterances: Iterable[ScoredUtterance]) -> str:
     """Returns the metric of a set: that of all lines with letters, "MER" if they differ, "WER" without letters."""
-    metrics = {utterance.metric for utterance in utterances} - {""}
-    return "MER" if len(metrics) > 1 else metrics.pop() if metrics else "WER"
+    return common_metric(utterance.metric for utterance in utterances)
+
+
+def common_metric(metrics: Iterable[str]) -> str:
+    """Returns the metric of lines with these metrics, see `metric_of`."""
+    different = set(metrics) - {""}
+    return "MER" if len(different) > 1 else different.pop() if different else "WER"
 
 
 def summarize(utterances: list[ScoredUtterance], num_resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ def _roots(folder: Path) -> list[Path]:
 _followed: ContextVar[tuple[str, ...]] = ContextVar("followed", default=())
 
 
+@cache  # configuration, processor and weights are read one after the other
+def _log_base(folder: str, base: str) -> None:
+    logger.info("%s: loading the base model %s", folder, base)
+
+
 @contextmanager
 def base_model(file: Path) -> Iterator[str]:
     """Provides the base model of a checkpoint, `base_model_name_or_path` in a JSON file, and logs its name.
@@ -172,7 +178,7 @@ def base_model(file: Path) -> Iterator[str]:
             f"{file}: the base model {name} refers back to this checkpoint; write the model used in training"
         )
     base = find_base(file.parent, file.name, name)
-    logger.info("%s: loading the base model %s", file.parent, base)
+    _log_base(str(file.parent), base)
     token = _followed.set(followed)
     try:
         yield base

@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from ..audio.downloads import printable
+from ..console import progress_bar
 from ..locks import output_file_lock
 from .distributed import Processes, assign_shares
 from .journal import Journal, request_key
@@ -183,9 +181,9 @@ def decode_requests(transcriber: Transcriber | None, plan: Plan, journal: Journa
 def _decode_share(transcriber: Transcriber, plan: Plan, share: list[int], processes: Processes, started: float):
     """Decodes the share of this process; yields indices and transcripts."""
     title = "decoding" if processes.world_size == 1 else f"decoding (process 1 of {processes.world_size})"
-    progress = tqdm(total=len(share), desc=title, unit="recording", disable=processes.rank > 0)
     seconds = 0.0
-    with progress, logging_redirect_tqdm():
+    hidden = processes.rank > 0
+    with progress_bar(total=len(share), desc=title, unit="recording", disable=hidden) as progress:
         requests = [plan.requests[index] for index in share]
         for transcript in transcriber(requests, [plan.seconds[index] for index in share]):
             if transcript.looped:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..audio.waveform import AudioError, display_name
+from ..console import is_first_process, progress_bar
 from ..model import chat
 from ..model.configuration import SpeechLLMConfig
 from ..model.native_families import max_feature_frames
@@ -46,7 +47,12 @@ class RequestMeter:
         If the header of a recording contains the duration, only the header is read; loading finds other damage.
         """
         with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self._measure, requests, chunksize=1))
+            measured = pool.map(self._measure, requests, chunksize=1)
+            hidden = not is_first_process()
+            bar = progress_bar(
+                measured, desc="measuring", total=len(requests), unit=" recordings", leave=False, disable=hidden
+            )
+            return list(bar)
 
     def is_segmented(self, dialogue: chat.Dialogue) -> bool:
         """Whether the recording is split into segments; dialogues with several recordings are never split."""

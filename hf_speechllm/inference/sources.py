@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audio.downloads import is_url, redact_url
+from ..audio.time_range import time_range_hint
 from ..audio.waveform import local_path
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import recording_id
@@ -71,7 +72,7 @@ def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
     elif source.endswith((".zip", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".7z", ".rar")):
         raise ValueError(f"{source} is compressed; unpack the file, and pass the folder, recording or .tar file")
     elif not os.path.exists(local_path(source)):
-        raise FileNotFoundError(f"{source}: no such file")
+        raise FileNotFoundError(f"{source}: no such file{time_range_hint(source)}")
     elif is_archive(source):
         yield from _in_archive(source, bad_rows)
     else:

@@ -8,7 +8,7 @@ agree. The ChatML layout follows Fun-ASR (`load_data_template` and `get_prompt` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -97,9 +97,12 @@ def transcription_prompt(
         context: free text about the recording.
 
     Raises:
-        ValueError: if `prompt` is combined with `language` or `itn=False`, the language is unknown, or a hotword has a
-            special token.
+        ValueError: if `prompt` is combined with `language` or `itn=False`, the language is unknown, a hotword has a
+            special token, or a value has the wrong type.
     """
+    for name, value in (("language", language), ("prompt", prompt), ("context", context)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}; it must be a string")
     if prompt is not None:
         if language is not None or not itn:
             raise ValueError(
@@ -131,11 +134,14 @@ def parse_hotwords(hotwords: str | Sequence[str] | None) -> list[str]:
         hotwords: a list, or a string with commas (ASCII or Chinese) between hotwords.
 
     Raises:
-        ChatError: if a hotword contains a special token of the dialogue format.
+        ChatError: if a hotword contains a special token of the dialogue format, or the value has the wrong type.
     """
     if hotwords is None:
         return []
     words = re.split("[,，]", hotwords) if isinstance(hotwords, str) else hotwords
+    words = list(words) if isinstance(words, Iterable) else [words]
+    if not all(isinstance(word, str) for word in words):
+        raise ChatError(f"hotwords is {hotwords!r}; it must be a list of strings, or a string with commas")
     for word in words:
         _refuse_markers(word, "a hotword")
     return [word.strip() for word in words if word.strip()]

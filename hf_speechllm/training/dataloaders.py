@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..data.streaming import RowStream
 from ..model.native_families import max_feature_frames
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
+from .checkpointing.position import Position
 from .loader_workers import ignore_signals, kill_workers_at_exit, worker_context
 from .unreadable_rows import SkipUnreadableCollator
 
@@ -145,3 +146,17 @@ def _options(args: SpeechLLMTrainingArguments) -> dict[str, Any]:
         "worker_init_fn": ignore_signals,
         "multiprocessing_context": worker_context(),
     }
+
+
+def step_rows(loader: BudgetDataLoader | None, position: Position | None, number: int) -> Callable[[], Iterable[Any]]:
+    """Returns a function that returns the rows of the last batches of a rank; for a stream, empty lists.
+
+    Args:
+        loader: training loader; `None` for a stream.
+        position: position in its rows.
+        number: number of batches.
+    """
+    if position is None or loader is None:
+        return lambda: [[]] * number
+    rows, keys = loader.dataset, position.last_batches(number)
+    return lambda: (rows.__getitems__(batch) for batch in keys())

@@ -14,6 +14,12 @@ def learning_rate(args: SpeechLLMTrainingArguments, part: str) -> float:
     return args.learning_rate if rate is None else rate
 
 
+def optimized_parts(model) -> list[str]:
+    """Returns the names of the trained parts, in the order of `parameter_groups`."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return list(dict.fromkeys(map(part_of, names)))
+
+
 def parameter_groups(model, args: SpeechLLMTrainingArguments, decayed: Collection[str]) -> list[dict]:
     """Returns parameter groups: for each part of the model, one with and one without weight decay.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
-import transformers
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from ..console import command, format_seconds, print_summary, quiet_transformers, show_log
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
-from ..evaluation.validation_metrics import set_names
 from ..hub.publishing import CURVE_FILE
 from ..locks import acquire_output_lock
 from .arguments import SpeechLLMTrainingArguments
@@ -21,6 +22,7 @@ from .checkpointing.lineage import RunFinished, check_unfinished, write_finished
 from .checkpointing.manifest import checkpoint_folders, find_damage, last_complete
 from .checkpointing.selection import check_resumable
 from .checkpointing.writer import remove_partial_checkpoints
+from .progress_lines import validation_lines
 from .validation_files import TABLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,11 @@ def set_up_logging(args: SpeechLLMTrainingArguments) -> None:
     """Logs messages of the first process at `--log_level`, and only warnings of other processes."""
     level = args.get_process_log_level()
     level = logging.INFO if level == logging.NOTSET or (level == logging.WARNING and args.should_log) else level
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    show_log(level, timestamps=True)
+    quiet_transformers()
     datasets.utils.logging.set_verbosity_warning()
-    transformers.utils.logging.set_verbosity_warning()
-    for noisy in ("httpx", "filelock", "fsspec", "torio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not args.should_log:
+        datasets.disable_progress_bars()
 
 
 def find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
@@ -132,35 +134,56 @@ def describe_data(train_rows, validation_rows: dict) -> None:
         )  # fmt: skip
 
 
-def save_final(trainer, result: TrainOutput) -> None:
+def save_final(trainer, result: TrainOutput, validation_files: Mapping[str, str] | None = None) -> None:
     """Saves model, processor, state, metrics and model card into the output folder; evaluates the final weights unless
-    scores exist."""
+    scores exist; prints a summary with the commands to run next.
+
+    Args:
+        trainer: after training.
+        result: of `train`.
+        validation_files: files by name of the validation set, for the summary.
+    """
     trainer.save_model(_internal_call=True)  # otherwise transformers pushes the model before the card has scores
     trainer.save_state()
     metrics = result.metrics
     if trainer.state.global_step == trainer.initial_step:  # no steps were done: these metrics would be zeros
         metrics = {key: value for key, value in metrics.items() if not key.startswith(("train_", "total_flos"))}
-    trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         metrics = trainer.current_scores or trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         write_finished(trainer.args, trainer.state.global_step, trainer.state.epoch)
-        logger.info("model: %s", trainer.args.output_dir)
-        logger.info("training curve: %s", os.path.join(trainer.args.output_dir, CURVE_FILE))
-        if trainer.args.eval_cer:
-            logger.info("validation: %s", os.path.join(trainer.args.output_dir, TABLE_FILE))
-            _log_scores(trainer)
+        print_summary(
+            _results(trainer, result.metrics), _next_commands(trainer.args.output_dir, validation_files or {})
+        )
 
 
-def _log_scores(trainer) -> None:
-    if trainer.selection is not None:
-        logger.info("saved: %s", trainer.selection)
-    before = {key: value for entry in trainer.state.log_history if entry["step"] == 0 for key, value in entry.items()}
-    for name in set_names(trainer.current_scores):
-        key = f"eval_{name}_cer" if name else "eval_cer"
-        base = f"{100 * before[key]:.2f} % before training, " if key in before else ""
-        logger.info("CER of %s: %s%.2f %% after", name or "validation", base, 100 * trainer.current_scores[key])
+def _results(trainer, metrics: Mapping[str, float]) -> dict[str, Any]:
+    state, args = trainer.state, trainer.args
+    trained = f"{state.global_step} steps, {state.epoch or 0:.2f} epochs"
+    if "train_runtime" in metrics:
+        trained += f", {format_seconds(metrics['train_runtime'])}"
+    if "peak_memory_gb" in metrics:
+        trained += f", {metrics['peak_memory_gb']} GB of GPU memory"
+    facts: dict[str, Any] = {"trained": trained, "saved": trainer.selection}
+    before = [entry for entry in state.log_history if entry["step"] == 0]
+    scores = {**(trainer.current_scores or {}), "step": state.global_step}
+    facts["score"] = validation_lines(scores, trainer.validator.rate_names, before)
+    facts["model"] = args.output_dir
+    facts["curve"] = os.path.join(args.output_dir, CURVE_FILE)
+    if args.eval_cer:
+        facts["table"] = os.path.join(args.output_dir, TABLE_FILE)
+    return facts
+
+
+def _next_commands(folder: str, validation_files: Mapping[str, str]) -> list[str]:
+    decode: dict[str, Any] = {"model_name_or_path": folder}
+    listed = [(name, file) for name, file in validation_files.items() if file.endswith(".jsonl")]
+    if listed:
+        name, file = listed[-1]
+        line = command("decode", **decode, jsonl_file=file, output_file=os.path.join(folder, f"{name}.txt"))
+    else:
+        line = command("decode", "RECORDING", **decode, output_file=os.path.join(folder, "texts.txt"))
+    return [line, command("push", input=folder, hub_model_id="USER/NAME")]

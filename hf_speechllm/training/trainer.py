@@ -39,18 +39,20 @@ from .checkpointing.selection import complete_checkpoints, scores_at, select_fin
 from .checkpointing.verification import CheckpointVerifier
 from .checkpointing.weights import load_weights
 from .checkpointing.writer import CheckpointWriter, remove_partial_checkpoints, save_callback_states
-from .dataloaders import BudgetDataLoader, stream_loader, train_loader, training_collator
+from .dataloaders import BudgetDataLoader, step_rows, stream_loader, train_loader, training_collator
 from .device import to_device
 from .errors import Preempted
 from .loader_workers import explain_loader_faults
 from .lora import uses_lora
 from .non_finite import NonFiniteStepGuard
 from .out_of_memory import run_in_halves
-from .parameter_groups import parameter_groups
+from .parameter_groups import optimized_parts, parameter_groups
 from .preemption import Preemption
 from .progress import Progress
+from .progress_lines import TrainingLines, replace_progress
 from .publishing import PublishingTrainer
 from .speed import attention_context, enable_fast_paths
+from .trackers import PartValues, connect_trackers
 from .unreadable_rows import UnreadableRows
 from .validation import Validator
 
@@ -102,6 +104,7 @@ class SpeechLLMTrainer(PublishingTrainer):
         self.selection: str | None = None
         self.last_inputs: dict[str, torch.Tensor] | None = None  # latest training batch
         self._resumed_from: str | None = None  # checkpoint folder
+        self.part_values = PartValues(self.args)
         enable_fast_paths(self.args, self.model, self.accelerator, (self.data_collator, eval_collator))
 
         train_rows: Any = self.train_dataset
@@ -130,8 +133,10 @@ class SpeechLLMTrainer(PublishingTrainer):
             self.retention_guard = RetentionGuard(args.max_retention_loss, args.retention_action == "stop")
             self.add_callback(self.retention_guard)
         schedule = ShiftedSchedule(lambda: self.position)
-        for callback in (self.lineage, schedule, TrainingCurve(), ValidationTable(), self.preemption):
+        for callback in (self.lineage, schedule, TrainingCurve(self.validator.rate_names), ValidationTable(), self.preemption):
             self.add_callback(callback)
+        replace_progress(self.callback_handler.callbacks, TrainingLines(self.validator.rate_names))
+        connect_trackers(self.callback_handler.callbacks, self.validator)
 
     # Data. Accelerate does not prepare the loaders, because the batches are already assigned to the ranks.
 
@@ -177,6 +182,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             return self.optimizer
         model = self.model if model is None else model
         groups = parameter_groups(model, self.args, self.get_decay_parameter_names(model))
+        self.part_values.use_parts(optimized_parts(model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if self.is_fsdp_enabled and self.args.fast == "auto":
             optimizer_class = sharded_optimizer(optimizer_class)
@@ -245,16 +251,11 @@ class SpeechLLMTrainer(PublishingTrainer):
             norm = clip_shards(model.parameters(), self.args.max_grad_norm)
         if norm is None:
             norm = super()._clip_grad_norm(model)
-        self.guard.check(self.state.global_step + 1, norm, model, self.optimizer, self._step_rows())
+        if not self.is_deepspeed_enabled:  # DeepSpeed has no gradients after its step
+            self.part_values.measure(self.state, model, norm)
+        rows = step_rows(self.train_loader, self.position, len(self.guard.losses))
+        self.guard.check(self.state.global_step + 1, norm, model, self.optimizer, rows)
         return norm
-
-    def _step_rows(self):
-        """Returns a function that returns the rows of the current step's batches; for a stream, empty lists."""
-        number = len(self.guard.losses)
-        if self.position is None or self.train_loader is None:
-            return lambda: [[]] * number
-        rows, keys = self.train_loader.dataset, self.position.last_batches(number)
-        return lambda: (rows.__getitems__(batch) for batch in keys())
 
     # Progress
 
@@ -265,6 +266,7 @@ class SpeechLLMTrainer(PublishingTrainer):
         elif self.position is not None and self.is_in_train:
             self.state.epoch = self.position.epochs
         if "loss" in logs:
+            logs.update(self.part_values.values(logs["learning_rate"]))
             logs.update(self.progress.summary())
             logs.update(self._skipped())
         elif "train_runtime" in logs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from ..console import progress_bar
 from ..data.bad_rows import BadRow
 from ..data.collator import ENCODED_COLUMNS, SpeechLLMCollator
 from ..data.prompt_collator import PromptCollator
-from ..evaluation.scoring import ErrorCounts, count_errors
+from ..evaluation.scoring import ErrorCounts, common_metric, count_errors, describe_line
 from ..evaluation.validation_metrics import COUNTS, metric_prefix
+from ..model import chat
 from ..model.ctc import is_trained_alone
 from ..model.generation import transcribing
 from ..model.processing import SpeechLLMProcessor
@@ -31,6 +34,8 @@ from .unreadable_rows import UNREADABLE_ROWS, SkipUnreadableCollator
 from .validation_files import SAMPLES_FOLDER, SAMPLES_SHOWN, Sample, write_samples
 
 logger = logging.getLogger(__name__)
+
+NAMED_ROWS = 1000  # transcripts that decide between CER, WER and MER
 
 
 @dataclass
@@ -45,6 +50,8 @@ class Validator:
 
     Attributes:
         unreadable: file, line and error of the unreadable rows in the current set, on this rank.
+        rate_names: CER, WER or MER, by name of the set; filled by `score` with `--eval_cer`.
+        samples: some transcripts of the last `score`, by name of the set; empty except in the first process.
     """
 
     args: SpeechLLMTrainingArguments
@@ -52,6 +59,8 @@ class Validator:
     processor: SpeechLLMProcessor
     collator: SpeechLLMCollator
     unreadable: dict[tuple[str, int], str] = field(default_factory=dict, init=False)
+    rate_names: dict[str, str] = field(default_factory=dict, init=False)
+    samples: dict[str, list[Sample]] = field(default_factory=dict, init=False)
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -79,22 +88,27 @@ class Validator:
         # Each loader draws a random seed for the workers.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for name, rows in sets.items():
-                scores, samples[name] = self._score_set(engine, rows, metric_prefix(prefix, name))
+                if self.args.eval_cer and name not in self.rate_names:
+                    self.rate_names[name] = rate_name(rows)
+                scores, samples[name] = self._score_set(engine, rows, metric_prefix(prefix, name), name)
                 metrics.update(scores)
         add_means(metrics, list(sets), prefix)
         if self.args.eval_cer and self.accelerator.is_main_process:
+            self.samples = samples
             file = f"step-{step}.txt" if prefix == "eval" else f"{prefix}.txt"
             write_samples(samples, Path(self.args.output_dir) / SAMPLES_FOLDER / file)
         return metrics
 
-    def _score_set(self, engine: Any, rows: Any, prefix: str) -> tuple[dict[str, float], list[Sample]]:
+    def _score_set(self, engine: Any, rows: Any, prefix: str, name: str) -> tuple[dict[str, float], list[Sample]]:
         started = time.perf_counter()
         self.unreadable.clear()
-        metrics = self.losses(engine, self.loader(rows), prefix)
+        metrics = self.losses(engine, self.loader(rows), prefix, f"validation {name}".strip())
         samples: list[Sample] = []
         if self.args.eval_cer:
             chosen = spread_rows(len(rows), self.args.eval_cer_samples)
-            counts, samples = self.decode(engine, rows if len(chosen) == len(rows) else rows.select(chosen))
+            counts, samples = self.decode(
+                engine, rows if len(chosen) == len(rows) else rows.select(chosen), title=f"decoding {name}".strip()
+            )
             metrics[f"{prefix}_cer"] = counts.rate
             metrics.update({f"{prefix}_{name}": getattr(counts, name) for name in COUNTS})
         metrics.update(self._report_unreadable(rows, prefix))
@@ -112,8 +126,10 @@ class Validator:
         count = int(self.accelerator.reduce(torch.tensor(len(self.unreadable), device=self.args.device), "sum"))
         return {f"{prefix}_bad_rows": count} if count else {}
 
-    def _readable(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for batch in batches:
+    def _readable(self, batches: BudgetDataLoader, title: str) -> Iterator[dict[str, Any]]:
+        """Yields the batches of this rank without unreadable rows; the first process shows its progress."""
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        for batch in progress_bar(batches, desc=title, unit=" batches", leave=False, disable=hidden):
             self.unreadable.update(batch.pop(UNREADABLE_ROWS, ()))
             yield batch
 
@@ -121,7 +137,9 @@ class Validator:
         """Builds the batches of this rank, sorted by length, without unreadable rows."""
         return eval_loader(self.args, rows, SkipUnreadableCollator(self.collator))
 
-    def losses(self, engine: Any, batches: BudgetDataLoader, prefix: str) -> dict[str, float]:
+    def losses(
+        self, engine: Any, batches: BudgetDataLoader, prefix: str, title: str = "validation"
+    ) -> dict[str, float]:
         """Computes mean loss and accuracy over the supervised tokens of all ranks (not over batches, which differ in
         size).
 
@@ -129,11 +147,12 @@ class Validator:
             engine: the trained model.
             batches: of this rank.
             prefix: of the metric names.
+            title: of the progress bar.
         """
         engine.eval()
         alone = is_trained_alone(self.accelerator.unwrap_model(engine, keep_torch_compile=False))
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        for batch in self._readable(batches):
+        for batch in self._readable(batches, title):
             with torch.no_grad():
                 outputs = engine(**to_device(batch, self.args.device, self.input_dtype))
             count = outputs.num_label_tokens
@@ -149,13 +168,16 @@ class Validator:
             metrics[f"{prefix}_loss_ctc"] = ctc_loss / max(tokens, 1)
         return metrics
 
-    def decode(self, engine: Any, rows: Any, shown_rows: int = SAMPLES_SHOWN) -> tuple[ErrorCounts, list[Sample]]:
+    def decode(
+        self, engine: Any, rows: Any, shown_rows: int = SAMPLES_SHOWN, title: str = "decoding"
+    ) -> tuple[ErrorCounts, list[Sample]]:
         """Decodes a set greedily, in the precision of training.
 
         Args:
             engine: the trained model.
             rows: see `data.dataset`.
             shown_rows: number of rows whose transcripts are returned.
+            title: of the progress bar.
 
         Returns:
             Error counts of all ranks, and some transcripts, always of the same rows.
@@ -168,7 +190,7 @@ class Validator:
         counts = ErrorCounts()
         samples: list[Sample] = []
         collator = SkipUnreadableCollator(self.collator, PromptCollator(self.collator))
-        for batch in self._readable(eval_loader(self.args, rows, collator)):
+        for batch in self._readable(eval_loader(self.args, rows, collator), title):
             inputs = to_device(batch["inputs"], self.args.device, self.input_dtype)
             # Not compiled: graphs of padding-free training do not fit padded batches.
             eager = torch.compiler.set_stance("force_eager")
@@ -203,6 +225,13 @@ def add_means(metrics: dict[str, float], names: Sequence[str], prefix: str) -> N
         values = [metrics[key] for name in averaged if (key := f"{prefix}_{name}_{measure}") in metrics]
         if values:
             metrics[f"{prefix}_{measure}"] = sum(values) / len(values)
+
+
+def rate_name(rows: Any) -> str:
+    """Returns the name of the error rate of a set, according to its transcripts: CER, WER or MER."""
+    chosen = rows.select_columns(["messages"]).select(spread_rows(len(rows), NAMED_ROWS))
+    answers = (chat.parse_messages(json.loads(row["messages"])).turns[-1].answer or "" for row in chosen)
+    return common_metric(describe_line(text.split(), text)[0] for text in answers)
 
 
 def spread_rows(rows: int, number: int | None) -> np.ndarray:

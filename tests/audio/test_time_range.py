@@ -35,6 +35,13 @@ def test_other_addresses_are_whole_recordings(source):
     assert split_time_range(source) == (source, None)
 
 
+def test_a_missing_file_whose_name_looks_like_a_part_is_explained(tmp_path):
+    with pytest.raises(AudioError, match="talk.wav#t=abc: no such file; #t=abc is not a part of a recording"):
+        load_audio(str(tmp_path / "talk.wav#t=abc"))
+    write(tmp_path, "real#t=x.wav", np.zeros(RATE, np.float32))
+    assert len(load_audio(str(tmp_path / "real#t=x.wav")))  # an existing file with such a name is read
+
+
 @pytest.mark.parametrize("start, end", [(-1, 2), (2, 2), (2, 1), (float("nan"), 1), (0, float("inf"))])
 def test_invalid_times_are_refused(start, end):
     with pytest.raises(AudioError, match="a.wav: from .* is not a part"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from hf_speechllm.cli import doctor, parser
 from hf_speechllm.cli.main import main  # noqa: F401  (the fixture `run` starts it)
 from hf_speechllm.diagnosis.kinds import KINDS
 from hf_speechllm.diagnosis.page import histogram
@@ -103,7 +104,7 @@ def test_reports_and_clean_rows(run, corpus, tmp_path):
         assert len(heights) == 4 and min(map(int, heights)) > 100
 
 
-def test_exit_status(run, corpus, tmp_path):
+def test_exit_status(run, corpus, tmp_path, monkeypatch):
     errors = ["bad-row", "silent", "missing-recording", "recording-in-two-splits"]
     assert run("doctor", corpus, "--no_vad", "--ignore", *errors)[0] == 0
     assert run("doctor", corpus, "--no_vad", "--strict", "--ignore", *errors)[0] == 1
@@ -113,11 +114,17 @@ def test_exit_status(run, corpus, tmp_path):
         ((tmp_path / "none.jsonl",), "no such file"),
         ((corpus, "--ignore", "clip"), "unknown kind; did you mean clipped?"),
         ((corpus, "--json", tmp_path / "no" / "f.json"), "create it"),
+        ((corpus, "--html", tmp_path, "--overwrite"), "is a folder; name a file"),
         ((corpus / "train.jsonl", "--fix", corpus / "train.jsonl"), "is an input of this command"),
         ((corpus, "--model", tmp_path), ""),
     ):
         code, output = run("doctor", *arguments)
         assert code == 2 and message in output.err and "Traceback" not in output.err, arguments
+    with monkeypatch.context() as patch:  # a read-only disk; found before the examination
+        patch.setattr(parser.tempfile, "TemporaryFile", lambda dir: (Path(dir) / "missing" / "file").touch())
+        patch.setattr(doctor, "examine", None)
+        code, output = run("doctor", corpus, "--json", tmp_path / "f.json")
+        assert code == 2 and f"--json {tmp_path / 'f.json'}: the folder {tmp_path} is not writable" in output.err
     (tmp_path / "f.json").touch()
     assert run("doctor", corpus, "--json", tmp_path / "f.json")[0] == 2
     assert run("doctor", corpus, "--json", tmp_path / "f.json", "--overwrite", "--no_vad")[0] == 1

@@ -41,7 +41,7 @@ def test_module_is_the_same_command_and_its_help_is_light():
     command = [sys.executable, "-X", "importtime", "-m", "hf_speechllm", "decode", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: hf-speechllm decode")
-    assert "| torch" not in result.stderr and "| transformers" not in result.stderr
+    assert not any(f"| {name}" in result.stderr for name in ("torch", "transformers", "rich"))
 
 
 def test_unknown_verb_is_reported_with_the_closest(run):
@@ -155,13 +155,17 @@ def test_merging_a_model_without_adapters_is_refused(run, tiny_model, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_conversion_prints_one_line(tiny_model, tmp_path):
+def test_conversion_prints_result_and_next_command(tiny_model, tmp_path):
     command = [sys.executable, "-m", "hf_speechllm", "convert", "--format", "speech_llm"]
     result = subprocess.run(
         [*command, "--input", tiny_model, "--output", tmp_path / "new"], capture_output=True, text=True, check=True
     )
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if "it/s" not in line]
-    assert len([line for line in lines if str(tmp_path) in line]) == 1
+    written, following = result.stdout.splitlines()
+    assert written.startswith(f"written  {tmp_path / 'new'}: ") and written.endswith(" tensors, format speech_llm")
+    assert following == (
+        f"next     hf-speechllm decode RECORDING --model_name_or_path {tmp_path / 'new'} --output_file texts.txt"
+    )
+    assert result.stderr == ""  # without lines and bars of libraries
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")

@@ -46,7 +46,7 @@ def recordings(path):
 
 def test_files_and_summary(run, kaldi, tmp_path, tiny_model):
     out = tmp_path / "out"
-    options = ["--output_dir", out, "--split", 0.48, 0.32, 0.16, "--model_name_or_path", tiny_model, "--relative"]
+    options = ["--output_dir", out, "--split", 0.5, 0.333, 0.167, "--model_name_or_path", tiny_model, "--relative"]
     code, output = run("prepare", kaldi, *options)
     assert code is None, code
     paths = {name: recordings(out / f"{name}.jsonl") for name in ("train", "dev", "test")}
@@ -61,7 +61,7 @@ def test_files_and_summary(run, kaldi, tmp_path, tiny_model):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["format"] == "kaldi" and summary["split"] == "drawn by speaker, seed 0" and not summary["bad_rows"]
     assert summary["splits"]["train"]["speakers"] == 3 and summary["splits"]["train"]["hours"] == 0.0021
-    assert "train: 6 rows, 0.0021 hours, 3 speakers" in output.out and "languages: unknown 12" in output.out
+    assert "train      6 rows, 0.0021 hours, 3 speakers" in output.out and "languages  unknown 12" in output.out
 
 
 def test_second_run_writes_the_same_files_and_requires_overwrite(run, kaldi, tmp_path):
@@ -190,6 +190,13 @@ def test_two_runs_into_one_folder_are_not_mixed(run, kaldi, tmp_path, monkeypatc
     monkeypatch.setattr("hf_speechllm.cli.prepare.existing_output", lambda args: next(answers))
     assert "it exists" in run("prepare", kaldi, "--output_dir", out)[0]
     assert not (out / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.1, 0), (0.5, 0.5, 0.5), (0, 0, 0)])
+def test_shares_that_do_not_sum_to_one_are_refused(run, kaldi, tmp_path, shares):
+    code, output = run("prepare", kaldi, "--output_dir", tmp_path / "out", "--split", *shares)
+    assert code == 2 and f"the sum of the shares is {sum(shares):g}; it must be 1" in output.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("source", ["train.jsonl", "link.jsonl", ""])

@@ -148,8 +148,13 @@ def test_invalid_stages_are_one_line(stages, message, write, run):
 def test_errors_of_all_stages_are_found_before_the_first_run(write, run, tmp_path):
     code, output = run("finetune", write([{"max_steps": 1}, {"lerning_rate": 1}]))
     assert code == 2 and "stage2.yaml: unknown key lerning_rate; did you mean learning_rate?" in output.err
+    assert "finetune: stage 2 (stage2): " in output.err
+    code, output = run("finetune", write([{"max_steps": 1}, {"ctc_weight": 0.5}]))  # without a CTC head
+    assert code == 2 and "finetune: stage 2 (stage2): error: --ctc_weight" in output.err
+    code, _ = run("finetune", write([{"max_steps": 1}, {"train_file": "gone.jsonl"}]))
+    assert "error: stage 2 (stage2): " in code and "gone.jsonl" in code
     code, _ = run("finetune", write([{"max_steps": 1}, {"train_file": "missing.jsonl"}]))
-    assert code.endswith("error: missing.jsonl: no such file")
+    assert code.endswith("error: stage 2 (stage2): missing.jsonl: no such file")
     assert not (tmp_path / "run" / "stage1").exists()
 
 

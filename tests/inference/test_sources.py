@@ -111,6 +111,8 @@ def test_rows_of_a_parquet_file_need_no_transcripts(make_wav, tmp_path, kind):
     ("name", "message"),
     [
         ("gone.wav", "gone.wav: no such file"),
+        ("gone.wav#t=abc", "gone.wav#t=abc: no such file; #t=abc is not a part of a recording: write #t=START or"),
+        ("gone.wav#t=1", "gone.wav#t=1: no such file$"),
         ("a.jsonl", "--jsonl_file"),
         ("wav.scp", "--scp_file"),
         ("a.tar.gz", "compressed"),

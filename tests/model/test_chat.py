@@ -240,6 +240,21 @@ HEADER = (
 )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hotwords": 5}, "hotwords is 5; it must be a list of strings"),
+        ({"hotwords": ["a", 1]}, r"hotwords is \['a', 1\]; it must be a list of strings"),
+        ({"context": [1]}, r"context is \[1\]; it must be a string"),
+        ({"prompt": 1}, "prompt is 1; it must be a string"),
+        ({"language": ["en"]}, r"language is \['en'\]; it must be a string"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        chat.transcription_prompt(**options)
+
+
 def test_hotwords_are_written_in_a_header():
     hotwords = ["开放时间", "Qwen"]
     assert chat.transcription_prompt(hotwords="开放时间,Qwen") == chat.transcription_prompt(hotwords=hotwords)

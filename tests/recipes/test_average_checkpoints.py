@@ -12,7 +12,7 @@ def test_checkpoints_are_averaged_and_nothing_is_overwritten(compose_tiny, run_r
     output = tmp_path / "mean"
     output.mkdir()  # an empty folder is fine
     assert run_recipe("average_checkpoints.py", "--inputs", *inputs, "--output", output) is None
-    assert f"mean of 2 checkpoints: {output}" in capsys.readouterr().out
+    assert f"{output}: mean of 2 checkpoints" in capsys.readouterr().out
     first, second, mean = (load_file(folder / "model.safetensors") for folder in (*inputs, output))
     for name, tensor in mean.items():
         torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-7)

@@ -134,16 +134,15 @@ def test_without_normalisation_spelling_and_punctuation_count(score):
     assert (result["substitutions"], result["deletions"], result["reference_tokens"]) == (1, 1, 3)
 
 
-def test_comparison_with_a_second_file(score, write, tmp_path, caplog):
+def test_comparison_with_a_second_file(score, write, tmp_path, capsys):
     references = {str(index): "red green blue grey" for index in range(30)}
     good = {id_: "red green blue grey" for id_ in references}
     bad = {id_: "red green blue" if int(id_) % 3 else "red" for id_ in references}
-    caplog.set_level("INFO")
     comparison = score(references, good, "--compare", write("other", bad))["comparison"]
     assert comparison["difference"] == -comparison["rate"] == pytest.approx(-50 / 120)
     assert comparison["low"] < comparison["difference"] < comparison["high"] < 0
     assert comparison["p_value"] < 0.001 and (comparison["better"], comparison["worse"]) == (30, 0)
-    assert "-41.67 points" in caplog.text
+    assert "compared  -41.67 points (95 %:" in capsys.readouterr().out
     assert "Fewer errors" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 

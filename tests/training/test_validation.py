@@ -73,7 +73,7 @@ def scripted(monkeypatch):
             trainers.append(trainer)
             return score(trainer, *args, **options)
 
-        def decode(validator, engine, rows):
+        def decode(validator, engine, rows, title):
             trainer = trainers[-1]
             if averaged is not None and not trainer.is_in_train:
                 percent = averaged[len(rows)]
