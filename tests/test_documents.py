@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/README.md")]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 FOLDERS = ("hf_speechllm", "recipes", "benchmarks", "tools", "tests", "accelerate_configs")
 FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".yaml")]
 FILES += [ROOT / "setup.py"]
