@@ -53,6 +53,7 @@ DEEPSPEED = "deepspeed>=0.19.8,<0.20; sys_platform == 'linux'"
 VOXTRAL = "mistral-common[soundfile]>=1.11.5"  # what transformers asks for; limits numpy
 LHOTSE = "lhotse>=1.33"
 AUGMENT = "pyroomacoustics>=0.10.1"
+DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0", "codespell>=2.4"]
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
@@ -92,6 +93,7 @@ setup(
         "voxtral": [VOXTRAL],  # prompts of Voxtral
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
         "test": [*EVERYTHING, LHOTSE, AUGMENT, *TEST],
-        "dev": [*EVERYTHING, LHOTSE, AUGMENT, *TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "docs": DOCS,
+        "dev": [*EVERYTHING, LHOTSE, AUGMENT, *TEST, *DOCS, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )
