@@ -18,7 +18,6 @@ PAGES = {
     "CHANGELOG.md": "project/changelog.md",
     "SECURITY.md": "project/security.md",
     "benchmarks/results/README.md": "project/results.md",
-    "README.md": "index.md",
 }
 COMMANDS = "reference/commands"
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?!https?:|mailto:)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
@@ -37,14 +36,13 @@ def on_config(config):
 def on_files(files, config):
     """Adds the files of the repository that are pages of the site."""
     for source, target in PAGES.items():
-        if files.get_file_from_path(target) is None:
-            files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
+        files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """Rewrites the links of a page that leave docs/."""
-    here = {target: source for source, target in PAGES.items() if target != "index.md"}
+    here = {target: source for source, target in PAGES.items()}
     place = page.file.src_uri
     source = here.get(place, f"docs/{place}")
 
