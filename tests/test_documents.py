@@ -55,6 +55,14 @@ def test_links_lead_to_files_and_headings(document):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_rows_of_tables_have_as_many_cells_as_their_header(document):
+    """On GitHub, a pipe in code divides cells, too, unless it is escaped."""
+    lines = re.sub(r"^```.*?^```", "", document[1], flags=re.M | re.S).splitlines()
+    cells = [len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None for line in lines]
+    for line, before, count in zip(lines[1:], cells, cells[1:], strict=False):
+        assert None in (before, count) or before == count, line
+
+
 def test_named_tests_exist(document):
     for module, name in re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)::(\w+)`", document[1]):
         sources = [path.read_text(encoding="utf-8") for path in FILES if path.as_posix().endswith(f"/{module}")]
