@@ -71,10 +71,11 @@ def warn_about_ids(message: str, ids: list[str]) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
+    from ..data import transcripts
     from ..data.bad_rows import BadRows
     from ..data.hotword_lists import parse_word_list
     from ..data.kaldi import read_scp
-    from ..evaluation import confidence, report, scoring, statistics, transcripts
+    from ..evaluation import confidence, report, scoring, statistics
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report_audio as recordings
     from ..files import atomic_write
