@@ -34,7 +34,9 @@ _spec = spec_from_file_location("reference", ROOT / "tools/reference.py")
 reference = module_from_spec(_spec)
 _spec.loader.exec_module(reference)
 
-BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+)
 Block = namedtuple("Block", "line reason language code")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODEL = "FunAudioLLM/Fun-ASR-Nano-2512-hf"
@@ -53,7 +55,12 @@ PROGRAMS_OF_TESTS = {"compute-wer", "tail"}
 
 def blocks(path):
     text = path.read_text(encoding="utf-8")
-    for match in BLOCK.finditer(text):
+    matches = list(BLOCK.finditer(text))
+    assert 2 * len(matches) == len(re.findall("^```", text, flags=re.M)), (
+        f"{path}: a block without an end or a language"
+    )
+    assert sum(match["reason"] is not None for match in matches) == text.count("<!-- not run:"), path
+    for match in matches:
         yield Block(text[: match.start()].count("\n") + 1, match["reason"], match["language"], match["code"])
 
 
@@ -85,6 +92,7 @@ def verb_of(words):
 
 def parse(verb, argv):
     """Parses a command line with the parser of its verb; raises SystemExit if it is wrong."""
+    argv = [re.sub(r"\$\w+", "0", word) for word in argv]  # variables of the shell
     if verb == "plan":
         _, argv = split_own_options(argv)
     if verb in ("finetune", "plan"):
