@@ -56,6 +56,7 @@ LHOTSE = "lhotse>=1.33"
 AUGMENT = "pyroomacoustics>=0.10.1"
 DEMO = "gradio>=6.31,<7"
 COMPLETION = "shtab>=1.13"
+DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0", "codespell>=2.4"]
 TEST = [*EVERYTHING, LHOTSE, AUGMENT, COMPLETION, DEMO, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 
 setup(
@@ -97,6 +98,7 @@ setup(
         "demo": [DEMO, *VAD],  # page of `hf-speechllm demo`
         "funasr": ["funasr>=1.4"],  # the original, to test exports and numbers against
         "test": TEST,
-        "dev": [*TEST, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, DEEPSPEED, "ruff", "mypy", "import-linter", "pre-commit"],
     },
 )

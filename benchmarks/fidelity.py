@@ -1,4 +1,4 @@
-"""Prints the table of docs/fidelity.md: the original's golden vectors, stock transformers, and this project.
+"""Prints the table of docs/explanation/fidelity.md: golden vectors of the original, transformers, this project.
 
 python benchmarks/fidelity.py GOLDEN [--row losses]
 

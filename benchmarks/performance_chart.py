@@ -1,6 +1,6 @@
-"""Draws the chart of docs/performance.md from the lines in benchmarks/results.
+"""Draws the chart of docs/explanation/performance.md from the lines in benchmarks/results.
 
-python benchmarks/performance_chart.py docs/performance.png
+python benchmarks/performance_chart.py docs/explanation/performance.png
 """
 
 import json

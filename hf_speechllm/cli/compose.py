@@ -8,7 +8,7 @@ hf-speechllm compose models/tiny \\
 hf-speechllm compose models/linear_adaptor \\
     --audio_encoder openai/whisper-small --llm Qwen/Qwen3-0.6B --output_dir exp/whisper_qwen/init
 
-The encoder may be part of a larger model (encoder-decoder, CTC, speech LLM); docs/training.md lists the families.
+The encoder may be part of a larger model (encoder-decoder, CTC, speech LLM); see docs/tutorials/own_model.md.
 Prompts use the chat template of the LLM. --llm may also be a GGUF file (needs the package gguf).
 """
 

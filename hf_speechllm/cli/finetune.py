@@ -14,7 +14,7 @@ hf-speechllm finetune --auto --model_name_or_path FunAudioLLM/Fun-ASR-Nano-2512-
 
 CONFIG is a YAML file, or the name of a file of the package: few_hours, lora, adaptor_only, ...
 With a list `stages` in the file, one command runs several stages, each from the model of the previous one; see
-docs/training.md.
+docs/guides/stages.md.
 Options of the command line override the file. The same command from a checkout is
 `accelerate launch [--config_file FILE] recipes/finetune.py [CONFIG] ...`.
 """

@@ -21,11 +21,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the formatting of the description, and adds informative defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        help = action.help  # nargs 0: a switch
-        shown = action.nargs != 0 and action.default not in (None, False, argparse.SUPPRESS, "", (), [])
-        if help and shown and "default" not in help:
-            return f"{help.rstrip('.')} (default: %(default)s)"
-        return help
+        return help_of(action)
+
+
+def help_of(action: argparse.Action) -> str | None:
+    """Returns the help text of an option, with its default if that is informative and not named in the text."""
+    shown = action.nargs != 0 and action.default not in (None, False, argparse.SUPPRESS, "", (), [])  # 0: a switch
+    if action.help and shown and "default" not in action.help:
+        return f"{action.help.rstrip('.')} (default: %(default)s)"
+    return action.help
 
 
 class OneLineErrors(argparse.ArgumentParser):

@@ -152,7 +152,7 @@ def normalize_text(text: str, language: str | None = None) -> str:
     A token is a character of Chinese, Japanese, Korean (a syllable: spacing is optional in practice), Thai, Lao,
     Tibetan, Burmese or Khmer, a single digit, or a word of other scripts. Spaces between characters of Chinese,
     Japanese and Korean do not matter. Punctuation, symbols that are not read out, one-word tags such as [noise] and
-    <unk>, and English fillers (uh, um) are removed. docs/normalization.md lists the rules.
+    <unk>, and English fillers (uh, um) are removed. docs/explanation/normalization.md lists the rules.
 
     Args:
         text: one line, in one language or several.

@@ -48,8 +48,11 @@ def test_what_does_not_fit_is_replaced_by_the_next_smaller_configuration():
     assert recommend(5, ["lora", "all"]) is None  # more capacity does not help
 
 
-def test_readme_has_the_table_and_every_configuration_exists():
-    assert markdown_table() in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_documents_have_the_table_and_every_configuration_exists():
+    assert markdown_table() in (REPOSITORY / "docs/guides/choosing.md").read_text(encoding="utf-8")
+    for name in ("README.md", "README_zh.md"):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        assert all(f"| `{configuration}` |" in text for configuration in ALL)
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")} - {"quickstart"}
     assert shipped == {*ALL}
 

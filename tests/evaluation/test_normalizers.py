@@ -165,7 +165,7 @@ def lines_of(text):
 
 
 def documented_differences():
-    text = (ROOT / "docs" / "normalization.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "normalization.md").read_text(encoding="utf-8")
     return set(re.findall(r"^\| (n\d+) \|.*\| (?:ours|original) \|", text, flags=re.M))
 
 

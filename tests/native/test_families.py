@@ -216,7 +216,7 @@ def test_padding_free_batch_has_the_same_loss_and_gradients(native_folder, batch
 
 
 def test_document_lists_all_families_and_refusals():
-    text = (Path(__file__).resolve().parents[2] / "docs/native_models.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs/guides/native_models.md").read_text(encoding="utf-8")
     rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
     assert {*rows} == {"model_type", *FAMILIES, *REFUSED}
     for model_type, family in FAMILIES.items():

@@ -364,7 +364,8 @@ def test_no_change_is_silent(resume, name):
 
 
 def test_matrix_agrees_with_the_documentation():
-    text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8").partition("### What may change")[2]
+    text = (REPOSITORY / "docs" / "explanation" / "reliability.md").read_text(encoding="utf-8")
+    text = text.partition("### What may change")[2]
     rows = [re.findall(r"[^|]+", line)[1] for line in text.splitlines() if line.startswith("| ")][1:6]
     outcomes = dict(zip(("same", "kept", "reported", "refused", "rows"), rows, strict=True))
     assert len(MATRIX) >= 40 and {case.outcome for case in MATRIX.values()} == outcomes.keys()
