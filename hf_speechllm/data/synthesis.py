@@ -112,7 +112,7 @@ def _espeak(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[
 
 def _pico(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
     """Pico reads rate and pitch, in percent, from markup."""
-    content = re.sub("[<>&]", " ", Path(text).read_text(encoding="utf-8"))
+    content = " ".join(re.sub("[<>&]", " ", Path(text).read_text(encoding="utf-8")).split())
     spoken = f"<speed level='{100 * rate:.0f}'><pitch level='{100 * pitch:.0f}'>{content}</pitch></speed>"
     return ["pico2wave", "-l", voice, "-w", wav, spoken]
 

@@ -11,6 +11,7 @@ from ..hub.publishing import publish
 from ..hub.upload import reporting_unreachable
 from .arguments import SpeechLLMTrainingArguments
 from .run_card import write_card
+from .validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class PublishingTrainer(Trainer):
     args: SpeechLLMTrainingArguments
     current_scores: dict[str, float] | None
     selection: str | None
+    validator: Validator
 
     def create_model_card(self, language=None, license=None, **kwargs) -> None:
         """Writes our model card into the output folder; ignores other options of the parent class.
@@ -33,6 +35,7 @@ class PublishingTrainer(Trainer):
                 self.args, model, self.train_dataset, self.eval_dataset, self.state,
                 name=self.hub_model_id, scores=self.current_scores, selection=self.selection,
                 language=[language] if isinstance(language, str) else language, licence=license,
+                rate_names=self.validator.rate_names,
             )  # fmt: skip
 
     def init_hf_repo(self, token: str | None = None, **options) -> None:

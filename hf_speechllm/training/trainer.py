@@ -133,7 +133,8 @@ class SpeechLLMTrainer(PublishingTrainer):
             self.retention_guard = RetentionGuard(args.max_retention_loss, args.retention_action == "stop")
             self.add_callback(self.retention_guard)
         schedule = ShiftedSchedule(lambda: self.position)
-        for callback in (self.lineage, schedule, TrainingCurve(self.validator.rate_names), ValidationTable(), self.preemption):
+        curve = TrainingCurve(self.validator.rate_names)
+        for callback in (self.lineage, schedule, curve, ValidationTable(), self.preemption):
             self.add_callback(callback)
         replace_progress(self.callback_handler.callbacks, TrainingLines(self.validator.rate_names))
         connect_trackers(self.callback_handler.callbacks, self.validator)

@@ -38,6 +38,13 @@ if options[0] == "-lv":
     print("Voices available: kal awb_time slt ")
 elif options[0] == "--voices=variant":
     print("Pty Language Gender VoiceName File\\n 5 variant --/M f1 !v/f1\\n 5 variant --/M m3 !v/m3")
+elif options[0] == "--voices=mb":
+    print("Pty Language Gender VoiceName File\\n 5 en-us --/M us-2 mb/mb-us2\\n 5 en --/M x mb/mb-pl1-en")
+    print(" 5 de --/M d mb/mb-de1")
+elif options[0] == "-q":
+    sys.exit(options[2] == "mb-pl1-en")
+elif options == ["--help"]:
+    print("usage")
 elif options[0].startswith("--voices"):
     print("Pty Language Gender VoiceName File\\n 2 en-gb --/M English gmw/en\\n 5 en-us --/M us-mbrola mb/mb-us2")
     print(" 2 en-us --/M American gmw/en-US\\n 5 variant --/M f1 !v/f1")
@@ -123,7 +130,7 @@ def test_failed_rows_are_left_out_up_to_a_share(run, engine, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, flite, piper"),
+        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, mbrola, pico, flite, piper"),
         (["--engines", "flite=0"], "--engines must be NAME or NAME=SHARE, with shares above 0"),
         (["--engines", "tone", "--command", "tone=x"], "--command must be NAME=COMMAND"),
         (["--engines", "flite", "--language", "de"], "flite has no voice for the language 'de'"),
@@ -144,7 +151,7 @@ def test_missing_engine_is_named(run, texts, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="the commands are scripts")
 def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_path, monkeypatch):
     log = tmp_path / "log"
-    for name in ("espeak-ng", "flite", "piper"):
+    for name in ("espeak-ng", "pico2wave", "flite", "piper"):
         values = {"python": sys.executable, "name": name, "wav": make_wav(), "log": log}
         (tmp_path / name).write_text(COMMANDS.format(**values), encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -153,14 +160,16 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
         (tmp_path / f"{name}.onnx").touch()
         config = {"num_speakers": speakers, "language": {"code": code}}
         (tmp_path / f"{name}.onnx.json").write_text(json.dumps(config), encoding="utf-8")
-    voices = voices_of(["espeak", "flite", "piper"], "en", str(tmp_path))
+    voices = voices_of(["espeak", "mbrola", "pico", "flite", "piper"], "en", str(tmp_path))
     model = tmp_path / "a.onnx"
     assert voices == {
         "espeak": ["en-gb+f1", "en-gb+m3", "en-us+f1", "en-us+m3"],
+        "mbrola": ["mb-us2"],  # of the language, and installed
+        "pico": ["en-GB", "en-US"],
         "flite": ["kal", "slt"],
         "piper": [f"{model}#0", f"{model}#1"],
     }
-    plan = Plan(["hello"], 300, voices, {"espeak": 0.5, "flite": 0.2, "piper": 0.3}, "p")
+    plan = Plan(["<hello>"], 300, voices, dict(zip(voices, (0.5, 0.1, 0.1, 0.1, 0.2), strict=True)), "p")
     chosen = [plan.choose(row) for row in range(300)]
     assert Counter(engine for engine, *_ in chosen).keys() == voices.keys()
     assert 120 < sum(engine == "espeak" for engine, *_ in chosen) < 180
@@ -176,10 +185,39 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
         assert words == {
             "espeak": ["espeak-ng", "-v", voice, "-s", str(round(175 * rate)), "-p", str(round(50 * pitch)),
                        "-f", text, "-w", wav],
+            "mbrola": ["espeak-ng", "-v", "mb-us2", "-s", str(round(175 * rate)), "-p", str(round(50 * pitch)),
+                       "-f", text, "-w", wav],
+            "pico": f"pico2wave -l {voice} -w {wav} <speed level='{100 * rate:.0f}'>"
+                    f"<pitch level='{100 * pitch:.0f}'>hello</pitch></speed>".split(),
             "flite": ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / rate:.3f}", "--setf",
                       f"f0_shift={pitch:.3f}", "-f", text, "-o", wav],
             "piper": ["piper", "-m", str(model), "-s", voice[-1:], "--length_scale", f"{1 / rate:.3f}", "-f", wav],
         }[engine]  # fmt: skip
+
+
+def test_shuffled_rows_have_the_words_of_their_text_in_another_order():
+    plan = Plan(["One, two: three four five."], 200, {"tone": ["v"]}, {"tone": 1.0}, "p", shuffled=0.3)
+    said = [plan.text(row) for row in range(200)]
+    changed = [text for text in said if text != plan.texts[0]]
+    assert 40 < len(changed) < 80 and len(set(changed)) > 20
+    assert {" ".join(sorted(text.rstrip(".").split())) for text in changed} == {"One five four three two"}
+    assert [plan.text(row) for row in range(200)] == said
+
+
+def test_rows_are_augmented_reproducibly_and_texts_stay(run, engine, texts, tmp_path):
+    command = ["--texts", texts, "--num_rows", "6", "--engines", "tone", "--command", engine, "--num_workers", "1"]
+    noise = ["--noise_prob", "1", "--noise_source", "babble", "white", "--rows_per_shard", "3"]
+    for name, options in (("clean", noise[-2:]), ("noisy", noise), ("again", noise)):
+        code, _ = run("synthesize", *command, *options, "--output_dir", tmp_path / name)
+        assert not code
+    clean, noisy, again = (rows_of(tmp_path / name) for name in ("clean", "noisy", "again"))
+    assert [row["messages"][-1] for row in noisy] == [row["messages"][-1] for row in clean]
+    archives = [
+        [path.read_bytes() for path in sorted((tmp_path / name).glob("*.tar"))] for name in ("clean", "noisy", "again")
+    ]
+    assert archives[1] == archives[2] != archives[0]
+    code, _ = run("synthesize", *command, "--noise_snr", "1", "2", "--output_dir", tmp_path / "x")
+    assert "--noise_snr has no effect without --noise_prob" in str(code)
 
 
 def test_texts_are_clean_sentences():
@@ -195,7 +233,7 @@ def test_texts_are_clean_sentences():
 
 
 def test_sentences_are_sampled_from_a_language_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sampling, "BATCH_SIZE", 4)
+    monkeypatch.setattr(text_sampling, "BATCH_SIZE", {"cpu": 4})
     monkeypatch.setattr(text_sampling, "NEW_TOKENS", 8)
     tokenizer = train_tokenizer(["one two three."] * 20, 300)
     torch.manual_seed(0)
@@ -213,9 +251,10 @@ def test_sentences_are_sampled_from_a_language_model(tmp_path, monkeypatch):
     def clean(texts):
         return [text[:9] for text in texts if text]
 
-    found = sample_sentences(str(tmp_path), 5, clean, "one", seed=3)
+    found = sample_sentences(str(tmp_path), 5, clean, ["one", ""], seed=3)
     assert len(set(found)) == len(found) == 5
-    assert sample_sentences(str(tmp_path), 5, clean, "one", seed=3) == found
-    assert sample_sentences(str(tmp_path), 5, clean, "one", seed=4) != found
+    assert sample_sentences(str(tmp_path), 5, clean, ["one", ""], seed=3) == found
+    assert sample_sentences(str(tmp_path), 5, clean, ["one", ""], seed=4) != found
+    assert sample_sentences(str(tmp_path), 5, clean, ["one"], seed=3) != found
     with pytest.raises(ValueError, match="no new sentence; change --text_prompt"):
         sample_sentences(str(tmp_path), 5, lambda texts: [])
