@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -26,9 +26,13 @@ MOST = 0.9  # share of a style that makes others unusual
 MIN_PACE_ROWS, MIN_PACE_SCALE = 30, 0.05  # rows, and scale of log durations: read speech has 0.1
 MAX_PACE_FACTOR = 3.0  # from the median of seconds per syllable; other rows do not change what is expected
 PACE_FACTOR, PACE_SECONDS = 1.8, 0.55  # by which a row must differ, besides the threshold
-SHIFT_ROWS, SHIFT_FIT = 10, 0.8  # rows of a shifted block, fewest, and correlation that a shift must reach
+SHORT_SECONDS = 0.35  # or by which the whole recording is shorter than expected: single words may be drawn out
+SHIFT_ROWS = 12  # rows of a file, fewest
+SHIFTS = (1, -1, 2, -2, 3, -3)  # rows by which transcripts may be shifted
 MIN_SPREAD = 0.3  # of log syllables between the 10th and 90th percentile: texts of one length fit every duration
-SHIFT_PENALTY = 0.1  # per row: rows that fit as well without the shift do not belong to the block
+SHIFT_PENALTY = 0.5  # nats per row: rows that fit as well without the shift do not belong to the block
+SHIFT_EDGE = 3.0  # nats from the edge of a block to the first reported row: rows beside the block fit by chance
+WRONG_SHARE, WRONG_RANGE = 0.05, 4.0  # rows with wrong texts, and range of their log durations (1/7 to 7 times)
 MIN_UNIQUE = 0.5  # share of different texts from which a repeated text is unusual
 MIN_SYLLABLES = 4.0  # of a text in another script
 MIN_WORDS = 6  # of a text in another language
@@ -299,7 +303,9 @@ def _pace(corpus: Corpus) -> Iterator[Found]:
         middle = float(np.median(ratios))
         scale = max(1.4826 * float(np.median(np.abs(ratios - middle))), MIN_PACE_SCALE)
         unusual = np.abs(ratios - middle) > limit("unusual-pace") * scale
-        unusual &= (np.abs(ratios) > np.log(PACE_FACTOR)) & (np.abs(seconds - expected) > PACE_SECONDS)
+        total = np.array([corpus.measured[index][0].seconds for index in rows])
+        differs = (np.abs(seconds - expected) > PACE_SECONDS) | (expected - total > SHORT_SECONDS)
+        unusual &= (np.abs(ratios) > np.log(PACE_FACTOR)) & differs
         for place in np.flatnonzero(unusual).tolist():
             more = "long" if ratios[place] > 0 else "short"
             detail = f"{seconds[place]:.1f} s of speech are {more} for this text; expected {expected[place]:.1f} s"
@@ -327,38 +333,63 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _shifted(corpus: Corpus) -> Iterator[Found]:
-    """Finds blocks of a file in which the transcript of the next or previous row fits the durations better."""
+    """Finds blocks of a file in which the transcripts some rows away fit the durations better.
+
+    Sums the logarithms of likelihood ratios over the rows of a block. Without a shift, a sum above x has at most the
+    probability exp(-x) for each row at which a block may start (Wald 1945).
+    """
     files: dict[str, list[int]] = defaultdict(list)
     for index in sorted(corpus.expected):
         files[corpus.rows[index].file].append(index)
     for rows in files.values():
-        if len(rows) < SHIFT_ROWS + 2:
+        if len(rows) < SHIFT_ROWS:
             continue
-        text = np.log([corpus.syllables[index] for index in rows])
         time = np.log([corpus.measured[index][0].sounding_seconds for index in rows])
-        # The line through the percentiles of both does not depend on the order of the transcripts.
-        (low, high), (least, most) = np.percentile(text, (10, 90)), np.percentile(time, (10, 90))
-        if high - low < MIN_SPREAD:
-            continue
-        expected = np.median(time) + (text - np.median(text)) * (most - least) / (high - low)
-        for move, other in ((1, "next"), (-1, "previous")):
-            moved = np.roll(expected, -move)
-            gains = np.clip((time - expected) ** 2, 0, 1) - np.clip((time - moved) ** 2, 0, 1) - SHIFT_PENALTY
-            first, last = _best_run(gains)
-            block, rest = slice(first, last), np.r_[0:first, last : len(rows)]
-            shifted, unshifted = _fit(moved[block], time[block]), _fit(expected[block], time[block])
-            # Durations that do not depend on the text would fit a shifted block by chance.
-            rest = rest[np.abs(time - expected)[rest] < np.log(PACE_FACTOR)]  # the others are reported as they are
-            if last - first < SHIFT_ROWS or (len(rest) >= SHIFT_ROWS and _fit(expected[rest], time[rest]) < SHIFT_FIT):
-                continue
-            if shifted > SHIFT_FIT and shifted - unshifted > limit("shifted-transcripts"):
-                for place in range(first, last):
-                    shown = show(corpus.rows[rows[place]].text, 30)
-                    fits = f"correlation {shifted:.2f}, unshifted {unshifted:.2f}"
-                    detail = (
-                        f"in {last - first} neighbouring rows, the {other} row's transcript fits ({fits}): {shown}"
-                    )
-                    yield rows[place], "shifted-transcripts", detail
+        errors = min(map(partial(_shift_errors, time), _log_durations(corpus, rows, time)), key=_smallest_scale)
+        scale = max(_smallest_scale(errors), MIN_PACE_SCALE)
+        least = limit("shifted-transcripts") + np.log(len(rows) * len(SHIFTS))
+        blocks: list[tuple[float, int, range]] = []
+        for move, moved in zip(SHIFTS, errors[1:], strict=True):
+            gains = _log_likelihoods(moved, scale) - _log_likelihoods(errors[0], scale)
+            while (total := gains[(part := slice(*_best_run(gains - SHIFT_PENALTY)))].sum()) > least:
+                first, last = (
+                    int(np.argmax(np.cumsum(sums) > SHIFT_EDGE)) for sums in (gains[part], gains[part][::-1])
+                )
+                blocks.append((float(total), move, range(len(rows))[part][first : part.stop - part.start - last]))
+                gains[part] = -least
+        reported: set[int] = set()
+        for total, move, block in sorted(blocks, reverse=True):
+            whose = f"{abs(move)} row{'s'[: abs(move) - 1]} {'below' if move > 0 else 'above'}"
+            for place in sorted({*block} - reported):
+                detail = f"in {len(block)} neighbouring rows, the transcript {whose} fits"
+                text = show(corpus.rows[rows[place]].text, 30)
+                yield rows[place], "shifted-transcripts", f"{detail} (exp({total:.0f}) times likelier): {text}"
+            reported.update(block)
+
+
+def _log_durations(corpus: Corpus, rows: list[int], time: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields expected log durations of texts: from the lines of the corpus, which a shift of all rows makes useless,
+    and from the percentiles of durations and lengths of texts, which do not depend on the order."""
+    yield np.log([corpus.expected[index] for index in rows])
+    text = np.log([corpus.syllables[index] for index in rows])
+    (low, high), (least, most) = np.percentile(text, (10, 90)), np.percentile(time, (10, 90))
+    if high - low > MIN_SPREAD:
+        yield np.median(time) + (text - np.median(text)) * (most - least) / (high - low)
+
+
+def _shift_errors(time: np.ndarray, expected: np.ndarray) -> list[np.ndarray]:
+    """Returns the errors of log durations without a shift, and with each of `SHIFTS`."""
+    return [time - np.roll(expected, -move) for move in (0, *SHIFTS)]
+
+
+def _smallest_scale(errors: list[np.ndarray]) -> float:
+    return min(1.4826 * float(np.median(np.abs(error))) for error in errors)
+
+
+def _log_likelihoods(errors: np.ndarray, scale: float) -> np.ndarray:
+    """Returns log densities: a normal distribution, and a share of rows whose text is wrong anyway."""
+    normal = np.exp(-0.5 * (errors / scale) ** 2) / (scale * np.sqrt(2 * np.pi))
+    return np.log((1 - WRONG_SHARE) * normal + WRONG_SHARE / WRONG_RANGE)
 
 
 def _best_run(gains: np.ndarray) -> tuple[int, int]:
@@ -366,11 +397,6 @@ def _best_run(gains: np.ndarray) -> tuple[int, int]:
     sums = np.concatenate([[0.0], np.cumsum(gains)])
     ends = int(np.argmax(sums - np.minimum.accumulate(sums)))
     return int(np.argmin(sums[: ends + 1])), ends
-
-
-def _fit(text: np.ndarray, time: np.ndarray) -> float:
-    """Returns the correlation of log durations; 0 if they hardly differ."""
-    return float(np.corrcoef(text, time)[0, 1]) if len(text) > 2 and min(text.std(), time.std()) > 0.1 else 0.0
 
 
 # A new check is one entry here, and its threshold one entry of `KINDS`.

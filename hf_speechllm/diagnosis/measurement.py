@@ -201,7 +201,8 @@ class _Meter:
     def _add_spectra(self, mono: np.ndarray) -> None:
         count = len(mono) // self.window
         if count:
-            shaped = mono[: count * self.window].reshape(count, self.window)
+            hop = self.window // (2 if count < 2 * MIN_WINDOWS else 1)  # short recordings have few windows
+            shaped = np.lib.stride_tricks.sliding_window_view(mono, self.window)[::hop]
         elif self.windows:
             return
         else:

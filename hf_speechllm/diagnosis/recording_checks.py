@@ -12,6 +12,7 @@ RecordingCheck = Callable[[Measurement, float], str | None]
 MIN_SECONDS = 0.5  # shorter recordings have too few frames to tell a steady signal from a vowel
 # For `clipped`: at most 0.38 in 5,000 real recordings, at least 0.37 if overdriven by 20 dB and coded with Vorbis.
 FLAT_TOP = 0.4
+FLATTER_TOP, OVERSHOOT = 0.3, 1.1  # the same if lossy coding of flat waves has raised the peak above full scale
 LOUD_TONE = -10.0  # dB relative to the loudest frames: a sine has flat waves without clipping
 LOW_TONE, LOW_TONE_MARGIN = 70.0, 8.0  # Hz below the lowest voices, and dB by which hum is found better there
 
@@ -86,7 +87,8 @@ def _long_silence(m: Measurement, limit: float) -> str | None:
 def _clipped(m: Measurement, limit: float) -> str | None:
     if m.clipped > limit:
         return f"{m.clipped:.1%} of the samples in flat runs at {m.peak:.2f}"
-    if m.flat_top > FLAT_TOP and m.seconds >= MIN_SECONDS and not (m.tone and m.tone[1] - m.level > LOUD_TONE):
+    flat = m.flat_top > (FLATTER_TOP if m.peak > OVERSHOOT else FLAT_TOP)
+    if flat and m.seconds >= MIN_SECONDS and not (m.tone and m.tone[1] - m.level > LOUD_TONE):
         return f"flat waves: {m.flat_top:.0%} of the samples near the peak of their frame"
     return None
 

@@ -114,7 +114,9 @@ def test_pace_of_each_row():
     assert found(list(map(make_row, texts)), seconds) == {"unusual-pace": [longest]}
 
 
-@pytest.mark.parametrize("move, start, stop", [(1, 40, 80), (-1, 100, 130), (1, 0, 200), (-1, 90, 200)])
+@pytest.mark.parametrize(
+    "move, start, stop", [(1, 40, 80), (-1, 100, 130), (1, 0, 200), (-1, 90, 200), (2, 60, 85), (1, 150, 162)]
+)
 def test_shifted_transcripts(move, start, stop):
     texts, seconds = sentences(200, np.random.default_rng(0))
     texts[start:stop] = np.roll(texts[start:stop], move).tolist()
