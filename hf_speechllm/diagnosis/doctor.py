@@ -19,6 +19,7 @@ from .near_duplicates import near_duplicates
 from .recording_checks import check_recording
 from .rows import DataRow, Problem
 from .scripts import syllables
+from .shifted_transcripts import shifted_transcripts
 from .text_checks import check_text, show
 
 ROWS_PER_CHUNK = 16  # some recordings are hours long
@@ -157,7 +158,7 @@ def diagnose(
                 found.append(details)
             report(len(chunk))
     corpus = Corpus(good, measured)
-    for check in (check_corpus, near_duplicates, *more_checks):
+    for check in (check_corpus, near_duplicates, shifted_transcripts, *more_checks):
         for index, kind, detail in check(corpus):
             found[index].append((kind, detail))
     findings = [

@@ -65,6 +65,8 @@ KINDS: dict[str, Kind] = {
                 "mains hum or whistling", "filter the recording"),
     "dropouts": Kind(WARNING, 1, "gaps of at least 10 ms inside sound", "lost packets or buffers; none in 5,000 real "
                      "recordings", AGAIN),
+    "repeated-sound": Kind(WARNING, 0.015, "s that are the same samples again, longest", "a buffer was written twice; "
+                           "recorded sound never repeats exactly", AGAIN),
     "dead-channel": Kind(WARNING, None, "50 dB below the loudest channel", "averaging the channels halves the level",
                          "keep the channel with signal"),
     "inverted-channel": Kind(WARNING, -0.8, "correlation of the channels, lowest", "averaging cancels the speech; "

@@ -88,9 +88,13 @@ def _clipped(m: Measurement, limit: float) -> str | None:
     if m.clipped > limit:
         return f"{m.clipped:.1%} of the samples in flat runs at {m.peak:.2f}"
     flat = m.flat_top > (FLATTER_TOP if m.peak > OVERSHOOT else FLAT_TOP)
-    if flat and m.seconds >= MIN_SECONDS and not (m.tone and m.tone[1] - m.level > LOUD_TONE):
+    if flat and m.seconds >= MIN_SECONDS and not _is_tone(m):
         return f"flat waves: {m.flat_top:.0%} of the samples near the peak of their frame"
     return None
+
+
+def _is_tone(m: Measurement) -> bool:
+    return m.tone is not None and m.tone[1] - m.level > LOUD_TONE
 
 
 def _offset(m: Measurement, limit: float) -> str | None:
@@ -111,6 +115,12 @@ def _dropouts(m: Measurement, limit: float) -> str | None:
     if m.gaps < limit:
         return None
     return f"{m.gaps} gap{'s' if m.gaps > 1 else ''} inside sound, {1000 * m.gap_seconds:.0f} ms together"
+
+
+def _repeated(m: Measurement, limit: float) -> str | None:
+    if m.repeated <= limit or _is_tone(m):
+        return None
+    return f"{1000 * m.repeated:.0f} ms are repeated exactly"
 
 
 def _dead_channel(m: Measurement, limit: float) -> str | None:
@@ -156,6 +166,7 @@ RECORDING_CHECKS: dict[str, RecordingCheck] = {
     "dc-offset": _offset,
     "hum": _hum,
     "dropouts": _dropouts,
+    "repeated-sound": _repeated,
     "dead-channel": _dead_channel,
     "inverted-channel": _inverted,
     "unrelated-channels": _unrelated,

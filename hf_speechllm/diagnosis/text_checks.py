@@ -53,7 +53,9 @@ _MISSING = frozenset(("None", "nan", "NaN", "NULL", "N/A", "n/a", "<NA>", "#N/A"
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50-\u2b55\ufe0f]")
 _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
 _FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
-_SPACES = re.compile(r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +|(?<=\w)_+(?=\w)")
+_SPACES = re.compile(
+    r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +|(?<=\w)_+(?=\w)|(?<=[\u4e00-\u9fff])(?: [\u4e00-\u9fff]){3}"
+)
 _QUOTES = re.compile(r'""|^"[^"]*$|^[^"]*"$')
 MOST_DECODED = 0.5  # share of characters in one script that shows UTF-8 in another encoding
 _JOINERS = "\u200c\u200d"  # needed in Persian, and in the scripts of India
@@ -232,7 +234,9 @@ def _long_word(text: str, limit: float) -> str | None:
 
 def _odd_spaces(text: str, limit: float) -> str | None:
     match = _SPACES.search(text)
-    return None if match is None else _name(match[0][0]) if match[0][0] != " " else f"{len(match[0])} spaces"
+    if match is None or match[0].isspace():
+        return match and (_name(match[0][0]) if match[0][0] != " " else f"{len(match[0])} spaces")
+    return f"spaces between characters: {show(match[0])}" if " " in match[0] else _name(match[0][0])
 
 
 # A new check is one entry here, and its threshold one entry of `KINDS`.

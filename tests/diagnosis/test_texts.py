@@ -57,6 +57,7 @@ def kinds(text, **options):
         ("markup", "one\\ntwo"),
         ("markup", "one%20two"),
         ("odd-spaces", "one_two"),
+        ("odd-spaces", "打 开 客 厅 的灯"),
         ("markup", "▁one ▁two"),
         ("markup", "tw@@ o"),
         ("markup", "tw ##o"),
