@@ -189,9 +189,9 @@ def _repeated_texts(corpus: Corpus) -> Iterator[Found]:
 
 def _speakers(corpus: Corpus) -> Iterator[Found]:
     rows = corpus.rows
-    names = {row.speaker for row in rows} - {None}
+    speakers = {row.speaker for row in rows} - {None}
     for index, row in enumerate(rows):
-        if row.text in names and row.text != row.speaker and not row.text.isalpha():
+        if row.text in speakers and row.text != row.speaker and not row.text.isalpha():
             yield index, "wrong-column", f"the text is a speaker: {show(row.text)}"
     for speaker, found in _groups((i, row.speaker) for i, row in enumerate(rows) if row.speaker).items():
         splits = Counter(rows[index].split for index in found)

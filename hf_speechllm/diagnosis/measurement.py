@@ -105,8 +105,8 @@ class Measurement:
 
     @property
     def sounding_seconds(self) -> float:
-        """Time of speech, or of sound without VAD."""
-        return self.active_seconds if self.speech_seconds is None else self.speech_seconds
+        """Time of speech; time of sound without VAD, or if VAD finds no speech (`no-speech` says if there is none)."""
+        return self.speech_seconds or self.active_seconds
 
 
 def measure_recording(source: str, detector: VoiceDetector | None = None) -> Measurement:
