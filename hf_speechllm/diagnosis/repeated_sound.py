@@ -8,6 +8,7 @@ LENGTH = 8  # samples of a key
 SHARE = 16  # one of so many keys is compared
 LAGS = (0.01, 1.0)  # seconds between a sound and its repetition; shorter periods are tones
 MIN_KEYS = 4  # equal keys with one lag, fewest
+_CHOICE = np.array([0x9E3779B1, 0x85EBCA77], np.uint32)  # odd factors of hashes
 _FACTORS = np.random.default_rng(0).integers(1, 1 << 63, LENGTH, dtype=np.uint64) | np.uint64(1)
 
 
@@ -23,14 +24,13 @@ def find_repetition(samples: np.ndarray, rate: int) -> tuple[float, float] | Non
     """
     if len(samples) < 2 * LENGTH:
         return None
-    values = samples.astype(np.int64).view(np.uint64)
-    count = len(values) - LENGTH + 1
-    keys = np.zeros(count, np.uint64)
-    for place, factor in enumerate(_FACTORS):
-        keys += values[place : place + count] * factor
-    places = np.flatnonzero((keys >> np.uint64(40)) % np.uint64(SHARE) == 0)
-    order = places[np.argsort(keys[places], kind="stable")]
-    lags = np.diff(order)[np.diff(keys[order]) == 0]
+    values = samples.astype(np.uint32)
+    # Two samples choose the places of keys, so equal sound has keys at equal places.
+    chosen = values[1 : 2 - LENGTH] * _CHOICE[0] + values[: 1 - LENGTH] * _CHOICE[1]
+    places = np.flatnonzero((chosen >> np.uint32(16)) % np.uint32(SHARE) == 0)
+    keys = sum(values[places + place] * factor for place, factor in enumerate(_FACTORS))
+    order = np.argsort(keys, kind="stable")
+    lags = np.diff(places[order])[np.diff(keys[order]) == 0]
     lags = lags[(lags >= LAGS[0] * rate) & (lags <= LAGS[1] * rate)]
     if len(lags) < MIN_KEYS or (counts := np.bincount(lags)).max() < MIN_KEYS:
         return None

@@ -72,7 +72,8 @@ class _Text:
             reason = "the file ends early"
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text):  # otherwise a number may continue
+                rest = self.text[end : end + LONGEST_TOKEN]
+                if rest and (rest[0] not in ".eE" or len(rest) == LONGEST_TOKEN):  # otherwise a number may continue
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
