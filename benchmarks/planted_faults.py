@@ -213,6 +213,13 @@ def with_gaps(planter: Planter, samples: np.ndarray) -> np.ndarray:
     return samples
 
 
+def twice(planter: Planter, samples: np.ndarray) -> np.ndarray:
+    """Repeats 40 ms at the loudest place."""
+    width = int(0.04 * RATE)
+    first = int(np.convolve(np.square(samples), np.ones(width), "valid").argmax())
+    return np.insert(samples, first, samples[first : first + width])
+
+
 def pink(planter: Planter, size: int) -> np.ndarray:
     """Pink noise."""
     spectrum = np.fft.rfft(planter.noise.standard_normal(size))
@@ -382,6 +389,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "50 Hz hum": (("hum",), audio(lambda p, x: 0.5 * x + tone(x, 50, 0.05), words=4)),
     "whistle": (("hum",), audio(lambda p, x: 0.5 * x + tone(x, 2400, 0.05), words=4)),
     "dropouts": (("dropouts",), audio(with_gaps)),
+    "a buffer twice": (("repeated-sound",), audio(twice)),
     "dead channel": (("dead-channel",), stereo(1, 0)),
     "inverted channel": (("inverted-channel",), stereo(1, -1)),
     "two speakers in two channels": (("unrelated-channels",), two_speakers),
@@ -398,7 +406,11 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "one minute": (("long-recording",), long_row(65)),
     "too long": (("too-long",), long_row(610)),
     "bytes in wrong order": (("white-noise",), audio(swapped)),
-    "wrong rate in the header": (("unusual-pace",), audio(lambda p, x: resample(x, 2 * RATE, RATE), words=4)),
+    # Silero VAD finds no speech in some recordings at twice the speed.
+    "wrong rate in the header": (
+        ("unusual-pace", "no-speech"),
+        audio(lambda p, x: resample(x, 2 * RATE, RATE), words=4),
+    ),
     # Half of these short recordings can be less than the 0.55 s of speech that must be missing.
     "first third only": (("unusual-pace", "too-much-text"), audio(lambda p, x: x[: int(0.35 * len(x))], words=4)),
     # Copies and splits.
@@ -444,6 +456,13 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "HTML entities": (("markup",), text(lambda t: t.replace(" ", " &amp; ", 1))),
     "<unk>": (("annotation",), text(lambda t: t.replace(" ", " <unk> ", 1))),
     "[noise]": (("annotation",), text(lambda t: f"{t} [noise]")),
+    "speaker tag": (("annotation",), text(lambda t: f"Speaker_1: {t}")),
+    "time stamp": (("markup",), text(lambda t: f"[00:01.20] {t}")),
+    "word pieces": (("markup",), text(lambda t: " ".join(f"▁{word}" for word in t.split()))),
+    "JSON": (("markup",), text(lambda t: json.dumps({"text": t}))),
+    "name of the file": (("wrong-column",), text(lambda t: "clips/utt_00123.wav")),
+    "missing value": (("wrong-column",), text(lambda t: "nan")),
+    "URL-encoded": (("markup",), text(lambda t: t.replace(" ", "%20"))),
     "URL": (("url",), text(lambda t: f"{t} https://a.org")),
     "emoji": (("emoji",), text(lambda t: f"{t} \U0001f600")),
     "mojibake": (("mojibake",), text(lambda t: f"{t} café".encode().decode("cp1252"))),

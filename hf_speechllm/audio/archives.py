@@ -1,21 +1,24 @@
-"""Recordings inside tar and Parquet files, addressed by strings that replace a path.
+"""Recordings inside tar, Parquet and Arrow files, addressed by strings that replace a path.
 
-Examples: `a.tar::utt1.wav@1536+44100` (first byte and size) and `a.parquet::17` (row). No file is unpacked to disk.
+Examples: `a.tar::utt1.wav@1536+44100` (first byte and size), `a.parquet::17` (row) and `a.arrow::clip:17` (column and
+row). No file is unpacked to disk.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import os
+import posixpath
 import re
 from typing import Any
 
 from ..files import open_regular
 
-AUDIO_COLUMN = "audio"  # Parquet column with bytes, or with the struct {bytes, path} of `datasets.Audio`
-_TAR, _PARQUET = ".tar::", ".parquet::"
+AUDIO_COLUMN = "audio"  # column with bytes, or with the struct {bytes, path} of `datasets.Audio`
+_MARKS = (".tar::", ".parquet::", ".arrow::")
 _BYTE_RANGE = re.compile(r"@(?P<offset>[0-9]{1,19})\+(?P<size>[0-9]{1,19})\Z")
-_ROW = re.compile(r"[0-9]{1,19}")
+_ROW = re.compile(r"(?:(?P<column>.+):)?(?P<row>[0-9]{1,19})", re.DOTALL)
 
 
 def tar_member(path: str, name: str, offset: int, size: int) -> str:
@@ -29,23 +32,32 @@ def tar_member(path: str, name: str, offset: int, size: int) -> str:
     return f"{path}::{name}@{offset}+{size}"
 
 
-def parquet_member(path: str, row: int) -> str:
-    """Returns the address of a recording in a Parquet file; rows are counted from 0."""
-    return f"{path}::{row}"
+def table_member(path: str, row: int, column: str = AUDIO_COLUMN) -> str:
+    """Returns the address of a recording in a Parquet or Arrow file; rows are counted from 0."""
+    return f"{path}::{row}" if column == AUDIO_COLUMN else f"{path}::{column}:{row}"
 
 
 def find_archive(source: Any) -> str | None:
-    """Returns the path of the tar or Parquet file that contains a source; `None` for other sources."""
+    """Returns the path of the tar, Parquet or Arrow file that contains a source; `None` for other sources."""
     if not isinstance(source, str):
         return None
-    for mark in (_TAR, _PARQUET):
+    for mark in _MARKS:
         if mark in source:
             return source[: source.index(mark) + len(mark) - 2]
     return None
 
 
+def member_id(source: str) -> str:
+    """Returns an ID for a recording in an archive: the name without suffix in a tar file, otherwise `FILE-ROW`."""
+    path = str(find_archive(source))
+    member = source[len(path) + 2 :]
+    if path.endswith(".tar"):
+        return posixpath.splitext(_BYTE_RANGE.sub("", member))[0].removeprefix("./")
+    return f"{os.path.splitext(os.path.basename(path))[0]}-{member.rpartition(':')[2]}"
+
+
 def read_member(source: str, max_bytes: int | None = None) -> bytes:
-    """Reads the bytes of a recording in a tar or Parquet file.
+    """Reads the bytes of a recording in a tar, Parquet or Arrow file.
 
     Args:
         max_bytes: maximum size of the recording; default: no limit.
@@ -56,12 +68,12 @@ def read_member(source: str, max_bytes: int | None = None) -> bytes:
     """
     path = find_archive(source)
     if path is None:
-        raise ValueError(f"{source}: not an address in a tar or Parquet file; write ARCHIVE::MEMBER")
+        raise ValueError(f"{source}: not an address in a tar, Parquet or Arrow file; write ARCHIVE::MEMBER")
     member = source[len(path) + 2 :]
-    if path.endswith(".parquet"):
-        if not _ROW.fullmatch(member):
+    if not path.endswith(".tar"):
+        if not (match := _ROW.fullmatch(member)):
             raise ValueError(f"{member!r} is not a row number")
-        data = _read_parquet(path, int(member))
+        data = _read_table(path, match["column"] or AUDIO_COLUMN, int(match["row"]))
         _check_size(len(data), max_bytes)
         return data
     match = _BYTE_RANGE.search(member)
@@ -87,23 +99,43 @@ def _check_size(size: int, max_bytes: int | None) -> None:
         )
 
 
-def _read_parquet(path: str, row: int) -> bytes:
+def num_arrow_rows(path: str) -> int:
+    """Returns the number of rows of an Arrow file.
+
+    Raises:
+        OSError, pyarrow.ArrowException: if the file cannot be read.
+    """
+    status = os.stat(path)
+    return _arrow_table(path, status.st_size, status.st_mtime_ns).num_rows
+
+
+def _read_table(path: str, column: str, row: int) -> bytes:
     import pyarrow
 
+    kind = "Parquet" if path.endswith(".parquet") else "Arrow"
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
+    stamp = path, status.st_size, status.st_mtime_ns
     try:
-        starts = _row_group_starts(path, status.st_size, status.st_mtime_ns)
-        for group, start in enumerate(starts[:-1]):
-            if start <= row < starts[group + 1]:
-                value = _row_group(path, status.st_size, status.st_mtime_ns, group)[row - start]
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if isinstance(data, bytes):
-                    return data
-                raise ValueError(f"no bytes in column {AUDIO_COLUMN!r}; embed the recordings in the Parquet file")
+        if kind == "Arrow":
+            values: Any = _arrow_table(*stamp).column(column)
+            num_rows, place = len(values), row
+        else:
+            starts = _row_group_starts(*stamp)
+            num_rows, group = starts[-1], bisect.bisect(starts, row) - 1
+            if row < num_rows:
+                values, place = _row_group(*stamp, group, column), row - starts[group]
+        if row >= num_rows:
+            raise ValueError(f"no row {row}; the file has {num_rows} rows")
+        value = values[place].as_py()
     except (pyarrow.ArrowException, KeyError) as error:  # KeyError: the column is missing
-        raise ValueError(f"not a Parquet file with a column {AUDIO_COLUMN!r}, or damaged: {error}") from error
-    raise ValueError(f"no row {row}; the file has {starts[-1]} rows")
+        raise ValueError(
+            f"not {'a ' if kind == 'Parquet' else 'an '}{kind} file with a column {column!r}, or damaged: {error}"
+        ) from error
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise ValueError(f"no bytes in column {column!r}; embed the recordings in the file")
+    return data
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,18 +148,17 @@ def _row_group_starts(path: str, size: int, modified: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=2)  # rows are usually read in order, and a row group can be large
-def _row_group(path: str, size: int, modified: int, group: int) -> Any:
+def _row_group(path: str, size: int, modified: int, group: int, column: str) -> Any:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        return _Column(file.read_row_group(group, columns=[AUDIO_COLUMN]).column(AUDIO_COLUMN))
+        return file.read_row_group(group, columns=[column]).column(column)
 
 
-class _Column:
-    """A column that converts single values to Python objects on access."""
+@functools.lru_cache(maxsize=256)
+def _arrow_table(path: str, size: int, modified: int) -> Any:
+    """Returns the table of an Arrow stream, which is mapped to memory: only values that are used are read."""
+    import pyarrow
 
-    def __init__(self, column):
-        self.column = column
-
-    def __getitem__(self, index: int):
-        return self.column[index].as_py()
+    with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as reader:
+        return reader.read_all()

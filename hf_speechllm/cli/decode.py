@@ -32,7 +32,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
     parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
     parser.add_argument("--segments_file", help="Kaldi list: ID, recording of --scp_file, start and end in seconds")
-    parser.add_argument("--jsonl_file", help="training rows with prompts; IDs are the stems of the file names")
+    parser.add_argument(
+        "--jsonl_file", help="training rows with prompts; IDs: key of the rows, otherwise the stems of the file names"
+    )
     parser.add_argument("--output_file", required=True, help="file for the texts")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace --output_file, or results of an unfinished run"

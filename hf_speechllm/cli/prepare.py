@@ -95,7 +95,14 @@ def prepare_source(args: argparse.Namespace) -> None:
         OSError, ValueError: if the source or an option is not usable, or a file cannot be written.
     """
     from ..data.bad_rows import BadDataError, BadRows
-    from ..data.corpus import SUMMARY_FILE, choose_splits, read_utterances, write_corpus, write_summary
+    from ..data.corpus import (
+        SUMMARY_FILE,
+        choose_splits,
+        name_utterances,
+        read_utterances,
+        write_corpus,
+        write_summary,
+    )
     from ..data.preparation import RowMaker
     from ..data.sources import SOURCES, read_source, recognize
     from ..data.sources.reading import Reading, TarWriter
@@ -123,7 +130,7 @@ def prepare_source(args: argparse.Namespace) -> None:
             raise FileExistsError(message)
         reading = Reading(bad_rows, args.columns, args.subset, args.config, args.hub_split, args.streaming, tar)
         found = progress_bar(read_source(args.source, reading, format), desc="reading", unit=" rows")
-        utterances = read_utterances(found, bad_rows, args.audio_root)
+        utterances = name_utterances(read_utterances(found, bad_rows, args.audio_root))
         tar.finish()
         languages = {item.language for item in utterances if item.language is not None} if own_language else set()
         prompts = {language: chat.transcription_prompt(language, not args.no_itn) for language in languages}

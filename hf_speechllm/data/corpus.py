@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from pathlib import PurePath
 from typing import Any
 
-from ..audio.waveform import AudioError, check_root
+from ..audio.waveform import AudioError, check_root, is_url, local_path
 from ..files import atomic_write
 from .bad_rows import BadDataError, BadRows
+from .jsonl import recording_id
 from .preparation import RowMaker, prepare
 from .splits import own_splits, split_utterances
 from .utterance import SPLITS, Utterance
@@ -38,6 +40,28 @@ def read_utterances(found: Iterable[Utterance], bad_rows: BadRows, audio_root: s
         except AudioError as error:
             bad_rows.add(utterance.recording_file, utterance.recording_line, str(error))
     return inside
+
+
+def name_utterances(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Gives IDs to utterances without ID whose recordings have equal default IDs: the paths below the common folder.
+
+    Example: `speaker1/001` and `speaker2/001` for `speaker1/001.wav` and `speaker2/001.wav`.
+    """
+    names = [utterance.id or recording_id(utterance.recording) for utterance in utterances]
+    counts = Counter(names)
+    folders = {
+        index: os.path.dirname(local_path(item.recording))
+        for index, item in enumerate(utterances)
+        if not item.id and counts[names[index]] > 1 and not is_url(item.recording)
+    }
+    found = list(utterances)
+    with contextlib.suppress(ValueError):  # no folders, or on two drives of Windows
+        common = os.path.commonpath(folders.values())
+        for index, folder in folders.items():
+            below = PurePath(os.path.relpath(folder, common)).as_posix()
+            if below != ".":
+                found[index] = found[index]._replace(id=f"{below}/{names[index]}")
+    return found
 
 
 def choose_splits(
@@ -99,7 +123,7 @@ def write_corpus(
         lines[split] = []
         seconds = num_tokens = 0.0
         good: list[bool] = []
-        with closing(prepare(chosen, maker, num_workers)) as parts:
+        with contextlib.closing(prepare(chosen, maker, num_workers)) as parts:
             for part in parts:
                 lines[split] += part.lines
                 seconds += sum(part.seconds)

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..audio.archives import find_archive, member_id
 from ..audio.downloads import is_url
 from ..audio.time_range import split_time_range
 from ..audio.waveform import resolve_source
@@ -40,6 +41,7 @@ class Row:
         text_length: tokens of all answers; `None` if not in the file.
         file: path of the JSONL.
         line: line number, counted from 1.
+        key, speaker, language: as `prepare` and FunASR write them; `None` if not in the file.
     """
 
     dialogue: chat.Dialogue
@@ -50,17 +52,28 @@ class Row:
     text_length: int | None
     file: str
     line: int
+    key: str | None = None
+    speaker: str | None = None
+    language: str | None = None
+
+    @property
+    def id(self) -> str:
+        """ID of the row: `key`, otherwise the default ID of the last recording."""
+        return self.key or recording_id(self.recordings[-1])
 
 
 def recording_id(source: str) -> str:
     """Returns the default ID of a recording: the stem of the file name, without the query of a URL.
 
     Spaces and byte order marks around the stem are removed; they would be lost when a list is read back. The ID of a
-    part of a recording ends with its times: `talk#t=12.5,17.25`.
+    part of a recording ends with its times: `talk#t=12.5,17.25`. For recordings in archives see `archives.member_id`.
     """
     whole = split_time_range(source)[0]
-    stem = PurePosixPath(urlsplit(whole).path if is_url(whole) else whole).stem.strip(" \ufeff")
-    return stem + source[len(whole) :]
+    if find_archive(whole):
+        stem = member_id(whole)
+    else:
+        stem = PurePosixPath(urlsplit(whole).path if is_url(whole) else whole).stem
+    return stem.strip(" \ufeff") + source[len(whole) :]
 
 
 def read_jsonl(path: str | os.PathLike[str], require_answers: bool = True) -> Iterator[Row | BadRow]:
@@ -178,7 +191,15 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
         length_of(record, "text_length"),
         name,
         number,
+        *(_name_of(record, key) for key in ("key", "speaker", "language")),
     )
+
+
+def _name_of(record: dict, key: str) -> str | None:
+    """Returns a text or number of a row as text without spaces at both ends; `None` for other values."""
+    value = record.get(key)
+    is_name = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return (str(value).strip(" \ufeff") or None) if is_name else None
 
 
 def map_recordings(messages: Any, function: Callable[[str], str]) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from ..audio.archives import AUDIO_COLUMN, parquet_member, tar_member
+from ..audio.archives import AUDIO_COLUMN, table_member, tar_member
 from ..model import chat
 from .bad_rows import BadDataError, BadRow
 from .jsonl import CONTEXT, Row, add_context, hotwords_of, length_of, map_recordings, parse_line, parse_object
@@ -160,7 +160,7 @@ def _parquet_recordings(path: str) -> Iterator[tuple[str, str] | BadRow]:
                 name, id_ = (record.get(AUDIO_COLUMN) or {}).get("path"), record.get("id")
                 if id_ is None:
                     id_ = os.path.splitext(os.path.basename(name))[0] if name else f"{stem}-{row}"
-                yield str(id_), parquet_member(path, row)
+                yield str(id_), table_member(path, row)
     except (pyarrow.ArrowException, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield BadRow(path, f"row {row}", f"cannot be read from here on: {reason}")
@@ -375,7 +375,7 @@ def _parquet_row(record: dict, text: str, path: str, row: int, embed: bool) -> d
                 if isinstance(content, str)
                 else content
             )
-        recording = value if embed else parquet_member(path, row)
+        recording = value if embed else table_member(path, row)
         return _archive_row(record, f"row-{row}", recording, path, row + 1)
     except (BadDataError, chat.ChatError) as error:
         return BadRow(path, f"row {row}", str(error))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..audio.downloads import redact
 from .bad_rows import BadDataError, BadRow
-from .jsonl import read_jsonl, recording_id
+from .jsonl import read_jsonl
 
 # A path, URL or command in a wav.scp.
 _RECORDING = re.compile(r"^\S+\.(?:wav|flac|mp3|ogg|opus|m4a|aac|sph|pcm|ark:\d+)$|\|$", re.IGNORECASE)
@@ -93,8 +93,8 @@ def read_map(path: str | os.PathLike[str], empty_values: bool = False) -> dict[s
 def read_transcripts(path: str | os.PathLike[str], required: bool = False) -> Transcripts:
     """Reads transcripts from lines `ID TEXT`, or from training rows if the file name ends in .jsonl.
 
-    The ID of a training row is the stem of the name of the last recording, as in the output of `hf-speechllm decode`.
-    The text is the last answer.
+    The ID of a training row is its `key`, otherwise the stem of the name of the last recording, as in the output of
+    `hf-speechllm decode`. The text is the last answer.
 
     Args:
         path: UTF-8 file, with or without a byte order mark. A line with an ID only is an empty transcript.
@@ -122,11 +122,12 @@ def _read_rows(path: str | os.PathLike[str]) -> Transcripts:
     for row in read_jsonl(path):
         if isinstance(row, BadRow):
             raise BadDataError(str(row))
-        id_ = recording_id(row.recordings[-1])
+        id_ = row.id
         if id_ in lines:
+            origin = "a recording named" if row.key is None else "the key"
             raise BadDataError(
-                f'{path}:{row.line}: duplicate ID: line {lines[id_]} also has a recording named "{id_}"; score a list '
-                "of lines `ID TEXT` instead"
+                f'{path}:{row.line}: duplicate ID: line {lines[id_]} also has {origin} "{id_}"; give each row its own '
+                '"key"'
             )
         lines[id_] = row.line
         last = row.dialogue.turns[-1]

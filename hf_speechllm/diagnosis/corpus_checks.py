@@ -26,9 +26,7 @@ MOST = 0.9  # share of a style that makes others unusual
 MIN_PACE_ROWS, MIN_PACE_SCALE = 30, 0.05  # rows, and scale of log durations: read speech has 0.1
 MAX_PACE_FACTOR = 3.0  # from the median of seconds per syllable; other rows do not change what is expected
 PACE_FACTOR, PACE_SECONDS = 1.8, 0.55  # by which a row must differ, besides the threshold
-SHIFT_ROWS, SHIFT_FIT = 10, 0.8  # rows of a shifted block, fewest, and correlation that a shift must reach
-MIN_SPREAD = 0.3  # of log syllables between the 10th and 90th percentile: texts of one length fit every duration
-SHIFT_PENALTY = 0.1  # per row: rows that fit as well without the shift do not belong to the block
+SHORT_SECONDS = 0.35  # or by which the whole recording is shorter than expected: single words may be drawn out
 MIN_UNIQUE = 0.5  # share of different texts from which a repeated text is unusual
 MIN_SYLLABLES = 4.0  # of a text in another script
 MIN_WORDS = 6  # of a text in another language
@@ -191,6 +189,10 @@ def _repeated_texts(corpus: Corpus) -> Iterator[Found]:
 
 def _speakers(corpus: Corpus) -> Iterator[Found]:
     rows = corpus.rows
+    speakers = {row.speaker for row in rows} - {None}
+    for index, row in enumerate(rows):
+        if row.text in speakers and row.text != row.speaker and not row.text.isalpha():
+            yield index, "wrong-column", f"the text is a speaker: {show(row.text)}"
     for speaker, found in _groups((i, row.speaker) for i, row in enumerate(rows) if row.speaker).items():
         splits = Counter(rows[index].split for index in found)
         if len(splits) > 1:
@@ -299,7 +301,9 @@ def _pace(corpus: Corpus) -> Iterator[Found]:
         middle = float(np.median(ratios))
         scale = max(1.4826 * float(np.median(np.abs(ratios - middle))), MIN_PACE_SCALE)
         unusual = np.abs(ratios - middle) > limit("unusual-pace") * scale
-        unusual &= (np.abs(ratios) > np.log(PACE_FACTOR)) & (np.abs(seconds - expected) > PACE_SECONDS)
+        total = np.array([corpus.measured[index][0].seconds for index in rows])
+        differs = (np.abs(seconds - expected) > PACE_SECONDS) | (expected - total > SHORT_SECONDS)
+        unusual &= (np.abs(ratios) > np.log(PACE_FACTOR)) & differs
         for place in np.flatnonzero(unusual).tolist():
             more = "long" if ratios[place] > 0 else "short"
             detail = f"{seconds[place]:.1f} s of speech are {more} for this text; expected {expected[place]:.1f} s"
@@ -326,53 +330,6 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return line
 
 
-def _shifted(corpus: Corpus) -> Iterator[Found]:
-    """Finds blocks of a file in which the transcript of the next or previous row fits the durations better."""
-    files: dict[str, list[int]] = defaultdict(list)
-    for index in sorted(corpus.expected):
-        files[corpus.rows[index].file].append(index)
-    for rows in files.values():
-        if len(rows) < SHIFT_ROWS + 2:
-            continue
-        text = np.log([corpus.syllables[index] for index in rows])
-        time = np.log([corpus.measured[index][0].sounding_seconds for index in rows])
-        # The line through the percentiles of both does not depend on the order of the transcripts.
-        (low, high), (least, most) = np.percentile(text, (10, 90)), np.percentile(time, (10, 90))
-        if high - low < MIN_SPREAD:
-            continue
-        expected = np.median(time) + (text - np.median(text)) * (most - least) / (high - low)
-        for move, other in ((1, "next"), (-1, "previous")):
-            moved = np.roll(expected, -move)
-            gains = np.clip((time - expected) ** 2, 0, 1) - np.clip((time - moved) ** 2, 0, 1) - SHIFT_PENALTY
-            first, last = _best_run(gains)
-            block, rest = slice(first, last), np.r_[0:first, last : len(rows)]
-            shifted, unshifted = _fit(moved[block], time[block]), _fit(expected[block], time[block])
-            # Durations that do not depend on the text would fit a shifted block by chance.
-            rest = rest[np.abs(time - expected)[rest] < np.log(PACE_FACTOR)]  # the others are reported as they are
-            if last - first < SHIFT_ROWS or (len(rest) >= SHIFT_ROWS and _fit(expected[rest], time[rest]) < SHIFT_FIT):
-                continue
-            if shifted > SHIFT_FIT and shifted - unshifted > limit("shifted-transcripts"):
-                for place in range(first, last):
-                    shown = show(corpus.rows[rows[place]].text, 30)
-                    fits = f"correlation {shifted:.2f}, unshifted {unshifted:.2f}"
-                    detail = (
-                        f"in {last - first} neighbouring rows, the {other} row's transcript fits ({fits}): {shown}"
-                    )
-                    yield rows[place], "shifted-transcripts", detail
-
-
-def _best_run(gains: np.ndarray) -> tuple[int, int]:
-    """Returns start and end of the run with the largest sum."""
-    sums = np.concatenate([[0.0], np.cumsum(gains)])
-    ends = int(np.argmax(sums - np.minimum.accumulate(sums)))
-    return int(np.argmin(sums[: ends + 1])), ends
-
-
-def _fit(text: np.ndarray, time: np.ndarray) -> float:
-    """Returns the correlation of log durations; 0 if they hardly differ."""
-    return float(np.corrcoef(text, time)[0, 1]) if len(text) > 2 and min(text.std(), time.std()) > 0.1 else 0.0
-
-
 # A new check is one entry here, and its threshold one entry of `KINDS`.
 CORPUS_CHECKS: tuple[CorpusCheck, ...] = (
     _ids,
@@ -385,5 +342,4 @@ CORPUS_CHECKS: tuple[CorpusCheck, ...] = (
     _styles,
     _prompts,
     _pace,
-    _shifted,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -18,11 +19,13 @@ from .near_duplicates import near_duplicates
 from .recording_checks import check_recording
 from .rows import DataRow, Problem
 from .scripts import syllables
+from .shifted_transcripts import shifted_transcripts
 from .text_checks import check_text, show
 
 ROWS_PER_CHUNK = 16  # some recordings are hours long
 MIN_ROWS_PER_WORKER = 8  # fewer rows are examined in this process, before others would start
 PACE_SLACK = 2.0  # syllables that a recording may lack: single words are cut close
+SAME_LENGTH = 0.05  # seconds between a number in the text and the length of the recording
 MIN_SLOW_SECONDS = 3.0  # of speech; a shorter word may be drawn out
 
 
@@ -155,7 +158,7 @@ def diagnose(
                 found.append(details)
             report(len(chunk))
     corpus = Corpus(good, measured)
-    for check in (check_corpus, near_duplicates, *more_checks):
+    for check in (check_corpus, near_duplicates, shifted_transcripts, *more_checks):
         for index, kind, detail in check(corpus):
             found[index].append((kind, detail))
     findings = [
@@ -189,6 +192,8 @@ def _check_lengths(row: DataRow, measured: Sequence[Measurement]) -> Iterator[tu
     if spoken > fastest * seconds + PACE_SLACK:
         pace = f"{characters} characters on {seconds:.1f} s, {characters / seconds:.0f} per second"
         yield "too-much-text", f"{pace}; at most {fastest * characters / spoken:.0f} are said: {show(row.text, 30)}"
+    if re.fullmatch(r"\d+\.\d+", row.text.strip()) and abs(float(row.text) - seconds) < SAME_LENGTH:
+        yield "wrong-column", f"the text is the length of the recording: {show(row.text)}"
     sounding = sum(one.sounding_seconds for one in measured)
     if sounding > MIN_SLOW_SECONDS and spoken < limit("too-little-text") * sounding:
         yield "too-little-text", f"{characters} characters on {sounding:.1f} s of speech: {show(row.text, 30)}"

@@ -65,14 +65,16 @@ KINDS: dict[str, Kind] = {
                 "mains hum or whistling", "filter the recording"),
     "dropouts": Kind(WARNING, 1, "gaps of at least 10 ms inside sound", "lost packets or buffers; none in 5,000 real "
                      "recordings", AGAIN),
+    "repeated-sound": Kind(WARNING, 0.015, "s that are the same samples again, longest", "a buffer was written twice; "
+                           "recorded sound never repeats exactly", AGAIN),
     "dead-channel": Kind(WARNING, None, "50 dB below the loudest channel", "averaging the channels halves the level",
                          "keep the channel with signal"),
     "inverted-channel": Kind(WARNING, -0.8, "correlation of the channels, lowest", "averaging cancels the speech; "
                              "then only one channel is used", "invert or remove a channel"),
     "unrelated-channels": Kind(WARNING, 0.2, "correlation of the channels over shifts of 25 ms, lowest", "different "
                                "speakers or microphones in each; averaging mixes them", "make one row per channel"),
-    "narrow-band": Kind(WARNING, 5300, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
-                        "upsampled from 8 kHz; 55 dB weaker above", "use the original, or keep it if the "
+    "narrow-band": Kind(WARNING, 5600, "Hz, lowest bandwidth of a file with 16 kHz or more", "telephone speech, or "
+                        "upsampled from 8 or 11 kHz; 55 dB weaker above", "use the original, or keep it if the "
                         "model shall transcribe telephone speech"),
     "reduced-band": Kind(NOTE, 6500, "Hz, lowest full bandwidth", "lossy codec, or upsampled", "use the original"),
     "low-sampling-rate": Kind(NOTE, 16000, "Hz, rate of the model's features", "nothing above half the rate",
@@ -81,6 +83,8 @@ KINDS: dict[str, Kind] = {
                                   "source, or a wrong header", "listen: speech at the wrong speed has a wrong header"),
     # Transcripts.
     "no-words": Kind(ERROR, None, "", "no letter and no digit", CORRECT),
+    "wrong-column": Kind(ERROR, None, "", "the text is a file name, ID, speaker, number of seconds or missing value",
+                         "take the column of the transcripts"),
     "replacement-character": Kind(ERROR, None, "", "characters were lost in a conversion", CORRECT),
     "mojibake": Kind(ERROR, None, "", "UTF-8 was read in another encoding", "read and write the list as UTF-8"),
     "control-character": Kind(WARNING, None, "", "not text", CORRECT),
@@ -97,7 +101,7 @@ KINDS: dict[str, Kind] = {
     "repetition": Kind(WARNING, 4, "equal words or phrases in a row, fewest", "a loop of a speech recogniser; the "
                        "model learns to repeat", CORRECT),
     "long-word": Kind(WARNING, 40, "letters, longest word", "missing spaces", CORRECT),
-    "odd-spaces": Kind(NOTE, None, "", "two spaces, or a space that is not U+0020: other tokens", CORRECT),
+    "odd-spaces": Kind(NOTE, None, "", "two spaces, or a space that is not U+0020, or _: other tokens", CORRECT),
     "odd-quotes": Kind(NOTE, None, "", "doubled or lone quotes of a CSV", "read the CSV with its quotes"),
     "digits": Kind(WARNING, None, "", "the prompt asks for words (no text normalisation)", "write numbers as words, "
                    "or use the prompt with normalisation"),
@@ -117,7 +121,8 @@ KINDS: dict[str, Kind] = {
                                 "lengths in the rows", "prepare the list again"),
     "wrong-text-length": Kind(ERROR, 0, "tokens, largest difference; without a model, more tokens than bytes",
                               "batches are planned with the lengths in the rows", "prepare the list again"),
-    "shifted-transcripts": Kind(ERROR, 0.4, "correlation of text and duration gained by a shift by one row, most",
+    "shifted-transcripts": Kind(ERROR, 10, "nats by which a shift by 1 to 3 rows explains the durations of "
+                                "neighbouring rows better, beyond the logarithm of the number of trials, most",
                                 "the lists are out of step", "join the lists by ID"),
     "high-loss": Kind(WARNING, 5, "robust standard deviations above the median loss per token, most", "the model "
                       "hears something else: probably a wrong transcript; at least 1 nat", "listen"),

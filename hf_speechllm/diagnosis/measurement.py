@@ -16,6 +16,7 @@ from ..audio.decoders import Block
 from ..audio.inputs import mix_channels
 from ..audio.resampling import resample
 from ..audio.waveform import SAMPLE_RATE, AudioError, read_blocks
+from .repeated_sound import find_repetition
 
 if TYPE_CHECKING:
     from ..audio.vad import VoiceDetector
@@ -57,6 +58,7 @@ class Measurement:
             sine, above for waves that a lossy codec has clipped.
         offset: mean of the samples.
         gap_seconds: total length of runs of equal samples inside sound; gaps: their number.
+        repeated: seconds of the longest part of the sound that is repeated exactly.
         active_seconds: time in frames that are at most `ACTIVE_RANGE` below `level`.
         lead, tail, pause: seconds before the first and after the last sound or speech, and the longest pause between.
         speech_seconds, speech_probability: length of speech, and highest probability of speech in a window of 32 ms;
@@ -85,6 +87,7 @@ class Measurement:
     offset: float = 0.0
     gap_seconds: float = 0.0
     gaps: int = 0
+    repeated: float = 0.0
     active_seconds: float = 0.0
     lead: float = 0.0
     tail: float = 0.0
@@ -102,8 +105,8 @@ class Measurement:
 
     @property
     def sounding_seconds(self) -> float:
-        """Time of speech, or of sound without VAD."""
-        return self.active_seconds if self.speech_seconds is None else self.speech_seconds
+        """Time of speech; time of sound without VAD, or if VAD finds no speech (`no-speech` says if there is none)."""
+        return self.speech_seconds or self.active_seconds
 
 
 def measure_recording(source: str, detector: VoiceDetector | None = None) -> Measurement:
@@ -142,6 +145,7 @@ class _Meter:
         self.powers: list[np.ndarray] = []  # mean square of each frame
         self.bright: list[np.ndarray] = []  # mean square of the differences of its samples
         self.gaps: list[tuple[float, float]] = []  # seconds, and mean square at the quieter edge
+        self.repetitions: list[tuple[float, float]] = []  # seconds, and mean square
         self.spectrum = np.zeros(self.window // 2 + 1)
         self.weakest = np.full_like(self.spectrum, np.inf)
         self.windows = 0
@@ -160,7 +164,10 @@ class _Meter:
         if block.shape[1] > 1 and result.correlation is None:
             self._compare_channels(block)
         mono = mix_channels(block, result.source) if block.shape[1] > 1 else block[:, 0]
-        self._add_to_digest((mono * 32768).round().clip(-32768, 32767).astype("<i2"))
+        samples = (mono * 32768).round().clip(-32768, 32767).astype("<i2")
+        self._add_to_digest(samples)
+        if (repetition := find_repetition(samples, result.rate)) is not None:
+            self.repetitions.append(repetition)
         peak = max(-float(block.min()), float(block.max()))
         self.block_peaks.append((peak, _count_clipped(block, peak)))
         self.total += float(mono.sum(dtype=np.float64))
@@ -201,7 +208,8 @@ class _Meter:
     def _add_spectra(self, mono: np.ndarray) -> None:
         count = len(mono) // self.window
         if count:
-            shaped = mono[: count * self.window].reshape(count, self.window)
+            hop = self.window // (2 if count < 2 * MIN_WINDOWS else 1)  # short recordings have few windows
+            shaped = np.lib.stride_tricks.sliding_window_view(mono, self.window)[::hop]
         elif self.windows:
             return
         else:
@@ -261,6 +269,7 @@ class _Meter:
         edge = 10 ** ((high + GAP_EDGE) / 10)
         gaps = [seconds for seconds, power in self.gaps if power > edge]
         result.gap_seconds, result.gaps = sum(gaps), len(gaps)
+        result.repeated = max((seconds for seconds, power in self.repetitions if power > edge), default=0.0)
         spans = self.spans
         if self.detector is None:
             spans = _runs(active)

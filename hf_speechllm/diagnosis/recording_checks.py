@@ -12,7 +12,10 @@ RecordingCheck = Callable[[Measurement, float], str | None]
 MIN_SECONDS = 0.5  # shorter recordings have too few frames to tell a steady signal from a vowel
 # For `clipped`: at most 0.38 in 5,000 real recordings, at least 0.37 if overdriven by 20 dB and coded with Vorbis.
 FLAT_TOP = 0.4
+FLATTER_TOP, OVERSHOOT = 0.3, 1.1  # the same if lossy coding of flat waves has raised the peak above full scale
 LOUD_TONE = -10.0  # dB relative to the loudest frames: a sine has flat waves without clipping
+# In shorter recordings, a vowel may last from start to end: at most -15.6 dB in 2,000 spoken digits.
+TONE_SECONDS, SHORT_TONE = 1.03, -13.0
 LOW_TONE, LOW_TONE_MARGIN = 70.0, 8.0  # Hz below the lowest voices, and dB by which hum is found better there
 
 
@@ -86,9 +89,14 @@ def _long_silence(m: Measurement, limit: float) -> str | None:
 def _clipped(m: Measurement, limit: float) -> str | None:
     if m.clipped > limit:
         return f"{m.clipped:.1%} of the samples in flat runs at {m.peak:.2f}"
-    if m.flat_top > FLAT_TOP and m.seconds >= MIN_SECONDS and not (m.tone and m.tone[1] - m.level > LOUD_TONE):
+    flat = m.flat_top > (FLATTER_TOP if m.peak > OVERSHOOT else FLAT_TOP)
+    if flat and m.seconds >= MIN_SECONDS and not _is_tone(m):
         return f"flat waves: {m.flat_top:.0%} of the samples near the peak of their frame"
     return None
+
+
+def _is_tone(m: Measurement) -> bool:
+    return m.tone is not None and m.tone[1] - m.level > LOUD_TONE
 
 
 def _offset(m: Measurement, limit: float) -> str | None:
@@ -100,7 +108,7 @@ def _hum(m: Measurement, limit: float) -> str | None:
         return None
     frequency, level = m.tone
     margin = LOW_TONE_MARGIN if frequency < LOW_TONE else 0.0
-    if level - m.level < limit - margin:
+    if level - m.level < (limit - margin if m.seconds >= TONE_SECONDS else SHORT_TONE):
         return None
     return f"{frequency:.0f} Hz at {level:.0f} dBFS, {m.level - level:.0f} dB below speech"
 
@@ -109,6 +117,12 @@ def _dropouts(m: Measurement, limit: float) -> str | None:
     if m.gaps < limit:
         return None
     return f"{m.gaps} gap{'s' if m.gaps > 1 else ''} inside sound, {1000 * m.gap_seconds:.0f} ms together"
+
+
+def _repeated(m: Measurement, limit: float) -> str | None:
+    if m.repeated <= limit or _is_tone(m):
+        return None
+    return f"{1000 * m.repeated:.0f} ms are repeated exactly"
 
 
 def _dead_channel(m: Measurement, limit: float) -> str | None:
@@ -154,6 +168,7 @@ RECORDING_CHECKS: dict[str, RecordingCheck] = {
     "dc-offset": _offset,
     "hum": _hum,
     "dropouts": _dropouts,
+    "repeated-sound": _repeated,
     "dead-channel": _dead_channel,
     "inverted-channel": _inverted,
     "unrelated-channels": _unrelated,

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from ..data.jsonl import recording_id
 from ..model.languages import LANGUAGES
 from .kinds import KINDS
 from .rows import DataRow
@@ -19,6 +20,12 @@ _CODES = {name: code for code, name in LANGUAGES.items()}
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:_-]*(?:\s[^<>]*)?/?>|<!--|<\?xml|<!\[CDATA\[")
 _ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});")
 _MARKDOWN = re.compile(r"\*\*\S[^*]*\*\*|\[[^\]]+\]\([^)]+\)|```|\\[nrtu\"/]|\{\\[a-z]")
+# Markup of subtitles, tokenizers, pronunciation dictionaries, URLs and programming languages.
+_NOTATION = re.compile(
+    r"-->|\d:\d\d[.,]\d\d|[\[(<]\d{1,2}:\d\d(?::\d\d)?[\])>]|▁|\w@@(?:\s|$)|(?:^|\s)##\w"
+    r"|\w%[2-7][0-9A-Fa-f]\w|[ˈˌː]|(?:\b[A-Z]{2}[012]\b[^a-z]*){2}|^\s*[\[{]\s*([\"']).*\1\s*[\]}]\s*$|^b([\"']).*\2$",
+    re.DOTALL,
+)
 _TAGS = (
     "a abbr article b blockquote body br center code div em font h1 h2 h3 h4 h5 h6 head hr html i img input li link"
     " meta ol option p pre ruby rt s script section small span strike strong style sub sup table tbody td tr tt u ul"
@@ -36,16 +43,26 @@ _SOUND = re.compile(
     re.IGNORECASE,
 )
 _URL = re.compile(r"https?:/|\bwww\.\w|\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b", re.IGNORECASE)
+_SPEAKER_TAG = re.compile(
+    r"^\s*(?:[A-Z]|(?:spk|speaker|agent|customer|caller|interviewer)[ _-]?\w{0,3})[:：]\s", re.IGNORECASE
+)
+_FILE_NAME = re.compile(
+    r"\S+\.(?:wav|flac|mp3|ogg|opus|m4a|sph|pcm|txt|json)\Z|(?:/|[A-Z]:\\)\S+[/\\]\S+\Z", re.IGNORECASE
+)
+_MISSING = frozenset(("None", "nan", "NaN", "NULL", "N/A", "n/a", "<NA>", "#N/A", "undefined"))
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50-\u2b55\ufe0f]")
 _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
 _FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
-_SPACES = re.compile(r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +")
+_SPACES = re.compile(
+    r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +|(?<=\w)_+(?=\w)|(?<=[\u4e00-\u9fff])(?: [\u4e00-\u9fff]){3}"
+)
 _QUOTES = re.compile(r'""|^"[^"]*$|^[^"]*"$')
 MOST_DECODED = 0.5  # share of characters in one script that shows UTF-8 in another encoding
 _JOINERS = "\u200c\u200d"  # needed in Persian, and in the scripts of India
 _WORDS = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
 _REPEATED_PHRASE = re.compile(r"(.{2,40}?)\1{3,}", re.DOTALL)
+_TWICE = re.compile(r"(.{24,}|[^\x00-\x7f]{8,}) ?\1 ?\Z", re.DOTALL)  # the whole text; shorter ones are said twice
 _DIGITS = (
     "zero oh one two three four five six seven eight nine ten null eins zwei drei vier fünf sechs sieben acht neun"
     " un deux trois quatre cinq sept huit neuf uno dos tres cuatro cinco seis siete ocho nueve"
@@ -63,12 +80,24 @@ def check_text(row: DataRow) -> Iterator[tuple[str, str]]:
         limit = KINDS[kind].limit or 0.0
         if details := [detail for answer in row.answers if (detail := check(answer, limit)) is not None]:
             yield kind, details[0]
+    if detail := next(filter(None, (_wrong_column(answer, row) for answer in row.answers)), None):
+        yield "wrong-column", detail
     if WITHOUT_ITN in row.prompt and (match := re.search(r"\d+", row.text)):
         yield "digits", f"{match[0]!r}, but the prompt asks for no normalisation"
     named = _LANGUAGE_IN_PROMPT.search(row.prompt)
     language = _CODES[named[1]] if named else row.language
     if language and not fits_language(row.text, language):
         yield "wrong-language", f"the {'prompt' if named else 'row'} says {language}: {show(row.text)}"
+
+
+def _wrong_column(text: str, row: DataRow) -> str | None:
+    text = text.strip()
+    if text in (row.id, recording_id(row.recordings[0])) and not all(map(str.isalpha, text.split())):
+        return None if text.isdigit() else f"the text is the ID: {show(text)}"  # a file may be called after a word
+    if text == row.speaker:
+        return f"the text is the speaker: {show(text)}"
+    kind = "file name" if _FILE_NAME.match(text) else "missing value" if text in _MISSING else None
+    return kind and f"the text is a {kind}: {show(text)}"
 
 
 def show(text: str, length: int = 60) -> str:
@@ -165,12 +194,12 @@ def _markup(text: str, limit: float) -> str | None:
         name = re.split(r"[\s/>:]", match[0].strip("<>/"))[0].lower()
         if name in _HTML_TAGS or name.startswith(("!", "?")) or "=" in match[0]:
             return show(match[0])
-    other = _ENTITY.search(text) or _MARKDOWN.search(text)
+    other = _ENTITY.search(text) or _MARKDOWN.search(text) or _NOTATION.search(text)
     return show(other[0]) if other else None
 
 
 def _annotation(text: str, limit: float) -> str | None:
-    for match in (*_SPECIAL.finditer(text), *_SOUND.finditer(text)):
+    for match in (*_SPECIAL.finditer(text), *_SOUND.finditer(text), *_SPEAKER_TAG.finditer(text)):
         if _markup(match[0], 0) is None:
             return show(match[0])
     return None
@@ -184,7 +213,8 @@ def _repetition(text: str, limit: float) -> str | None:
         often = word in _NUMBERS or word in _OFTEN_REPEATED or word.isdigit()
         if run >= (LONGEST_RUN if often else limit):
             return f"{word} {run} times or more in a row"
-    for match in _REPEATED_PHRASE.finditer(" ".join(words) + " "):
+    joined = " ".join(words) + " "
+    for match in (*_REPEATED_PHRASE.finditer(joined), *filter(None, [_TWICE.match(joined)])):
         letters = {character for character in match[1] if character.isalnum()}
         number = (
             letters <= _NUMBER_CHARACTERS
@@ -204,7 +234,9 @@ def _long_word(text: str, limit: float) -> str | None:
 
 def _odd_spaces(text: str, limit: float) -> str | None:
     match = _SPACES.search(text)
-    return None if match is None else _name(match[0][0]) if match[0][0] != " " else f"{len(match[0])} spaces"
+    if match is None or match[0].isspace():
+        return match and (_name(match[0][0]) if match[0][0] != " " else f"{len(match[0])} spaces")
+    return f"spaces between characters: {show(match[0])}" if " " in match[0] else _name(match[0][0])
 
 
 # A new check is one entry here, and its threshold one entry of `KINDS`.

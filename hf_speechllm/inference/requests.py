@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.bad_rows import BadRow, BadRows
-from ..data.jsonl import read_jsonl, recording_id
+from ..data.jsonl import read_jsonl
 from ..data.kaldi import read_scp, read_segments, warn_of_unused_segments
 from ..model import chat
 from .sources import find_recordings
@@ -83,6 +83,8 @@ def requests_of_sources(sources: Sequence[str], prompt: str, bad_rows: BadRows) 
 def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows: BadRows) -> list[Request]:
     """Reads requests from the rows of a JSONL, for the answer of the last turn; rows may lack this answer.
 
+    The ID of a request is `key` of the row, otherwise the stem of the name of the last recording.
+
     Args:
         path: of the list.
         prompt: prompt for the last recording of each row; `None` keeps dialogue and hotwords of the row.
@@ -96,26 +98,29 @@ def requests_of_jsonl(path: str | os.PathLike[str], prompt: str | None, bad_rows
         if isinstance(row, BadRow):
             bad_rows.add(row.file, row.line, row.reason)
             continue
-        id_ = recording_id(row.recordings[-1])
-        if problem := _problem_of_id(id_):
+        if problem := _problem_of_id(row.id, "file name" if row.key is None else "key"):
             bad_rows.add(row.file, row.line, problem)
             continue
         if prompt is not None:
-            requests.append(Request(id_, chat.transcription_messages(row.recordings[-1], prompt)))
+            requests.append(Request(row.id, chat.transcription_messages(row.recordings[-1], prompt)))
         else:
             messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
-            requests.append(Request(id_, messages, tuple(row.hotwords)))
+            requests.append(Request(row.id, messages, tuple(row.hotwords)))
     return requests
 
 
-def _problem_of_id(id_: str) -> str | None:
-    """Returns an error message if an ID cannot be written to a list and read back; otherwise `None`."""
+def _problem_of_id(id_: str, origin: str = "file name") -> str | None:
+    """Returns an error message if an ID cannot be written to a list and read back; otherwise `None`.
+
+    Args:
+        origin: of the ID, for the message.
+    """
     if not id_:
         return "bad ID: the file name is empty apart from spaces and the suffix; rename the file"
     if _NOT_IN_ID.search(id_):
-        return f"bad ID: the file name {id_!r} contains a tab or a line end; rename the file"
+        return f"bad ID: the {origin} {id_!r} contains a tab or a line end; rename the {origin.partition(' ')[0]}"
     try:
         id_.encode("utf-8")
     except UnicodeEncodeError:
-        return f"bad ID: the file name {id_!r} is not UTF-8; rename the file"
+        return f"bad ID: the {origin} {id_!r} is not UTF-8; rename the {origin.partition(' ')[0]}"
     return None

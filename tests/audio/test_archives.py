@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hf_speechllm.audio.archives import find_archive, parquet_member, read_member, tar_member
+from hf_speechllm.audio.archives import find_archive, read_member, table_member, tar_member
 
 CONTENT = bytes(range(256)) * 4
 
@@ -35,7 +35,7 @@ def test_sources_name_their_container(tar, parquet):
     path, name = tar
     assert name == f"{path}::utt/1.wav@512+512"
     assert find_archive(name) == str(path)
-    assert parquet_member(str(parquet), 3) == f"{parquet}::3"
+    assert table_member(str(parquet), 3) == f"{parquet}::3"
     assert find_archive(f"{parquet}::3") == str(parquet)
     for other in ("a.wav", "a.tar", "a.parquet", b"a.tar::b", None):
         assert find_archive(other) is None

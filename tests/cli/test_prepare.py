@@ -172,7 +172,7 @@ def test_prepared_source_can_be_trained_and_decoded(run, kaldi, tmp_path, tiny_m
     decoding = ["decode", "--model_name_or_path", tmp_path / "run", "--max_new_tokens", 4, "--output_file"]
     assert not run(*decoding, tmp_path / "hyp.txt", "--jsonl_file", out / "test.jsonl")[0]
     ids = [line.partition("\t")[0] for line in (tmp_path / "hyp.txt").read_text().splitlines()]
-    assert ids == [path.rpartition("/")[2].replace(".flac", "") for path in recordings(out / "test.jsonl")]
+    assert ids == [row["key"] for row in rows_of(out / "test.jsonl")]
     lists = ["--scp_file", kaldi / "wav.scp", "--segments_file", kaldi / "segments"]
     assert not run(*decoding, tmp_path / "hyp2.txt", *lists)[0]
     ids = [line.partition("\t")[0] for line in (tmp_path / "hyp2.txt").read_text().splitlines()]

@@ -370,17 +370,29 @@ def test_folder_of_save_to_disk(dataset, read, tmp_path):
     dataset.cast_column("audio", datasets.Audio()).save_to_disk(tmp_path / "one")
     found, _ = read(tmp_path / "one", "datasets")
     assert [(item.transcript, item.speaker, item.split) for item in found] == [("one", "1", None), ("two", "2", None)]
-    assert all(item.recording.startswith(f"{tmp_path}/recordings-1.tar::") for item in found)
+    assert all(item.recording.startswith(f"{tmp_path}/one/data-00000-of-00001.arrow::") for item in found)
     assert [len(load_audio(item.recording)) for item in found] == [RATE, 2 * RATE]
-    datasets.DatasetDict(train=dataset, validation=dataset).save_to_disk(tmp_path / "two")
+    # Without the type `Audio`, recordings with a path are not embedded.
+    dataset = datasets.Dataset.from_list([{"wav": row["audio"], "text": row["sentence"]} for row in dataset])
+    two = datasets.DatasetDict(train=dataset, validation=dataset.select([1, 0, 0]))
+    two.save_to_disk(tmp_path / "two", num_shards={"train": 2, "validation": 2})
     found, _ = read(tmp_path / "two", "datasets")
-    assert [item.split for item in found] == ["train", "train", "dev", "dev"]
+    assert [(item.split, item.transcript) for item in found] == [
+        ("train", "one"), ("train", "two"), ("dev", "two"), ("dev", "one"), ("dev", "one"),
+    ]  # fmt: skip
+    # Rows without bytes keep their path.
+    assert [item.recording for item in found] == [
+        f"{tmp_path}/two/train/data-00000-of-00002.arrow::wav:0", str(tmp_path / "a.wav"), str(tmp_path / "a.wav"),
+        f"{tmp_path}/two/validation/data-00000-of-00002.arrow::wav:1",
+        f"{tmp_path}/two/validation/data-00001-of-00002.arrow::wav:0",
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("*.tar"))
 
 
-def test_recordings_inside_a_source_need_prepare(dataset, tmp_path):
-    dataset.save_to_disk(tmp_path / "one")
-    with pytest.raises(BadDataError, match=f"{tmp_path}/one: recordings are not files; .* prepare"):
-        list(read_source(str(tmp_path / "one"), Reading(BadRows(0)), "datasets"))
+def test_recordings_of_the_hub_need_prepare(dataset, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
+    with pytest.raises(BadDataError, match="google/fleurs: recordings are not files; .* prepare"):
+        list(read_source("google/fleurs", Reading(BadRows(0))))
 
 
 def test_parquet_with_bytes_stays_where_it_is(dataset, read, tmp_path):
@@ -399,7 +411,8 @@ def test_parquet_without_bytes_or_with_another_column(write_audio, read, tmp_pat
     pyarrow.parquet.write_table(table, tmp_path / "list.parquet")
     found, _ = read(tmp_path / "list.parquet", "parquet")
     assert texts(found) == ["one"]
-    assert found[0].recording.startswith(str(tmp_path / ("a.wav" if column == "audio" else "recordings-1.tar::")))
+    assert found[0].recording == str(tmp_path / ("a.wav" if column == "audio" else "list.parquet::wav:0"))
+    assert len(load_audio(found[0].recording)) == RATE
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_speechllm.data.bad_rows import BadDataError
+from hf_speechllm.data.bad_rows import BadDataError, BadRows
 from hf_speechllm.data.transcripts import (
     read_durations,
     read_map,
@@ -12,6 +12,7 @@ from hf_speechllm.data.transcripts import (
     require_common_ids,
     split_line,
 )
+from hf_speechllm.inference.requests import requests_of_jsonl
 from hf_speechllm.model.chat import transcription_messages
 
 
@@ -79,6 +80,24 @@ def test_rows_as_references_are_known_by_their_recordings(jsonl):
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(BadDataError, match="rows.jsonl:2: not JSON"):
         read_transcripts(path)
+
+
+def test_rows_with_a_key_are_known_by_the_key(jsonl):
+    path = jsonl(("/x/a.wav", "one", []), ("/y/a.mp3", "two", []), ("/y/b.mp3", "three", []))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, key in zip(rows, (" s1/a ", 7, ""), strict=True):
+        row["key"] = key
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_transcripts(path).texts == {"s1/a": "one", "7": "two", "b": "three"}
+    assert [request.id for request in requests_of_jsonl(path, None, BadRows())] == ["s1/a", "7", "b"]
+    rows[1]["key"] = "s1/a"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadDataError, match=r'jsonl:2: duplicate ID: line 1 also has the key "s1/a"'):
+        read_transcripts(path)
+    rows[1]["key"] = "a\tb"
+    path.write_text(json.dumps(rows[1]) + "\n")
+    bad_rows = BadRows()
+    assert requests_of_jsonl(path, None, bad_rows) == [] and "the key 'a\\tb' contains a tab" in str(list(bad_rows)[0])
 
 
 def test_recordings_are_not_taken_for_transcripts(write):

@@ -12,6 +12,7 @@ from hf_speechllm.diagnosis.corpus_checks import Corpus, check_corpus, fit_line
 from hf_speechllm.diagnosis.measurement import Measurement
 from hf_speechllm.diagnosis.model_checks import high_losses
 from hf_speechllm.diagnosis.rows import DataRow, Problem, read_rows
+from hf_speechllm.diagnosis.shifted_transcripts import shifted_transcripts
 
 WORDS = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
 COUNTER = itertools.count()
@@ -28,14 +29,15 @@ def make_row(text="one two three", split="train", **others):
 
 
 def found(rows, seconds=None, **measured):
-    """Kinds and numbers of rows that `check_corpus` reports."""
+    """Kinds and numbers of rows that the checks of rows with each other report."""
     lengths = [1.0] * len(rows) if seconds is None else seconds
     measurements = [
         [Measurement(row.recordings[0], length, 16000, 1, f"{row.line}", 0.5, active_seconds=length, **measured)]
         for row, length in zip(rows, lengths, strict=True)
     ]
     result = {}
-    for index, kind, _ in check_corpus(Corpus(rows, measurements)):
+    corpus = Corpus(rows, measurements)
+    for index, kind, _ in (*check_corpus(corpus), *shifted_transcripts(corpus)):
         result.setdefault(kind, []).append(index)
     return result
 
@@ -114,7 +116,9 @@ def test_pace_of_each_row():
     assert found(list(map(make_row, texts)), seconds) == {"unusual-pace": [longest]}
 
 
-@pytest.mark.parametrize("move, start, stop", [(1, 40, 80), (-1, 100, 130), (1, 0, 200), (-1, 90, 200)])
+@pytest.mark.parametrize(
+    "move, start, stop", [(1, 40, 80), (-1, 100, 130), (1, 0, 200), (-1, 90, 200), (2, 60, 85), (1, 150, 162)]
+)
 def test_shifted_transcripts(move, start, stop):
     texts, seconds = sentences(200, np.random.default_rng(0))
     texts[start:stop] = np.roll(texts[start:stop], move).tolist()

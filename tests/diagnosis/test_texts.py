@@ -12,7 +12,7 @@ PROMPT = transcription_prompt()
 
 
 def row(text, prompt=PROMPT, language=None):
-    return DataRow("id", "f", 1, "train", ["a.wav"], [text], prompt, True, language, None, None, None, {})
+    return DataRow("id-1", "f", 1, "train", ["a.wav"], [text], prompt, True, language, "s-1", None, None, {})
 
 
 def kinds(text, **options):
@@ -55,6 +55,28 @@ def kinds(text, **options):
         ("markup", "<!-- x --> one"),
         ("markup", "**bold** words"),
         ("markup", "one\\ntwo"),
+        ("markup", "one%20two"),
+        ("odd-spaces", "one_two"),
+        ("odd-spaces", "打 开 客 厅 的灯"),
+        ("markup", "▁one ▁two"),
+        ("markup", "tw@@ o"),
+        ("markup", "tw ##o"),
+        ("markup", "wʌn ˈtuː"),
+        ("markup", "HH AH0 L OW1"),
+        ("markup", '{"text": "one"}'),
+        ("markup", "['one', 'two']"),
+        ("markup", "b'one'"),
+        ("markup", "00:00:01,000 --> 00:00:03,000 one"),
+        ("markup", "[00:01] one"),
+        ("annotation", "A: one two"),
+        ("annotation", "Speaker_01: one two"),
+        ("repetition", "open the door and come in open the door and come in"),
+        ("repetition", "打开客厅的灯光和空调打开客厅的灯光和空调"),
+        ("wrong-column", "clips/utt_001.wav"),
+        ("wrong-column", "/data/utt_001"),
+        ("wrong-column", "id-1"),
+        ("wrong-column", "s-1"),
+        ("wrong-column", "None"),
         ("annotation", "one <unk> two"),
         ("annotation", "<|nospeech|>"),
         ("annotation", "[laughter] yes"),
@@ -102,6 +124,12 @@ def test_fault_is_found(kind, text):
         "AT&T and R&D",
         "他说（笑着）你好",
         "œuvre Ελληνικά",
+        "a",  # the name of the recording
+        "I don't know, I don't know",
+        "at 10:30, and/or 50% of it",
+        "他说:好的",
+        "NULL BIS NEUN",
+        "none",
     ],
 )
 def test_real_text_has_no_findings(text):

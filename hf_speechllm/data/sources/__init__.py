@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from ..bad_rows import BadDataError
 from ..utterance import Utterance
 from . import corpora, dialogues, hugging_face, lhotse_cuts, tables
-from .reading import Reading
+from .reading import Reading, find_lists
 
 Reader = Callable[[str, Reading], Iterator[Utterance]]
 
@@ -63,8 +63,9 @@ def read_source(source: str, reading: Reading, format: str | None = None) -> Ite
 
 
 def _is_list(source: str) -> bool:
-    """Returns whether a source is a JSON list (LLaMA-Factory) instead of a JSONL (ms-swift)."""
-    if not os.path.isfile(source):
+    """Returns whether a source has JSON lists (LLaMA-Factory) instead of JSONL (ms-swift)."""
+    lists = find_lists(source, tables.JSON_SUFFIXES)
+    if not lists:
         return False
-    with open(source, "rb") as file:
+    with open(lists[0][0], "rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")

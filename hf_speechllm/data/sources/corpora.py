@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from ..bad_rows import BadDataError, BadRows
 from ..kaldi import KaldiList, join, read_list, read_scp, read_segments, require_transcripts
 from ..utterance import Utterance
+from .json_arrays import read_array
 from .reading import HEAD_BYTES, Reading, language_code, split_of
 
 AISHELL_TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
@@ -167,12 +168,7 @@ def read_long_recordings(source: str, reading: Reading) -> Iterator[Utterance]:
     """
     path = os.path.abspath(str(_corpus_json(source)))
     chinese = _corpus_of(source) == "wenetspeech"
-    try:
-        with open(path, encoding="utf-8") as file:
-            audios = list(json.load(file)["audios"])
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise BadDataError(f"{path}: not the JSON of WenetSpeech or GigaSpeech: {error!r}") from error
-    for number, audio in enumerate(audios, start=1):
+    for number, audio in enumerate(_audios(path), start=1):
         if not isinstance(audio, dict) or not isinstance(audio.get("segments"), list):
             reading.bad_rows.add(path, f"recording {number}", "no list of segments")
             continue
@@ -185,6 +181,13 @@ def read_long_recordings(source: str, reading: Reading) -> Iterator[Utterance]:
                 continue
             if item is not None:
                 yield item
+
+
+def _audios(path: str) -> Iterator[Any]:
+    try:
+        yield from read_array(path, "audios")
+    except (RecursionError, ValueError) as error:
+        raise BadDataError(f"{path}: not the JSON of WenetSpeech or GigaSpeech, or damaged: {error}") from error
 
 
 def _segment(path: str, place: str, audio: dict, segment: dict, chinese: bool, reading: Reading) -> Utterance | None:

@@ -11,7 +11,7 @@ from ...model import chat
 from ..bad_rows import BadDataError, BadRow
 from ..jsonl import hotwords_of, read_jsonl
 from ..utterance import Utterance
-from .reading import Reading, lists_in, read_records
+from .reading import Reading, language_code, lists_in, read_records
 from .tables import JSON_SUFFIXES, has_keys
 
 AUDIO_TAG = "<audio>"  # placeholder for a recording of `audios`
@@ -25,10 +25,10 @@ def read_chatml(source: str, reading: Reading) -> Iterator[Utterance]:
             if isinstance(row, BadRow):
                 reading.bad_rows.add(row.file, row.line, row.reason)
                 continue
-            place = (row.line, row.line, path, path)
             yield Utterance(
-                "", row.recordings[0], "", *place, split=split, messages=row.messages, hotwords=row.hotwords
-            )
+                row.key or "", row.recordings[0], "", row.line, row.line, path, path, speaker=row.speaker,
+                language=language_code(row.language), split=split, messages=row.messages, hotwords=row.hotwords,
+            )  # fmt: skip
 
 
 def is_chatml(source: str) -> bool:

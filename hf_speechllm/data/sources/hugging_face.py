@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...audio.archives import AUDIO_COLUMN, parquet_member
+from ...audio.archives import num_arrow_rows, table_member
 from ..bad_rows import BadDataError
 from ..utterance import SPLITS, Utterance
 from .reading import Reading, split_of
@@ -30,10 +31,50 @@ def is_hub_id(source: str) -> bool:
 
 
 def read_saved(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads a folder of `save_to_disk`."""
+    """Reads a folder of `save_to_disk`. Recordings inside are not copied."""
     from datasets import load_from_disk
 
-    yield from _read(load_from_disk(source), os.path.abspath(source), reading)
+    name = os.path.abspath(source)
+    found = load_from_disk(name, keep_in_memory=False)
+    for part, dataset in found.items() if isinstance(found, Mapping) else [("", found)]:
+        columns = find_columns(dataset.features, reading.columns, name)
+        members = _members(dataset, columns["audio"])
+        if members is None:
+            yield from _read({part: dataset}, name, reading)
+            continue
+        records = zip(dataset.remove_columns(columns["audio"]), members, strict=True)
+        for number, (record, (recording, path)) in enumerate(records, start=1):
+            item = utterance_of_record(
+                reading, record, columns, name, f"{part} row {number}".strip(), name, split_of(part) if part else None,
+                recording, path,
+            )  # fmt: skip
+            if item is not None:
+                yield item
+
+
+def _members(dataset: Any, audio: str) -> Iterator[tuple[str, str]] | None:
+    """Returns addresses and paths (or `""`) of the recordings in the Arrow files of a data set; does not read them.
+
+    The address of a row without bytes is the path. Returns `None` if the column cannot contain bytes.
+    """
+    import pyarrow.compute
+
+    column = dataset.data.column(audio)
+    fields = _fields(column.type)
+    contents = pyarrow.compute.struct_field(column, "bytes") if "bytes" in fields else column
+    if not (pyarrow.types.is_binary(contents.type) or pyarrow.types.is_large_binary(contents.type)):
+        return None
+    present = contents.is_valid()
+    paths = pyarrow.compute.struct_field(column, "path") if "path" in fields else None
+    places = (
+        (file["filename"], row) for file in dataset.cache_files for row in range(num_arrow_rows(file["filename"]))
+    )
+
+    def member(number: int, place: tuple[str, int]) -> tuple[str, str]:
+        path = (paths[number].as_py() if paths is not None else None) or ""
+        return table_member(*place, audio) if present[number].as_py() else path, path
+
+    return itertools.starmap(member, enumerate(places))
 
 
 def read_hub(source: str, reading: Reading) -> Iterator[Utterance]:
@@ -63,10 +104,12 @@ def _read(found: Any, name: str, reading: Reading, split: str | None = None) -> 
             dataset = dataset.cast_column(columns["audio"], Audio(decode=False))
         for number, record in enumerate(dataset, start=1):
             place = f"{part} row {number}".strip()
-            audio = _address(record[columns["audio"]], f"{part or 'all'}-{number:08d}", reading, name)
+            value = record[columns["audio"]]
+            audio = _address(value, f"{part or 'all'}-{number:08d}", reading, name)
             item = utterance_of_record(
-                reading, record, columns, name, place, _folder(name), split_of(part) if part else None, audio
-            )
+                reading, record, columns, name, place, _folder(name), split_of(part) if part else None, audio,
+                value.get("path") if isinstance(value, Mapping) else None,
+            )  # fmt: skip
             if item is not None:
                 yield item
 
@@ -109,7 +152,7 @@ def is_parquet(source: str) -> bool:
 
 
 def read_parquet(source: str, reading: Reading) -> Iterator[Utterance]:
-    """Reads Parquet files. Recordings in a column `audio` are not copied; recordings in other columns are copied.
+    """Reads Parquet files. Recordings inside are not copied.
 
     Raises:
         BadDataError: if a file is not Parquet, or damaged.
@@ -132,25 +175,28 @@ def _read_parquet_file(path: str, split: str | None, reading: Reading) -> Iterat
             return
         schema = file.schema_arrow
         columns = find_columns(schema.names, reading.columns, path)
-        kind = schema.field(columns["audio"]).type
         audio = columns["audio"]
-        fields = [kind.field(index).name for index in range(kind.num_fields)]
-        embedded = _first(file, audio)
-        if not (embedded and audio == AUDIO_COLUMN):
+        fields = _fields(schema.field(audio).type)
+        if not _first(file, audio):
             rows = load_dataset("parquet", data_files=path, split="train", streaming=True)
             yield from _read({split or "": rows}, path, reading)
             return
         names = [name for role, name in columns.items() if role != "audio"]
         number = 0
-        for batch in file.iter_batches(1024, columns=[*names, *(["audio.path"] if "path" in fields else [])]):
+        for batch in file.iter_batches(1024, columns=[*names, *([f"{audio}.path"] if "path" in fields else [])]):
             for record in batch.to_pylist():
                 item = utterance_of_record(
                     reading, record, columns, path, f"row {number + 1}", os.path.dirname(path), split,
-                    parquet_member(path, number),
+                    table_member(path, number, audio), (record.get(audio) or {}).get("path"),
                 )  # fmt: skip
                 number += 1
                 if item is not None:
                     yield item
+
+
+def _fields(kind: Any) -> list[str]:
+    """Returns the names of the fields of a struct; an empty list for other types."""
+    return [kind.field(index).name for index in range(kind.num_fields)]
 
 
 def _first(file, audio: str) -> bool:

@@ -20,6 +20,7 @@ from ...audio.waveform import AudioError, resolve_source
 from ..bad_rows import BadDataError, BadRows
 from ..jsonl import hotwords_of, parse_object
 from ..utterance import SPLITS, Utterance
+from .json_arrays import read_array
 
 HEAD_BYTES = 1 << 16  # read from a JSON file to detect the format
 LONGEST_LINE = 1 << 24  # bytes; maximum length of the first line of a detected JSONL
@@ -237,6 +238,13 @@ def first_record(path: str) -> dict | None:
     return None
 
 
+def _elements(path: str) -> Iterator[Any]:
+    try:
+        yield from read_array(path)
+    except (RecursionError, ValueError) as error:
+        raise BadDataError(f"{path}: not JSON: {error}") from error
+
+
 def read_records(path: str, bad_rows: BadRows) -> Iterator[tuple[int, dict]]:
     """Yields the objects of a JSONL with their lines, or of a JSON list with their numbers, counted from 1.
 
@@ -245,12 +253,7 @@ def read_records(path: str, bad_rows: BadRows) -> Iterator[tuple[int, dict]]:
     """
     with open(path, "rb") as file:
         if file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            file.seek(0)
-            try:
-                records = json.loads(file.read().decode("utf-8-sig"))
-            except (RecursionError, ValueError) as error:
-                raise BadDataError(f"{path}: not JSON: {error}") from error
-            for number, record in enumerate(records, start=1):
+            for number, record in enumerate(_elements(path), start=1):
                 try:
                     if not isinstance(record, dict):
                         raise BadDataError("not an object")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...audio.waveform import header_seconds, is_url, resolve_source
 from ..bad_rows import BadDataError
+from ..jsonl import recording_id
 from ..utterance import Utterance
 from .reading import Reading, find_lists, first_record, lists_in, read_records, split_of
 
@@ -68,7 +69,7 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
 
 def utterance_of_record(
     reading: Reading, record: Mapping[str, Any], columns: Mapping[str, str], file: str, line: int | str,
-    folder: str, split: str | None, audio: Any = None,
+    folder: str, split: str | None, audio: Any = None, original: str | None = None,
 ) -> Utterance | None:  # fmt: skip
     """Builds an utterance from a row of a table; returns `None` for a bad row, which `bad_rows` collects.
 
@@ -80,6 +81,7 @@ def utterance_of_record(
         folder: base folder of relative paths, absolute.
         split: split of the whole list; `None` without a split.
         audio: address of the recording, instead of the value of the column.
+        original: path of a recording that is stored as bytes; its stem is the ID of a row without ID.
     """
     values = {role: record.get(name) for role, name in columns.items()}
     audio = values["audio"] if audio is None else audio
@@ -100,8 +102,9 @@ def utterance_of_record(
         role: None if values.get(role) in (None, "") else str(values[role]) for role in ("id", "speaker", "split")
     }
     return reading.utterance(
-        file, line, audio, values["text"], folder=folder, start=start, end=end, id=names["id"] or "",
-        speaker=names["speaker"], language=values.get("language"), hotwords=values.get("hotwords"),
+        file, line, audio, values["text"], folder=folder, start=start, end=end,
+        id=names["id"] or (recording_id(original) if original else ""), speaker=names["speaker"],
+        language=values.get("language"), hotwords=values.get("hotwords"),
         split=split or (split_of(names["split"]) if names["split"] else None),
     )  # fmt: skip
 
