@@ -216,8 +216,8 @@ def test_rows_are_augmented_reproducibly_and_texts_stay(run, engine, texts, tmp_
         [path.read_bytes() for path in sorted((tmp_path / name).glob("*.tar"))] for name in ("clean", "noisy", "again")
     ]
     assert archives[1] == archives[2] != archives[0]
-    code, _ = run("synthesize", *command, "--noise_snr", "1", "2", "--output_dir", tmp_path / "x")
-    assert "--noise_snr has no effect without --noise_prob" in str(code)
+    code, output = run("synthesize", *command, "--noise_snr", "1", "2", "--output_dir", tmp_path / "x")
+    assert code == 2 and "--noise_snr has no effect without --noise_prob" in output.err
 
 
 def test_texts_are_clean_sentences():
