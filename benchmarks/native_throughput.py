@@ -67,6 +67,8 @@ def make_model(model_type: str, size: str):
         extractor = type(native.feature_extractor)
         native.feature_extractor = extractor(feature_size=config.__class__().audio_config.num_mel_bins)
         config = type(config)()
+        if hasattr(config.audio_config, "output_dim"):  # defaults of parts of different models
+            config.audio_config.output_dim = config.text_config.hidden_size
     else:
         config.text_config.vocab_size = len(tokenizer)
     for name in ("audio_token_id", "audio_token_index"):

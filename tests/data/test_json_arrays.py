@@ -33,7 +33,7 @@ def test_elements_are_those_of_json_load(tmp_path, monkeypatch, chunk, indent):
         ("[1, 2", "ends early"),
         ('[1, "a', "Unterminated string"),
         ("[1 2]", "'2' instead of , or ] at character 4"),
-        ("[tru, 1" + " " * 99 + "]", "Expecting value at character 2"),
+        ("[nul, 1" + " " * 99 + "]", "Expecting value at character 2"),
         ('{"a": 1}', "instead of \\["),
         ("[1,]" + " " * 99, "Expecting value at character 4"),
     ],
