@@ -132,15 +132,17 @@ class Experiment:
     def jobs(self) -> list[Job]:
         """Returns all jobs."""
         texts, variants = self.folder / "texts.txt", []
-        for name in VARIANTS:
+        for name in self.options.variants:
             variants.append(self.variant(name))
         candidates = [job for job in variants if job.name in ADAPTORS]
-        synthetic = [self.synthesis(name) for name in ("first", *self.main_sets, "rule", "fluent", "clean")]
+        used = {VARIANTS[name][1] for name in self.options.variants}
+        sets = ("first", *self.main_sets, *[name for name in SETS if name != "first" and name in used])
+        synthetic = [self.synthesis(name) for name in sets]
         main = [self.main(seed, [job.result for job in candidates]) for seed in self.options.seeds]
         real = self.folder / "real.jsonl"
         return [
             Job("texts", lambda: [self.sampling()], texts),
-            *[self.composition(name) for name in ADAPTORS],
+            *[self.composition(name) for name in sorted({VARIANTS[name][0] for name in self.options.variants})],
             Job("real", lambda: [verb(
                 "scp2jsonl", "--scp_file", self.folder / "real/train/wav.scp", "--transcript_file",
                 self.folder / "real/train/text", "--jsonl_file", real, "--prompt", PROMPT,
@@ -230,7 +232,10 @@ class Experiment:
         name = f"main-{seed}"
 
         def commands():
-            best = min(ADAPTORS, key=lambda adaptor: rate(self.folder / "scores" / adaptor / "dev"))
+            best = min(
+                ADAPTORS.keys() & self.options.variants,
+                key=lambda adaptor: rate(self.folder / "scores" / adaptor / "dev"),
+            )
             return [
                 self.training("stages.yaml", best, name, "--seed", seed),
                 *self.scoring(f"{name}/synthetic", f"{name}-synthetic"),
@@ -358,6 +363,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, help="texts to speak, instead of sampled ones")
     parser.add_argument("--rows", type=int, default=12_000, help="rows of a set of synthetic speech")
     parser.add_argument("--main_sets", type=int, default=4, help="further sets for the main run")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--projector_size", type=int, default=2048)
     parser.add_argument("--runs_per_gpu", type=int, default=3)
@@ -372,6 +378,8 @@ def main() -> int:
         return 0
     options = parse_arguments()
     options.output_dir = options.output_dir.resolve()
+    if not ADAPTORS.keys() & options.variants:
+        sys.exit(f"--variants: at least one of {', '.join(ADAPTORS)} is needed for the main run")
     experiment = Experiment(options)
     experiment.prepare()
     if options.texts is not None:

@@ -45,7 +45,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", help="topic of the recordings, in one or two sentences")
     parser.add_argument("--prompt", help="instruction that replaces --language and --no_itn")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of a text (of a segment), at most")
-    parser.add_argument("--batch_seconds", type=float, default=240.0, help="padded audio seconds per batch")
+    parser.add_argument(
+        "--batch_seconds",
+        type=float,
+        help="padded audio seconds per batch (default: 240; on a GPU as its memory allows, up to 8192)",
+    )
     parser.add_argument("--num_beams", type=int, default=1, help="number of beams; 1: greedy search")
     parser.add_argument(
         "--repetition_guard", action="store_true", help="stop, cut and report loops at the end of texts"
@@ -98,7 +102,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not 0 < args.ctc_draft_threshold <= 1:
             parser.error("--ctc_draft_threshold must be above 0 and at most 1")
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
     for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file, args.confidence_file)):
         if not Path(file).is_file():

@@ -39,6 +39,7 @@ from .segments import Segment, join_texts
 logger = logging.getLogger(__name__)
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")  # inputs with one entry per row; others have one entry per recording
+SMALLEST_BATCH, LARGEST_BATCH, SECONDS_PER_GB = 240.0, 8192.0, 200.0  # audio seconds, see `default_batch_seconds`
 PREFETCHED_BATCHES = 2  # number of batches that are prepared in advance, at least
 PREFETCHED_SECONDS = 3600.0  # audio that is prepared in advance, at least; 230 MB, and 460 MB as features
 WINDOW_SECONDS = 3600.0  # duration of the recordings whose segments are sorted together
@@ -47,6 +48,22 @@ NOT_FINITE = (
     "the checkpoint, or try --dtype float32"
 )
 SEGMENTED_SECONDS = 4 * WINDOW_SECONDS  # recordings in memory for segmentation; 230 MB per hour
+
+
+def default_batch_seconds(device: torch.device, num_beams: int = 1) -> float:
+    """Returns the padded audio seconds of a batch that use the free memory of a device well.
+
+    A batch of 8,192 s takes 14 GB with Fun-ASR-Nano. The default leaves room for LLMs with three times as many bytes
+    per second of audio.
+
+    Args:
+        device: of the model.
+        num_beams: number of beams, each with its own key-value cache.
+    """
+    if device.type != "cuda":
+        return SMALLEST_BATCH
+    free = torch.cuda.mem_get_info(device)[0] / 1e9
+    return min(max(SMALLEST_BATCH, SECONDS_PER_GB * free / num_beams), LARGEST_BATCH)
 
 
 class Transcriber:
@@ -67,7 +84,7 @@ class Transcriber:
     Args:
         model: on the target device, in the target dtype.
         processor: of the model.
-        batch_seconds: padded audio seconds per batch.
+        batch_seconds: padded audio seconds per batch; `None`: see `default_batch_seconds`.
         max_new_tokens: maximum length of a transcript, or of the transcript of a segment.
         num_beams: number of beams; 1 is greedy search.
         num_workers: number of threads that load recordings, detect speech, and compute features.
@@ -94,7 +111,7 @@ class Transcriber:
         self,
         model: SpeechLLMForConditionalGeneration,
         processor: SpeechLLMProcessor,
-        batch_seconds: float = 240.0,
+        batch_seconds: float | None = None,
         max_new_tokens: int = 512,
         num_beams: int = 1,
         num_workers: int = 4,
@@ -124,7 +141,7 @@ class Transcriber:
         uses_ctc = word_times or ctc_guard or ctc_draft
         self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
         self.drafter = Drafter(self.reader, processor, ctc_draft_threshold) if self.reader and ctc_draft else None
-        self.batch_seconds = batch_seconds
+        self.batch_seconds = batch_seconds or default_batch_seconds(model.device, num_beams)
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
         self.num_workers = num_workers

@@ -18,7 +18,7 @@ from hf_speechllm.fast.attention import disable_host_syncs
 from hf_speechllm.inference.finite import LogitsCheck
 from hf_speechllm.inference.prefetch import measure_seconds, prefetch
 from hf_speechllm.inference.segments import Segment
-from hf_speechllm.inference.transcriber import Request, Transcriber
+from hf_speechllm.inference.transcriber import Request, Transcriber, default_batch_seconds
 from hf_speechllm.model.chat import clean_answer, transcription_messages, transcription_prompt
 from hf_speechllm.model.generation import REPLACED
 
@@ -411,3 +411,18 @@ def test_plain_transcriber_disables_fast_paths(compose_tiny, waveforms):
     Transcriber(model, processor, fast=False)
     assert [type(module) for module in model.modules()] == before
     assert [p.config._attn_implementation for p in (model.audio_encoder, model.audio_adaptor)] == implementations
+
+
+def test_the_default_batch_follows_the_free_memory_of_the_gpu(monkeypatch, parts):
+    free = {"bytes": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 1 << 40))
+    gpu = torch.device("cuda", 0)
+    sizes = []
+    for gigabytes, beams in ((0.5, 1), (10, 1), (10, 5), (139, 1)):
+        free["bytes"] = int(gigabytes * 1e9)
+        sizes.append(default_batch_seconds(gpu, beams))
+    assert sizes == pytest.approx([240, 2000, 400, 8192])
+    assert default_batch_seconds(torch.device("cpu")) == 240
+    model, processor = parts
+    assert Transcriber(model, processor).batch_seconds == 240
+    assert Transcriber(model, processor, batch_seconds=7).batch_seconds == 7
