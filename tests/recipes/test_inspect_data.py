@@ -27,6 +27,7 @@ def inspect(run_recipe, capsys):
     """Runs the recipe and returns the JSON lines."""
 
     def run(*arguments, code=0):
+        capsys.readouterr()  # of other recipes
         assert run_recipe("inspect_data.py", "--json", *arguments) == code
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
