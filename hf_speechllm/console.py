@@ -106,6 +106,8 @@ def show_log(level: int = logging.INFO, timestamps: bool = False) -> None:
         timestamps: whether lines start with the time if standard error is not a terminal.
     """
     is_first = is_first_process()
+    if hasattr(sys.stdout, "reconfigure"):  # names of files and sets in an encoding that lacks their letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = LineHandler()
     handler.setFormatter(LogFormatter(timestamps and not sys.stderr.isatty()))
     handler.addFilter(lambda record: not is_silenced(record) and (is_first or is_own_or_error(record)))

@@ -18,6 +18,7 @@ voices of rule-based engines sound like no speaker. Train on real speech afterwa
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import sys
@@ -117,7 +118,7 @@ def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float]
 
 def synthesize_rows(args: argparse.Namespace) -> None:
     """Reads or samples the texts, and writes the shards."""
-    from ..data.synthesis import Plan, clean_texts, synthesize, voices_of
+    from ..data.synthesis import Plan, check_settings, clean_texts, synthesize, voices_of
     from ..files import atomic_write
     from ..model.chat import transcription_prompt
 
@@ -131,6 +132,8 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         texts = [" ".join(line.split()) for line in lines if line.strip()]
     else:
         file = folder / "texts.txt"
+        sampling = {name: vars(args)[name] for name in ("llm", "num_texts", "text_prompt", "seed")}
+        check_settings(folder / "texts.json", sampling)
         if not file.is_file():
             from ..inference.text_sampling import sample_sentences
 
@@ -160,11 +163,12 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         commands=commands,
     )
     logger.info("%d rows, %s voices", plan.num_rows, {name: len(found) for name, found in voices.items()})
-    shards = synthesize(plan, folder, args.num_workers, args.max_bad_fraction)
-    bar = progress_bar(shards, desc="speaking", total=plan.num_shards, unit=" shards")
+    made = synthesize(plan, folder, args.num_workers, args.max_bad_fraction)
+    bar = progress_bar(made, desc="speaking", total=plan.num_shards, unit=" shards")
     hours = sum(seconds for _, seconds in bar) / 3600
+    shards = f"{glob.escape(str(folder))}/*.tar"
     next_command = command(
-        "finetune", "adaptor_only", model_name_or_path="MODEL", train_file=f"{folder}/*.tar", output_dir="exp/adaptor"
+        "finetune", "adaptor_only", model_name_or_path="MODEL", train_file=shards, output_dir="exp/adaptor"
     )
     facts = {"rows": f"{plan.num_rows}, {hours:.2f} h of new speech", "written": f"{folder}: {plan.num_shards} shards"}
     print_summary(facts, [next_command])

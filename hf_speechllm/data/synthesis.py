@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -36,6 +37,7 @@ from .kaldi import speech_length
 SAMPLING_RATE = 16000  # Hz, of the shards
 RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
 PICO_VOICES = ("de-DE", "en-GB", "en-US", "es-ES", "fr-FR", "it-IT")
+PUNCTUATION, SENTENCE_ENDS = ',.!?;:"“”()。，！？、；：', ".!?。！？"
 RECENT = 64  # rows of which babble is mixed
 TIMEOUT = 120.0  # seconds for one row
 SETTINGS_FILE = "synthesis.json"
@@ -149,7 +151,8 @@ class Plan:
         prompt: user's text of every row, see `chat.transcription_prompt`.
         seed: seed of engine, voice, rate and pitch of every row.
         rows_per_shard: number of rows in a shard.
-        shuffled: share of the rows with the words of a text in random order, which an LLM cannot guess from context.
+        shuffled: share of the rows with the words of a text (without spaces: its characters) in random order, which an
+            LLM cannot guess from context.
         augmentation: changes the waveforms; its babble is mixed from earlier rows of the shard.
         commands: command lines of further engines, with `{voice}`, `{rate}`, `{pitch}`, `{text}` (file) and `{wav}`.
     """
@@ -184,8 +187,13 @@ class Plan:
         rng = np.random.default_rng([self.seed, row, 1])
         if rng.random() >= self.shuffled:
             return text
-        words = [word.strip(',.!?;:"“”()。，！？、；：') for word in text.split()]
-        return " ".join(rng.permutation([word for word in words if word])) + "."
+        spaced = not any("\u2e80" <= letter < "\uff00" for letter in text)  # Chinese, Japanese
+        words = [word.strip(f"{PUNCTUATION}- ") for word in (text.split() if spaced else text)]
+        words = [word for word in words if word]
+        if len(words) < 2:
+            return text
+        end = text[-1] if text[-1] in SENTENCE_ENDS else ""
+        return (" " if spaced else "").join(rng.permutation(words)) + end
 
 
 def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
@@ -312,10 +320,22 @@ def _check_settings(plan: Plan, output_dir: Path) -> None:
     settings = {
         **{name: value for name, value in vars(plan).items() if name not in ("texts", "voices", "augmentation")},
         "augmentation": asdict(plan.augmentation),
-        "texts": hashlib.blake2b("\n".join(plan.texts).encode(), digest_size=16).hexdigest(),
-        "voices": {engine: len(voices) for engine, voices in plan.voices.items()},
+        "texts": _digest(plan.texts),
+        "voices": {engine: _digest(voices) for engine, voices in plan.voices.items()},
     }
-    file = output_dir / SETTINGS_FILE
+    check_settings(output_dir / SETTINGS_FILE, settings)
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Stores the settings of a folder with speech.
+
+    Raises:
+        ValueError: if the file has other settings.
+    """
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise ValueError(f"{file}: the folder contains speech with other settings; choose another --output_dir")
     with atomic_write(file) as opened:

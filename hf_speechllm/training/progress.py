@@ -54,6 +54,8 @@ class Progress:
 
     def add_batches(self, batches: Iterable[dict], waited_seconds: float) -> float:
         """Counts the batches of one step and the time of waiting for these; returns the floating-point operations."""
+        if not self.rows:  # what precedes the first step is no training: preparation, validation before training
+            self._started = time.perf_counter() - waited_seconds
         self._waited_seconds += waited_seconds
         self._steps += 1
         operations = 0.0

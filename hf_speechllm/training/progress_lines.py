@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..console import format_seconds
 from ..evaluation.validation_metrics import metric_prefix, set_names
+from .checkpointing.selection import AVERAGED
 
 LOADING_SHARE = 0.2  # share of the time waiting for data above which the line reports it
 
@@ -62,12 +63,15 @@ class TrainingLines(TrainerCallback):
 
     def _lines(self, entry: Mapping[str, Any], state) -> Sequence[str]:
         where = f"step {entry['step']}/{state.max_steps}"
-        if "loss" in entry:
+        if "loss" in entry and "learning_rate" in entry:
             return [f"{where}  {training_line(entry)}{self._eta(state)}"]
         if "train_runtime" in entry:
             return []
         prefix = next((name.removesuffix("_loss") for name in entry if name.endswith("_loss")), "")
-        kind = prefix.partition("_")[0]  # eval, averaged
+        kind = prefix.partition("_")[0]
+        if kind not in ("eval", AVERAGED):
+            values = (f"{name} {value}" for name, value in entry.items() if name not in ("step", "epoch"))
+            return [f"{where}  {'  '.join(values)}"]
         history = [item for item in state.log_history if item["step"] == 0]
         return [f"{where}  {line}" for line in validation_lines(entry, self.rate_names, history, kind)]
 

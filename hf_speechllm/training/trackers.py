@@ -132,7 +132,7 @@ def tracker_values(logs: Mapping[str, Any], rate_names: Mapping[str, str]) -> di
     values: dict[str, Any] = {}
     for plain, value in logs.items():
         name = f"eval_{plain}" if plain.startswith(AVERAGED) else plain
-        if name.endswith("_cer"):
+        if name.startswith("eval") and name.endswith("_cer"):
             prefix = name.removesuffix("_cer")
             rate = rate_names.get(prefix.removeprefix("eval_").removeprefix(f"{AVERAGED}_")) or common_metric(
                 rate_names.values()

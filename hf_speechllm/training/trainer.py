@@ -266,7 +266,7 @@ class SpeechLLMTrainer(PublishingTrainer):
             self.state.epoch = self.state.global_step / self.state.max_steps
         elif self.position is not None and self.is_in_train:
             self.state.epoch = self.position.epochs
-        if "loss" in logs:
+        if "loss" in logs and "learning_rate" in logs:  # not a line of the user
             logs.update(self.part_values.values(logs["learning_rate"]))
             logs.update(self.progress.summary())
             logs.update(self._skipped())
@@ -478,7 +478,8 @@ class SpeechLLMTrainer(PublishingTrainer):
         self.log(metrics)
         if eval_dataset is None and metric_key_prefix == "eval":
             self.current_scores = dict(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self.progress.paused():  # curve, table, transcripts
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def score(self, eval_dataset=None, metric_key_prefix: str = "eval") -> dict[str, float]:

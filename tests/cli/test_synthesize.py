@@ -196,12 +196,26 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
 
 
 def test_shuffled_rows_have_the_words_of_their_text_in_another_order():
-    plan = Plan(["One, two: three four five."], 200, {"tone": ["v"]}, {"tone": 1.0}, "p", shuffled=0.3)
-    said = [plan.text(row) for row in range(200)]
-    changed = [text for text in said if text != plan.texts[0]]
-    assert 40 < len(changed) < 80 and len(set(changed)) > 20
-    assert {" ".join(sorted(text.rstrip(".").split())) for text in changed} == {"One five four three two"}
-    assert [plan.text(row) for row in range(200)] == said
+    texts = ["One, two: three - four five?", "打开客厅的灯。", "Well!", "--- ..."]
+    plan = Plan(texts, 800, {"tone": ["v"]}, {"tone": 1.0}, "p", shuffled=0.3)
+    said = [[plan.text(row) for row in range(first, 800, 4)] for first in range(4)]
+    english, chinese = ([text for text in said[index] if text != texts[index]] for index in range(2))
+    assert 40 < len(english) < 80 and len(set(english)) > 20 and 40 < len(chinese) < 80
+    assert {" ".join(sorted(text.removesuffix("?").split())) for text in english} == {"One five four three two"}
+    assert {"".join(sorted(text.removesuffix("。"))) for text in chinese} == {"".join(sorted("打开客厅的灯"))}
+    assert all(text.endswith("?") for text in english) and all(text.endswith("。") for text in chinese)
+    assert set(said[2]) == {"Well!"} and set(said[3]) == {"--- ..."}
+    assert [plan.text(row) for row in range(0, 800, 4)] == said[0]
+
+
+def test_a_folder_with_texts_of_other_settings_is_refused(run, tmp_path, engine):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/texts.txt").write_text("one two.\n", encoding="utf-8")
+    command = ["--engines", "tone", "--command", engine, "--num_workers", "1", "--output_dir", tmp_path / "out"]
+    assert not run("synthesize", "--llm", "a/model", *command)[0]
+    assert not run("synthesize", "--llm", "a/model", *command)[0]
+    code, _ = run("synthesize", "--llm", "b/model", *command)
+    assert "texts.json: the folder contains speech with other settings" in code
 
 
 def test_rows_are_augmented_reproducibly_and_texts_stay(run, engine, texts, tmp_path):

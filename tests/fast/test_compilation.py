@@ -154,9 +154,9 @@ def graphs_around(monkeypatch):
     def watch(module, name):
         graphs, function = [], getattr(module, name)
 
-        def count(*args):
+        def count(*args, **options):
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            result = function(*args)
+            result = function(*args, **options)
             graphs.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
             return result
 
