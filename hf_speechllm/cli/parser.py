@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-OTHER_RANKS_WAIT = 5.0  # seconds; the launcher needs less to end the ranks
+OTHER_RANKS_WAIT = 15.0  # seconds; the launcher needs less to end the ranks
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

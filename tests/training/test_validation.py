@@ -278,7 +278,9 @@ def test_scores_of_all_sets_are_in_log_table_and_curve(make_trainer, sets):
     assert saved["eval_near_cer"] == evaluations[1]["eval_near_cer"]
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "error rate before training | error rate after training" in card
-    assert f"| {100 * evaluations[0]['eval_near_cer']:.2f} % | {100 * evaluations[1]['eval_near_cer']:.2f} % |" in card
+    before, after = (f"{100 * evaluations[number]['eval_near_cer']:.2f} %" for number in (0, 1))
+    name = trainer.validator.rate_names["near"]
+    assert name in ("CER", "WER", "MER") and f"| {name} {before} | {name} {after} |" in card
     assert matplotlib.image.imread(folder / "training_curve.png").shape[:2] == (960, 1200)  # four panels
 
 
