@@ -81,7 +81,7 @@ def _find_checkpoint(args: SpeechLLMTrainingArguments) -> str | None:
         if checkpoint_folders(args.output_dir):
             raise ValueError(
                 f"{args.output_dir} contains checkpoints of an earlier run: resume with "
-                "--resume_from_checkpoint true, or choose another --output_dir"
+                "--resume_from_checkpoint auto, or choose another --output_dir"
             )
         return None
     is_folder = option.lower() not in ("true", "last", "auto")

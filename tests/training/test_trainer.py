@@ -299,7 +299,7 @@ def test_earlier_checkpoints_are_not_overwritten_without_a_request(make_trainer,
     with pytest.raises(ValueError, match="has no checkpoint"):
         find_checkpoint(make_arguments(resume_from_checkpoint="true"))
     make_trainer(save_strategy="steps", save_steps=1, max_steps=2, freeze_audio_encoder=True, freeze_llm=True).train()
-    with pytest.raises(ValueError, match="--resume_from_checkpoint true, or choose another --output_dir"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint auto, or choose another --output_dir"):
         find_checkpoint(make_arguments())
     with pytest.raises(ValueError, match="is not a checkpoint folder"):
         find_checkpoint(make_arguments(resume_from_checkpoint=str(tmp_path)))
