@@ -112,13 +112,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             if file.read(1) == b"{":
                 parser.error(f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file")
     output = Path(args.output_file).resolve()
-    if not output.parent.is_dir():
-        parser.error(f"--output_file {args.output_file}: no such folder; create the folder {output.parent}")
     inputs = (args.scp_file, args.segments_file, args.jsonl_file, *args.sources)
     refuse_input(parser, "--output_file", args.output_file, inputs)
     unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
     if output.exists() and not args.overwrite and not unfinished:
         parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(
+            f"--output_file {args.output_file}: {output.parent} cannot be created: {error.strerror}; choose another "
+            "folder"
+        )
     return args
 
 
@@ -159,7 +164,9 @@ def main() -> None:
                     args.output_file, outcome.results, args.vad or args.repetition_guard or uses_ctc,
                     subtitles=args.vad or args.word_times, words=args.word_times, checked=uses_ctc,
                 )  # fmt: skip
-                write_record(args.output_file, run_record(args, journal, transcriber, outcome, processes))
+                write_record(
+                    args.output_file, run_record(args, journal, transcriber, outcome, len(failures), processes)
+                )
             named = write_failures(args.output_file, failures)
         except OSError as error:
             sys.exit(f"{prog()}: error: {error}; results are kept; correct the error and start again")

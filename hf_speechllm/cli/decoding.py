@@ -146,9 +146,18 @@ def prepare(
 
 
 def run_record(
-    args: argparse.Namespace, journal: Journal, transcriber: Transcriber, outcome: Outcome, processes: Processes
+    args: argparse.Namespace,
+    journal: Journal,
+    transcriber: Transcriber,
+    outcome: Outcome,
+    num_failed: int,
+    processes: Processes,
 ) -> dict[str, Any]:
-    """Returns what `push` and `score` need to know about texts: model, settings, device, amounts; ready for JSON."""
+    """Returns what `push` and `score` need to know about texts: model, settings, device, amounts; ready for JSON.
+
+    Args:
+        num_failed: number of failed requests and of unreadable entries of the list.
+    """
     device = transcriber.model.device
     return {
         "model": args.model_name_or_path,
@@ -156,7 +165,7 @@ def run_record(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "processes": processes.world_size,
         "texts": len(outcome.results),
-        "failed": len(outcome.failures),
+        "failed": num_failed,
         # Of this run: a resumed run decodes the rest only.
         "decoded_seconds": round(outcome.seconds, 2),
         "elapsed_seconds": round(outcome.elapsed, 2),

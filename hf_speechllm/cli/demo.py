@@ -32,6 +32,8 @@ def main() -> None:
     for name in ("max_seconds", "max_megabytes"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
+    if args.port is not None and not 0 <= args.port <= 65535:
+        parser.error(f"--port {args.port}: not a port; choose a number from 0 to 65535")
     show_log()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # otherwise recordings would stay

@@ -46,10 +46,10 @@ def main() -> None:
     show_log()
 
     from ..hub.publishing import CardOptions, publish
-    from ..hub.results import read_result
+    from ..hub.results import read_results
 
     try:
-        results = [read_result(argument) for argument in args.score]
+        results = read_results(args.score)
         check_models(args.input, results)
         options = CardOptions(results, args.language, args.license, args.datasets)
         commit = publish(

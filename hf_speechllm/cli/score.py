@@ -72,6 +72,19 @@ def warn_about_ids(message: str, ids: list[str]) -> None:
         logger.warning("%s: %d: %s%s", message, len(ids), printable(", ".join(ids[:20])), more)
 
 
+def record_of(file: str) -> dict[str, Any] | None:
+    """Returns the record of `decode` about texts; `None` without a record, or if the record is about other texts."""
+    from ..files import file_digest, read_record, record_path
+
+    record = read_record(file)
+    if record is None or record["sha256"] == file_digest(file):
+        return record
+    logger.warning(
+        "%s is about other texts than those in %s; the score has no record of decoding", record_path(file), file
+    )
+    return None
+
+
 def score(args: argparse.Namespace) -> None:
     from ..data import transcripts
     from ..data.bad_rows import BadRows
@@ -80,7 +93,7 @@ def score(args: argparse.Namespace) -> None:
     from ..evaluation import confidence, report, scoring, statistics
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report_audio as recordings
-    from ..files import atomic_write, file_digest, read_record
+    from ..files import atomic_write, file_digest
     from ..version import __version__
 
     reference = transcripts.read_transcripts(args.reference, required=True)
@@ -108,8 +121,9 @@ def score(args: argparse.Namespace) -> None:
     )
     result = scoring.score_set(utterances, args.num_resamples, args.seed)
     result["files"] = {"reference": args.reference, "hypothesis": args.hypothesis}
-    result["sha256"] = {"reference": file_digest(args.reference), "hypothesis": file_digest(args.hypothesis)}
-    result["decoding"] = read_record(args.hypothesis)
+    result["files"] |= {"utt2lang": args.utt2lang} if args.utt2lang else {}
+    result["sha256"] = {kind: file_digest(file) for kind, file in result["files"].items()}
+    result["decoding"] = record_of(args.hypothesis)
     result["normalized"] = not args.no_normalize
     result["hf_speechllm"], result["date"] = __version__, date.today().isoformat()
     result["missing_hypotheses"] = [id_ for id_ in reference.texts if id_ not in hypotheses]
@@ -130,7 +144,7 @@ def score(args: argparse.Namespace) -> None:
         absent = [id_ for id_ in reference.texts if id_ not in other_hypotheses]
         warn_about_ids(f"references not in {args.compare}, counted as deletions", absent)
         result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
-        result["comparison"] |= {"sha256": file_digest(args.compare), "decoding": read_record(args.compare)}
+        result["comparison"] |= {"sha256": file_digest(args.compare), "decoding": record_of(args.compare)}
     counted = []
     if words or any(reference.hotwords.values()):
         counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +13,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
+from ..data.transcripts import read_map, read_transcripts
 from ..evaluation.languages import known_language
-from ..files import file_digest
+from ..evaluation.scoring import ErrorCounts, metric_of, rescore, score_utterances
+from ..files import file_digest, read_record, record_path
 from .markdown import code, table
 from .upload import TAGS, hub_id
 
 SCORE_FILE = "score.json"
 METRIC_NAMES = {"WER": "Word error rate", "CER": "Character error rate", "MER": "Mixed error rate"}
 MODEL_FINGERPRINT = ("weights", "configuration", "processor")
+DTYPES = ("bfloat16", "float32")  # of decode
 PACKAGES = ("hf_speechllm", "transformers", "tokenizers")  # their releases change the fingerprint of equal models
 
 
@@ -38,6 +43,11 @@ class Result:
     split: str | None
     path: Path
     score: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Data set, config and split, joined by colons."""
+        return ":".join(filter(None, (self.dataset, self.config, self.split)))
 
     @property
     def record(self) -> Mapping[str, Any] | None:
@@ -62,8 +72,26 @@ def percent(rate: float) -> float:
     return round(100 * rate, 2)
 
 
+def read_results(arguments: Sequence[str]) -> list[Result]:
+    """Reads several scores; arguments and errors as for `read_result`.
+
+    Raises:
+        ValueError: also if two scores have the same name.
+    """
+    results: dict[str, Result] = {}
+    for argument in arguments:
+        result = read_result(argument)
+        if other := results.get(result.name):
+            raise ValueError(
+                f"--score: {other.path} and {result.path} have the same name, {result.name}; pass NAME=DIR with "
+                "different names"
+            )
+        results[result.name] = result
+    return list(results.values())
+
+
 def read_result(argument: str) -> Result:
-    """Reads a score and checks that the files that it was made from exist and are unchanged.
+    """Reads a score, checks that the files that it was made from exist and are unchanged, and counts their errors.
 
     Args:
         argument: `DIR`, or `NAME=DIR` with the folder (or score.json) that `hf-speechllm score` wrote. The name of a
@@ -71,48 +99,127 @@ def read_result(argument: str) -> Result:
             the folder.
 
     Raises:
-        ValueError: if a file is missing or has changed, or the score is damaged.
+        ValueError: if a file is missing or has changed, the score is damaged, or the files give other figures.
         OSError: if a file cannot be read.
     """
-    name, _, folder = argument.rpartition("=")
+    name, folder = _split_argument(argument)
     path = Path(folder) / SCORE_FILE if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
         raise ValueError(
             f"--score {argument}: no {SCORE_FILE} in {folder}; pass the --output_dir of hf-speechllm score"
         )
-    try:
-        score = json.loads(path.read_text(encoding="utf-8"))
-        comparison = score.get("comparison")
-        errors = score["substitutions"] + score["deletions"] + score["insertions"]
-        is_consistent = abs(score["rate"] - errors / max(score["reference_tokens"], 1)) < 1e-9
-        files = [(score["files"][kind], score["sha256"][kind], None) for kind in ("reference", "hypothesis")]
-        files[1] = (*files[1][:2], score["decoding"])
-        if comparison:
-            files.append((comparison["file"], comparison["sha256"], comparison["decoding"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a score of this release; run hf-speechllm score again") from error
-    if not is_consistent:
-        raise ValueError(f"{path}: rate and counts do not agree: the file was edited; run hf-speechllm score again")
-    for file, digest, record in files:
-        found = _find(file, path)
-        if found is None:
-            raise ValueError(f"{path}: the figures have no file behind them: {file} is missing; restore the file")
-        if file_digest(found) != digest:
-            raise ValueError(f"{path}: {found} has changed since it was scored; run hf-speechllm score again")
-        if record is not None and record["sha256"] != digest:
-            raise ValueError(
-                f"{path}: {found} does not contain the texts that hf-speechllm decode wrote: the file was edited or "
-                "replaced; decode and score again"
-            )
     dataset, _, rest = (name or path.resolve().parent.name).partition(":")
     config, _, split = rest.partition(":")
-    return Result(dataset, config or None, split or None, path, score)
+    try:
+        score = json.loads(path.read_text(encoding="utf-8"))
+        result = Result(dataset, config or None, split or None, path, score)
+        _check_form(result)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a score of this release; run hf-speechllm score again") from error
+    files = {kind: _find(file, score["sha256"][kind], path) for kind, file in score["files"].items()}
+    _check_record(path, files["hypothesis"], score["decoding"])
+    comparison = score.get("comparison")
+    if comparison:
+        files["comparison"] = _find(comparison["file"], comparison["sha256"], path)
+        _check_record(path, files["comparison"], comparison["decoding"])
+    _check_figures(result, files)
+    return result
 
 
-def _find(file: str, score_file: Path) -> Path | None:
-    """Returns a file named by a score: relative to the working folder, otherwise to a folder above the score."""
+def _split_argument(argument: str) -> tuple[str, str]:
+    """Splits `NAME=DIR` at the first `=` before an existing path, which may contain `=`; the name may be empty."""
+    parts = argument.split("=")
+    for number in range(len(parts)):
+        folder = "=".join(parts[number:])
+        if folder and Path(folder).exists():
+            return "=".join(parts[:number]), folder
+    name, _, folder = argument.partition("=")
+    return (name, folder) if folder else ("", name)
+
+
+def _check_form(result: Result) -> None:
+    """Raises an exception if a value that a card or a check needs is missing or has another type."""
+    score = result.score
+    low, high = score["interval_95"]
+    if not all(math.isfinite(value) for value in (low, high, score["rate"], score.get("seconds", 0))):
+        raise ValueError("numbers that are not finite")
+    comparison = score.get("comparison")
+    for kind, file in {"reference": None, "hypothesis": None, **score["files"]}.items():
+        Path(file), score["sha256"][kind]
+    if comparison:
+        Path(comparison["file"]), comparison["sha256"], comparison["rate"]
+    for record in filter(None, (score["decoding"], comparison and comparison["decoding"])):
+        record["sha256"], record["model"], *(record["settings"][name] for name in MODEL_FINGERPRINT)
+        if record["settings"]["dtype"] not in DTYPES:
+            raise ValueError("unknown dtype")
+    # Makes the texts of a card, because these read most values.
+    _ = result.languages
+    eval_results([result])
+    eval_entries([result])
+    results_section([result], None)
+
+
+def _find(file: str, digest: str, score_file: Path) -> Path:
+    """Returns a file named by a score, relative to the working folder or to a folder above the score.
+
+    Raises:
+        ValueError: if the file is missing, or no file of this name has the digest.
+    """
     places = [Path(file), *(folder / file for folder in score_file.resolve().parents)]
-    return next((place for place in places if place.is_file()), None)
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise ValueError(f"{score_file}: the figures have no file behind them: {file} is missing; restore the file")
+    for place in found:
+        if file_digest(place) == digest:
+            return place
+    raise ValueError(f"{score_file}: {found[0]} has changed since it was scored; run hf-speechllm score again")
+
+
+def _check_record(score_file: Path, texts: Path, record: Mapping[str, Any] | None) -> None:
+    """Raises an error if the record in a score is about other texts, or differs from the record beside the texts."""
+    digest, written = file_digest(texts), read_record(texts)
+    known = record or written
+    if known is not None and known["sha256"] != digest:
+        raise ValueError(
+            f"{score_file}: {texts} does not contain the texts that hf-speechllm decode wrote: the file was edited or "
+            "replaced; decode and score again"
+        )
+    if written is not None and written["sha256"] == digest and written != record:
+        raise ValueError(
+            f"{score_file}: `decoding` differs from {record_path(texts)}: a file was edited, or the texts were "
+            "decoded again; run hf-speechllm score again"
+        )
+
+
+def _check_figures(result: Result, files: Mapping[str, Path]) -> None:
+    """Counts errors again, from the files, and raises an error if the score has other figures."""
+    score = result.score
+    reference, hypotheses = (read_transcripts(files[kind]).texts for kind in ("reference", "hypothesis"))
+    languages = read_map(files["utt2lang"]) if "utt2lang" in files else {}
+    options = {"normalize": score["normalized"], "num_workers": os.cpu_count() or 1}
+    utterances = score_utterances(reference, hypotheses, languages=languages, **options)
+    total = sum((utterance.counts for utterance in utterances), ErrorCounts())
+    counted = {
+        **{name: getattr(total, name) for name in ("substitutions", "deletions", "insertions", "reference_tokens")},
+        "metric": metric_of(utterances),
+        "utterances": len(utterances),
+        "missing_hypotheses": [id_ for id_ in reference if id_ not in hypotheses],
+    }
+    wrong = [name for name, value in counted.items() if score[name] != value]
+    wrong += ["languages"] if set(score["languages"]) != {utterance.language for utterance in utterances} else []
+    wrong += ["rate"] if not math.isclose(score["rate"], total.rate, abs_tol=1e-9) else []
+    low, high = score["interval_95"]
+    if not 0 <= low <= total.rate + 1e-9 or not total.rate - 1e-9 <= high:
+        wrong.append("interval_95")
+    if "comparison" in files:
+        others = rescore(utterances, read_transcripts(files["comparison"]).texts, **options)
+        rate = sum((utterance.counts for utterance in others), ErrorCounts()).rate
+        wrong += ["comparison.rate"] if not math.isclose(score["comparison"]["rate"], rate, abs_tol=1e-9) else []
+    if wrong:
+        raise ValueError(
+            f"{result.path}: {', '.join(wrong)}: not the figures of the files: the score was edited, or made by "
+            "another release; run hf-speechllm score again"
+        )
 
 
 def check_model(result: Result, fingerprint: Mapping[str, str]) -> None:
@@ -239,7 +346,7 @@ def results_section(results: Sequence[Result], base: str | None) -> str:
     for result in results:
         score, comparison = result.score, result.score.get("comparison")
         low, high = (percent(end) for end in score["interval_95"])
-        cells = [code(":".join(filter(None, (result.dataset, result.config, result.split)))), score["metric"]]
+        cells = [code(result.name), score["metric"]]
         cells += [f"**{result.value:.2f} %**", f"{low:.2f} to {high:.2f} %", _compared(comparison, base)]
         cells += [f"{score['utterances']:,}", f"{score['seconds'] / 3600:.2f}" if "seconds" in score else ""]
         rows.append(cells)

@@ -13,7 +13,7 @@ from ..data.kaldi import read_scp, read_segments, warn_of_unused_segments
 from ..model import chat
 from .sources import find_recordings
 
-_NOT_IN_ID = re.compile(r"[\t\r\n]")
+_NOT_IN_ID = re.compile(r"[\0\t\r\n]")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def _problem_of_id(id_: str, origin: str = "file name") -> str | None:
     if not id_:
         return "bad ID: the file name is empty apart from spaces and the suffix; rename the file"
     if _NOT_IN_ID.search(id_):
-        return f"bad ID: the {origin} {id_!r} contains a tab or a line end; rename the {origin.partition(' ')[0]}"
+        noun = origin.partition(" ")[0]
+        return f"bad ID: the {origin} {id_!r} contains a tab, a line end or a zero byte; rename the {noun}"
     try:
         id_.encode("utf-8")
     except UnicodeEncodeError:

@@ -25,6 +25,12 @@ def test_missing_gradio_is_reported_in_one_line(run, monkeypatch):
     assert code == "hf-speechllm demo: error: the package gradio is missing; pip install 'hf_speechllm[demo]'"
 
 
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_port_out_of_range_is_wrong_usage(run, port):
+    code, output = run("demo", "--model_name_or_path", "m", "--port", port)
+    assert code == 2 and f"--port {port}: not a port; choose a number from 0 to 65535" in output.err
+
+
 @pytest.fixture
 def tuned_model(compose_tiny, tmp_path):
     """A tiny model with a CTC head."""

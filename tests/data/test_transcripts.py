@@ -94,10 +94,11 @@ def test_rows_with_a_key_are_known_by_the_key(jsonl):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(BadDataError, match=r'jsonl:2: duplicate ID: line 1 also has the key "s1/a"'):
         read_transcripts(path)
-    rows[1]["key"] = "a\tb"
-    path.write_text(json.dumps(rows[1]) + "\n")
-    bad_rows = BadRows()
-    assert requests_of_jsonl(path, None, bad_rows) == [] and "the key 'a\\tb' contains a tab" in str(list(bad_rows)[0])
+    for key, shown in (("a\tb", r"'a\tb'"), ("a\0b", r"'a\x00b'")):
+        path.write_text(json.dumps(rows[1] | {"key": key}) + "\n")
+        bad_rows = BadRows()
+        assert requests_of_jsonl(path, None, bad_rows) == []
+        assert f"the key {shown} contains a tab, a line end or a zero byte" in str(list(bad_rows)[0])
 
 
 def test_recordings_are_not_taken_for_transcripts(write):

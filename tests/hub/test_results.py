@@ -12,7 +12,7 @@ from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.cli.main import main
 from hf_speechllm.files import read_record, record_path
 from hf_speechllm.hub.publishing import CardOptions, complete_card, publish, rename_card
-from hf_speechllm.hub.results import eval_entries, read_result
+from hf_speechllm.hub.results import eval_entries, read_result, read_results
 from hf_speechllm.hub.upload import usage
 
 
@@ -145,6 +145,17 @@ def edit_rate(work):
     edit(work / "exp/score/score.json", rate=0.01)
 
 
+def edit_all_counts(work):
+    counts = dict.fromkeys(("substitutions", "deletions", "insertions"), 0)
+    edit(work / "exp/score/score.json", rate=0.0, interval_95=[0.0, 0.0], **counts)
+
+
+def edit_settings(work):
+    score = json.loads((work / "exp/score/score.json").read_text(encoding="utf-8"))
+    score["decoding"]["settings"]["num_beams"] = 8
+    edit(work / "exp/score/score.json", decoding=score["decoding"])
+
+
 def score_edited_texts(work):
     lines = (work / "ref").read_text(encoding="utf-8").replace(" ", "\t", 1)
     (work / "hyp.txt").write_text(lines, encoding="utf-8")
@@ -187,7 +198,9 @@ def write_a_model_index(work):
     [
         (spoil_hypothesis, "hyp.txt has changed since it was scored"),
         (remove_reference, "no file behind them: ref is missing"),
-        (edit_rate, "rate and counts do not agree"),
+        (edit_rate, "rate: not the figures of the files"),
+        (edit_all_counts, "rate, interval_95: not the figures of the files"),
+        (edit_settings, "`decoding` differs from hyp.decoding.json"),
         (score_edited_texts, "does not contain the texts that hf-speechllm decode wrote"),
         (use_an_old_score, "not a score of this release"),
         (change_the_model, "come from another model (model; weights differ)"),
@@ -200,6 +213,96 @@ def test_figures_without_their_files_are_refused(work, hub, run, monkeypatch, sp
     spoil(work)
     assert message in run("push", "--input", "model", "--hub_model_id", "user/x", "--score", "exp/score")
     assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "WER"},
+        {"utterances": 23},
+        {"reference_tokens": 10**6},
+        {"interval_95": [-0.1, 9.0]},
+        {"interval_95": [0.0, 0.0]},
+        {"missing_hypotheses": ["a"]},
+        {"languages": {"en+ja": {}}},
+        {"comparison": {"rate": 0.25}},
+    ],
+)
+def test_each_edited_figure_is_refused(work, changes):
+    (name, value), path = *changes.items(), work / "exp/score/score.json"
+    score = json.loads(path.read_text(encoding="utf-8"))
+    assert read_result("exp/score").score == score and score[name] != value
+    edit(path, **{name: {**score[name], **value} if name == "comparison" else value})
+    with pytest.raises(ValueError, match=f"{name}.*: not the figures of the files"):
+        read_result("exp/score")
+
+
+def test_figures_with_given_languages_are_counted_with_these(work, run):
+    (work / "ref").write_text("a 350\n", encoding="utf-8")
+    (work / "hyp2.txt").write_text("a\tthree hundred fifty\n", encoding="utf-8")
+    (work / "utt2lang").write_text("a en\n", encoding="utf-8")
+    options = ("--num_resamples", 100, "--num_workers", 1, "--overwrite", "--output_dir", "exp/score")
+    assert not run("score", "ref", "hyp2.txt", "--utt2lang", "utt2lang", *options)
+    assert read_result("exp/score").languages == ["en"]
+    (work / "utt2lang").write_text("a zh\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="utt2lang has changed since it was scored"):
+        read_result("exp/score")
+
+
+def without(values, *names):
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def with_settings(score, settings):
+    return score | {"decoding": score["decoding"] | {"settings": settings}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda score: [],
+        lambda score: score | {"files": []},
+        lambda score: score | {"files": without(score["files"], "hypothesis")},
+        lambda score: without(score, "missing_hypotheses"),
+        lambda score: without(score, "languages"),
+        lambda score: score | {"metric": "BLEU"},
+        lambda score: score | {"seconds": "3"},
+        lambda score: score | {"rate": float("nan")},
+        lambda score: score | {"comparison": "other.txt"},
+        lambda score: score | {"decoding": without(score["decoding"], "settings")},
+        lambda score: score | {"decoding": without(score["decoding"], "model")},
+        lambda score: with_settings(score, without(score["decoding"]["settings"], "dtype")),
+        lambda score: with_settings(score, score["decoding"]["settings"] | {"dtype": "float8"}),
+    ],
+)
+def test_damaged_score_is_reported_in_one_line(work, hub, run, damage):
+    path = work / "exp/score/score.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    message = run("push", "--input", "model", "--hub_model_id", "user/x", "--score", "exp/score")
+    assert message.endswith("score.json: not a score of this release; run hf-speechllm score again")
+    assert len(message.splitlines()) == 1 and not hub.repositories
+
+
+def test_folders_may_contain_equals_signs(work):
+    shutil.copytree(work / "exp/score", work / "lr=1e-4/a=b")
+    for argument, name in (("lr=1e-4/a=b", "a=b"), ("test=lr=1e-4/a=b", "test"), ("x=y=lr=1e-4/a=b", "x=y")):
+        assert read_result(argument).name == name
+    with pytest.raises(ValueError, match=r"no score.json in none; pass"):
+        read_result("test=none")
+
+
+def test_scores_with_the_same_name_are_refused(work, hub, run):
+    shutil.copytree(work / "exp/score", work / "exp2/score")
+    message = run("push", "--input", "model", "--hub_model_id", "user/x", "--score", "exp/score", "exp2/score")
+    assert "have the same name, score; pass NAME=DIR" in message and not hub.repositories
+    assert [result.name for result in read_results(["exp/score", "b=exp2/score"])] == ["score", "b"]
+
+
+def test_the_scored_file_is_preferred_to_another_file_of_the_same_name(work, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/hyp.txt").write_text("a\tanother\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_result(str(work / "exp/score")).dataset == "score"
 
 
 def test_files_are_found_from_another_working_folder(work, monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ import soundfile
 from safetensors.torch import load_file, save_file
 
 from hf_speechllm.audio.waveform import load_audio
+from hf_speechllm.files import read_record
 from hf_speechllm.inference import decoding
 from hf_speechllm.inference.journal import Journal
 from hf_speechllm.inference.measuring import RequestMeter
@@ -196,8 +197,8 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     ):
         assert decode(*options)[0] == 2 and message in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
-    assert decode(output="no/such/folder/hyp.txt")[0] == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert decode(output="words.txt/folder/hyp.txt")[0] == 2
+    assert "words.txt/folder cannot be created: Not a directory; choose another folder" in capsys.readouterr().err
     assert decode(scp=tmp_path / "gone.scp")[0] == 2
     assert "gone.scp: no such file" in capsys.readouterr().err
     scp = tmp_path / "wav.scp"
@@ -222,6 +223,7 @@ def test_each_hostile_recording_has_an_error(decode, tmp_path):
 
     message, text = decode("--max_new_tokens", "4", scp=scp)
     assert [line.split("\t")[0] for line in text.splitlines()] == ["surround", "noise"]
+    assert read_record(tmp_path / "hyp.txt")["failed"] == 5
     reasons = {line.partition(": ")[0]: line for line in message.splitlines()}
     assert "5 failed" in message
     assert "3600.0 s; the encoder accepts at most" in reasons["hour"] and "--vad" in reasons["hour"]
@@ -229,11 +231,11 @@ def test_each_hostile_recording_has_an_error(decode, tmp_path):
     assert "not UTF-8" in reasons[f"{scp}:6"]
     assert "cannot be reached" in reasons["url"] and "secret" not in message and "key=k" not in message
 
-    message, text = decode("--vad", "--max_new_tokens", "4", scp=scp, output="vad.txt")
+    message, text = decode("--vad", "--max_new_tokens", "4", scp=scp, output="new/folder/vad.txt")
     texts = dict(line.split("\t") for line in text.splitlines())
     assert list(texts) == ["surround", "hour", "noise"] and "4 failed" in message
     assert texts["hour"] == texts["noise"] == ""
-    segments = [json.loads(line) for line in (tmp_path / "vad.segments.jsonl").read_text().splitlines()]
+    segments = [json.loads(line) for line in (tmp_path / "new/folder/vad.segments.jsonl").read_text().splitlines()]
     assert {segment["id"] for segment in segments} == {"surround"}
 
 

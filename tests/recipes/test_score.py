@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from hf_speechllm.files import file_digest, record_path
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
 REFERENCES = {"a": "今天天气很好。", "b": "Turn on the light!", "c": "打开 radio", "d": "350"}
@@ -226,6 +227,16 @@ def test_durations_must_be_seconds(score, write, value):
     durations = write("utt2dur", {"a": value})
     message = score(REFERENCES, HYPOTHESES, "--utt2dur", durations)
     assert str(durations) in message and '"a" has no' in message
+
+
+def test_record_of_other_texts_is_left_out(score, write, caplog):
+    hypotheses = write("hyp", HYPOTHESES, "\t")
+    record = {"sha256": file_digest(hypotheses), "settings": {"weights": "w"}}
+    record_path(hypotheses).write_text(json.dumps(record), encoding="utf-8")
+    assert score(REFERENCES, hypotheses)["decoding"] == record
+    record_path(hypotheses).write_text(json.dumps(record | {"sha256": "0"}), encoding="utf-8")
+    assert score(REFERENCES, hypotheses, "--overwrite", "--compare", hypotheses)["decoding"] is None
+    assert "hyp.decoding.json is about other texts" in caplog.text
 
 
 def test_ids_with_spaces_are_read_from_decoding_output(score, write):
