@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import runpy
 import signal
@@ -44,6 +45,17 @@ _spec.loader.exec_module(hub_server)
 def python_handles_ctrl_c():
     """Restores Python's handler of SIGINT, which background jobs and their children ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def log_unchanged():
+    """Restores the loggers that commands configure in this process; otherwise `caplog` of later tests stays empty."""
+    loggers = [logging.getLogger(name) for name in ("hf_speechllm", "transformers", "DeepSpeed")]
+    before = [(item.level, item.propagate, list(item.handlers), list(item.filters)) for item in loggers]
+    yield
+    for item, (level, propagate, handlers, filters) in zip(loggers, before, strict=True):
+        item.setLevel(level)
+        item.propagate, item.handlers, item.filters = propagate, handlers, filters
 
 
 @pytest.fixture

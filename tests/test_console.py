@@ -185,3 +185,11 @@ def test_an_error_of_another_rank_alone_is_printed_with_its_rank(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="^no memory$"):
         parser.fail("no memory")
+
+
+@pytest.mark.parametrize("test", [1, 2])
+def test_the_log_of_a_command_does_not_outlive_a_test(test, caplog):
+    with caplog.at_level("INFO"):
+        logging.getLogger("hf_speechllm.data").info("shown")
+    assert "shown" in caplog.text
+    console.show_log(logging.WARNING)  # as `inspect` does

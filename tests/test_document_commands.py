@@ -230,7 +230,8 @@ def test_commands_in_the_descriptions_of_verbs_are_right(workspace):
     for verb in VERBS:
         for block in blocks(ROOT / f"docs/reference/commands/{verb}.md"):
             for words in commands(block.code):
-                words = list(itertools.takewhile(lambda word: not word.startswith(("(", ">")), words))  # then a comment or a file
+                # Then a comment or a file.
+                words = list(itertools.takewhile(lambda word: not word.startswith(("(", ">")), words))
                 found = verb_of(words)
                 if found and not any("..." in word for word in words):
                     parse(*found)

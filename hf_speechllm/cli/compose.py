@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--audio_encoder", help="pretrained encoder: folder or Hub id (default: random weights)")
     parser.add_argument("--llm", help="pretrained LLM: folder, Hub id or GGUF file (default: random weights)")
     parser.add_argument("--tokenizer", help="tokenizer: folder or Hub id (default: tokenizer of the LLM)")
-    parser.add_argument("--transcripts", nargs="+", help="Kaldi text files to train a new tokenizer on")
+    parser.add_argument(
+        "--transcripts", nargs="+", help="lists to train a new tokenizer on: Kaldi text, JSONL, CSV, ..."
+    )
     parser.add_argument("--vocab_size", type=int, default=400, help="vocabulary size of the new tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="seed of random weights")
     args = parser.parse_args()
@@ -69,8 +71,10 @@ def compose_model(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     tokenizer = args.tokenizer or args.llm
     if args.transcripts:
-        lines = [line for file in args.transcripts for line in Path(file).read_text(encoding="utf-8").splitlines()]
-        tokenizer = train_tokenizer([line.split(maxsplit=1)[-1] for line in lines if line.strip()], args.vocab_size)
+        from ..data.corpus import read_texts
+
+        texts = [text for file in args.transcripts for text in read_texts(file)]
+        tokenizer = train_tokenizer(texts, args.vocab_size)
     model, processor = compose(config, tokenizer, args.audio_encoder, args.llm)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

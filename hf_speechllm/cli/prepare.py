@@ -143,7 +143,12 @@ def prepare_source(args: argparse.Namespace) -> None:
             )
         for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
             if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
-                logger.warning("%s is empty: the source has too few speakers or recordings for all splits", split)
+                logger.warning(
+                    "%s is empty: the source has too few speakers or recordings, and each is in one split only; "
+                    "choose other shares with --split (0 for a split without rows)%s",
+                    split,
+                    ", or remove the speakers from the source to divide by recording" if "speaker" in chosen else "",
+                )
         summary = {
             "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
         }  # fmt: skip

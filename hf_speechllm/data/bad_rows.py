@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,7 +72,9 @@ class BadRows:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[BadRow]:
-        return iter(self._rows)
+        """Iterates by file, in the order in which files were read, and by position in the file."""
+        files = {file: index for index, file in enumerate(dict.fromkeys(row.file for row in self._rows))}
+        return iter(sorted(self._rows, key=lambda row: (files[row.file], _position(row.line))))
 
     def kinds(self) -> Counter[str]:
         """Returns the number of bad rows of each kind; the kind is the text before the first colon of the reason."""
@@ -87,25 +91,33 @@ class BadRows:
         """
         if not self._rows:
             return
-        named = [f"  {row}" for row in self._rows[:NUM_NAMED]]
+        named = [f"  {row}" for row in itertools.islice(self, NUM_NAMED)]
         if len(self) > NUM_NAMED:
             named.append(f"  and {len(self) - NUM_NAMED} more")
         if self.report_file is not None:
             with atomic_write(self.report_file) as file:
-                file.writelines(f"{row}\n" for row in self._rows)
+                file.writelines(f"{row}\n" for row in self)
             named.append(f"  full list: {os.fspath(self.report_file)}")
         named += path_hint(row.reason for row in self._rows)
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
         if fraction > self.max_bad_fraction:
-            # If all rows are bad, skipping them would leave no rows.
-            leave_out = f", or skip them with --max_bad_fraction {_rounded_up(fraction):g}" if fraction < 1 else ""
+            advice = f"Fix these rows, or skip them with --max_bad_fraction {_rounded_up(fraction):g}"
+            if fraction == 1:  # skipping would leave no rows
+                files = list(dict.fromkeys(printable(row.file) for row in self))
+                others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
+                advice = f"No row is usable: check the format, the columns and the paths of {files[0]}{others}"
             raise BadDataError(
                 f"{summary}; --max_bad_fraction allows {self.max_bad_fraction:.2%}:\n"
                 + "\n".join(named)
-                + f"\nFix these rows{leave_out}"
+                + f"\n{advice}"
             )
         logger.warning("%s and skipped:\n%s", summary, "\n".join(named))
+
+
+def _position(line: int | str) -> list[tuple[int, str]]:
+    """Returns a key that sorts positions by their numbers, as in `train row 12`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(line))]
 
 
 def path_hint(reasons: Iterable[str]) -> list[str]:

@@ -12,10 +12,14 @@ from typing import Any
 
 from ..audio.waveform import AudioError, check_root, is_url, local_path
 from ..files import atomic_write
+from ..model.chat import parse_messages
 from .bad_rows import BadDataError, BadRows
 from .jsonl import recording_id
 from .preparation import RowMaker, prepare
+from .sources import read_source, recognize
+from .sources.reading import Reading
 from .splits import own_splits, split_utterances
+from .transcripts import read_transcripts
 from .utterance import SPLITS, Utterance
 
 SUMMARY_FILE = "summary.json"
@@ -40,6 +44,28 @@ def read_utterances(found: Iterable[Utterance], bad_rows: BadRows, audio_root: s
         except AudioError as error:
             bad_rows.add(utterance.recording_file, utterance.recording_line, str(error))
     return inside
+
+
+def read_texts(source: str) -> list[str]:
+    """Returns the transcripts of a Kaldi `text`, of training rows (all answers), or of another local source.
+
+    Raises:
+        BadDataError: if the file has no transcripts, or is no such source.
+        OSError: if the file cannot be read.
+    """
+    format = recognize(source)
+    if format is None:
+        texts = list(read_transcripts(source, required=True).texts.values())
+    else:
+        bad_rows = BadRows(1.0)
+        texts = []
+        for item in read_source(source, Reading(bad_rows), format):
+            turns = [] if item.messages is None else parse_messages(item.messages).turns
+            texts += [turn.answer or "" for turn in turns] or [item.transcript]
+        bad_rows.check(len(texts) + len(bad_rows))
+    if not any(texts):
+        raise BadDataError(f"{source}: no transcripts; pass a list of lines `ID TEXT`, or a source of `prepare`")
+    return [text for text in texts if text]
 
 
 def name_utterances(utterances: Sequence[Utterance]) -> list[Utterance]:

@@ -8,8 +8,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from ..audio.noise import SUFFIXES as AUDIO_SUFFIXES
 from .shards import is_archive
 
+SMALL_FILE = 1 << 20  # bytes
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -33,7 +35,10 @@ def expand_paths(patterns: Sequence[str]) -> list[list[str]]:
 
 
 def fingerprint(patterns: Sequence[str]) -> str:
-    """Returns a SHA-256 of files: of the contents of lists and files of rows, and of the sizes of archives.
+    """Returns a SHA-256 of sources.
+
+    Includes the contents of lists and files of rows, and size and time of archives. In folders: names and contents of
+    all files except recordings; of files above `SMALL_FILE`, size and time instead of contents.
 
     Args:
         patterns: see `expand_paths`; files may repeat.
@@ -45,11 +50,32 @@ def fingerprint(patterns: Sequence[str]) -> str:
     for pattern in patterns:
         digest.update(b"pattern")
         for file in expand_paths([pattern])[0]:
-            digest.update(f"file {os.path.getsize(file)}".encode())
-            if os.path.isfile(file) and not is_archive(file):
-                with open(file, "rb") as opened:
-                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            if os.path.isdir(file):
+                for name in _names_in(file):
+                    path = os.path.join(file, name)
+                    digest.update(os.fsencode(name) + _state(path, os.path.getsize(path) <= SMALL_FILE))
+            else:
+                digest.update(_state(file, not is_archive(file)))
     return digest.hexdigest()
+
+
+def _names_in(folder: str) -> list[str]:
+    """Returns the files in a folder and its subfolders without recordings, relative to the folder."""
+    paths = (os.path.join(below, name) for below, _, names in os.walk(folder) for name in names)
+    return sorted(
+        os.path.relpath(path, folder)
+        for path in paths
+        if not path.lower().endswith(AUDIO_SUFFIXES) and os.path.isfile(path)
+    )
+
+
+def _state(file: str, by_content: bool) -> bytes:
+    """Returns the digest of a file's contents, or of size and time of its last change."""
+    if by_content:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    status = os.stat(file)
+    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode()).digest()
 
 
 def _expand(pattern: str, name: str) -> list[str]:

@@ -191,8 +191,21 @@ def _parse_row(record: dict, require_answers: bool, folder: str, name: str, numb
         length_of(record, "text_length"),
         name,
         number,
-        *(_name_of(record, key) for key in ("key", "speaker", "language")),
+        _key_of(record),
+        *(_name_of(record, key) for key in ("speaker", "language")),
     )
+
+
+def _key_of(record: dict) -> str | None:
+    """Returns the key of a row.
+
+    Raises:
+        BadDataError: if the key is neither text nor a whole number.
+    """
+    key = record.get("key")
+    if key is not None and (isinstance(key, bool) or not isinstance(key, (str, int))):
+        raise BadDataError(f'bad "key": {repr(key)[:40]}; must be text or a whole number, or left out')
+    return _name_of(record, "key")
 
 
 def _name_of(record: dict, key: str) -> str | None:

@@ -216,3 +216,16 @@ def test_lists_are_not_replaced_by_what_is_made_of_them(run, kaldi, option):
     lists = ["--scp_file", kaldi / "wav.scp", "--transcript_file", kaldi / "text"]
     assert run("scp2jsonl", *lists, "--jsonl_file", kaldi / "wav.scp", "--overwrite")[0] == 2
     assert (kaldi / "wav.scp").read_text() == before
+
+
+@pytest.mark.parametrize("speakers", [False, True])
+def test_an_empty_split_names_the_remedy(run, kaldi, tmp_path, caplog, speakers):
+    (kaldi / "utt2spk").write_text("".join(f"s{i}-{part} me\n" for i in range(6) for part in (0, 1)))
+    if not speakers:
+        (kaldi / "utt2spk").unlink()
+        for name in ("text", "segments"):
+            (kaldi / name).write_text("".join((kaldi / name).read_text().splitlines(True)[:2]))
+    code, output = run("prepare", kaldi, "--output_dir", tmp_path / "out")
+    assert code is None and "test is empty" in caplog.text and "choose other shares with --split" in caplog.text
+    assert ("remove the speakers" in caplog.text) == speakers
+    assert f"hf-speechllm doctor {tmp_path}/out" in output.out and "test.jsonl" not in output.out

@@ -105,4 +105,15 @@ def test_reason_contains_no_secrets_and_no_control_characters():
 def test_error_does_not_suggest_to_skip_all_rows():
     with pytest.raises(BadDataError) as error:
         rows_with(3).check(total=3)
-    assert str(error.value).endswith("\nFix these rows")
+    assert str(error.value).endswith("\nNo row is usable: check the format, the columns and the paths of train.jsonl")
+
+
+def test_rows_are_listed_by_file_and_position():
+    bad_rows = BadRows()
+    for file, line in [("b", 10), ("a", "row 10"), ("b", 3), ("a", "row 9"), ("b", 2)]:
+        bad_rows.add(file, line, "bad")
+    assert [(row.file, row.line) for row in bad_rows] == [
+        ("b", 2), ("b", 3), ("b", 10), ("a", "row 9"), ("a", "row 10"),
+    ]  # fmt: skip
+    with pytest.raises(BadDataError, match=r"(?s)b:2: .*b:3: .*b:10: .*a:row 9: .*a:row 10: "):
+        bad_rows.check(9)

@@ -36,6 +36,10 @@ def test_elements_are_those_of_json_load(tmp_path, monkeypatch, chunk, indent):
         ("[nul, 1" + " " * 99 + "]", "Expecting value at character 2"),
         ('{"a": 1}', "instead of \\["),
         ("[1,]" + " " * 99, "Expecting value at character 4"),
+        ("[1, 2] \n[3]", "more text after the end of the JSON at character 9"),
+        ("[]garbage", "more text after the end of the JSON at character 3"),
+        ("[1.x]", "'\\.' instead of , or \\] at character 3"),
+        ("[2e+x]", "'e' instead of , or \\] at character 3"),
     ],
 )
 def test_damaged_files_are_errors(tmp_path, monkeypatch, chunk, content, message):
@@ -43,6 +47,13 @@ def test_damaged_files_are_errors(tmp_path, monkeypatch, chunk, content, message
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         list(read_array(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("rest", ['{"a": [2]}', ', "b": 1', "}]"])
+def test_text_after_the_array_of_a_key_is_an_error(tmp_path, rest):
+    (tmp_path / "a.json").write_text('{"a": [1]' + ("}" if rest[0] == "{" else "") + rest)
+    with pytest.raises(ValueError, match="more text after the end of the JSON|ends early"):
+        list(read_array(tmp_path / "a.json", "a"))
 
 
 def test_missing_key_is_an_error(tmp_path):

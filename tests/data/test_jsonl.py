@@ -59,6 +59,17 @@ def test_keys_of_funasr_are_read(jsonl):
     assert chat.parse_messages(row.messages, row.hotwords) == row.dialogue  # what training reads
 
 
+@pytest.mark.parametrize("key", [7.5, True, []])
+def test_keys_that_are_no_names_are_bad(jsonl, key):
+    assert 'bad "key"' in reason(jsonl({"messages": messages(), "key": key}))
+
+
+@pytest.mark.parametrize("key, id_", [(7, "7"), ("b ", "b"), (None, "a"), ("", "a")])
+def test_keys_are_text_or_whole_numbers(jsonl, key, id_):
+    (row,) = read_jsonl(jsonl({"messages": messages(), "key": key}))
+    assert row.id == id_
+
+
 @pytest.mark.parametrize("key", ["asr_hotwords", "hist_context", "one_pass_result"])
 def test_keys_of_funasr_of_a_wrong_type_are_bad(jsonl, key):
     assert f'bad "{key}"' in reason(jsonl({"messages": messages(), key: {"a": 1}}))

@@ -143,7 +143,10 @@ def test_folder_with_csv(write_audio, write_lines, read, tmp_path):
 def test_unrecognised_columns_can_be_named(write_audio, write_lines, read):
     write_audio("a.wav")
     path = write_lines("list.csv", ["clip,said", "a.wav,one", "a.wav,"])
-    with pytest.raises(BadDataError, match="--columns audio=NAME .the columns are clip, said"):
+    with pytest.raises(
+        BadDataError,
+        match="and no column of transcripts found; .* audio=NAME text=NAME .the columns are clip, said",
+    ):
         list(read_source(str(path), Reading(BadRows())))
     found, reading = read(path, "csv", num_bad=1, columns={"audio": "clip", "text": "said"})
     assert texts(found) == ["one"]
@@ -415,6 +418,39 @@ def test_parquet_without_bytes_or_with_another_column(write_audio, read, tmp_pat
     assert len(load_audio(found[0].recording)) == RATE
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_each_row_of_a_parquet_file_has_bytes_or_a_path(dataset, read, tmp_path, order, statistics):
+    path = tmp_path / "list.parquet"
+    table = dataset.select(order).with_format("arrow")[:]
+    pyarrow.parquet.write_table(table, path, row_group_size=1 if order == (1, 0) else 2, write_statistics=statistics)
+    found, _ = read(path, "parquet")
+    expected = [str(tmp_path / "a.wav") if row else f"{path}::{number}" for number, row in enumerate(order)]
+    assert [item.recording for item in found] == expected
+    assert [len(load_audio(item.recording)) for item in found] == [(1 + row) * RATE for row in order]
+
+
+def test_a_parquet_row_without_bytes_and_path_is_bad(dataset, read, tmp_path):
+    dataset.map(lambda row: {"audio": {"bytes": None, "path": None}} if row["sentence"] == "two" else row).to_parquet(
+        tmp_path / "list.parquet"
+    )
+    found, reading = read(tmp_path / "list.parquet", "parquet", num_bad=1)
+    assert texts(found) == ["one"] and "list.parquet:row 2: no recording" in str(next(iter(reading.bad_rows)))
+
+
+@pytest.mark.parametrize("config", ["", "train_config/"])
+def test_parquet_folders_called_after_splits(dataset, read, tmp_path, config):
+    for split in ("train", "test"):
+        path = tmp_path / f"p/{config}{split}/0000.parquet"
+        path.parent.mkdir(parents=True)
+        dataset.select([0]).to_parquet(path)
+    assert [item.split for item in read(tmp_path / "p", "parquet")[0]] == ["train", "test"]
+    dataset.to_parquet(tmp_path / f"p/{config}more.parquet")
+    if not config:
+        with pytest.raises(BadDataError, match="rename more.parquet"):
+            list(read_source(str(tmp_path / "p"), Reading(BadRows())))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub(dataset, read, monkeypatch, streaming):
     asked = []
@@ -475,6 +511,30 @@ def test_several_lists_without_splits_are_refused(write_lines, tmp_path):
         write_lines(name, ["path,text"])
     with pytest.raises(BadDataError, match=r"several lists \(a.csv, b.csv\); pass one"):
         list(read_source(str(tmp_path), Reading(BadRows())))
+
+
+@pytest.mark.parametrize("names", [("train.csv", "more.csv"), ("train/a.jsonl", "more/a.jsonl")])
+def test_lists_without_a_split_beside_others_are_refused(write_lines, tmp_path, names):
+    for name in names:
+        write_lines(name, ["path,text"] if name.endswith("csv") else [{"audio": "a.wav", "text": "one"}])
+    with pytest.raises(BadDataError, match=f"rename {names[1]} .*, move them to another folder"):
+        list(read_source(str(tmp_path), Reading(BadRows())))
+
+
+def test_files_that_are_no_lists_may_be_beside_lists(write_audio, write_lines, read, tmp_path, caplog):
+    write_audio("a.wav")
+    write_lines("train.json", ['[{"audio": "a.wav", "text": "one"}]'])
+    write_lines("dataset_info.json", [{"my_data": {"file_name": "train.json"}}])
+    with caplog.at_level("INFO"):
+        assert texts(read(tmp_path, "json")[0]) == ["one"]
+    assert f"{tmp_path}: not read: dataset_info.json" in caplog.text
+
+
+def test_joined_json_lists_are_refused(tmp_path):
+    rows = json.dumps([{"audio": "a.wav", "text": "one"}])
+    (tmp_path / "a.json").write_text(f"{rows}\n{rows}\n")
+    with pytest.raises(BadDataError, match="a.json: not JSON: more text after the end .*; .*join lists"):
+        list(read_source(str(tmp_path / "a.json"), Reading(BadRows(1.0))))
 
 
 def test_unusable_rows_of_a_csv_are_reported(write_audio, read, tmp_path):

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...audio.archives import num_arrow_rows, table_member
 from ..bad_rows import BadDataError
-from ..utterance import SPLITS, Utterance
-from .reading import Reading, split_of
+from ..utterance import Utterance
+from .reading import Reading, sort_by_split, split_of, split_of_path
 from .tables import find_columns, utterance_of_record
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -140,10 +140,9 @@ def _address(value: Any, name: str, reading: Reading, source: str) -> str | None
 def _parquet_files(source: str) -> list[tuple[str, str | None]]:
     if os.path.isfile(source):
         return [(os.path.abspath(source), None)] if source.endswith(".parquet") else []
-    files = sorted(glob.glob(f"{glob.escape(os.path.abspath(source))}/**/*.parquet", recursive=True))
-    named = [(path, split_of(os.path.basename(path))) for path in files]
-    with_split = [item for item in named if item[1] is not None]
-    return sorted(with_split, key=lambda item: (SPLITS.index(str(item[1])), item[0])) or named
+    root = os.path.abspath(source)
+    files = sorted(glob.glob(f"{glob.escape(root)}/**/*.parquet", recursive=True))
+    return [(path, split_of_path(path, root)) for path in files]
 
 
 def is_parquet(source: str) -> bool:
@@ -155,11 +154,14 @@ def read_parquet(source: str, reading: Reading) -> Iterator[Utterance]:
     """Reads Parquet files. Recordings inside are not copied.
 
     Raises:
-        BadDataError: if a file is not Parquet, or damaged.
+        BadDataError: if a file is not Parquet, or damaged; if only some files of a folder are named after splits.
     """
     import pyarrow
 
-    for path, split in _parquet_files(source):
+    files = _parquet_files(source)
+    if any(split is not None for _, split in files):
+        files = sort_by_split(source, files)
+    for path, split in files:
         try:
             yield from _read_parquet_file(path, split, reading)
         except pyarrow.ArrowException as error:
@@ -177,31 +179,41 @@ def _read_parquet_file(path: str, split: str | None, reading: Reading) -> Iterat
         columns = find_columns(schema.names, reading.columns, path)
         audio = columns["audio"]
         fields = _fields(schema.field(audio).type)
-        if not _first(file, audio):
+        contents = schema.field(audio).type.field("bytes").type if "bytes" in fields else schema.field(audio).type
+        if not (pyarrow.types.is_binary(contents) or pyarrow.types.is_large_binary(contents)):
             rows = load_dataset("parquet", data_files=path, split="train", streaming=True)
             yield from _read({split or "": rows}, path, reading)
             return
+        present = _have_bytes(file, f"{audio}.bytes" if "bytes" in fields else audio)
         names = [name for role, name in columns.items() if role != "audio"]
         number = 0
         for batch in file.iter_batches(1024, columns=[*names, *([f"{audio}.path"] if "path" in fields else [])]):
             for record in batch.to_pylist():
+                original = (record.get(audio) or {}).get("path")
                 item = utterance_of_record(
                     reading, record, columns, path, f"row {number + 1}", os.path.dirname(path), split,
-                    table_member(path, number, audio), (record.get(audio) or {}).get("path"),
+                    table_member(path, number, audio) if next(present) else original or "", original,
                 )  # fmt: skip
                 number += 1
                 if item is not None:
                     yield item
 
 
+def _have_bytes(file: Any, column: str) -> Iterator[bool]:
+    """Yields whether each row of a Parquet file has bytes; reads the bytes only if some rows have no bytes."""
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        chunks = (facts.column(index) for index in range(facts.num_columns))
+        statistics = next(chunk for chunk in chunks if chunk.path_in_schema == column).statistics
+        missing = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if missing in (0, facts.num_rows):
+            yield from itertools.repeat(not missing, facts.num_rows)
+            continue
+        for batch in file.iter_batches(64, row_groups=[group], columns=[column]):
+            values = batch.column(0)
+            yield from (values.flatten()[0] if values.type.num_fields else values).is_valid().to_pylist()
+
+
 def _fields(kind: Any) -> list[str]:
     """Returns the names of the fields of a struct; an empty list for other types."""
     return [kind.field(index).name for index in range(kind.num_fields)]
-
-
-def _first(file, audio: str) -> bool:
-    """Returns whether the first recording of a Parquet file is stored as bytes."""
-    for batch in file.iter_batches(1, columns=[audio]):
-        value = batch.column(0)[0].as_py()
-        return isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes)
-    return False

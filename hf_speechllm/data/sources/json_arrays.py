@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 CHUNK = 1 << 20  # characters to read at once
 LONGEST_TOKEN = 16  # characters of a JSON token that is not a string or number; an error further from the end is final
+_NUMBER_PART = re.compile(r"\.|[eE][+-]?")  # the end of a text after which a number may continue
 _SPACES = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -22,7 +23,8 @@ def read_array(path: str | os.PathLike[str], key: str | None = None) -> Iterator
         key: of the array in the object of the file; `None`: the file is an array.
 
     Raises:
-        ValueError, RecursionError: if the file is not JSON, or has no such array; possibly after some elements.
+        ValueError, RecursionError: if the file is not JSON, has more text after the JSON value, or has no such array;
+            possibly after some elements.
         OSError: if the file cannot be read.
     """
     with open(path, encoding="utf-8-sig") as file:
@@ -37,11 +39,17 @@ def read_array(path: str | os.PathLike[str], key: str | None = None) -> Iterator
             text.take(":")
         text.take("[")
         if text.next() == "]":
-            return
-        while True:
+            text.take("]")
+        else:
             yield text.value()
-            if text.take(",]") == "]":
-                return
+            while text.take(",]") == ",":
+                yield text.value()
+        if key is not None:
+            while text.take(",}") == ",":
+                text.value()
+                text.take(":")
+                text.value()
+        text.end()
 
 
 class _Text:
@@ -65,6 +73,17 @@ class _Text:
         self.at += 1
         return found
 
+    def end(self) -> None:
+        """Requires that nothing but white space follows."""
+        while _SPACES.fullmatch(self.text, self.at):
+            self.dropped, self.text, self.at = self.dropped + len(self.text), self.file.read(CHUNK), 0
+            if not self.text:
+                return
+        place = self.dropped + _SPACES.match(self.text, self.at).end() + 1  # type: ignore[union-attr]
+        raise ValueError(
+            f"more text after the end of the JSON at character {place}; remove it, or join lists into one list"
+        )
+
     def value(self) -> Any:
         """Returns the next value."""
         self.next()
@@ -72,8 +91,7 @@ class _Text:
             reason = "the file ends early"
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                rest = self.text[end : end + LONGEST_TOKEN]
-                if rest and (rest[0] not in ".eE" or len(rest) == LONGEST_TOKEN):  # otherwise a number may continue
+                if end < len(self.text) and not _NUMBER_PART.fullmatch(self.text, end):
                     self.at = end
                     return value
             except json.JSONDecodeError as error:

@@ -6,6 +6,7 @@ import glob
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
@@ -17,12 +18,19 @@ from typing import Any
 from ...audio.archives import tar_member
 from ...audio.time_range import add_time_range
 from ...audio.waveform import AudioError, resolve_source
-from ..bad_rows import BadDataError, BadRows
+from ..bad_rows import NUM_NAMED, BadDataError, BadRows
 from ..jsonl import hotwords_of, parse_object
 from ..utterance import SPLITS, Utterance
 from .json_arrays import read_array
 
+logger = logging.getLogger(__name__)
+
 HEAD_BYTES = 1 << 16  # read from a JSON file to detect the format
+# Files beside lists that have no rows, or rows of other lists: of `prepare`, LLaMA-Factory and Common Voice.
+NO_ROWS = {
+    "summary.json", "dataset_info.json", "validated.tsv", "invalidated.tsv", "other.tsv", "reported.tsv",
+    "validated_sentences.tsv", "unvalidated_sentences.tsv", "clip_durations.tsv", "times.tsv",
+}  # fmt: skip
 LONGEST_LINE = 1 << 24  # bytes; maximum length of the first line of a detected JSONL
 # Names of languages in sources, in lower case; codes are unchanged.
 LANGUAGE_NAMES = {
@@ -158,6 +166,12 @@ def split_of(name: str) -> str | None:
     return None
 
 
+def split_of_path(path: str, root: str) -> str | None:
+    """Returns the split in the name of a file, otherwise in the name of the nearest folder below `root`."""
+    names = reversed(os.path.relpath(path, root).split(os.sep))
+    return next((split for name in names if (split := split_of(name)) is not None), None)
+
+
 def language_code(language: Any) -> str | None:
     """Returns the code of a language: `zh` for `zh-CN`, `Chinese` and `<|zh|>`; `None` without a language."""
     if not isinstance(language, str):
@@ -184,15 +198,33 @@ def lists_in(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None
         suffixes: of lists, in lower case, with the dot.
 
     Raises:
-        BadDataError: if a folder has several lists without splits in their names.
+        BadDataError: if a folder has several lists, and not all of them are named after splits.
     """
     found = find_lists(source, suffixes)
-    if with_split := [item for item in found if item[1] is not None]:
-        return sorted(with_split, key=lambda item: (SPLITS.index(str(item[1])), item[0]))
+    rows = [item for item in found if os.path.basename(item[0]) not in NO_ROWS]
+    if any(split is not None for _, split in rows):
+        if ignored := [os.path.basename(item[0]) for item in found if item not in rows]:
+            logger.info("%s: not read: %s", source, ", ".join(ignored))
+        return sort_by_split(source, rows)
     if len(found) > 1:
         names = ", ".join(os.path.basename(path) for path, _ in found)
         raise BadDataError(f"{source}: several lists ({names}); pass one of the lists instead of the folder")
     return found
+
+
+def sort_by_split(source: str, lists: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Sorts the lists of a folder by split.
+
+    Raises:
+        BadDataError: if some lists are not named after splits: their rows would be lost, or get into a wrong split.
+    """
+    if without := [os.path.relpath(path, source) for path, split in lists if split is None]:
+        names = ", ".join(without[:NUM_NAMED]) + (", ..." if len(without) > NUM_NAMED else "")
+        raise BadDataError(
+            f"{source}: lists with and without a split in their names; rename {names} (for example to "
+            f"train-{os.path.basename(without[0])}), move them to another folder, or pass one of the lists"
+        )
+    return sorted(lists, key=lambda item: (SPLITS.index(str(item[1])), item[0]))
 
 
 def require_utf8(text: str) -> None:
@@ -218,7 +250,8 @@ def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | No
     for below in ("", "*/"):
         files = [path for suffix in suffixes for path in sorted(glob.glob(f"{glob.escape(root)}/{below}*{suffix}"))]
         if files:
-            return [(path, split_of(os.path.relpath(path, root))) for path in files]
+            files.sort(key=lambda path: os.path.basename(path) in NO_ROWS)  # detectors examine the first list
+            return [(path, split_of_path(path, root)) for path in files]
     return []
 
 

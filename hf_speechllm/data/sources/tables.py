@@ -54,16 +54,15 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
     names = list(names)
     by_lower = {name.lower(): name for name in reversed(names)}
     found = {role: by_lower[known] for role in ROLES for known in reversed(ROLES[role]) if known in by_lower}
-    for role, name in given.items():
-        if name not in names:
-            raise BadDataError(f"{where}: no column {name!r}; the columns are {', '.join(names)}")
-        found[role] = name
-    for role in ("audio", "text"):
-        if role not in found:
-            raise BadDataError(
-                f"{where}: no column of {'recordings' if role == 'audio' else 'transcripts'} found; use "
-                f"--columns {role}=NAME (the columns are {', '.join(names)})"
-            )
+    if missing := [repr(name) for name in given.values() if name not in names]:
+        raise BadDataError(f"{where}: no column {', '.join(missing)}; the columns are {', '.join(names)}")
+    found |= given
+    if missing := [role for role in ("audio", "text") if role not in found]:
+        contents = " and no column of ".join({"audio": "recordings", "text": "transcripts"}[role] for role in missing)
+        raise BadDataError(
+            f"{where}: no column of {contents} found; use --columns {' '.join(f'{role}=NAME' for role in missing)} "
+            f"(the columns are {', '.join(names)})"
+        )
     return found
 
 
