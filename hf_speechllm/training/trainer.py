@@ -360,7 +360,8 @@ class SpeechLLMTrainer(PublishingTrainer):
             self.state.best_model_checkpoint = best
         if best is not None and self.args.load_best_model_at_end:
             self.load_checkpoint(Path(best))
-            self.selection = f"{Path(best).name}, the best by {self.args.metric_for_best_model}"
+            metric = self.args.metric_for_best_model.replace("cer", "error rate").replace("_", " ")
+            self.selection = f"{Path(best).name}, the best by {metric}"
         return output
 
     # Resuming, with the `Position` of a checkpoint: no row is loaded only to be skipped, repeated, or left out.
