@@ -88,10 +88,16 @@ def find_layout(name: str | os.PathLike[str], **hub: Any) -> str:
             f"{name} is a {one_line(model_type, 100)} model, not a speech LLM; compose one with `hf-speechllm compose`"
         )
     if hub.get("local_files_only") and not os.path.exists(name):
-        raise CheckpointError(f"{name}: no such folder, and not in the cache of the Hub; the Hub cannot be reached")
+        raise CheckpointError(
+            f"{name}: no such folder, and not in the cache of the Hub; the Hub cannot be reached "
+            "(check HF_HUB_OFFLINE and HF_ENDPOINT, or run `hf download ID --local-dir DIR` with network access "
+            "and name the folder)"
+        )
+    newest = max(Path(name).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
+    hint = f"; name its checkpoint {newest}, or save the model of the run (`trainer.save_model()`)" if newest else ""
     raise CheckpointError(
         f"{name} contains no model: there is no config.json (this package, transformers), adapter_config.json (peft) "
-        "or config.yaml (FunASR)"
+        f"or config.yaml (FunASR){hint}"
     )
 
 

@@ -535,6 +535,13 @@ def test_folders_without_a_speech_llm_are_refused(tmp_path, make_checkpoint):
         load(folder)
 
 
+def test_the_folder_of_a_run_without_a_saved_model_names_its_checkpoint(tmp_path):
+    for step in (4, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(CheckpointError, match="contains no model.*name its checkpoint .*checkpoint-12, or save"):
+        load(tmp_path)
+
+
 def test_a_tokenizer_without_the_special_tokens(make_checkpoint):
     folder = make_checkpoint("funasr")
     file = folder / "Qwen3-0.6B" / "tokenizer.json"
