@@ -99,8 +99,8 @@ def test_unsupported_options_are_one_line_before_training(
 
 def test_several_processes_decode_one_list(tiny_model, tiny_corpus, tmp_path):
     options = ["--model_name_or_path", tiny_model, "--scp_file", tiny_corpus.scp, "--max_new_tokens", 2]
-    wrong = run("decode", *LAUNCHER, *options, "--output_file", tmp_path / "none" / "hyp.txt")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "no such folder" in wrong.stderr
+    wrong = run("decode", *LAUNCHER, *options, "--output_file", tmp_path / "hyp.txt", "--num_beams", 0)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--num_beams must be above 0" in wrong.stderr
     result = run("decode", *LAUNCHER, *options, "--output_file", tmp_path / "hyp.txt")
     assert result.returncode == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()][0] == ["texts", "24,", "0", "failed"]
