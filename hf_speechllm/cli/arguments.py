@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.augmentation_options import AugmentationOptions
+from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
 from ..data.options import DataOptions
 from ..hub.options import PublishingOptions
 from ..model.options import ModelOptions
@@ -240,3 +240,16 @@ def add_group(parser: argparse.ArgumentParser, title: str, fields: Sequence[data
             default=getattr(default, "value", default),
             help=item.metadata.get("help", "").replace("%", "%%"),
         )
+
+
+def add_waveform_augmentation(parser: argparse.ArgumentParser, title: str) -> None:
+    """Adds the options of waveform augmentation to a parser, as a group with a title."""
+    add_group(parser, title, [item for item in dataclasses.fields(AugmentationOptions) if item.name in WAVEFORM_NAMES])
+
+
+def waveform_augmentation_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> AugmentationOptions:
+    """Returns the options that `add_waveform_augmentation` has added; reports invalid values as wrong usage."""
+    try:
+        return AugmentationOptions(**{name: vars(args)[name] for name in WAVEFORM_NAMES})
+    except ValueError as error:
+        parser.error(str(error))

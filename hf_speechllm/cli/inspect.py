@@ -19,14 +19,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from ..console import quiet_transformers, show_log
-from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
-from .arguments import add_group
+from ..data.augmentation_options import AugmentationOptions
+from .arguments import add_waveform_augmentation, waveform_augmentation_of
 from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
@@ -47,8 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_itn", action="store_true", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--hotwords", help="with --inference: see hf-speechllm decode")
     parser.add_argument("--save_audio", metavar="DIR", help="write the augmented recordings of each row as WAV files")
-    options = [item for item in fields(AugmentationOptions) if item.name in WAVEFORM_NAMES]
-    add_group(parser, "Augmentation, with --save_audio", options)
+    add_waveform_augmentation(parser, "Augmentation, with --save_audio")
     args = parser.parse_args()
     if not Path(args.jsonl_file).is_file():
         parser.error(f"{args.jsonl_file}: no such file")
@@ -56,10 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--loss requires answers, which --inference leaves out; use only one of the options")
     if (args.language or args.no_itn or args.hotwords) and not args.inference:
         parser.error("--language, --no_itn and --hotwords require --inference; training rows contain their prompts")
-    try:
-        args.augmentation = AugmentationOptions(**{item.name: vars(args)[item.name] for item in options})
-    except ValueError as error:
-        parser.error(str(error))
+    args.augmentation = waveform_augmentation_of(args, parser)
     if args.augmentation != AugmentationOptions() and not args.save_audio:
         parser.error("options of augmentation have no effect without --save_audio; add --save_audio")
     return args

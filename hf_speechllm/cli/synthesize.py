@@ -22,12 +22,10 @@ import glob
 import logging
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from ..console import command, print_summary, progress_bar, quiet_transformers, show_log
-from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
-from .arguments import add_group
+from .arguments import add_waveform_augmentation, waveform_augmentation_of
 from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
@@ -71,13 +69,9 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows in a shard")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of rows that fail")
-    options = [item for item in fields(AugmentationOptions) if item.name in WAVEFORM_NAMES]
-    add_group(parser, "Augmentation of the recordings", options)
+    add_waveform_augmentation(parser, "Augmentation of the recordings")
     args = parser.parse_args()
-    try:
-        args.augmentation = AugmentationOptions(**{item.name: vars(args)[item.name] for item in options})
-    except ValueError as error:
-        parser.error(str(error))
+    args.augmentation = waveform_augmentation_of(args, parser)
     if not 0 <= args.shuffled_words <= 1:
         parser.error(f"--shuffled_words is {args.shuffled_words:g}; it must be between 0 and 1")
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):

@@ -1,8 +1,7 @@
 """Synthetic training speech: texts spoken by installed engines with many voices, written as tar shards.
 
 Each row depends on the seed and its number alone: text, engine, voice, rate and pitch; only babble also depends on the
-shard. A shard appears when it is complete,
-so an interrupted run continues with the missing shards.
+shard. A shard appears when it is complete, so an interrupted run continues with the missing shards.
 """
 
 from __future__ import annotations
