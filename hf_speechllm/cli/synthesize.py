@@ -8,8 +8,8 @@ hf-speechllm synthesize --llm Qwen/Qwen3-0.6B --num_texts 60000 --output_dir dat
 
 Writes tar shards for `finetune --train_file 'data/synthetic/*.tar'`. The command continues after an interruption.
 Engines are commands: espeak (eSpeak NG: apt install espeak-ng), mbrola (eSpeak NG with recorded diphones: apt install
-mbrola mbrola-us1 ...), pico (apt install libttspico-utils), flite (English), piper (pip install piper-tts, with voices
-in --piper_voices), or your own with --command.
+mbrola mbrola-us1 ...), pico (apt install libttspico-utils), flite (English), rhvoice (apt install rhvoice
+rhvoice-english), piper (pip install piper-tts, with voices in --piper_voices), or your own with --command.
 
 Synthetic speech teaches a new adaptor which sounds belong to which tokens. It does not replace real recordings: the
 voices of rule-based engines sound like no speaker. Train on real speech afterwards, and validate on real speech only.

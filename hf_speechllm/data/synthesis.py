@@ -36,6 +36,12 @@ from .kaldi import speech_length
 SAMPLING_RATE = 16000  # Hz, of the shards
 RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
 PICO_VOICES = ("de-DE", "en-GB", "en-US", "es-ES", "fr-FR", "it-IT")
+RHVOICE_FOLDERS = ("/usr/share/RHVoice", "/usr/local/share/RHVoice")
+RHVOICE_LANGUAGES = {
+    "cs": "Czech", "en": "English", "eo": "Esperanto", "ka": "Georgian", "ky": "Kyrgyz", "mk": "Macedonian",
+    "pl": "Polish", "pt": "Brazilian-Portuguese", "ru": "Russian", "sk": "Slovak", "sq": "Albanian", "tt": "Tatar",
+    "uk": "Ukrainian", "uz": "Uzbek",
+}  # fmt: skip
 PUNCTUATION, SENTENCE_ENDS = ',.!?;:"“”()。，！？、；：', ".!?。！？"
 RECENT = 64  # rows of which babble is mixed
 TIMEOUT = 120.0  # seconds for one row
@@ -94,6 +100,13 @@ def _flite_voices(language: str, folder: str | None) -> list[str]:
     return [voice for words in listed for voice in words[2:] if not voice.endswith("_time")]
 
 
+def _rhvoice_voices(language: str, folder: str | None) -> list[str]:
+    _table("RHVoice-test", "--help")  # fails if it is not installed
+    name = RHVOICE_LANGUAGES.get(language.partition("-")[0])
+    files = (file for root in RHVOICE_FOLDERS for file in sorted(Path(root).glob("voices/*/voice.info")))
+    return [file.parent.name for file in files if f"language={name}" in file.read_text(encoding="utf-8").splitlines()]
+
+
 def _piper_voices(language: str, folder: str | None) -> list[str]:
     """Returns MODEL#SPEAKER for every speaker of the models (`*.onnx` with `*.onnx.json`) in a folder."""
     voices = []
@@ -123,6 +136,11 @@ def _flite(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[s
     return ["flite", "-voice", voice, *values, "-f", text, "-o", wav]
 
 
+def _rhvoice(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    values = ["-r", f"{100 * rate:.0f}", "-t", f"{100 * pitch:.0f}"]
+    return ["RHVoice-test", "-p", voice, *values, "-i", text, "-o", wav]
+
+
 def _piper(voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
     """Piper has no pitch, and reads the text from standard input; its samples differ from run to run."""
     model, speaker = voice.rsplit("#", 1)
@@ -134,6 +152,7 @@ ENGINES = {
     "mbrola": Engine("espeak-ng", _mbrola_voices, _espeak),
     "pico": Engine("pico2wave", _pico_voices, _pico),
     "flite": Engine("flite", _flite_voices, _flite),
+    "rhvoice": Engine("RHVoice-test", _rhvoice_voices, _rhvoice),
     "piper": Engine("piper", _piper_voices, _piper),
 }
 

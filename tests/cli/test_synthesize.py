@@ -50,7 +50,7 @@ elif options[0].startswith("--voices"):
     print(" 2 en-us --/M American gmw/en-US\\n 5 variant --/M f1 !v/f1")
 else:
     import shutil
-    output = options[options.index({{"flite": "-o", "piper": "-f"}}.get(name, "-w")) + 1]
+    output = options[options.index({{"flite": "-o", "RHVoice-test": "-o", "piper": "-f"}}.get(name, "-w")) + 1]
     shutil.copy("{wav}", output)
     open("{log}", "a").write(" ".join([name, *options]) + "\\n")
 """
@@ -130,7 +130,7 @@ def test_failed_rows_are_left_out_up_to_a_share(run, engine, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, mbrola, pico, flite, piper"),
+        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, mbrola, pico, flite, rhvoice, piper"),
         (["--engines", "flite=0"], "--engines must be NAME or NAME=SHARE, with shares above 0"),
         (["--engines", "tone", "--command", "tone=x"], "--command must be NAME=COMMAND"),
         (["--engines", "flite", "--language", "de"], "flite has no voice for the language 'de'"),
@@ -151,7 +151,7 @@ def test_missing_engine_is_named(run, texts, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="the commands are scripts")
 def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_path, monkeypatch):
     log = tmp_path / "log"
-    for name in ("espeak-ng", "pico2wave", "flite", "piper"):
+    for name in ("espeak-ng", "pico2wave", "flite", "RHVoice-test", "piper"):
         values = {"python": sys.executable, "name": name, "wav": make_wav(), "log": log}
         (tmp_path / name).write_text(COMMANDS.format(**values), encoding="utf-8")
         (tmp_path / name).chmod(0o755)
@@ -160,16 +160,21 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
         (tmp_path / f"{name}.onnx").touch()
         config = {"num_speakers": speakers, "language": {"code": code}}
         (tmp_path / f"{name}.onnx.json").write_text(json.dumps(config), encoding="utf-8")
-    voices = voices_of(["espeak", "mbrola", "pico", "flite", "piper"], "en", str(tmp_path))
+    for name, language in (("slt", "English"), ("anna", "Russian")):
+        (tmp_path / "voices" / name).mkdir(parents=True)
+        (tmp_path / "voices" / name / "voice.info").write_text(f"name={name}\nlanguage={language}\n", encoding="utf-8")
+    monkeypatch.setattr(synthesis, "RHVOICE_FOLDERS", (str(tmp_path),))
+    voices = voices_of(["espeak", "mbrola", "pico", "flite", "rhvoice", "piper"], "en", str(tmp_path))
     model = tmp_path / "a.onnx"
     assert voices == {
         "espeak": ["en-gb+f1", "en-gb+m3", "en-us+f1", "en-us+m3"],
         "mbrola": ["mb-us2"],  # of the language, and installed
         "pico": ["en-GB", "en-US"],
         "flite": ["kal", "slt"],
+        "rhvoice": ["slt"],
         "piper": [f"{model}#0", f"{model}#1"],
     }
-    plan = Plan(["<hello>"], 300, voices, dict(zip(voices, (0.5, 0.1, 0.1, 0.1, 0.2), strict=True)), "p")
+    plan = Plan(["<hello>"], 300, voices, dict(zip(voices, (0.5, 0.1, 0.1, 0.1, 0.1, 0.1), strict=True)), "p")
     chosen = [plan.choose(row) for row in range(300)]
     assert Counter(engine for engine, *_ in chosen).keys() == voices.keys()
     assert 120 < sum(engine == "espeak" for engine, *_ in chosen) < 180
@@ -191,6 +196,8 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
                     f"<pitch level='{100 * pitch:.0f}'>hello</pitch></speed>".split(),
             "flite": ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / rate:.3f}", "--setf",
                       f"f0_shift={pitch:.3f}", "-f", text, "-o", wav],
+            "rhvoice": ["RHVoice-test", "-p", "slt", "-r", f"{100 * rate:.0f}", "-t", f"{100 * pitch:.0f}", "-i", text, "-o",
+                        wav],
             "piper": ["piper", "-m", str(model), "-s", voice[-1:], "--length_scale", f"{1 / rate:.3f}", "-f", wav],
         }[engine]  # fmt: skip
 
