@@ -130,7 +130,10 @@ def test_failed_rows_are_left_out_up_to_a_share(run, engine, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engines", "nosuch"], "--engines nosuch: unknown engine; choose from espeak, mbrola, pico, flite, rhvoice, piper"),
+        (
+            ["--engines", "nosuch"],
+            "--engines nosuch: unknown engine; choose from espeak, mbrola, pico, flite, rhvoice, piper",
+        ),
         (["--engines", "flite=0"], "--engines must be NAME or NAME=SHARE, with shares above 0"),
         (["--engines", "tone", "--command", "tone=x"], "--command must be NAME=COMMAND"),
         (["--engines", "flite", "--language", "de"], "flite has no voice for the language 'de'"),
@@ -196,8 +199,8 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
                     f"<pitch level='{100 * pitch:.0f}'>hello</pitch></speed>".split(),
             "flite": ["flite", "-voice", voice, "--setf", f"duration_stretch={1 / rate:.3f}", "--setf",
                       f"f0_shift={pitch:.3f}", "-f", text, "-o", wav],
-            "rhvoice": ["RHVoice-test", "-p", "slt", "-r", f"{100 * rate:.0f}", "-t", f"{100 * pitch:.0f}", "-i", text, "-o",
-                        wav],
+            "rhvoice": ["RHVoice-test", "-p", "slt", "-r", f"{100 * rate:.0f}", "-t", f"{100 * pitch:.0f}",
+                        "-i", text, "-o", wav],
             "piper": ["piper", "-m", str(model), "-s", voice[-1:], "--length_scale", f"{1 / rate:.3f}", "-f", wav],
         }[engine]  # fmt: skip
 
