@@ -29,7 +29,7 @@ SIGNATURES = {
     "SpeechLLMTrainingArguments": "per_device_train_batch_seconds, eval_cer, padding_free, keep_best_checkpoints",
     "Transcriber": "model, processor, batch_seconds, max_new_tokens, num_beams, num_workers, repetition_guard, vad, "
     "cuda_graphs, fast, word_times, ctc_guard, ctc_draft, calibration, "
-    "ctc_draft_threshold",
+    "ctc_draft_threshold, ctc_weight",
     "compose": "config, tokenizer, audio_encoder, llm",
     "load_audio": "source, sampling_rate, max_seconds",
     "normalize_text": "text, language",

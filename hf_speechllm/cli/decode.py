@@ -73,6 +73,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="P",
         help="with --ctc_draft: take drafts with a probability of at least P without the LLM",
     )
+    parser.add_argument(
+        "--ctc_weight",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="with --num_beams: weight of the CTC head (0 <= W < 1) in the choice among the hypotheses (default: 0)",
+    )
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
@@ -94,8 +101,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--segments_file requires --scp_file")
     if args.confidence_file and not args.word_times:
         parser.error("--confidence_file requires --word_times")
-    if args.ctc_draft and (args.num_beams > 1 or args.repetition_guard):
-        parser.error("--ctc_draft is not supported with --num_beams and --repetition_guard; leave these out")
+    if args.ctc_draft and (args.num_beams > 1 or args.repetition_guard or args.ctc_weight):
+        parser.error(
+            "--ctc_draft is not supported with --num_beams, --ctc_weight and --repetition_guard; leave these out"
+        )
+    if not 0 <= args.ctc_weight < 1:
+        parser.error("--ctc_weight must be at least 0 and below 1")
+    if args.ctc_weight and args.num_beams == 1:
+        parser.error("--ctc_weight requires --num_beams above 1")
     if args.ctc_draft_threshold is not None:
         if not args.ctc_draft:
             parser.error("--ctc_draft_threshold requires --ctc_draft")

@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 # Options that affect the texts: an unfinished run resumes only with the same values.
 SETTINGS = (
     "language", "no_itn", "hotwords", "context", "prompt", "max_new_tokens", "num_beams", "repetition_guard",
-    "word_times", "ctc_guard", "ctc_draft", "ctc_draft_threshold",
+    "word_times", "ctc_guard", "ctc_draft", "ctc_draft_threshold", "ctc_weight",
 )  # fmt: skip
 OPTIONS = (
     "batch_seconds", "max_new_tokens", "num_beams", "num_workers", "repetition_guard", "word_times", "ctc_guard",
-    "ctc_draft", "ctc_draft_threshold",
+    "ctc_draft", "ctc_draft_threshold", "ctc_weight",
 )  # fmt: skip
 
 
@@ -127,7 +127,8 @@ def prepare(
     journal.settings["calibration"] = calibration and calibration.save()
     processor = SpeechLLMProcessor.from_pretrained(name)
     config = load_config(name)
-    if (args.word_times or args.ctc_guard or args.ctc_draft) and getattr(config, "ctc_head_config", None) is None:
+    uses_ctc = args.word_times or args.ctc_guard or args.ctc_draft or args.ctc_weight
+    if uses_ctc and getattr(config, "ctc_head_config", None) is None:
         raise ValueError(NO_HEAD)
     journal.settings["dtype"] = dtype
     meter = RequestMeter(config, processor, vad.max_seconds if vad else None, args.num_workers)

@@ -251,6 +251,8 @@ def decoding_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of `decode` for a card; prompts and hotwords may be private and are only mentioned."""
     settings = record["settings"]
     shown = {"search": "greedy" if settings["num_beams"] == 1 else f"{settings['num_beams']} beams"}
+    if weight := settings.get("ctc_weight"):
+        shown["search"] += f", rescored by the CTC head (weight {weight:g})"
     shown |= {name: settings[name] for name in ("max_new_tokens", "dtype", "language") if settings.get(name)}
     flags = ("vad", "hotwords", "context", "prompt", "no_itn", "repetition_guard", "ctc_guard", "ctc_draft")
     return shown | {name: True for name in flags if settings.get(name)}

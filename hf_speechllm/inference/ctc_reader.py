@@ -20,8 +20,8 @@ from .alignment import Word, align, split_words
 from .segments import Segment
 
 NO_HEAD = (
-    "the model has no CTC head, which word times require; train a head with `hf-speechllm finetune --ctc_head auto`, "
-    "all other parts frozen"
+    "the model has no CTC head, which word times and all --ctc_* options require; train a head with `hf-speechllm "
+    "finetune --ctc_head auto`, all other parts frozen"
 )
 # A word whose CTC probability is below the first number is unheard; a text is contradicted if the share of unheard
 # words is above the second.
@@ -102,8 +102,7 @@ class CTCReader:
             counts: number of recordings of each row; the text answers the last one.
         """
         states, mask = self._states[0]
-        beams = len(states) // sum(counts)  # beam search repeats each recording
-        last = beams * (torch.tensor(counts, device=states.device).cumsum(0) - 1)
+        last = torch.tensor(counts, device=states.device).cumsum(0) - 1
         log_probabilities, lengths = self.model.ctc_head(states[last], mask[last])
         heard = [item[:length] for item, length in zip(log_probabilities, lengths.tolist(), strict=True)]
         tokens, scores = self._generated

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from transformers import BatchFeature
 
-from ..model.ctc import pad_ctc_targets
+from ..model.ctc import text_log_probabilities
 from ..model.processing import SpeechLLMProcessor
 from .ctc_reader import CTCReader
 from .search import Generated
@@ -142,19 +142,8 @@ class Drafter:
 def text_probabilities(
     log_probabilities: torch.Tensor, lengths: torch.Tensor, texts: Sequence[Sequence[int]], blank: int
 ) -> list[float]:
-    """Returns the probability of each text according to a CTC head: the sum over its alignments (Graves et al., 2006).
-
-    Args:
-        log_probabilities: shape = (recordings, frames, vocabulary).
-        lengths: frames of each recording, shape = (recordings,).
-        texts: ids of each text, without blanks.
-        blank: id of the blank.
-    """
-    ids, sizes = (value.to(lengths.device) for value in pad_ctc_targets(texts).values())
-    losses = functional.ctc_loss(
-        log_probabilities.transpose(0, 1), ids, lengths, sizes, blank=blank, reduction="none"
-    )  # fmt: skip
-    return (-losses).exp().tolist()
+    """Returns the probability of each text according to a CTC head; see `text_log_probabilities`."""
+    return text_log_probabilities(log_probabilities, lengths, texts, blank).exp().tolist()
 
 
 def extended(

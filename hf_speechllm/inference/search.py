@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import BatchFeature
 
 from ..fast.attention import without_cudnn_attention
 from ..model.generation import transcribing
 from ..model.modeling import SpeechLLMForConditionalGeneration
+from ..model.native_families import is_native
 from .finite import LogitsCheck
 from .repetition import LoopStop
+from .rescoring import BeamScores, Rescorer
 
 
 @dataclass
@@ -38,6 +41,7 @@ def search(
     loop_stop_tokenizer=None,
     fast: bool = True,
     keep_scores: bool = False,
+    rescorer: Rescorer | None = None,
 ) -> Generated:
     """Decodes a batch of the processor.
 
@@ -49,16 +53,31 @@ def search(
         loop_stop_tokenizer: tokenizer of the LLM, to stop loops; `None`: loops are not stopped.
         fast: whether attention of cuDNN is disabled.
         keep_scores: whether to return the scores of greedy search.
+        rescorer: chooses among the hypotheses of beam search; `None`: the LLM chooses.
     """
-    rows, prompt_tokens = inputs["input_ids"].shape
-    options = {}
+    ids = inputs["input_ids"]
+    rows, prompt_tokens = ids.shape
+    options: dict[str, Any] = {}
     if loop_stop_tokenizer is not None:
         options["stopping_criteria"] = [LoopStop(loop_stop_tokenizer, prompt_tokens)]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    if rescorer is not None:
+        settings |= {"num_return_sequences": num_beams, "return_dict_in_generate": True}
     attention = without_cudnn_attention() if fast else nullcontext()
-    settings = transcribing(model, max_new_tokens=max_new_tokens, num_beams=num_beams)
     check = LogitsCheck(model, keep_scores and num_beams == 1)
-    with attention, settings as config, check:
-        output = model.generate(**inputs, generation_config=config, **options)
-    tokens = output[:, prompt_tokens:]
+    with attention, transcribing(model, **settings) as config, check:
+        if num_beams > 1 and not is_native(model):
+            # Otherwise `generate` encodes each recording once per beam, and mixes up the recordings of a dialogue.
+            states, mask = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs["inputs_embeds"] = model.embed(ids, states, mask)
+        if rescorer is None:
+            tokens = model.generate(**inputs, generation_config=config, **options)[:, prompt_tokens:]
+        else:
+            kept = BeamScores(config)
+            output = model.generate(**inputs, generation_config=config, logits_processor=[kept], **options)
+            tokens, beams = output.sequences[:, prompt_tokens:], output.beam_indices
+            del output  # the key-value cache
+            tokens = tokens[rescorer.best(ids, states, mask, tokens, kept.sums(tokens, beams))]
     scores = check.scores(tokens.shape[1]) if check.keep_scores else [[] for _ in range(rows)]
     return Generated(tokens.tolist(), scores, check.finite(rows, tokens if num_beams == 1 else None))

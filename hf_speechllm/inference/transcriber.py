@@ -33,6 +33,7 @@ from .pieces import Piece, Transcript
 from .prefetch import prefetch
 from .repetition import cut_loop
 from .requests import Request
+from .rescoring import Rescorer
 from .search import search
 from .segments import Segment, join_texts
 
@@ -97,14 +98,17 @@ class Transcriber:
         ctc_draft: whether the LLM verifies drafts of a CTC head over its tokens, in greedy search; see `drafts`.
         ctc_draft_threshold: with `ctc_draft`: probability of a draft, from 0 to 1, from which it is the text, without
             the LLM; `None`: the LLM verifies all drafts.
+        ctc_weight: weight of a CTC head, from 0 to below 1, in the choice among the hypotheses of beam search; see
+            `rescoring.Rescorer`. 0: the LLM chooses.
         fast: whether to use fast paths: on a GPU padded-mask attention and the FSMN kernel, and no attention of
             cuDNN. If false, the model uses the plain paths of torch and transformers (slower, with the
             same numbers), even after use by a fast transcriber.
 
     Raises:
         ValueError: if an end token of the generation configuration is invalid; if the model has no
-            CTC head, which `word_times`, `ctc_guard` and `ctc_draft` require; with `vad`, if the sampling rate of the
-            processor differs from the rate of the voice detection.
+            CTC head, which `word_times`, `ctc_guard`, `ctc_draft` and `ctc_weight` require; if `ctc_weight` is out of
+            range, or used without beams; with `vad`, if the sampling rate of the processor differs from the rate of
+            the voice detection.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Transcriber:
         ctc_draft: bool = False,
         calibration: Calibration | None = None,
         ctc_draft_threshold: float | None = None,
+        ctc_weight: float = 0.0,
     ):
         self.model = model.eval()
         if cuda_graphs is not None:
@@ -140,6 +145,7 @@ class Transcriber:
         self.processor = processor
         uses_ctc = word_times or ctc_guard or ctc_draft
         self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
+        self.rescorer = Rescorer(CTCReader(model, processor), processor, ctc_weight, num_beams) if ctc_weight else None
         self.drafter = Drafter(self.reader, processor, ctc_draft_threshold) if self.reader and ctc_draft else None
         self.batch_seconds = batch_seconds or default_batch_seconds(model.device, num_beams)
         self.max_new_tokens = max_new_tokens
@@ -391,7 +397,7 @@ class Transcriber:
         inputs = inputs.to(self.model.device)
         find = partial(
             search, self.model, num_beams=self.num_beams, fast=self.fast, keep_scores=self.reader is not None,
-            loop_stop_tokenizer=self.processor.tokenizer if self.repetition_guard else None,
+            loop_stop_tokenizer=self.processor.tokenizer if self.repetition_guard else None, rescorer=self.rescorer,
         )  # fmt: skip
         if self.drafter is not None:
             found = self.drafter.search(inputs, self.max_new_tokens, find)

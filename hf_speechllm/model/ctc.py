@@ -153,6 +153,28 @@ def is_trained_alone(model) -> bool:
     return getattr(model, CTC_HEAD, None) is not None and model.ctc_head.trained_alone
 
 
+def text_log_probabilities(
+    log_probabilities: torch.Tensor, lengths: torch.Tensor, texts: Sequence[Sequence[int]], blank: int
+) -> torch.Tensor:
+    """Returns the log-probability of each text according to a CTC head: of the sum over its alignments.
+
+    Source: Graves et al., 2006. A text with more tokens than frames can align has the probability 0.
+
+    Args:
+        log_probabilities: shape = (recordings, frames, vocabulary).
+        lengths: frames of each recording, shape = (recordings,).
+        texts: ids of each text, without blanks.
+        blank: id of the blank.
+
+    Returns:
+        Shape = (recordings,).
+    """
+    ids, sizes = (value.to(lengths.device) for value in pad_ctc_targets(texts).values())
+    return -functional.ctc_loss(
+        log_probabilities.transpose(0, 1), ids, lengths, sizes, blank=blank, reduction="none"
+    )  # fmt: skip
+
+
 def pad_ctc_targets(labels: Sequence[Sequence[int] | None]) -> dict[str, torch.Tensor]:
     """Pads labels to the inputs `CTC_INPUTS` of the model.
 

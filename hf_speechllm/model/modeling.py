@@ -222,6 +222,19 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         return self._audio_tokens(input_features, input_features_mask)
 
+    def embed(self, input_ids: torch.Tensor, encoder_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the LLM: embeddings, with audio tokens in the place of placeholders.
+
+        Args:
+            input_ids: shape = (batch, tokens).
+            encoder_states, mask: of all recordings, from `encode_audio`.
+
+        Returns:
+            Shape = (batch, tokens, LLM width).
+        """
+        audio = self._audio_tokens(None, mask, encoder_states)
+        return self._insert_audio(input_ids, self.get_input_embeddings()(input_ids), *audio)
+
     def _audio_tokens(self, features, mask, states=None, positions=None) -> tuple[torch.Tensor, torch.Tensor]:
         if states is None:
             states, mask = self.encode_audio(features, mask, positions)
