@@ -31,6 +31,7 @@ class CTCHeadConfig(PreTrainedConfig):
 
     model_type = "speech_llm_ctc_head"
     base_config_key = "ctc_head_config"
+    has_no_defaults_at_init = True  # `characters` are required; transformers before 5.24 would use the defaults
 
     head_type: str = "sanm"
     vocabulary: str = "characters"

@@ -89,6 +89,26 @@ def test_beams_find_the_texts_of_transformers_beam_search_which_are_not_those_of
     assert greedy != beams
 
 
+def test_all_beams_hear_the_recordings_of_their_own_dialogue_which_are_encoded_once(parts, waveforms):
+    model, processor = parts
+    messages = [transcription_messages(waveform, transcription_prompt()) for waveform in waveforms[:4]]
+    answer = {"role": "assistant", "content": "one"}
+    inputs = processor.apply_chat_template([[*messages[0], answer, messages[1][-1]], messages[2], messages[3]])
+    heard, encoded = [], []
+    handles = [
+        model.llm.get_decoder().register_forward_pre_hook(
+            lambda module, arguments, options: heard.append(options["inputs_embeds"]), with_kwargs=True
+        ),
+        model.audio_adaptor.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0]))),
+    ]
+    for num_beams in (1, 3):
+        Transcriber(*parts, max_new_tokens=1, num_beams=num_beams).generate(inputs)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(heard[1], heard[0].repeat_interleave(3, 0))
+    assert encoded == [4, 4]
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_nothing_is_sampled_where_the_checkpoint_would(parts, waveforms, monkeypatch, num_beams):
     transcriber = Transcriber(*parts, max_new_tokens=12, num_beams=num_beams)
