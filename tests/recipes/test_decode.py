@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_speechllm.audio.waveform import load_audio
 from hf_speechllm.files import read_record
+from hf_speechllm.hub.results import decoding_settings
 from hf_speechllm.inference import decoding
 from hf_speechllm.inference.journal import Journal
 from hf_speechllm.inference.measuring import RequestMeter
@@ -183,6 +184,22 @@ def test_drafts_above_the_threshold_are_the_texts(decode, model_with_head):
     assert taken[0] is None and len(taken[1].splitlines()) == 24 and taken[1] != greedy[1]
 
 
+def test_the_ctc_head_rescores_hypotheses_and_its_weight_is_recorded(decode, model_with_head, tmp_path, capsys):
+    options = ["--max_new_tokens", "8", "--num_beams", "3"]
+    texts = {
+        weight: decode(*options, "--ctc_weight", weight, model=model_with_head, output=f"{weight}.txt")
+        for weight in ("0", "0.9")
+    }
+    assert texts["0"] == decode(*options, model=model_with_head)
+    assert texts["0.9"][0] is None and len(texts["0.9"][1].splitlines()) == 24 and texts["0.9"] != texts["0"]
+    record = read_record(tmp_path / "0.9.txt")
+    assert record["settings"]["ctc_weight"] == 0.9
+    assert decoding_settings(record)["search"] == "3 beams, rescored by the CTC head (weight 0.9)"
+    assert decoding_settings(read_record(tmp_path / "0.txt"))["search"] == "3 beams"
+    message = decode(*options, "--ctc_weight", "0.9", output="none.txt")[0]  # a model without a head
+    assert "the model has no CTC head, which word times and all --ctc_* options require" in message
+
+
 def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"word {number}" for number in range(10_000)))
@@ -194,6 +211,11 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     for options, message in (
         (["--ctc_draft_threshold", "0.9"], "--ctc_draft_threshold requires --ctc_draft"),
         (["--ctc_draft", "--ctc_draft_threshold", "90"], "--ctc_draft_threshold must be above 0 and at most 1"),
+        (["--ctc_weight", "0.3"], "--ctc_weight requires --num_beams above 1"),
+        (["--ctc_weight", "1", "--num_beams", "2"], "--ctc_weight must be at least 0 and below 1"),
+        (["--ctc_weight", "-0.1", "--num_beams", "2"], "--ctc_weight must be at least 0 and below 1"),
+        (["--ctc_weight", "nan", "--num_beams", "2"], "--ctc_weight must be at least 0 and below 1"),
+        (["--ctc_weight", "0.3", "--ctc_draft"], "--ctc_draft is not supported with --num_beams, --ctc_weight and"),
     ):
         assert decode(*options)[0] == 2 and message in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
