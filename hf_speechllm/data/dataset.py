@@ -36,6 +36,7 @@ from .kaldi import FRAME_LENGTH, measure_recording
 from .native_collator import drop_unsupported
 from .options import DataOptions
 from .row_files import ROW_FEATURES, generate_rows, generator_arguments, weight_of
+from .shards import is_archive
 
 logger = logging.getLogger(__name__)
 
@@ -337,25 +338,29 @@ def prepare_rows(
     bad_rows = BadRows(max_bad_fraction)
     found = expand_paths(files)
     with report_damaged_cache(options.cache_dir):
-        named = [file for group in found for file in group]
-        rows = load_rows(named, bad_rows, options.cache_dir, options.audio_root, split)
-    total = len(rows) + len(bad_rows)
-    rows = drop_unsupported(rows, bad_rows, processor)
+        parts = [
+            load_rows(unit, bad_rows, options.cache_dir, options.audio_root, split) for unit in _cache_units(found)
+        ]
+    total = sum(map(len, parts)) + len(bad_rows)
+    parts = [drop_unsupported(part, bad_rows, processor) for part in parts]
     bad_rows.check(total)
-    if len(rows) == 0:
+    parts = [part for part in parts if len(part)]
+    if not parts:
         raise BadDataError(f"{', '.join(files)}: no usable rows")
     for key in ("speech_length", "text_length"):
-        lacking = sum(length is None for length in rows[key])
+        lacking = sum(length is None for part in parts for length in part[key])
         if lacking:
-            logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, len(rows), key)
+            count = sum(map(len, parts))
+            logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, count, key)
     workers = options.preprocessing_num_workers or os.cpu_count()
     with report_damaged_cache(options.cache_dir):
         if options.feature_cache == "off":
-            rows = add_lengths(rows, bad_rows, workers)
+            parts = [add_lengths(part, bad_rows, workers) for part in parts]
         else:
             # Independent of the batch budget, which changes often and would invalidate the cache.
             limit = decoding_limit(processor, max_feature_frames)
-            rows = add_features(rows, processor, bad_rows, options.feature_cache, workers, limit)
+            parts = [add_features(part, processor, bad_rows, options.feature_cache, workers, limit) for part in parts]
+    rows = concatenate_datasets(parts)
     budget = batch_seconds or math.inf
     rows = drop_too_long(rows, bad_rows, processor, max_feature_frames, budget)
     bad_rows.check(total)
@@ -365,3 +370,20 @@ def prepare_rows(
         return rows, None
     by_file = {os.path.abspath(file): weight for group, weight in zip(found, weights, strict=True) for file in group}
     return rows, np.array([weight_of(file, by_file) for file in rows["file"]])
+
+
+def _cache_units(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Returns groups of files whose features are cached together, so that other groups beside them change nothing.
+
+    Neighbouring archives of one folder are one unit: a shell may expand the pattern of a group, and a unit starts
+    processes.
+    """
+    units: list[list[str]] = []
+    for group in groups:
+        archives = all(is_archive(file) for file in (*group, *(units[-1] if units else ())))
+        folders = {os.path.dirname(file) for file in (*group, *(units[-1] if units else ()))}
+        if units and archives and len(folders) == 1:
+            units[-1] += group
+        else:
+            units.append(list(group))
+    return units

@@ -111,6 +111,32 @@ def test_second_run_computes_nothing(prepare, computed, tmp_path):
     assert second.to_dict() == first.to_dict()
 
 
+def test_other_files_beside_a_file_do_not_invalidate_its_cache(prepare, computed, corpus):
+    lines = (corpus / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, part in (("a.jsonl", lines[:2]), ("b.jsonl", lines[2:4]), ("c.jsonl", lines[4:])):
+        (corpus / name).write_text("".join(part), encoding="utf-8")
+    first, _ = prepare(corpus / "a.jsonl", corpus / "b.jsonl")
+    computed.clear()
+    second, _ = prepare(corpus / "c.jsonl", corpus / "b.jsonl", corpus / "a.jsonl")
+    assert sorted(computed) == ALL[4:]
+    assert second["features"][2:] == first["features"][2:] + first["features"][:2]
+
+
+def test_patterns_and_the_archives_they_name_share_a_cache(prepare, computed, write_tar, samples):
+    names = []
+    for number in (0, 2, 4):
+        members = [
+            member
+            for stem, audio, text in samples[number : number + 2]
+            for member in ((f"{stem}.wav", audio), (f"{stem}.txt", text.encode()))
+        ]
+        names.append(write_tar(members, f"s{number}.tar"))
+    prepare(names[0].parent / "s*.tar")
+    computed.clear()
+    rows, _ = prepare(*names)
+    assert computed == [] and len(rows) == 6
+
+
 def test_reloaded_processor_uses_the_same_cache(prepare, computed, tiny_model):
     prepare()
     computed.clear()
