@@ -6,6 +6,9 @@ hf-speechllm synthesize --texts sentences.txt --output_dir data/synthetic --engi
 # Texts sampled from an LLM, 60,000 rows
 hf-speechllm synthesize --llm Qwen/Qwen3-0.6B --num_texts 60000 --output_dir data/synthetic
 
+# Half of the rows: random words of a list, which teach words that the texts lack
+hf-speechllm synthesize --texts sentences.txt --word_list words.txt --random_words 0.5 --output_dir data/synthetic
+
 Writes tar shards for `finetune --train_file 'data/synthetic/*.tar'`. The command continues after an interruption.
 Engines are commands: espeak (eSpeak NG: apt install espeak-ng), mbrola (eSpeak NG with recorded diphones: apt install
 mbrola mbrola-us1 ...), pico (apt install libttspico-utils), flite (English), rhvoice (apt install rhvoice
@@ -21,6 +24,7 @@ import argparse
 import glob
 import logging
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -39,10 +43,17 @@ def main() -> None:
     source.add_argument("--llm", help="LLM from which texts are sampled: folder, Hub id or GGUF file")
     parser.add_argument("--num_texts", type=int, default=10_000, help="number of texts to sample from the LLM")
     parser.add_argument(
-        "--text_prompt", nargs="+", default=[""], help="beginnings of sampled texts, used in turn (default: none)"
+        "--text_prompt",
+        nargs="+",
+        default=[""],
+        help="beginnings of sampled texts, used in turn (default: none); {word}: a word of --word_list",
     )
     parser.add_argument(
         "--shuffled_words", type=float, default=0.0, help="share of the rows with the words of a text in random order"
+    )
+    parser.add_argument("--word_list", help="file with one word per line, for --random_words and {word}")
+    parser.add_argument(
+        "--random_words", type=float, default=0.0, help="share of the rows that speak random words of --word_list"
     )
     parser.add_argument("--num_rows", type=int, help="number of rows (default: one per text; more: texts repeat)")
     parser.add_argument("--language", default="en", help="language of the voices, for example cmn")
@@ -72,8 +83,13 @@ def main() -> None:
     add_waveform_augmentation(parser, "Augmentation of the recordings")
     args = parser.parse_args()
     args.augmentation = waveform_augmentation_of(args, parser)
-    if not 0 <= args.shuffled_words <= 1:
-        parser.error(f"--shuffled_words is {args.shuffled_words:g}; it must be between 0 and 1")
+    for name in ("shuffled_words", "random_words"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} is {getattr(args, name):g}; it must be between 0 and 1")
+    if args.shuffled_words + args.random_words > 1:
+        parser.error("--shuffled_words and --random_words are more than 1 together; reduce one")
+    if args.word_list is None and (args.random_words or any("{word}" in text for text in args.text_prompt)):
+        parser.error("--random_words and {word} need --word_list")
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -110,6 +126,20 @@ def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float]
     return {name: share / total for name, share in shares.items()}, {name: own[name] for name in own.keys() & shares}
 
 
+def lines_of(file: str) -> list[str]:
+    """Returns the lines of a file that are not empty, with single spaces.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it has no text.
+    """
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    found = [" ".join(line.split()) for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{file}: no texts")
+    return found
+
+
 def synthesize_rows(args: argparse.Namespace) -> None:
     """Reads or samples the texts, and writes the shards."""
     from ..data.synthesis import Plan, check_settings, clean_texts, synthesize, voices_of
@@ -121,28 +151,30 @@ def synthesize_rows(args: argparse.Namespace) -> None:
     voices.update(dict.fromkeys(commands, args.voices))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    words = lines_of(args.word_list) if args.word_list is not None else []
     if args.texts is not None:
-        lines = Path(args.texts).read_text(encoding="utf-8").splitlines()
-        texts = [" ".join(line.split()) for line in lines if line.strip()]
+        texts = lines_of(args.texts)
     else:
         file = folder / "texts.txt"
-        sampling = {name: vars(args)[name] for name in ("llm", "num_texts", "text_prompt", "seed")}
+        sampling = {name: vars(args)[name] for name in ("llm", "num_texts", "text_prompt", "word_list", "seed")}
         check_settings(folder / "texts.json", sampling)
         if not file.is_file():
             from ..inference.text_sampling import sample_sentences
 
+            prompts = args.text_prompt
+            if any("{word}" in prompt for prompt in prompts):
+                order = random.Random(args.seed).sample(words, len(words))
+                prompts = [prompt.replace("{word}", word) for word in order for prompt in prompts]
             quiet_transformers()
             with progress_bar(desc="sampling", total=args.num_texts, unit=" texts") as progress:
 
                 def show(count: int) -> None:
                     progress.update(min(count, args.num_texts) - progress.n)
 
-                sampled = sample_sentences(args.llm, args.num_texts, clean_texts, args.text_prompt, args.seed, show)
+                sampled = sample_sentences(args.llm, args.num_texts, clean_texts, prompts, args.seed, show)
             with atomic_write(file) as opened:
                 opened.writelines(f"{text}\n" for text in sampled)
         texts = file.read_text(encoding="utf-8").splitlines()
-    if not texts:
-        raise ValueError(f"{args.texts}: no texts")
     prompt = transcription_prompt(prompt=args.prompt)
     plan = Plan(
         texts=texts,
@@ -153,6 +185,8 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         seed=args.seed,
         rows_per_shard=args.rows_per_shard,
         shuffled=args.shuffled_words,
+        words=words,
+        random_words=args.random_words,
         augmentation=args.augmentation,
         commands=commands,
     )

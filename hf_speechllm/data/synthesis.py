@@ -171,6 +171,8 @@ class Plan:
         rows_per_shard: number of rows in a shard.
         shuffled: share of the rows with the words of a text (without spaces: its characters) in random order, which an
             LLM cannot guess from context.
+        words: list of words, for rows of random words.
+        random_words: share of the rows that speak 3 to 8 random words of the list instead of their text.
         augmentation: changes the waveforms; its babble is mixed from earlier rows of the shard.
         commands: command lines of further engines, with `{voice}`, `{rate}`, `{pitch}`, `{text}` (file) and `{wav}`.
     """
@@ -183,6 +185,8 @@ class Plan:
     seed: int = 0
     rows_per_shard: int = 1000
     shuffled: float = 0.0
+    words: Sequence[str] = ()
+    random_words: float = 0.0
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
     commands: Mapping[str, str] = field(default_factory=dict)
 
@@ -203,15 +207,24 @@ class Plan:
         """Returns what a row says."""
         text = self.texts[row % len(self.texts)]
         rng = np.random.default_rng([self.seed, row, 1])
-        if rng.random() >= self.shuffled:
+        kind = rng.random()
+        if kind < self.random_words:
+            chosen = [self.words[index] for index in rng.integers(len(self.words), size=rng.integers(3, 9))]
+            return (" " if _has_spaces("".join(chosen)) else "").join(chosen)
+        if kind >= self.random_words + self.shuffled:
             return text
-        spaced = not any("\u2e80" <= letter < "\uff00" for letter in text)  # Chinese, Japanese
+        spaced = _has_spaces(text)
         words = [word.strip(f"{PUNCTUATION}- ") for word in (text.split() if spaced else text)]
         words = [word for word in words if word]
         if len(words) < 2:
             return text
         end = text[-1] if text[-1] in SENTENCE_ENDS else ""
         return (" " if spaced else "").join(rng.permutation(words)) + end
+
+
+def _has_spaces(text: str) -> bool:
+    """Returns whether the language of a text has spaces between words: not Chinese or Japanese."""
+    return not any("\u2e80" <= letter < "\uff00" for letter in text)
 
 
 def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
@@ -336,9 +349,14 @@ def synthesize(
 
 def _check_settings(plan: Plan, output_dir: Path) -> None:
     settings = {
-        **{name: value for name, value in vars(plan).items() if name not in ("texts", "voices", "augmentation")},
+        **{
+            name: value
+            for name, value in vars(plan).items()
+            if name not in ("texts", "words", "voices", "augmentation")
+        },
         "augmentation": asdict(plan.augmentation),
         "texts": _digest(plan.texts),
+        "words": _digest(plan.words),
         "voices": {engine: _digest(voices) for engine, voices in plan.voices.items()},
     }
     check_settings(output_dir / SETTINGS_FILE, settings)

@@ -29,7 +29,7 @@ def sample_sentences(
         name: folder or Hub id of the LLM, or a GGUF file.
         count: number of sentences.
         clean: returns the usable sentences of sampled texts.
-        prompts: beginnings of texts, one per batch in turn, which are not part of the sentences; "": the start token.
+        prompts: beginnings of texts, used in turn, which are not part of the sentences; "": the start token.
         seed: seed of the samples.
         report: called with the number of sentences after every batch.
 
@@ -43,15 +43,18 @@ def sample_sentences(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    beginnings = itertools.cycle([tokenizer.encode(text, add_special_tokens=False) or [start] for text in prompts])
+    beginnings = (tokenizer.encode(text, add_special_tokens=False) or [start] for text in itertools.cycle(prompts))
     set_seed(seed)
     found: dict[str, None] = {}
     empty = 0
     while len(found) < count:
-        inputs = torch.tensor([next(beginnings)] * BATCH_SIZE[device.type], device=device)
+        rows = list(itertools.islice(beginnings, BATCH_SIZE[device.type]))
+        width = max(map(len, rows))
+        inputs = torch.tensor([[start] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         outputs = model.generate(
             inputs,
-            attention_mask=torch.ones_like(inputs),
+            attention_mask=mask,
             do_sample=True,
             top_p=0.95,
             max_new_tokens=NEW_TOKENS,

@@ -218,6 +218,46 @@ def test_shuffled_rows_have_the_words_of_their_text_in_another_order():
     assert [plan.text(row) for row in range(0, 800, 4)] == said[0]
 
 
+def test_rows_of_random_words_speak_words_of_the_list():
+    texts, words = ["One two three.", "打开灯。"], ["alpha", "beta", "gamma"]
+    plan = Plan(texts, 400, {"tone": ["v"]}, {"tone": 1.0}, "p", shuffled=0.5, words=words, random_words=0.4)
+    said = [plan.text(row) for row in range(400)]
+    spoken = [text.split() for text in said if set(text.split()) <= set(words)]
+    assert 120 < len(spoken) < 200
+    assert {len(chosen) for chosen in spoken} == {3, 4, 5, 6, 7, 8} and set(sum(spoken, [])) == set(words)
+    assert 20 < sum(text in texts for text in said) < 90
+    chinese = Plan(texts, 10, {"tone": ["v"]}, {"tone": 1.0}, "p", words=["天", "地"], random_words=1.0)
+    assert all(set(chinese.text(row)) <= {"天", "地"} for row in range(10))
+
+
+def test_prompts_ask_for_the_words_of_a_list(run, engine, tmp_path, monkeypatch):
+    asked = []
+
+    def sample(llm, count, clean, prompts, seed, report):
+        asked.extend(prompts)
+        return ["a b.", "c d."]
+
+    monkeypatch.setattr("hf_speechllm.inference.text_sampling.sample_sentences", sample)
+    (tmp_path / "words.txt").write_text("x\ny\n\n", encoding="utf-8")
+    options = ["--engines", "tone", "--command", engine, "--llm", "some", "--text_prompt", "Use {word}:", "Plain"]
+    run("synthesize", *options, "--word_list", tmp_path / "words.txt", "--output_dir", tmp_path / "out")
+    assert sorted(asked) == ["Plain", "Plain", "Use x:", "Use y:"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--random_words", "0.5"], "--random_words and {word} need --word_list"),
+        (["--text_prompt", "with {word}"], "--random_words and {word} need --word_list"),
+        (["--random_words", "1.5"], "--random_words is 1.5; it must be between 0 and 1"),
+        (["--random_words", "0.6", "--shuffled_words", "0.5", "--word_list", "w"], "are more than 1 together"),
+    ],
+)
+def test_wrong_options_of_words_are_one_line(run, texts, tmp_path, options, message):
+    code, error = run("synthesize", "--texts", texts, "--output_dir", tmp_path / "out", *options)
+    assert message in f"{code} {error}"
+
+
 def test_a_folder_with_texts_of_other_settings_is_refused(run, tmp_path, engine):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/texts.txt").write_text("one two.\n", encoding="utf-8")
