@@ -1,15 +1,18 @@
 """Trains a speech LLM from parts that never met, and measures what each choice gives; writes JSON lines.
 
     python benchmarks/composed_model.py exp/composed --audio_encoder WHISPER --llm SMOLLM2.gguf \\
-        --real DATA/kathleen_en/train --test DATA/kathleen_en/test DATA/librispeech_tiny --seconds 1500
+        --real DATA/kathleen_en/train --recordings DATA/dialogue --word_list words.txt \\
+        --test DATA/kathleen_en/test DATA/librispeech_tiny --seconds 1500
 
-1. Samples sentences from the LLM; engines that are installed speak them (eSpeak NG, MBROLA, Pico, flite).
-2. Trains each variant of `VARIANTS` on the first set of synthetic speech. A twentieth of the real training recordings
-   is held out; the variant of the model with the fewest errors there is used below.
-3. Trains on all synthetic speech, then on the real speech (`composed_en.yaml`), once per seed.
+1. Samples sentences from the LLM; engines that are installed speak them, and random words of the list (eSpeak NG,
+   MBROLA, Pico, flite, RHVoice).
+2. Trains on all synthetic speech, the recordings of other speakers (`game_dialogue.py`) and the real speech, then on
+   real speech (`composed_en.yaml`), once per seed.
+3. Trains each variant of `VARIANTS` on the first set of synthetic speech.
 
-Each result is scored on every test set. Runs share the GPUs, `--runs_per_gpu` at a time. An interrupted command
-continues with what is missing. `--tiny` runs everything with a tiny random model in minutes, on a CPU too.
+Each result is scored on every test set, and on a twentieth of the real training recordings, which is held out. Runs
+share the GPUs, `--runs_per_gpu` at a time. An interrupted command continues with what is missing. `--tiny` runs
+everything with a tiny random model in minutes, on a CPU too.
 """
 
 import argparse
@@ -36,15 +39,17 @@ BEGINNINGS = [
     "She looked at him for a moment. ",
     "Dear friend,\n\n",
 ]
-ENGINES = {"espeak": 0.35, "mbrola": 0.3, "pico": 0.2, "flite": 0.15}
-NOISE = ["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2"]
-SHUFFLED = ["--shuffled_words", "0.2"]
+ENGINES = {"espeak": 0.25, "mbrola": 0.25, "pico": 0.15, "flite": 0.1, "rhvoice": 0.25}
+SPEEDS = ["--speed_prob", "0.6", "--speed_factors", "0.85", "0.9", "0.95", "1.05", "1.1", "1.15"]
+NOISE = ["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2", *SPEEDS]
+SHUFFLED, WORDS = ["--shuffled_words", "0.15"], ["--random_words", "0.4"]
 # Options of `synthesize` by set: the first set, and the same without one of its properties.
 SETS = {
-    "first": [*NOISE, *SHUFFLED],
-    "rule": [*NOISE, *SHUFFLED],  # rule-based voices only
-    "fluent": NOISE,
-    "clean": SHUFFLED,
+    "first": [*NOISE, *SHUFFLED, *WORDS],
+    "rule": [*NOISE, *SHUFFLED, *WORDS],  # rule-based voices only
+    "sampled": [*NOISE, *SHUFFLED],
+    "fluent": [*NOISE, *WORDS],
+    "clean": [*SHUFFLED, *WORDS],
 }
 ADAPTORS = {
     "60ms": {"adaptor_type": "linear", "downsample_rate": 3},
@@ -54,15 +59,19 @@ ADAPTORS = {
 }
 LORA = ["--use_lora", "true", "--lora_r", "32", "--lora_alpha", "64", "--llm_learning_rate", "5e-4"]
 CTC = ["--ctc_head", "linear", "--ctc_vocabulary", "llm", "--ctc_head_learning_rate", "1e-3"]
-# Name: adaptor, set, options of `finetune`. Those of the adaptors are candidates for the main run.
+FROZEN = ["--freeze_audio_encoder", "true"]
+# Name: adaptor, set, options of `finetune`.
 VARIANTS = {
     **{name: (name, "first", []) for name in ADAPTORS},
-    "rule-based voices": ("60ms", "rule", []),
-    "no shuffled words": ("60ms", "fluent", []),
-    "no noise and rooms": ("60ms", "clean", []),
-    "LoRA": ("60ms", "first", LORA),
-    "CTC loss": ("60ms", "first", CTC),
-    "audio token dropout": ("60ms", "first", ["--audio_token_dropout", "0.1"]),
+    "real recordings": ("100ms", "first", []),
+    "no random words": ("100ms", "sampled", []),
+    "frozen encoder": ("100ms", "first", FROZEN),
+    "rule-based voices": ("100ms", "rule", []),
+    "no shuffled words": ("100ms", "fluent", []),
+    "no noise and rooms": ("100ms", "clean", []),
+    "LoRA": ("100ms", "first", LORA),
+    "CTC loss": ("100ms", "first", CTC),
+    "audio token dropout": ("100ms", "first", ["--audio_token_dropout", "0.1"]),
 }
 
 
@@ -96,6 +105,10 @@ class Experiment:
         self.options, self.folder = options, options.output_dir
         self.main_sets = [f"main{number}" for number in range(1, options.main_sets + 1)]
         self.tests = {path.parent.name if path.name == "test" else path.name: path for path in options.test}
+        self.recorded = {"real": self.folder / "real/train"}
+        if options.recordings is not None:
+            self.recorded["recordings"] = options.recordings
+        self.lists = {name: self.folder / f"{name}.jsonl" for name in self.recorded}
 
     def prepare(self) -> None:
         """Writes what takes no time: configurations, lists of the real recordings."""
@@ -106,14 +119,14 @@ class Experiment:
             (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         stages = yaml.safe_load(Path(__file__).with_name("composed_en.yaml").read_text(encoding="utf-8"))
         synthetic, real = stages["stages"]
-        synthetic["train_file"] = [
-            str(self.folder / "synthetic" / name / "*.tar") for name in ("first", *self.main_sets)
-        ]
-        real["train_file"] = str(self.folder / "real.jsonl")
+        sets = [str(self.folder / "synthetic" / name / "*.tar") for name in ("first", *self.main_sets)]
+        recorded = [str(file) for file in self.lists.values()]
+        synthetic |= {"train_file": [*sets, *recorded], "train_weight": [1.0] * len(sets) + [2.0] * len(recorded)}
+        real |= {"train_file": recorded, "train_weight": [4.0, 1.0][: len(recorded)]}
         (self.folder / "stages.yaml").write_text(yaml.safe_dump(stages), encoding="utf-8")
         shared = {**{key: value for key, value in stages.items() if key != "stages"}, **synthetic, "logging_steps": 25}
-        shared |= {"per_device_train_batch_seconds": 200}
-        del shared["train_file"], shared["name"]
+        shared |= {"per_device_train_batch_seconds": 200, "num_train_epochs": 4}
+        del shared["train_file"], shared["train_weight"], shared["name"]
         (self.folder / "variant.yaml").write_text(yaml.safe_dump(shared), encoding="utf-8")
         lines = (self.options.real / "wav.scp").read_text(encoding="utf-8").splitlines()
         entries = [line.split(maxsplit=1) for line in lines]
@@ -131,24 +144,24 @@ class Experiment:
 
     def jobs(self) -> list[Job]:
         """Returns all jobs."""
-        texts, variants = self.folder / "texts.txt", []
-        for name in self.options.variants:
-            variants.append(self.variant(name))
-        candidates = [job for job in variants if job.name in ADAPTORS]
-        used = {VARIANTS[name][1] for name in self.options.variants}
-        sets = ("first", *self.main_sets, *[name for name in SETS if name != "first" and name in used])
-        synthetic = [self.synthesis(name) for name in sets]
-        main = [self.main(seed, [job.result for job in candidates]) for seed in self.options.seeds]
-        real = self.folder / "real.jsonl"
+        names = [name for name in self.options.variants if name != "real recordings" or "recordings" in self.lists]
+        used = {VARIANTS[name][1] for name in names}
+        sets = ["first", *self.main_sets, *(name for name in SETS if name != "first" and name in used)]
+        adaptors = sorted({self.options.adaptor, *(VARIANTS[name][0] for name in names)})
         return [
-            Job("texts", lambda: [self.sampling()], texts),
-            *[self.composition(name) for name in sorted({VARIANTS[name][0] for name in self.options.variants})],
-            Job("real", lambda: [verb(
-                "scp2jsonl", "--scp_file", self.folder / "real/train/wav.scp", "--transcript_file",
-                self.folder / "real/train/text", "--jsonl_file", real, "--prompt", PROMPT,
-            )], real, gpu=False),
-            *synthetic, *candidates, *main, *[job for job in variants if job not in candidates],
-        ]  # fmt: skip
+            Job("texts", lambda: [self.sampling()], self.folder / "texts.txt"),
+            *[self.composition(name) for name in adaptors],
+            *[self.listing(name, folder) for name, folder in self.recorded.items()],
+            *[self.synthesis(name) for name in sets],
+            *[self.main(seed) for seed in self.options.seeds],
+            *[self.variant(name) for name in names],
+        ]
+
+    def listing(self, name: str, folder: Path) -> Job:
+        return Job(name, lambda: [verb(
+            "scp2jsonl", "--scp_file", folder / "wav.scp", "--transcript_file", folder / "text", "--jsonl_file",
+            self.lists[name], "--prompt", PROMPT,
+        )], self.lists[name], gpu=False)  # fmt: skip
 
     def sampling(self) -> list[str]:
         count = self.options.rows * (1 + len(self.main_sets))
@@ -173,12 +186,18 @@ class Experiment:
                     "synthesize", "--texts", file, "--output_dir", unfinished, "--prompt", PROMPT, "--seed", number,
                     "--rows_per_shard", 250, "--num_workers", max(1, len(os.sched_getaffinity(0)) - 2),
                     "--max_bad_fraction", 0.05, "--engines", *[f"{key}={share}" for key, share in engines.items()],
-                    *SETS.get(name, SETS["first"]),
+                    *self.set_options(name),
                 ),
                 [sys.executable, "-c", f"import os; os.rename({str(unfinished)!r}, {str(folder)!r})"],
             ]  # fmt: skip
 
         return Job(f"synthetic-{name}", commands, folder, [self.folder / "texts.txt"], gpu=False)
+
+    def set_options(self, name: str) -> list[str]:
+        chosen = SETS.get(name, SETS["first"])
+        if self.options.word_list is None:
+            return chosen[: -len(WORDS)] if chosen[-len(WORDS) :] == WORDS else chosen
+        return [*chosen, "--word_list", str(self.options.word_list)]
 
     def composition(self, name: str) -> Job:
         folder = self.folder / "init" / name
@@ -214,42 +233,34 @@ class Experiment:
     def variant(self, name: str) -> Job:
         adaptor, dataset, options = VARIANTS[name]
         key = name.replace(" ", "_")
-        needs = [self.folder / "synthetic" / dataset, self.folder / "init" / adaptor / "processor_config.json"]
+        files = [self.folder / "synthetic" / dataset / "*.tar"]
+        needs = [files[0].parent, self.folder / "init" / adaptor / "processor_config.json"]
+        if name == "real recordings":
+            files.append(self.lists["recordings"])
+            needs.append(files[1])
         return Job(
             name,
             lambda: [
-                self.training(
-                    "variant.yaml", adaptor, key, "--train_file", self.folder / "synthetic" / dataset / "*.tar",
-                    "--seed", "1", *options,
-                ),
+                self.training("variant.yaml", adaptor, key, "--train_file", *files, "--seed", "1", *options),
                 *self.scoring(key, key),
             ],
             self.folder / "scores" / key / "dev/score.json",
             needs,
-        )  # fmt: skip
+        )
 
-    def main(self, seed: int, candidates: list[Path]) -> Job:
+    def main(self, seed: int) -> Job:
         name = f"main-{seed}"
-
-        def commands():
-            best = min(
-                ADAPTORS.keys() & self.options.variants,
-                key=lambda adaptor: rate(self.folder / "scores" / adaptor / "dev"),
-            )
-            return [
-                self.training("stages.yaml", best, name, "--seed", seed),
-                *self.scoring(f"{name}/synthetic", f"{name}-synthetic"),
+        sets = [self.folder / "synthetic" / key for key in ("first", *self.main_sets)]
+        return Job(
+            name,
+            lambda: [
+                self.training("stages.yaml", self.options.adaptor, name, "--seed", seed),
                 *self.scoring(f"{name}/real", f"{name}-real"),
-            ]
-
-        sets = [self.folder / "synthetic" / key for key in self.main_sets]
-        needs = [*candidates, *sets, self.folder / "real.jsonl"]
-        return Job(name, commands, self.folder / "scores" / f"{name}-real" / "dev/score.json", needs)
-
-
-def rate(folder: Path) -> float:
-    """Returns the error rate of a score."""
-    return json.loads((folder / "score.json").read_text(encoding="utf-8"))["rate"]
+                *self.scoring(f"{name}/synthetic", f"{name}-synthetic"),
+            ],
+            self.folder / "scores" / f"{name}-synthetic" / "dev/score.json",
+            [*sets, *self.lists.values(), self.folder / "init" / self.options.adaptor / "processor_config.json"],
+        )
 
 
 def run_jobs(jobs: list[Job], options: argparse.Namespace) -> list[str]:
@@ -359,14 +370,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--llm", required=True)
     parser.add_argument("--real", type=Path, required=True, help="folder with wav.scp and text")
     parser.add_argument("--test", type=Path, nargs="+", required=True, help="folders with wav.scp and text")
+    parser.add_argument("--recordings", type=Path, help="folder with wav.scp and text of other speakers")
+    parser.add_argument("--word_list", type=Path, help="words for rows of random words")
+    parser.add_argument("--adaptor", default="100ms", choices=list(ADAPTORS), help="of the main run")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--texts", type=Path, help="texts to speak, instead of sampled ones")
     parser.add_argument("--rows", type=int, default=12_000, help="rows of a set of synthetic speech")
     parser.add_argument("--main_sets", type=int, default=4, help="further sets for the main run")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--projector_size", type=int, default=2048)
-    parser.add_argument("--runs_per_gpu", type=int, default=3)
+    parser.add_argument("--runs_per_gpu", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit")
     parser.add_argument("--tiny", action="store_true", help="three steps per run")
     return parser.parse_args()
@@ -378,8 +392,6 @@ def main() -> int:
         return 0
     options = parse_arguments()
     options.output_dir = options.output_dir.resolve()
-    if not ADAPTORS.keys() & options.variants:
-        sys.exit(f"--variants: at least one of {', '.join(ADAPTORS)} is needed for the main run")
     experiment = Experiment(options)
     experiment.prepare()
     if options.texts is not None:
