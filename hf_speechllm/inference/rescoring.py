@@ -50,9 +50,10 @@ class Rescorer:
     """Chooses among the hypotheses of beam search.
 
     The best hypothesis has the largest (1 - weight) log P_LLM(text, end) + weight log P_CTC(text | audio). Both
-    are sums over the text, without length normalisation, as in ESPnet by default (Watanabe et al., 2017, "Hybrid
-    CTC/Attention Architecture for End-to-End Speech Recognition"). The text is tokenized as in training. A text with
-    more tokens than the head can align has the CTC probability 0; if all texts have, the best one of the LLM stays.
+    are sums over the text, in the search too, without length normalisation, as in ESPnet by default (Watanabe et al.,
+    2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition"). The text is tokenized as in training.
+    A text with more tokens than the head can align has the CTC probability 0; if all texts have, the best one of the
+    LLM stays.
 
     Args:
         reader: of the CTC head.

@@ -62,7 +62,9 @@ def search(
         options["stopping_criteria"] = [LoopStop(loop_stop_tokenizer, prompt_tokens)]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     if rescorer is not None:
-        settings |= {"num_return_sequences": num_beams, "return_dict_in_generate": True}
+        # The rescorer adds sums, so the search keeps the hypotheses with the largest sums, not means: a loop has a
+        # large mean.
+        settings |= {"num_return_sequences": num_beams, "return_dict_in_generate": True, "length_penalty": 0.0}
     attention = without_cudnn_attention() if fast else nullcontext()
     check = LogitsCheck(model, keep_scores and num_beams == 1)
     with attention, transcribing(model, **settings) as config, check:

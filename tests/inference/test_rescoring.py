@@ -38,14 +38,13 @@ def with_head(compose_tiny, request):
 
 
 def n_best(model, processor, waveform):
-    """Texts of beam search for one recording, and their log-probabilities by transformers."""
+    """Texts of beam search for the largest sums for one recording, and their log-probabilities by transformers."""
     inputs = processor.apply_transcription_request(waveform)
     with transcribing(model, max_new_tokens=TOKENS, num_beams=BEAMS, num_return_sequences=BEAMS) as config:
-        config.update(return_dict_in_generate=True, output_scores=True)
+        config.update(return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
         output = model.generate(**inputs, generation_config=config)
     texts = processor.transcripts(output.sequences[:, inputs["input_ids"].shape[1] :])
-    lengths = (output.beam_indices >= 0).sum(1)
-    return texts, (output.sequences_scores * lengths).tolist(), inputs
+    return texts, output.sequences_scores.tolist(), inputs
 
 
 def plain_rescoring(model, processor, waveform, weight):
@@ -76,6 +75,19 @@ def test_texts_are_those_of_a_plain_loop_over_the_hypotheses(with_head, waveform
     )
     assert rescored == [plain_rescoring(*with_head, waveform, weight) for waveform in waveforms]
     assert weight < 0.5 or rescored != beams
+
+
+def test_search_for_rescoring_maximizes_sums_and_not_means(with_head, waveforms, monkeypatch):
+    model, generate, penalties = with_head[0], with_head[0].generate, []
+
+    def spy(**options):
+        penalties.append(options["generation_config"].length_penalty)
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    for weight in (0.5, 0.0):
+        Transcriber(*with_head, max_new_tokens=TOKENS, num_beams=2, ctc_weight=weight).transcribe(waveforms[0])
+    assert penalties == [0.0, model.generation_config.length_penalty]
 
 
 @torch.inference_mode()
