@@ -24,7 +24,7 @@ from ..audio.fbank import FbankFeatureExtractor
 from ..model import chat
 from ..model.chat_layout import CHATML, ChatLayout, layout_of
 from ..model.configuration import SpeechLLMConfig
-from ..model.encoders import WITHOUT, encoder_family, find_encoder_config
+from ..model.encoders import WITHOUT, encoder_family, find_encoder_config, set_window
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
 
@@ -68,8 +68,8 @@ def compose(
     its dropout; layer dropping, masking at random and strided adapters are turned off, see `encoders.WITHOUT`.
 
     Args:
-        config: fields of `SpeechLLMConfig`; settings of pretrained parts are ignored. The optional key
-            `feature_extractor` contains options of `FbankFeatureExtractor`.
+        config: fields of `SpeechLLMConfig`; settings of pretrained parts are ignored. Optional keys:
+            `feature_extractor`, options of `FbankFeatureExtractor`, and `encoder_window`, see `encoders.set_window`.
         tokenizer: tokenizer of the LLM, or its name. Missing tokens of the chat format are added.
         audio_encoder: folder or Hub id of a pretrained encoder, or of a model with an encoder (encoder-decoder, CTC);
             default: random weights.
@@ -84,6 +84,7 @@ def compose(
     """
     config = dict(config)
     feature_options = config.pop("feature_extractor", {})
+    window = config.pop("encoder_window", None)
     if isinstance(tokenizer, str):
         name, options = _gguf(tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -104,6 +105,8 @@ def compose(
     for setting, value in WITHOUT.items():
         if hasattr(encoder_config, setting):
             setattr(encoder_config, setting, value)
+    if window is not None:
+        set_window(encoder_config, window)
     model = SpeechLLMForConditionalGeneration(config).to(torch.float32)
     if stored is not None:
         _load_encoder(model.audio_encoder, str(audio_encoder), stored)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ class EncoderFamily:
             encoder reads waveforms), according to the encoder's config.
         window: number of frames of the windows in which the convolutions run; 0: no windows.
         packs: whether the encoder supports padding-free batches (`packing.Positions.frames`).
+        windows: whether the encoder supports `window_seconds`, the unit of the length of its windows.
+        passes: whether the encoder runs a different number of times for each batch, according to its config.
     """
 
     run: Callable[..., torch.Tensor]
@@ -55,6 +58,8 @@ class EncoderFamily:
     convolutions: Callable[[Any], Sequence[Convolution]] = lambda config: ()
     window: Callable[[Any], int] = lambda config: 0
     packs: bool = False
+    windows: bool = False
+    passes: Callable[[Any], bool] = lambda config: False
 
 
 def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
@@ -82,6 +87,21 @@ def find_encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
             return candidate
     encoder_family(config)
     return config
+
+
+def set_window(config: PreTrainedConfig, seconds: float) -> None:
+    """Lets an encoder run in windows that are multiples of a length, instead of one fixed length.
+
+    Raises:
+        ValueError: if the encoder does not support it, or the length is out of range.
+    """
+    family = encoder_family(config)
+    if not family.windows:
+        raise ValueError(f"encoder_window: {config.model_type} encoders have no windows; leave it out")
+    longest = family.max_frames(config) / 100
+    if not 0.02 <= seconds <= longest:
+        raise ValueError(f"encoder_window is {seconds:g}; it must be between 0.02 and {longest:g} seconds")
+    config.window_seconds = float(seconds)
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -137,15 +157,49 @@ def _run_san_m(encoder, config, features, mask, **packing) -> torch.Tensor:
 
 
 def _run_whisper(encoder, config, features, mask) -> torch.Tensor:
-    """Runs Whisper's encoder, which requires 30 s: pads with the spectrogram of silence and cuts the output."""
+    """Runs Whisper's encoder in windows, which it fills with the spectrogram of silence, and cuts the output.
+
+    The window is 30 s, as in Whisper's training, or the smallest multiple of `window_seconds` in which a recording
+    fits. Recordings with the same window run together.
+    """
     # Whisper clips log10 values at the recording's maximum minus 8, then divides by 4: silence is maximum minus 2.
     mask = mask.bool()
     silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
     features = torch.where(mask.unsqueeze(-1), features, silence)
-    padding = silence.expand(-1, 2 * config.max_source_positions - features.shape[1], features.shape[2])
+    longest, whole = features.shape[1], 2 * config.max_source_positions
+    unit = 2 * round(50 * getattr(config, "window_seconds", 0.0)) or whole  # frames
+    if unit == whole:
+        return _run_whisper_window(encoder, whole, features, silence)[:, : (longest + 1) // 2]
+    windows = ((mask.sum(-1) + unit - 1) // unit * unit).clamp(unit, whole).tolist()
+    states = None
+    for window in sorted(set(windows)):
+        rows = [row for row, other in enumerate(windows) if other == window]
+        found = _run_whisper_window(encoder, window, features[rows, :window], silence[rows])
+        found = functional.pad(found, (0, 0, 0, (longest + 1) // 2 - found.shape[1]))  # may be negative: cuts
+        if len(rows) == len(windows):
+            return found
+        if states is None:
+            states = found.new_zeros(len(windows), *found.shape[1:])
+        states = states.index_copy(0, torch.tensor(rows, device=found.device), found)
+    return states
+
+
+def _run_whisper_window(encoder, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
+    padding = silence.expand(-1, window - features.shape[1], features.shape[2])
     features = torch.cat([features, padding], dim=1).transpose(1, 2)
-    states = encoder(features.to(encoder.conv1.weight.dtype)).last_hidden_state
-    return states[:, : (mask.shape[1] + 1) // 2]
+    with _whisper_positions(encoder, window // 2):
+        return encoder(features.to(encoder.conv1.weight.dtype)).last_hidden_state
+
+
+@contextlib.contextmanager
+def _whisper_positions(encoder, number: int) -> Iterator[None]:
+    """Lets Whisper's encoder, which has a fixed length, use its first positions only."""
+    table, whole = encoder.embed_positions, encoder.config.max_source_positions
+    table.num_embeddings = encoder.config.max_source_positions = number
+    try:
+        yield
+    finally:
+        table.num_embeddings = encoder.config.max_source_positions = whole
 
 
 def _run_masked(encoder, config, features, mask) -> torch.Tensor:
@@ -163,7 +217,7 @@ def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
         features = features.detach()  # these encoders set `requires_grad`, which only a leaf accepts
     samples = features.flatten(1).to(encoder.dtype)
     valid = mask.repeat_interleave(features.shape[-1], dim=1)
-    if getattr(config, "feat_extract_norm", "group") != "group":
+    if not _has_group_norm(config):
         return encoder(samples, attention_mask=valid.long()).last_hidden_state
     lengths = valid.sum(-1).tolist()
     rows: list[torch.Tensor] = [samples.new_empty(0)] * len(lengths)
@@ -174,6 +228,10 @@ def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
     longest = num_encoder_frames(config, samples.shape[1])
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
+
+
+def _has_group_norm(config: PreTrainedConfig) -> bool:
+    return getattr(config, "feat_extract_norm", "group") == "group"
 
 
 def _run_qwen3_asr(encoder, config, features, mask) -> torch.Tensor:
@@ -192,6 +250,7 @@ def _waveform_family(normalize: bool = True, **options: Any) -> EncoderFamily:
         _run_waveforms,
         lambda config: UNLIMITED,
         lambda config: transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize),
+        passes=_has_group_norm,
         **{
             "convolutions": lambda config: [
                 (kernel, stride, 0) for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True)
@@ -215,6 +274,8 @@ FAMILIES = {
         lambda config: transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins),
         inner="encoder",
         downsample_rate=2,
+        windows=True,
+        passes=lambda config: bool(getattr(config, "window_seconds", 0.0)),
     ),
     "wav2vec2-bert": EncoderFamily(
         _run_masked,

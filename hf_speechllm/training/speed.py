@@ -12,6 +12,7 @@ from ..data.collator import SpeechLLMCollator
 from ..fast.attention import disable_host_syncs, enable_padding_free, without_cudnn_attention
 from ..fast.compilation import compile_layers
 from ..fast.engines import set_up_engine
+from ..model.encoders import encoder_family
 from ..model.native_families import is_native
 from .arguments import SpeechLLMTrainingArguments
 
@@ -51,6 +52,24 @@ def enable_fast_paths(
             raise ValueError("--compile_layers is not supported with ZeRO-3, which removes parameters; leave it out")
         gathered = model._no_split_modules if accelerator.distributed_type == DistributedType.FSDP else ()
         compile_layers(model, single_layer_classes=gathered)
+
+
+def check_encoder_passes(model: Any, accelerator: Accelerator) -> None:
+    """Checks that all processes run the encoder equally often, if it gathers its parameters in each pass.
+
+    Raises:
+        ValueError: if the number of passes depends on the batch: the processes would wait for each other forever.
+    """
+    deepspeed = accelerator.state.deepspeed_plugin
+    gathers = accelerator.distributed_type == DistributedType.FSDP or (deepspeed and deepspeed.zero_stage == 3)
+    if not gathers or is_native(model):
+        return
+    encoder = model.config.audio_encoder_config
+    if encoder_family(encoder).passes(encoder):
+        raise ValueError(
+            f"the {encoder.model_type} encoder runs once for each length of recordings, which FSDP and ZeRO-3 do not "
+            "support; freeze it and use --cache_level encoder, or use DDP or ZeRO-2"
+        )
 
 
 def attention_context(args: SpeechLLMTrainingArguments) -> AbstractContextManager:

@@ -51,7 +51,7 @@ from .preemption import Preemption
 from .progress import Progress
 from .progress_lines import TrainingLines, replace_progress
 from .publishing import PublishingTrainer
-from .speed import attention_context, enable_fast_paths
+from .speed import attention_context, check_encoder_passes, enable_fast_paths
 from .trackers import PartValues, connect_trackers
 from .unreadable_rows import UnreadableRows
 from .validation import Validator
@@ -109,6 +109,8 @@ class SpeechLLMTrainer(PublishingTrainer):
 
         train_rows: Any = self.train_dataset
         columns = set(getattr(train_rows, "column_names", None) or ())
+        if columns.isdisjoint(ENCODED_COLUMNS):
+            check_encoder_passes(self.model, self.accelerator)
         self.reads_recordings = not isinstance(train_rows, RowStream) and columns.isdisjoint(
             {"features", *ENCODED_COLUMNS}
         )

@@ -18,6 +18,7 @@ from transformers import (
     WhisperModel,
 )
 
+from hf_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.formats.checkpoint import Checkpoint, CheckpointError
 from hf_speechllm.formats.composition import PAD_TOKEN, SPECIAL_TOKENS, compose, train_tokenizer
 from hf_speechllm.formats.saving import write_checkpoint
@@ -112,6 +113,21 @@ def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, t
         assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
     assert isinstance(processor.feature_extractor, WhisperFeatureExtractor)
     assert processor.encoder_downsample_rate == 2
+    for window, message in (
+        (31, "encoder_window is 31; it must be between 0.02 and 30 seconds"),
+        (0, "is 0; it must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compose({**config, "encoder_window": window}, tokenizer, audio_encoder=str(tmp_path / "whisper"))
+    model, _ = compose({**config, "encoder_window": 5}, tokenizer, audio_encoder=str(tmp_path / "whisper"))
+    model.save_pretrained(tmp_path / "windows")
+    loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "windows")
+    assert loaded.config.audio_encoder_config.window_seconds == loaded.audio_encoder.config.window_seconds == 5.0
+
+
+def test_windows_are_refused_for_encoders_without_a_fixed_length(tokenizer, config):
+    with pytest.raises(ValueError, match="fun_asr_nano_encoder encoders have no windows; leave it out"):
+        compose({**config, "encoder_window": 5}, tokenizer)
 
 
 def test_the_encoder_of_a_larger_model_is_taken_without_random_skips(tokenizer, config, tmp_path):

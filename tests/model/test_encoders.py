@@ -1,10 +1,13 @@
 """Families of encoders: lengths, padding, gradients and saving are right for every family in the table."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from transformers import AutoConfig
 
 from hf_speechllm import SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -13,6 +16,7 @@ from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.fast.compilation import compile_layers
 from hf_speechllm.model.chat import parse_messages, transcription_messages, transcription_prompt
 from hf_speechllm.model.encoders import FAMILIES
+from hf_speechllm.training.speed import check_encoder_passes
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 24}
 CONVOLUTIONS = {
@@ -32,6 +36,7 @@ ENCODERS = {
         "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "num_mel_bins": 20, "vocab_size": 50, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
     },
+    "whisper in windows": {"window_seconds": 1.0},
     "wav2vec2-bert": {**LAYERS, **NO_DROPOUT, "feature_projection_input_dim": 160, "conv_depthwise_kernel_size": 5},
     "parakeet_encoder": {**LAYERS, **NO_DROPOUT, "num_mel_bins": 80, "subsampling_conv_channels": 4},
     "qwen3_asr_encoder": {
@@ -47,6 +52,7 @@ ENCODERS = {
     "wavlm": {**WAVEFORMS, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "num_buckets": 8},
     "wav2vec2": {**WAVEFORMS, "feat_extract_norm": "layer"},
 }  # fmt: skip
+ENCODERS["whisper in windows"] |= ENCODERS["whisper"]
 
 
 def waveform(seconds, seed=0):
@@ -58,7 +64,7 @@ def waveform(seconds, seed=0):
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def pair(request, compose_tiny, tiny_config):
-    encoder = {"model_type": request.param, **ENCODERS[request.param]}
+    encoder = {"model_type": request.param.partition(" ")[0], **ENCODERS[request.param]}
     config = {**tiny_config(adaptor_type="linear", downsample_rate=2), "audio_encoder_config": encoder}
     return compose_tiny(config, seed=1)
 
@@ -77,7 +83,7 @@ def examples(processor, seconds):
 
 def test_every_family_is_tested():
     variants = {"wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat"}  # functions of wav2vec2's family
-    assert {*FAMILIES} == {*ENCODERS} | variants
+    assert {*FAMILIES} == {name.partition(" ")[0] for name in ENCODERS} | variants
     assert {FAMILIES[name] for name in variants} == {FAMILIES["wav2vec2"]} == {FAMILIES["hubert"]}
 
 
@@ -95,6 +101,38 @@ def test_the_model_fills_as_many_rows_as_the_processor_counts(pair):
         assert states.shape[1] == mask.shape[1] == int(mask.sum()), len(wave)
         assert tokens.shape[1] == int(counts) == processor.num_audio_tokens(len(item)) > 0
         assert processor.num_audio_tokens(states.shape[1], encoded=True) == int(counts)
+
+
+@pytest.mark.parametrize(("window", "frames"), [(None, [1500]), (1.0, [50, 150]), (40.0, [1500])])
+def test_windows_of_whisper_are_the_smallest_multiples_that_hold_a_recording(
+    compose_tiny, tiny_config, window, frames
+):
+    encoder = {"model_type": "whisper", **ENCODERS["whisper"], **({"window_seconds": window} if window else {})}
+    config = {**tiny_config(adaptor_type="linear", downsample_rate=2), "audio_encoder_config": encoder}
+    model, processor = compose_tiny(config, seed=1)
+    seen = []
+    model.audio_encoder.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        model(**examples(processor, (0.4, 2.1, 1.0))[0])
+    assert seen == frames
+    assert (
+        model.audio_encoder.config.max_source_positions == model.audio_encoder.embed_positions.num_embeddings == 1500
+    )
+
+
+def test_encoders_with_several_passes_are_refused_if_the_engine_gathers_parameters(pair):
+    def accelerator(kind, stage=None):
+        plugin = SimpleNamespace(zero_stage=stage) if stage else None
+        return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    model = pair[0]
+    config = model.config.audio_encoder_config
+    several = bool(getattr(config, "window_seconds", 0)) or config.model_type in ("hubert", "moonshine")
+    for engine in (accelerator(DistributedType.FSDP), accelerator(DistributedType.DEEPSPEED, 3)):
+        with pytest.raises(ValueError, match="use DDP or ZeRO-2") if several else nullcontext():
+            check_encoder_passes(model, engine)
+    for engine in (accelerator(DistributedType.MULTI_GPU), accelerator(DistributedType.DEEPSPEED, 2)):
+        check_encoder_passes(model, engine)
 
 
 def test_a_padded_batch_equals_its_examples(pair):
