@@ -136,8 +136,8 @@ def template(tiny_model, tmp_path_factory):
             tar.add(recordings[key], f"{key}.ogg")
             tar.add(folder / "text.txt", f"{key}.txt")
     (folder / "made").mkdir()
-    for name in ("before.txt", "after.txt"):
-        shutil.copy(folder / "data/test/text", folder / "made" / name)
+    for name, split in (("before.txt", "test"), ("after.txt", "test"), ("dev.txt", "dev")):
+        shutil.copy(folder / f"data/{split}/text", folder / "made" / name)
     for name in ("model", "init"):
         shutil.copytree(tiny_model, folder / "made" / name)
     model = SpeechLLMForConditionalGeneration.from_pretrained(tiny_model)

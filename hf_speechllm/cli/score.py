@@ -20,6 +20,7 @@ from ..console import print_summary, show_log
 from .parser import Parser, prog
 
 OUTPUTS = ("cer.txt", "score.json", "report.html")
+UNSEEN_WORDS = "unseen_words.txt"  # with --train_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--words", help="HYP.words.jsonl of decode --word_times: calibrates the confidence of words (confidence.json)"
     )
+    parser.add_argument(
+        "--train_file",
+        nargs="+",
+        metavar="FILE",
+        help="training data, as in finetune: errors by the number of times that a word occurs in the training "
+        f"transcripts, and wrong words that never occur ({UNSEEN_WORDS})",
+    )
     parser.add_argument("--no_normalize", action="store_true", help="count the tokens of compute-wer")
     parser.add_argument("--num_worst", type=int, default=30, help="number of worst utterances on the page")
     parser.add_argument("--no_audio", action="store_true", help="do not embed recordings in the page")
@@ -51,7 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang", "words"):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.error(f"{getattr(args, name)}: no such file")
-    existing = [name for name in OUTPUTS if Path(args.output_dir, name).exists()]
+    args.outputs = [*OUTPUTS, UNSEEN_WORDS] if args.train_file else [*OUTPUTS]
+    existing = [name for name in args.outputs if Path(args.output_dir, name).exists()]
     if existing and not args.overwrite:
         parser.error(
             f"--output_dir {args.output_dir} contains {', '.join(existing)}; remove the files, or use --overwrite"
@@ -88,9 +97,10 @@ def record_of(file: str) -> dict[str, Any] | None:
 def score(args: argparse.Namespace) -> None:
     from ..data import transcripts
     from ..data.bad_rows import BadRows
+    from ..data.file_lists import expand_paths
     from ..data.hotword_lists import parse_word_list
     from ..data.kaldi import read_scp
-    from ..evaluation import confidence, report, scoring, statistics
+    from ..evaluation import confidence, frequency, report, scoring, statistics
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report_audio as recordings
     from ..files import atomic_write, file_digest
@@ -113,6 +123,7 @@ def score(args: argparse.Namespace) -> None:
     if args.utt2dur:
         durations = lists[args.utt2dur] = transcripts.read_durations(args.utt2dur)
     transcripts.require_common_ids(args.reference, reference.texts, lists)
+    train_files = [file for files in expand_paths(args.train_file or []) for file in files]
 
     # Counts.
     options = {"normalize": not args.no_normalize, "num_workers": args.num_workers}
@@ -150,6 +161,18 @@ def score(args: argparse.Namespace) -> None:
         counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)
         result["hotwords"] = hotwords.summarize(counted)
 
+    if train_files:
+        occurrences, numbers = frequency.read_occurrences(train_files, utterances, **options)
+        found = frequency.summarize(utterances, occurrences)
+        result["training_frequency"] = {"files": args.train_file, **numbers, **found}
+        if comparison:
+            result["comparison"]["training_frequency"] = frequency.summarize(others, occurrences)
+        parts: dict[str, list[scoring.ScoredUtterance]] = {}
+        for utterance in utterances:
+            parts.setdefault(utterance.dataset, []).append(utterance)
+        for name, part in parts.items() if len(parts) > 1 else ():
+            result["datasets"][name]["training_frequency"] = frequency.summarize(part, occurrences)
+
     judged = []
     if args.words:
         found = confidence.read_words(args.words)
@@ -183,6 +206,10 @@ def score(args: argparse.Namespace) -> None:
     with atomic_write(folder / "report.html") as file:
         file.write(page)
     facts: dict[str, Any] = {}
+    if train_files:
+        with atomic_write(folder / UNSEEN_WORDS) as file:
+            file.writelines(f"{row['word']}\n" for row in result["training_frequency"]["unseen_words"])
+        facts |= frequency.describe(result, str(folder / UNSEEN_WORDS))
     if calibration is not None:
         with atomic_write(folder / "confidence.json") as file:
             json.dump(calibration.save(), file, indent=1)
@@ -192,7 +219,7 @@ def score(args: argparse.Namespace) -> None:
     if comparison:
         points = [100 * value for value in comparison[:3]]
         facts["compared"] = "{:+.2f} points (95 %: {:+.2f} to {:+.2f})".format(*points) + f" against {args.compare}"
-    print_summary({**facts, "written": [str(folder / name) for name in OUTPUTS]})
+    print_summary({**facts, "written": [str(folder / name) for name in args.outputs]})
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from .charts import NUM_DOTS, duration_chart, reliability_diagram
 from .confidence import JudgedWord, fit, least_confident
 from .hotword_scores import HotwordCounts
 from .report_audio import Sound
-from .scoring import ErrorCounts, ScoredUtterance, align
+from .scoring import UNITS, ErrorCounts, ScoredUtterance, align
 from .statistics import Comparison
 
 RULE = "=" * 75
@@ -253,6 +253,7 @@ def html_report(
         comparison=comparison,
         reliability=reliability_diagram(words) if words else None,
         least_confident=least_confident(words, calibration, NUM_UNSURE) if (calibration := fit(words)) else [],
+        unit=UNITS[score["metric"]],
         num_named=NUM_NAMED,
         num_dots=NUM_DOTS,
     )

@@ -28,6 +28,7 @@ from .normalizers import UNSPACED_CHARACTER, language_of, normalize_text
 from .statistics import rate_interval
 
 _LETTER = re.compile(r"[^\W\d_]")
+UNITS = {"WER": "words", "CER": "characters", "MER": "tokens"}  # what a metric counts
 NUM_TEXTS_FOR_POOL = 5000  # with fewer texts, starting processes takes longer than tokenising
 
 
@@ -92,8 +93,8 @@ def tokenize(text: str, normalize: bool = True, language: str | None = None) -> 
     return compute_wer_tokens(text, case_sensitive=True, remove_tag=True)
 
 
-def _folded(tokens: list[str]) -> list[str]:
-    # As in compute-wer. In normalised text, the upper case only affects characters such as ß, which becomes SS.
+def fold(tokens: list[str]) -> list[str]:
+    """Returns tokens without case, as in compute-wer; in normalised text this changes only ß and the like, to SS."""
     return [token.upper() for token in tokens]
 
 
@@ -114,7 +115,7 @@ def count_token_errors(reference: list[str], hypothesis: list[str]) -> ErrorCoun
     """
     counts = {"replace": 0, "delete": 0, "insert": 0}
     if reference != hypothesis:
-        for edit in Levenshtein.editops(_folded(reference), _folded(hypothesis)):
+        for edit in Levenshtein.editops(fold(reference), fold(hypothesis)):
             counts[edit.tag] += 1
     return ErrorCounts(counts["replace"], counts["delete"], counts["insert"], len(reference))
 
@@ -135,7 +136,7 @@ def count_errors(reference: str, hypothesis: str, normalize: bool = True, langua
 def align(reference: list[str], hypothesis: list[str]) -> list[AlignedPair]:
     """Returns the alignment that `count_token_errors` counts, including equal tokens."""
     pairs: list[AlignedPair] = []
-    for code in Levenshtein.opcodes(_folded(reference), _folded(hypothesis)):
+    for code in Levenshtein.opcodes(fold(reference), fold(hypothesis)):
         left = reference[code.src_start : code.src_end] or [""] * (code.dest_end - code.dest_start)
         right = hypothesis[code.dest_start : code.dest_end] or [""] * (code.src_end - code.src_start)
         pairs.extend(AlignedPair(code.tag, *both) for both in zip(left, right, strict=True))

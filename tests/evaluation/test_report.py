@@ -17,6 +17,8 @@ import soundfile
 
 from hf_speechllm.evaluation import normalize_text, report
 from hf_speechllm.evaluation.charts import MAX_TICKS, NUM_DOTS, Axis, duration_chart
+from hf_speechllm.evaluation.frequency import count_occurrences
+from hf_speechllm.evaluation.frequency import summarize as summarize_frequency
 from hf_speechllm.evaluation.hotword_scores import count_hotwords, summarize
 from hf_speechllm.evaluation.report import (
     align_columns,
@@ -65,7 +67,7 @@ def test_text_file_equals_the_output_of_compute_wer(tmp_path):
     assert file.getvalue().splitlines()[-2].endswith(" ML=1 MH=2")
 
 
-def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, others=None):
+def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, others=None, training=()):
     utterances = score_utterances(references, hypotheses, datasets=datasets)
     score = score_set(utterances, 200)
     score["files"] = {"reference": f"{HOSTILE}/ref", "hypothesis": f"{HOSTILE}/hyp"}
@@ -83,6 +85,13 @@ def make_page(references, hypotheses, sources=None, hotwords=(), datasets=None, 
         tokens = [utterance.counts.reference_tokens for utterance in utterances]
         comparison = compare_systems(errors, other_errors, tokens)
         score["comparison"] = {"file": f"{HOSTILE}/other", "rate": 0.5}
+    if training:
+        occurrences, total = count_occurrences(training, {utterance.rules for utterance in utterances})
+        score["training_frequency"] = {
+            "files": [f"{HOSTILE}/train"], "texts": total, **summarize_frequency(utterances, occurrences),
+        }  # fmt: skip
+        if others:
+            score["comparison"]["training_frequency"] = summarize_frequency(before, occurrences)
     examples = choose_examples(utterances, 10, score["missing_hypotheses"], before, absent)
     durations, _ = measure_durations(sources or {})
     sounds = {id_: embed_sound(sources[id_]) for id_ in examples.ids()} if sources else {}
@@ -112,12 +121,13 @@ def test_every_text_in_the_page_is_escaped(tmp_path):
     sources = {id_: str(tmp_path / f"{HOSTILE}.wav") for id_ in references}
     datasets = {id_: f"{HOSTILE}{number}" for number, id_ in enumerate(references)}
     others = {id_: f"{HOSTILE} other" for id_ in references}
-    page = make_page(references, hypotheses, sources, [f"hello {HOSTILE}"], datasets, others)
+    page = make_page(references, hypotheses, sources, [f"hello {HOSTILE}"], datasets, others, [HOSTILE])
     reader = Reader(page)
     assert not {"script", "img"} & {tag for tag, _ in reader.elements}
     assert not [name for _, attributes in reader.elements for name in attributes if name.startswith("on")]
-    # Title, file names, IDs, texts as written, data sets, hotwords, paths of unreadable recordings, other hypotheses.
-    assert reader.text.count(HOSTILE) >= 2 * 5 + 9
+    # Title, file names, IDs, texts as written, data sets, hotwords, paths of unreadable recordings, other hypotheses,
+    # training files.
+    assert reader.text.count(HOSTILE) >= 2 * 5 + 10
     assert "no such file" in reader.text.lower()
 
 
@@ -308,6 +318,7 @@ def test_page_in_a_browser(tmp_path, make_wav):
         ["two", LONG],
         {"a": "first", "b": "second"},
         {"a": "x", "b": "今天"},
+        [f"{LONG[:-1]} one"] + 1001 * ["今 three"],
     )
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -317,7 +328,9 @@ def test_page_in_a_browser(tmp_path, make_wav):
     names = [tag for tag, _ in reader.elements]
     assert names.count("article") == names.count("audio") == 3 and names.count("svg") == 1
     sections = [attributes.get("id") for tag, attributes in reader.elements if tag == "section"]
-    assert sections == ["comparison", "datasets", "languages", "hotwords", "confusions", "chart", "changes", "worst"]
+    assert sections == [
+        "comparison", "datasets", "languages", "frequency", "hotwords", "confusions", "chart", "changes", "worst",
+    ]  # fmt: skip
 
     # Only a script can measure the page, and the page forbids all scripts.
     probed = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page)

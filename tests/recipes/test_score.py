@@ -1,4 +1,7 @@
+import io
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +174,91 @@ def test_hotwords(score, tmp_path, as_file):
 
 def test_missing_list_of_hotwords_is_an_error(score):
     assert "words.txt: no such file" in score({"a": "one"}, {"a": "one"}, "--hotwords", "words.txt")
+
+
+@pytest.fixture
+def training(tmp_path, make_wav):
+    """Writes the same rows as JSONL, as a tar file and as a Kaldi folder; returns the paths by kind."""
+    texts = {"one": "the zebra sleeps", "two": "The yak sleeps!"}
+    turns = [*transcription_messages("one.wav", "Write:", "the zebra sleeps"),
+             *transcription_messages("two.wav", "Write:", "The yak sleeps!")[1:]]  # fmt: skip
+    paths = {"jsonl": tmp_path / "r&d.jsonl", "tar": tmp_path / "shard-*.tar", "kaldi": tmp_path / "kaldi"}
+    paths["jsonl"].write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    paths["kaldi"].mkdir()
+    for index, (id_, text) in enumerate(texts.items()):
+        with tarfile.open(tmp_path / f"shard-{index}.tar", "w") as tar:
+            for suffix, content in (("wav", b"not decoded"), ("txt", text.encode())):
+                member = tarfile.TarInfo(f"{id_}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    lists = {"text": texts, "wav.scp": {id_: f"{id_}.wav" for id_ in texts}}
+    for name, values in lists.items():
+        lines = "".join(f"{id_} {value}\n" for id_, value in values.items())
+        (paths["kaldi"] / name).write_text(lines, encoding="utf-8")
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "kaldi"])
+def test_errors_by_training_frequency(score, training, tmp_path, capsys, kind):
+    references = {"a": "The zebra sleeps.", "b": "the ibex and the okapi sleep, ibex!"}
+    hypotheses = {"a": "the cobra sleeps", "b": "the eye and okay the sleep"}
+    result = score(references, hypotheses, "--train_file", training[kind])
+    found = result["training_frequency"]
+    assert (found["files"], found["texts"], found["bad_rows"]) == ([str(training[kind])], 2, 0)
+    assert found["ranges"]["1-5"] == {
+        "reference_tokens": 5, "substitutions": 1, "deletions": 0, "rate": 0.2, "share_of_errors": 0.2,
+    }  # fmt: skip
+    assert found["ranges"]["0"] | {"share_of_errors": 0} == {
+        "reference_tokens": 5, "substitutions": 1, "deletions": 2, "rate": 0.6, "share_of_errors": 0,
+    }  # fmt: skip
+    assert found["unseen_words"][0] == {"word": "ibex", "errors": 2, "reference_tokens": 2}
+    file = tmp_path / "out" / "unseen_words.txt"
+    assert file.read_text(encoding="utf-8") == "ibex\nokapi\n"
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^in training +words +wrong +of all errors\n0 times +5 +60\.0 % +60\.0 %\n1-5 times +5 ", out, re.M
+    )
+    assert re.search(
+        rf"^rare +4 of 5 errors are words .* 3 of them with none; .* words in {re.escape(str(file))}$", out, re.M
+    )
+    assert out.rstrip().endswith(str(file))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Errors by training frequency" in page and "ibex" in page and ("r&amp;d.jsonl" in page) == (kind == "jsonl")
+
+
+def test_parts_and_other_hypotheses_have_their_errors_by_training_frequency(score, write, training, tmp_path):
+    datasets = write("utt2dataset", {"a": "zoo", "b": "park"})
+    references = {"a": "zebra ibex", "b": "zebra"}
+    result = score(
+        references, {"a": "zebra", "b": "cobra"}, "--train_file", training["jsonl"], "--utt2dataset", datasets,
+        "--compare", write("other", {"a": "ibex", "b": "zebra"}),
+    )  # fmt: skip
+    parts = [result, *result["datasets"].values(), result["comparison"]]
+    rates = [[part["training_frequency"]["ranges"][name]["rate"] for name in ("0", "1-5")] for part in parts]
+    assert rates == [[1, 0.5], [None, 1], [1, 0], [0, 0.5]]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<table class="ranges">') == 3 and page.count("<th>wrong before</th>") == 1
+
+
+def test_nothing_about_training_without_training_files(score, tmp_path, capsys):
+    result = score(REFERENCES, HYPOTHESES)
+    assert "training_frequency" not in json.dumps(result) and "in training" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "unseen_words.txt").exists()
+    assert 'id="frequency"' not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_bad_training_rows_are_skipped_with_one_warning(score, training, tmp_path, caplog):
+    with open(training["jsonl"], "a", encoding="utf-8") as file:
+        file.write('{"messages": 1}\n{\n')
+    found = score({"a": "zebra"}, {"a": "zebra"}, "--train_file", training["jsonl"])["training_frequency"]
+    assert (found["texts"], found["bad_rows"]) == (2, 2)
+    (warning,) = [record.getMessage() for record in caplog.records if "bad rows" in record.getMessage()]
+    assert f"2 bad rows are skipped, for example {training['jsonl']}:2: " in warning and "\n" not in warning
+
+    training["jsonl"].write_text("{\n", encoding="utf-8")
+    options = ("--overwrite", "--train_file", training["jsonl"])
+    assert f"no row is usable, for example {training['jsonl']}:1: not JSON" in score({"a": "a"}, {"a": "a"}, *options)
+    assert "no.jsonl: no such file" in score({"a": "a"}, {"a": "a"}, "--overwrite", "--train_file", "no.jsonl")
 
 
 def test_report_lists_unusable_recordings(score, write, make_wav, tmp_path, caplog):
