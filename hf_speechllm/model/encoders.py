@@ -171,17 +171,15 @@ def _run_whisper(encoder, config, features, mask) -> torch.Tensor:
     if unit == whole:
         return _run_whisper_window(encoder, whole, features, silence)[:, : (longest + 1) // 2]
     windows = ((mask.sum(-1) + unit - 1) // unit * unit).clamp(unit, whole).tolist()
-    states = None
+    order, pieces = [], []
     for window in sorted(set(windows)):
         rows = [row for row, other in enumerate(windows) if other == window]
         found = _run_whisper_window(encoder, window, features[rows, :window], silence[rows])
-        found = functional.pad(found, (0, 0, 0, (longest + 1) // 2 - found.shape[1]))  # may be negative: cuts
-        if len(rows) == len(windows):
-            return found
-        if states is None:
-            states = found.new_zeros(len(windows), *found.shape[1:])
-        states = states.index_copy(0, torch.tensor(rows, device=found.device), found)
-    return states
+        # The number of frames to add is negative for windows that are longer than the batch.
+        pieces.append(functional.pad(found, (0, 0, 0, (longest + 1) // 2 - found.shape[1])))
+        order += rows
+    places = torch.tensor(order, device=features.device).argsort()
+    return torch.cat(pieces)[places]
 
 
 def _run_whisper_window(encoder, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
