@@ -118,6 +118,8 @@ def _parser(trainer_options: type) -> HfArgumentParser:
         def add_argument(self, *names, **options):
             if "--per_device_train_batch_seconds" in names:
                 options["type"] = batch_seconds
+            if "--report_to" in names:  # HfArgumentParser takes one value of options of type `str | list[str]`
+                options["nargs"] = "+"
             return super().add_argument(*names, **options)
 
     kinds = [ModelOptions, DataOptions, TrainedPartsOptions, trainer_options]

@@ -81,6 +81,16 @@ def test_list_of_the_command_line_replaces_the_list_of_the_yaml(yaml_file):
     assert args.train_file == ["c.jsonl"]
 
 
+def test_several_trackers_are_accepted(yaml_file, error_of, monkeypatch):
+    trackers = "hf_speechllm.training.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(trackers, lambda: ["tensorboard", "trackio"])
+    assert values_of([*REQUIRED, "--report_to", "tensorboard", "trackio"]).report_to == ["tensorboard", "trackio"]
+    path = yaml_file("report_to: [tensorboard, trackio]")
+    assert values_of([path, *REQUIRED]).report_to == ["tensorboard", "trackio"]
+    assert values_of([path, *REQUIRED, "--report_to", "none"]).report_to == []
+    assert "none and all are not combined" in error_of(*REQUIRED, "--report_to", "none", "trackio")
+
+
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(config):
     parse_arguments([str(config), *REQUIRED, "--validation_file", "dev.jsonl"])
