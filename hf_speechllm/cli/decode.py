@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import command, format_seconds, print_summary, quiet_transformers, show_log
+from ..options import usable_cores
 from .launch import add_launch_options, launch, split_launch_options
 from .parser import Parser, command_line, prog, refuse_input
 
@@ -81,7 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="with --num_beams: weight of the CTC head (0 <= W < 1) in the choice among the hypotheses (default: 0)",
     )
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
-    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
+    parser.add_argument("--num_workers", type=int, default=min(8, usable_cores()), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
     parser.add_argument(
         "--fast",

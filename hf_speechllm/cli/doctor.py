@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..console import command, print_summary, progress_bar, show_log
+from ..options import usable_cores
 from .parser import Parser, did_you_mean, prog, refuse_input, require_writable
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_audio", action="store_true", help="do not embed recordings in the page")
     parser.add_argument("--no_loss", action="store_true", help="with --model: check only tokens and lengths")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="with --model: audio seconds per batch")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--num_workers", type=int, default=usable_cores(), help="number of processes")
     parser.add_argument("--overwrite", action="store_true", help="replace output files")
     parser.add_argument("--list_kinds", action="store_true", help="print all kinds with severity and threshold")
     args = parser.parse_args()

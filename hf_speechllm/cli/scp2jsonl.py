@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ..console import progress_bar, show_log
+from ..options import usable_cores
 from .parser import Parser, refuse_input
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def add_row_options(parser: argparse.ArgumentParser, language: str, output: str)
     )
     parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
     parser.add_argument(
-        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="number of recordings to check at once"
+        "--num_workers", type=int, default=max(8, usable_cores()), help="number of recordings to check at once"
     )
 
 

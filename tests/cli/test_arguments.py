@@ -254,6 +254,21 @@ def test_yaml_is_found_by_name(monkeypatch, tmp_path):
     assert parse_arguments(["lora", *REQUIRED]).parts.use_lora
 
 
+def test_a_configuration_of_the_package_starts_no_more_loader_processes_than_cores(yaml_file, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3}, raising=False)
+    assert values_of(["lora", *REQUIRED]).dataloader_num_workers == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes on this machine, which share the cores
+    with monkeypatch.context() as context:
+        context.setattr("os.sched_getaffinity", lambda process: {*range(8)}, raising=False)
+        assert check_command_line(["lora", *REQUIRED]).training.dataloader_num_workers == 2
+    assert check_command_line(["lora", *REQUIRED]).training.dataloader_num_workers == 1
+    assert (
+        check_command_line(["lora", *REQUIRED, "--dataloader_num_workers", "6"]).training.dataloader_num_workers == 6
+    )
+    own = check_command_line([yaml_file("dataloader_num_workers: 4"), *REQUIRED])
+    assert own.training.dataloader_num_workers == 4
+
+
 def test_help_lists_own_options_in_groups_and_inherited_ones_with_help_all(capsys):
     for argument, inherited in (("--help", False), ("--help_all", True)):
         with pytest.raises(SystemExit):
