@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 
+from ..console import bars_as_lines
 from ..version import __version__
 from .parser import did_you_mean, prog, report
 
@@ -69,7 +70,9 @@ def main(verb: str | None = None) -> None:
     if verb is None:
         verb = _verb(sys.argv[1:])
     try:
-        if (status := import_module(f".{verb}", __package__).main()) is not None:
+        with bars_as_lines():
+            status = import_module(f".{verb}", __package__).main()
+        if status is not None:
             sys.exit(status)
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}.{verb}":  # the code in the repository of a published model
