@@ -229,6 +229,26 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     assert not list(tmp_path.glob("hyp*"))
 
 
+def test_a_recording_that_is_too_long_is_named_before_decoding_starts(decode, tmp_path, tone, caplog, monkeypatch):
+    soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
+    soundfile.write(tmp_path / "short.wav", tone(0.5), 16000)
+    scp = tmp_path / "wav.scp"
+    scp.write_text("short short.wav\nhour hour.flac\n", encoding="utf-8")
+    reported = []
+    original = Transcriber.__call__
+
+    def transcribe(*arguments):
+        reported.extend(record.getMessage() for record in caplog.records)
+        return original(*arguments)
+
+    monkeypatch.setattr(Transcriber, "__call__", transcribe)
+    with caplog.at_level("WARNING"):
+        message, text = decode("--max_new_tokens", "4", scp=scp)
+    assert text.startswith("short\t") and "1 failed" in message
+    (line,) = [line for line in reported if "unusable" in line]
+    assert line.startswith("1 of 2 requests are unusable") and "the first: hour: " in line and "--vad" in line
+
+
 def test_each_hostile_recording_has_an_error(decode, tmp_path):
     speech = load_audio(next(iter(sorted((REPOSITORY / "recipes/quickstart_data/audio").glob("*.ogg")))))
     speech = np.interp(np.arange(0, len(speech), 16000 / 44100), np.arange(len(speech)), speech)
