@@ -129,7 +129,7 @@ def plan_requests(
     if failures and processes.rank == 0:
         index, reason = next(iter(failures.items()))
         logger.warning(
-            "%d of %d requests are unusable; the others are decoded, and these are listed at the end; the first: %s: %s",
+            "%d of %d requests are unusable; the others are decoded, these are listed at the end; the first: %s: %s",
             len(failures),
             len(requests),
             requests[index].id,
