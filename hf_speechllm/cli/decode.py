@@ -120,21 +120,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be above 0")
     for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file, args.confidence_file)):
         if not Path(file).is_file():
-            parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
+            parser.file_error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     if args.scp_file:
         with open(args.scp_file, "rb") as file:
             if file.read(1) == b"{":
-                parser.error(f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file")
+                parser.file_error(
+                    f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file"
+                )
     output = Path(args.output_file).resolve()
     inputs = (args.scp_file, args.segments_file, args.jsonl_file, *args.sources)
     refuse_input(parser, "--output_file", args.output_file, inputs)
     unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
     if output.exists() and not args.overwrite and not unfinished:
-        parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
+        parser.file_error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(
+        parser.file_error(
             f"--output_file {args.output_file}: {output.parent} cannot be created: {error.strerror}; choose another "
             "folder"
         )

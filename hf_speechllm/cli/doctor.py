@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=usable_cores(), help="number of processes")
     parser.add_argument("--overwrite", action="store_true", help="replace output files")
     parser.add_argument("--list_kinds", action="store_true", help="print all kinds with severity and threshold")
+    parser.file_status = 2  # 1: the data have errors
     args = parser.parse_args()
     if not args.data and not args.list_kinds:
         parser.error("DATA is missing: files or folders with training data")
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         if path := getattr(args, name):
             refuse_input(parser, f"--{name}", path, [item.rpartition("=")[2] for item in args.data])
             if os.path.exists(path) and not args.overwrite:
-                parser.error(f"--{name} {path} exists; choose another name, or use --overwrite")
+                parser.file_error(f"--{name} {path} exists; choose another name, or use --overwrite")
             require_writable(parser, f"--{name}", path)
     for name, minimum in (("num_workers", 1), ("batch_seconds", 1)):
         if getattr(args, name) < minimum:

@@ -106,5 +106,6 @@ def _verb(argv: list[str]) -> str:
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
         hint = did_you_mean(SYNONYMS.get(argv[0], argv[0]), VERBS)
-        sys.exit(f"hf-speechllm: error: unknown verb {argv[0]}{hint}; hf-speechllm --help lists all verbs")
+        report(f"hf-speechllm: error: unknown verb {argv[0]}{hint}; hf-speechllm --help lists all verbs")
+        sys.exit(2)
     return argv[0]

@@ -118,7 +118,7 @@ def test_only_corrected_recordings_are_decoded_again(decode, make_wav, tmp_path,
     end, text = decode(*options, scp=scp)
     assert end is None and "1 of 2 requests are already decoded" in caplog.text
     assert [line.split("\t")[0] for line in text.splitlines()] == ["empty", "whole"]
-    assert decode(*options, scp=scp)[0] == 2  # a complete file is not replaced without --overwrite
+    assert decode(*options, scp=scp)[0] == 1  # a complete file is not replaced without --overwrite
     assert decode(*options, "--overwrite", scp=scp) == (None, text)
     assert not list(tmp_path.glob("*.partial-*"))
     assert whole.exists()
@@ -219,9 +219,9 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     ):
         assert decode(*options)[0] == 2 and message in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
-    assert decode(output="words.txt/folder/hyp.txt")[0] == 2
+    assert decode(output="words.txt/folder/hyp.txt")[0] == 1
     assert "words.txt/folder cannot be created: Not a directory; choose another folder" in capsys.readouterr().err
-    assert decode(scp=tmp_path / "gone.scp")[0] == 2
+    assert decode(scp=tmp_path / "gone.scp")[0] == 1
     assert "gone.scp: no such file" in capsys.readouterr().err
     scp = tmp_path / "wav.scp"
     scp.write_text("\n")
