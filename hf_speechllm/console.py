@@ -6,6 +6,7 @@ terminal; elsewhere they are plain lines.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
@@ -13,10 +14,11 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -32,6 +34,9 @@ SILENCED = (
     ("transformers", "early stopping required metric_for_best_model"),
     ("DeepSpeed", "Setting accelerator to CPU"),  # also on a machine that is meant to have no GPU
 )
+_CURSOR = re.compile(r"(?:\s|\x1b\[A)*")  # bars between other output: line breaks, spaces, line up
+_NUMBERS = re.compile(r"[:\d]")
+_BLOCKS = re.compile(r"\|[^|]*\|")
 _WARNING = re.compile(r"^.*?:\d+: (\w+: .*?)(?:\n  .*)?\n?$", re.DOTALL)  # `warnings.formatwarning`
 
 
@@ -170,6 +175,49 @@ def progress_bar(iterable: Iterable[Item] | None = None, **options: Any) -> tqdm
     if sys.stderr.isatty():
         return tqdm(iterable, **{"dynamic_ncols": True, **options})
     return ProgressLines(iterable, **options)
+
+
+@contextlib.contextmanager
+def bars_as_lines() -> Iterator[None]:
+    """Makes log lines of the progress bars that libraries print while the block runs, unless standard error is a
+    terminal: a log file would contain thousands of updates in a line."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with contextlib.redirect_stderr(_BarsAsLines(sys.stderr)):  # type: ignore[type-var]
+        yield
+
+
+class _BarsAsLines:
+    """A stream that logs progress bars every `LINE_INTERVAL` seconds, and passes other text to the stream it replaces.
+
+    A tqdm bar begins each update with a carriage return.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._in_bar = False
+        self._logged: dict[str, float] = {}  # time of the last line, or of the start, by name of the bar
+
+    def write(self, text: str) -> int:
+        """Writes text, or logs a bar if the time has come."""
+        if text.startswith("\r"):
+            self._show(text)
+            self._in_bar = True  # the line of the log has passed through this method
+        elif not (self._in_bar and _CURSOR.fullmatch(text)):
+            self._in_bar = False
+            self._stream.write(text)
+        return len(text)
+
+    def _show(self, text: str) -> None:
+        bar = " ".join(_BLOCKS.sub(" ", text).split())
+        now, name = time.monotonic(), _NUMBERS.split(bar)[0]
+        if bar and now >= self._logged.setdefault(name, now) + LINE_INTERVAL:
+            self._logged[name] = now
+            logger.info("%s", bar)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def format_seconds(seconds: float) -> str:

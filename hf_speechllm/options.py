@@ -1,7 +1,8 @@
-"""Fields of option dataclasses. Modules with options must not import large libraries, to keep `--help` fast."""
+"""Fields and defaults of options. Modules with options must not import large libraries, to keep `--help` fast."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import field
 from typing import Any
 
@@ -11,3 +12,10 @@ def option(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def usable_cores() -> int:
+    """Returns the number of CPU cores that this process may use; in a job, often fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

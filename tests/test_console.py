@@ -134,6 +134,56 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(terminal):
     assert "warning: a line" in plain.splitlines()
 
 
+LIBRARY_BARS = """
+import sys, time, warnings
+import datasets
+from hf_speechllm import console
+def square(number):
+    time.sleep(0.02)
+    return {"square": number**2}
+if __name__ == "__main__":
+    console.show_log()
+    console.LINE_INTERVAL = 0.5
+    rows = datasets.Dataset.from_dict({"number": range(80)})
+    with console.bars_as_lines():
+        print("before", file=sys.stderr)
+        for processes in (None, 2):
+            rows.map(square, input_columns="number", num_proc=processes, desc="squares", load_from_cache_file=False)
+        bar = datasets.utils.tqdm(total=2)
+        warnings.warn("odd")
+        bar.update()
+        bar.close()
+        sys.stderr.write("after\\n\\n")
+"""
+
+
+def test_bars_of_libraries_are_lines_in_a_log_and_bars_on_a_terminal(terminal):
+    log = subprocess.run([sys.executable, "-c", LIBRARY_BARS], capture_output=True, text=True, check=True).stderr
+    assert "\r" not in log and "|" not in log and "\x1b" not in log
+    lines = log.splitlines()
+    assert lines[0] == "before" and lines[-3:] == ["warning: UserWarning: odd", "after", ""]
+    progress = [line for line in lines if line.startswith("squares")]
+    assert 2 <= len(progress) == len(lines) - 4
+    for line in progress:
+        pattern = r"squares( \(num_proc=\d\))?: \d+% \d+/80 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ examples/s\]"
+        assert re.fullmatch(pattern, line), line
+    assert any("num_proc=2" in line for line in progress)
+    assert "squares: 100%|" in terminal(LIBRARY_BARS)
+
+
+def test_commands_print_no_bars_of_libraries_into_a_log():
+    code = """
+import sys
+from hf_speechllm.cli import env
+from hf_speechllm.cli.main import main
+from tqdm import tqdm
+env.main = lambda: list(tqdm(range(3), desc="long"))[3:] or None
+main("env")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+
+
 SUMMARY = """
 from hf_speechllm.console import command, print_summary
 line = command("decode", "a b.wav", model_name_or_path="exp/model", output_file=None, scp_file="x" * 90)

@@ -38,6 +38,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     with (
         mock.patch.object(sys, "argv", ["hf-speechllm", verb, "--help"]),
         mock.patch.object(os, "cpu_count", lambda: 8),
+        mock.patch.object(os, "sched_getaffinity", lambda process: range(8), create=True),
         mock.patch.object(argparse.ArgumentParser, "print_help", keep),
         contextlib.suppress(SystemExit),
     ):

@@ -151,7 +151,13 @@ def _blocks_of_libsndfile(file: soundfile.SoundFile, name: str, first: int, stop
 
 
 def _blocks_of_ffmpeg(stream: BinaryIO, name: str, cause: str) -> Iterator[Block]:
-    import av
+    try:
+        import av
+    except ImportError as error:  # only for formats that libsndfile does not read, and for damaged files
+        raise AudioError(
+            f"{name}: not audio, damaged (libsndfile: {cause}), or of a format for which the package av is missing: "
+            f"{error}"
+        ) from error
 
     # A file can refer to other files and URLs. No protocol is allowed, so FFmpeg reads only the given stream.
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}

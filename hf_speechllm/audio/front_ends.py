@@ -15,6 +15,7 @@ from .fbank import FRAME_SHIFT, FbankFeatureExtractor
 
 FRAMES_PER_SECOND = round(1 / FRAME_SHIFT)
 MIN_SECONDS = 0.1  # shorter recordings get silence: normalization and strided convolutions need some frames
+SILENT_FRAMES = 32  # after a recording; matrix products may round their first or last few frames in another way
 TIME_LAST = ("WhisperFeatureExtractor", "Qwen3ASRFeatureExtractor")  # features of shape = (mel bins, frames)
 
 
@@ -50,24 +51,33 @@ def cacheable_features(feature_extractor: SequenceFeatureExtractor, waveform: np
     """
     if isinstance(feature_extractor, FbankFeatureExtractor):
         return feature_extractor.fbank(waveform).numpy()
-    rate = feature_extractor.sampling_rate
-    options: dict = {}
-    length = len(waveform)
-    if type(feature_extractor).__name__ == "WhisperFeatureExtractor":
-        # By default, it pads to 30 s. A window of silence gives the same frames in a fraction of the time.
-        options["padding"] = "longest"
-        waveform = np.pad(waveform, (0, feature_extractor.n_fft))
-    else:
+    rate, length = feature_extractor.sampling_rate, len(waveform)
+    is_whisper = type(feature_extractor).__name__ == "WhisperFeatureExtractor"
+    is_short = is_whisper and _short_silence_suffices(feature_extractor)
+    if is_short:
+        waveform = np.pad(waveform, (0, SILENT_FRAMES * feature_extractor.hop_length))
+    elif not is_whisper:
         waveform = np.pad(waveform, (0, max(0, round(MIN_SECONDS * rate) - length)))
-    batch = feature_extractor(waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="np", **options)
+    padding = {"padding": "longest"} if is_short else {}
+    batch = feature_extractor(waveform, sampling_rate=rate, return_attention_mask=True, return_tensors="np", **padding)
     if reads_waveforms(feature_extractor):
         samples, width = batch["input_values"][0], stored_width(feature_extractor)
         return np.pad(samples, (0, -len(samples) % width)).reshape(-1, width).astype(np.float32)
     features, mask = batch["input_features"][0], batch["attention_mask"][0].astype(bool)
-    if options:
+    if is_short:
         mask[-(-length // feature_extractor.hop_length) :] = False
     features = features[:, mask].T if type(feature_extractor).__name__ in TIME_LAST else features[mask]
     return features.reshape(-1, stored_width(feature_extractor))
+
+
+def _short_silence_suffices(feature_extractor: SequenceFeatureExtractor) -> bool:
+    """Returns whether `SILENT_FRAMES` give the same frames as Whisper's padding to 30 s, in a fraction of the time.
+
+    The frames are equal to the bit if the padding is silence, if no random numbers are drawn for the padding, and if
+    the last frames contain only padding.
+    """
+    is_silent = feature_extractor.padding_value == 0 and feature_extractor.dither == 0
+    return is_silent and feature_extractor.n_fft < (SILENT_FRAMES - 1) * feature_extractor.hop_length
 
 
 def encoder_input(feature_extractor: SequenceFeatureExtractor, features: torch.Tensor) -> torch.Tensor:

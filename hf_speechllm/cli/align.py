@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     refuse_input(parser, "--output_file", args.output_file, (args.reference, args.scp_file))
     if Path(args.output_file).exists() and not args.overwrite:
-        parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
+        parser.file_error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
     show_log()
     quiet_transformers()
 

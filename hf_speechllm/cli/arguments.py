@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..data.augmentation_options import WAVEFORM_NAMES, AugmentationOptions
 from ..data.options import DataOptions
 from ..hub.options import PublishingOptions
 from ..model.options import ModelOptions
+from ..options import usable_cores
 from ..training.inherited_options import WITHOUT_EFFECT, check_inherited_options
 from ..training.options import (
     BatchOptions,
@@ -23,7 +25,7 @@ from ..training.options import (
     TrainedPartsOptions,
     ValidationOptions,
 )
-from .configurations import TRAINING, find_configuration
+from .configurations import TRAINING, find_configuration, is_of_package
 from .launch import add_launch_options
 from .parser import OneLineErrors, Parser, command_line, did_you_mean, prog
 
@@ -37,6 +39,7 @@ GROUPS = (ModelOptions, DataOptions, AugmentationOptions, TrainedPartsOptions, *
 OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind))
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
 AUTO = "--auto"
+LOADERS = "dataloader_num_workers"
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
 TYPES = {"N": int, "X": float}  # of the values of other metavars: str
 
@@ -118,6 +121,8 @@ def _parser(trainer_options: type) -> HfArgumentParser:
         def add_argument(self, *names, **options):
             if "--per_device_train_batch_seconds" in names:
                 options["type"] = batch_seconds
+            if "--report_to" in names:  # HfArgumentParser takes one value of options of type `str | list[str]`
+                options["nargs"] = "+"
             return super().add_argument(*names, **options)
 
     kinds = [ModelOptions, DataOptions, TrainedPartsOptions, trainer_options]
@@ -133,7 +138,11 @@ def _read(parser: HfArgumentParser, argv: Sequence[str], planned: Mapping[str, A
     try:
         if argv and not argv[0].startswith("-"):
             path = find_configuration(argv.pop(0), TRAINING)
-            from_file = [] if planned else _to_argv(parser, read_configuration(path), str(path), known)
+            config = read_configuration(path)
+            if LOADERS in config and is_of_package(path):  # a user's number, here or in a file, is not changed
+                ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                config[LOADERS] = min(config[LOADERS], max(1, usable_cores() // ranks))
+            from_file = [] if planned else _to_argv(parser, config, str(path), known)
         if planned:
             from_file = _to_argv(parser, planned, "plan", known)
         given = [item.partition("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")]

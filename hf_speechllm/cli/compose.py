@@ -45,10 +45,14 @@ def main() -> None:
     if bool(args.transcripts) == bool(args.tokenizer or args.llm):
         parser.error("set either --transcripts (new tokenizer), or --tokenizer or --llm (existing tokenizer)")
     if Path(args.output_dir).exists():
-        parser.error(f"{args.output_dir} exists; remove it or choose another --output_dir")
+        parser.file_error(f"{args.output_dir} exists; remove it or choose another --output_dir")
     for file in args.transcripts or ():
         if not Path(file).is_file():
-            parser.error(f"--transcripts {file}: no such file")
+            parser.file_error(f"--transcripts {file}: no such file")
+    try:
+        args.config = find_configuration(args.config, TRAINING)
+    except ValueError as error:
+        parser.error(str(error))
     show_log()
     try:
         compose_model(args)
@@ -59,7 +63,7 @@ def main() -> None:
 def compose_model(args: argparse.Namespace) -> None:
     """Composes the model and saves it."""
     # Before the imports, so that errors in the file appear immediately.
-    config = yaml.safe_load(find_configuration(args.config, TRAINING).read_text(encoding="utf-8"))
+    config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
 
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging

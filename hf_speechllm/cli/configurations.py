@@ -32,6 +32,11 @@ def find_configuration(name: str, folder: str) -> Path:
     raise ValueError(f"{name}: no such file or configuration{hint}")
 
 
+def is_of_package(path: Path) -> bool:
+    """Returns whether a configuration file is one of the package, not of the user."""
+    return path.resolve().is_relative_to((ROOT / TRAINING).resolve())
+
+
 def configuration_names(folder: str) -> list[str]:
     """Returns the names of the package's configurations in a folder of the project."""
     files = sorted((ROOT / folder).rglob("*.yaml"))

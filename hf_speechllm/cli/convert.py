@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     args = parser.parse_args()
     if Path(args.output).exists():
-        parser.error(f"{args.output} exists; remove it or choose another --output")
+        parser.file_error(f"{args.output} exists; remove it or choose another --output")
     show_log()
     quiet_transformers()
 

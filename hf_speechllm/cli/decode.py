@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import command, format_seconds, print_summary, quiet_transformers, show_log
+from ..options import usable_cores
 from .launch import add_launch_options, launch, split_launch_options
 from .parser import Parser, command_line, prog, refuse_input
 
@@ -81,7 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="with --num_beams: weight of the CTC head (0 <= W < 1) in the choice among the hypotheses (default: 0)",
     )
     parser.add_argument("--vad_max_seconds", type=float, default=30.0, help="duration of a segment, at most")
-    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that load audio")
+    parser.add_argument("--num_workers", type=int, default=min(8, usable_cores()), help="threads that load audio")
     parser.add_argument("--no_cuda_graphs", action="store_true", help="has no effect; deprecated")
     parser.add_argument(
         "--fast",
@@ -119,21 +120,23 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name} must be above 0")
     for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file, args.confidence_file)):
         if not Path(file).is_file():
-            parser.error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
+            parser.file_error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
     if args.scp_file:
         with open(args.scp_file, "rb") as file:
             if file.read(1) == b"{":
-                parser.error(f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file")
+                parser.file_error(
+                    f"--scp_file {args.scp_file}: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file"
+                )
     output = Path(args.output_file).resolve()
     inputs = (args.scp_file, args.segments_file, args.jsonl_file, *args.sources)
     refuse_input(parser, "--output_file", args.output_file, inputs)
     unfinished = any(output.parent.glob(f"{glob.escape(output.name)}.partial-*.jsonl"))
     if output.exists() and not args.overwrite and not unfinished:
-        parser.error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
+        parser.file_error(f"{args.output_file} exists; remove the file, or replace it with --overwrite")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(
+        parser.file_error(
             f"--output_file {args.output_file}: {output.parent} cannot be created: {error.strerror}; choose another "
             "folder"
         )

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..console import command, print_summary, progress_bar, show_log
+from ..options import usable_cores
 from .parser import Parser, did_you_mean, prog, refuse_input, require_writable
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_audio", action="store_true", help="do not embed recordings in the page")
     parser.add_argument("--no_loss", action="store_true", help="with --model: check only tokens and lengths")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="with --model: audio seconds per batch")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--num_workers", type=int, default=usable_cores(), help="number of processes")
     parser.add_argument("--overwrite", action="store_true", help="replace output files")
     parser.add_argument("--list_kinds", action="store_true", help="print all kinds with severity and threshold")
+    parser.file_status = 2  # 1: the data have errors
     args = parser.parse_args()
     if not args.data and not args.list_kinds:
         parser.error("DATA is missing: files or folders with training data")
@@ -60,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         if path := getattr(args, name):
             refuse_input(parser, f"--{name}", path, [item.rpartition("=")[2] for item in args.data])
             if os.path.exists(path) and not args.overwrite:
-                parser.error(f"--{name} {path} exists; choose another name, or use --overwrite")
+                parser.file_error(f"--{name} {path} exists; choose another name, or use --overwrite")
             require_writable(parser, f"--{name}", path)
     for name, minimum in (("num_workers", 1), ("batch_seconds", 1)):
         if getattr(args, name) < minimum:

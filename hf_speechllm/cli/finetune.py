@@ -27,7 +27,7 @@ from typing import Any
 from .arguments import AUTO, check_command_line, parse_arguments
 from .exiting import skip_teardown
 from .launch import launch, split_launch_options
-from .parser import command_line, fail, prog, report
+from .parser import Parser, command_line, fail, prog, report
 from .plan import apply_plan
 from .stages import find_stages, run_stages
 
@@ -40,9 +40,12 @@ def main() -> None:
     launch_options, argv = split_launch_options(command_line()[1])
     try:
         stages = find_stages(argv)
+        if stages is not None and AUTO in argv:
+            raise ValueError(f"{AUTO} plans a single run; leave it out for a configuration with stages")
+    except ValueError as error:
+        Parser(None).error(str(error))
+    try:
         if stages is not None:
-            if AUTO in argv:
-                raise ValueError(f"{AUTO} plans a single run; leave it out for a configuration with stages")
             run_stages(stages, check, lambda command: finetune(launch_options, command))
             return
     except (OSError, ValueError) as error:

@@ -48,8 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_audio", metavar="DIR", help="write the augmented recordings of each row as WAV files")
     add_waveform_augmentation(parser, "Augmentation, with --save_audio")
     args = parser.parse_args()
-    if not Path(args.jsonl_file).is_file():
-        parser.error(f"{args.jsonl_file}: no such file")
     if args.inference and args.loss:
         parser.error("--loss requires answers, which --inference leaves out; use only one of the options")
     if (args.language or args.no_itn or args.hotwords) and not args.inference:
@@ -57,6 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     args.augmentation = waveform_augmentation_of(args, parser)
     if args.augmentation != AugmentationOptions() and not args.save_audio:
         parser.error("options of augmentation have no effect without --save_audio; add --save_audio")
+    if not Path(args.jsonl_file).is_file():
+        parser.file_error(f"{args.jsonl_file}: no such file")
     return args
 
 

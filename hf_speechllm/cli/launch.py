@@ -29,10 +29,17 @@ NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port",
 
 
 def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Splits a command line into options of the launcher and other arguments."""
+    """Splits a command line into options of the launcher and other arguments; reports wrong usage."""
     parser = Parser(None, add_help=False, allow_abbrev=False)
     add_launch_options(parser)
     found, rest = parser.parse_known_args(argv)
+    if found.num_processes is not None and found.num_processes < 1:
+        parser.error(f"--num_processes is {found.num_processes}; it must be at least 1")
+    if found.config_file is not None:
+        try:
+            found.config_file = str(find_configuration(found.config_file, LAUNCHING))
+        except ValueError as error:
+            parser.error(str(error))
     return {name: value for name, value in vars(found).items() if value is not None}, rest
 
 
@@ -53,11 +60,9 @@ def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
         argv: other arguments of the command line.
 
     Raises:
-        ValueError: if the configuration does not exist, or requires GPUs and none is found.
+        ValueError: if the configuration requires GPUs and none is found.
         SystemExit: if a process failed; the process has printed the error, unless a signal ended the process.
     """
-    if options.get("num_processes", 1) < 1:
-        raise ValueError(f"--num_processes is {options['num_processes']}; it must be at least 1")
     import yaml
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -65,9 +70,7 @@ def launch(verb: str, options: dict[str, Any], argv: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if "config_file" in options:
-        options = {**options, "config_file": str(find_configuration(options["config_file"], LAUNCHING))}
-    elif not os.path.isfile(default_config_file):
+    if "config_file" not in options and not os.path.isfile(default_config_file):
         several = "multi_node" if options.get("num_machines", 1) > 1 else "multi_gpu"
         options = {**options, "config_file": str(find_configuration(several if is_available() else "cpu", LAUNCHING))}
     file = Path(options.get("config_file", default_config_file))

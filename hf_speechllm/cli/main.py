@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 
+from ..console import bars_as_lines
 from ..version import __version__
 from .parser import did_you_mean, prog, report
 
@@ -69,7 +70,9 @@ def main(verb: str | None = None) -> None:
     if verb is None:
         verb = _verb(sys.argv[1:])
     try:
-        if (status := import_module(f".{verb}", __package__).main()) is not None:
+        with bars_as_lines():
+            status = import_module(f".{verb}", __package__).main()
+        if status is not None:
             sys.exit(status)
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}.{verb}":  # the code in the repository of a published model
@@ -103,5 +106,6 @@ def _verb(argv: list[str]) -> str:
         sys.exit(0 if argv else 2)
     if argv[0] not in VERBS:
         hint = did_you_mean(SYNONYMS.get(argv[0], argv[0]), VERBS)
-        sys.exit(f"hf-speechllm: error: unknown verb {argv[0]}{hint}; hf-speechllm --help lists all verbs")
+        report(f"hf-speechllm: error: unknown verb {argv[0]}{hint}; hf-speechllm --help lists all verbs")
+        sys.exit(2)
     return argv[0]

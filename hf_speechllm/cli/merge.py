@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the merged model; must not exist")
     args = parser.parse_args()
     if Path(args.output).exists():
-        parser.error(f"{args.output} exists; remove it or choose another --output")
+        parser.file_error(f"{args.output} exists; remove it or choose another --output")
 
     show_log()
     quiet_transformers()

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("output_file", metavar="OUT", help="file to write; an existing file is replaced")
     args = parser.parse_args()
     if not Path(args.input_file).is_file():
-        parser.error(f"{args.input_file}: no such file")
+        parser.file_error(f"{args.input_file}: no such file")
     show_log()
     try:
         with atomic_write(args.output_file) as output:

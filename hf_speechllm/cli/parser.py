@@ -33,12 +33,23 @@ def help_of(action: argparse.Action) -> str | None:
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """A parser that reports a wrong command line in one line and exits with status 2."""
+    """A parser that reports a wrong command line in one line and exits with status 2.
+
+    Attributes:
+        file_status: exit status of an error that depends on files other than configurations.
+    """
+
+    file_status = 1
 
     def error(self, message: str) -> NoReturn:
         """Prints the error and exits."""
         report(f"{self.prog}: error: {message}")
         sys.exit(2)
+
+    def file_error(self, message: str) -> NoReturn:
+        """Prints the error for a file that is missing, exists, or cannot be read or written, and exits."""
+        report(f"{self.prog}: error: {message}")
+        sys.exit(self.file_status)
 
     def parse_args(self, args=None, namespace=None) -> Any:
         """Parses arguments; the error for an unknown option suggests a similar option."""
@@ -132,18 +143,20 @@ def prog() -> str:
     return command_line()[0]
 
 
-def require_writable(parser: argparse.ArgumentParser, option: str, path: str) -> None:
+def require_writable(parser: OneLineErrors, option: str, path: str) -> None:
     """Ends with an error if a file cannot be written: its folder is missing or read-only, or it is a folder."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
-        parser.error(f"{option} {path} is a folder; name a file")
+        parser.file_error(f"{option} {path} is a folder; name a file")
     if not os.path.isdir(folder):
-        parser.error(f"{option} {path}: the folder {folder} is missing; create it")
+        parser.file_error(f"{option} {path}: the folder {folder} is missing; create it")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        parser.error(f"{option} {path}: the folder {folder} is not writable: {error.strerror}; choose another folder")
+        parser.file_error(
+            f"{option} {path}: the folder {folder} is not writable: {error.strerror}; choose another folder"
+        )
 
 
 def refuse_input(parser: argparse.ArgumentParser, option: str, output: str, inputs: Iterable[str | None]) -> None:

@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         beside = os.path.join(args.source, os.path.basename(path))
         refuse_input(parser, "--output_dir", path, (args.source, beside))
     if message := existing_output(args):
-        parser.error(message)
+        parser.file_error(message)
     return args
 
 

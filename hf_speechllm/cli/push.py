@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of the training data")
     args = parser.parse_args()
     if not Path(args.input).is_dir():
-        parser.error(f"--input {args.input}: no such folder; name the output folder of a training run")
+        parser.file_error(f"--input {args.input}: no such folder; name the output folder of a training run")
     show_log()
 
     from ..hub.publishing import CardOptions, publish

@@ -9,7 +9,6 @@ as deletions and are listed. The language of the reference, or of --utt2lang, de
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from datetime import date
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import print_summary, show_log
+from ..options import usable_cores
 from .parser import Parser, prog
 
 OUTPUTS = ("cer.txt", "score.json", "report.html")
@@ -52,24 +52,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_resamples", type=int, default=10_000, help="number of bootstrap samples")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument(
-        "--num_workers", type=int, default=os.cpu_count() or 1, help="number of processes for normalisation"
+        "--num_workers", type=int, default=usable_cores(), help="number of processes for normalisation"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output_dir")
     args = parser.parse_args()
-    for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang", "words"):
-        if getattr(args, name) and not Path(getattr(args, name)).is_file():
-            parser.error(f"{getattr(args, name)}: no such file")
-    args.outputs = [*OUTPUTS, UNSEEN_WORDS] if args.train_file else [*OUTPUTS]
-    existing = [name for name in args.outputs if Path(args.output_dir, name).exists()]
-    if existing and not args.overwrite:
-        parser.error(
-            f"--output_dir {args.output_dir} contains {', '.join(existing)}; remove the files, or use --overwrite"
-        )
     if args.hypothesis.endswith(".jsonl"):
         parser.error(f"{args.hypothesis} contains training rows, which must be REF; pass REF before HYP")
     for name, minimum in (("num_worst", 0), ("num_resamples", 100), ("num_workers", 1)):
         if getattr(args, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}")
+    for name in ("reference", "hypothesis", "compare", "scp_file", "utt2dur", "utt2dataset", "utt2lang", "words"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.file_error(f"{getattr(args, name)}: no such file")
+    args.outputs = [*OUTPUTS, UNSEEN_WORDS] if args.train_file else [*OUTPUTS]
+    existing = [name for name in args.outputs if Path(args.output_dir, name).exists()]
+    if existing and not args.overwrite:
+        parser.file_error(
+            f"--output_dir {args.output_dir} contains {', '.join(existing)}; remove the files, or use --overwrite"
+        )
     return args
 
 

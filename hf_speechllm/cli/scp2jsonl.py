@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from ..console import progress_bar, show_log
+from ..options import usable_cores
 from .parser import Parser, refuse_input
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def add_row_options(parser: argparse.ArgumentParser, language: str, output: str)
     )
     parser.add_argument("--bad_rows_file", help="file for a list of all bad rows")
     parser.add_argument(
-        "--num_workers", type=int, default=max(8, os.cpu_count() or 1), help="number of recordings to check at once"
+        "--num_workers", type=int, default=max(8, usable_cores()), help="number of recordings to check at once"
     )
 
 
@@ -69,17 +70,17 @@ def parse_arguments() -> argparse.Namespace:
     add_row_options(parser, "language in the prompt, as ISO code or Chinese name", "the JSONL")
     parser.add_argument("--overwrite", action="store_true", help="replace --jsonl_file if it exists")
     args = parser.parse_args()
-    for flag in ("scp_file", "transcript_file"):
-        if not os.path.isfile(getattr(args, flag)):
-            parser.error(f"--{flag} {getattr(args, flag)}: no such file")
-    refuse_input(parser, "--jsonl_file", args.jsonl_file, (args.scp_file, args.transcript_file))
-    if os.path.exists(args.jsonl_file) and not args.overwrite:
-        parser.error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
-    folder = os.path.dirname(os.path.abspath(args.jsonl_file))
-    if not os.access(folder, os.W_OK):
-        parser.error(f"--jsonl_file {args.jsonl_file}: the folder {folder} is missing or not writable; create it")
     if args.num_workers < 1:
         parser.error("--num_workers must be at least 1")
+    for flag in ("scp_file", "transcript_file"):
+        if not os.path.isfile(getattr(args, flag)):
+            parser.file_error(f"--{flag} {getattr(args, flag)}: no such file")
+    refuse_input(parser, "--jsonl_file", args.jsonl_file, (args.scp_file, args.transcript_file))
+    if os.path.exists(args.jsonl_file) and not args.overwrite:
+        parser.file_error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
+    folder = os.path.dirname(os.path.abspath(args.jsonl_file))
+    if not os.access(folder, os.W_OK):
+        parser.file_error(f"--jsonl_file {args.jsonl_file}: the folder {folder} is missing or not writable; create it")
     return args
 
 

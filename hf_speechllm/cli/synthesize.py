@@ -23,12 +23,12 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
-import os
 import random
 import sys
 from pathlib import Path
 
 from ..console import command, print_summary, progress_bar, quiet_transformers, show_log
+from ..options import usable_cores
 from .arguments import add_waveform_augmentation, waveform_augmentation_of
 from .parser import Parser, prog
 
@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt", help="user's text of every row (default: Fun-ASR's transcription prompt)")
     parser.add_argument("--seed", type=int, default=0, help="seed of texts, engines, voices, rates and pitches")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--num_workers", type=int, default=usable_cores(), help="number of processes")
     parser.add_argument("--rows_per_shard", type=int, default=1000, help="rows in a shard")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="largest share of rows that fail")
     add_waveform_augmentation(parser, "Augmentation of the recordings")

@@ -29,6 +29,7 @@ from ..audio.waveform import (
     source_stamp,
 )
 from ..model.processing import SpeechLLMProcessor
+from ..options import usable_cores
 from .bad_rows import BadDataError, BadRows
 from .cache_files import report_damaged_cache
 from .file_lists import expand_paths
@@ -352,7 +353,7 @@ def prepare_rows(
         if lacking:
             count = sum(map(len, parts))
             logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, count, key)
-    workers = options.preprocessing_num_workers or os.cpu_count()
+    workers = options.preprocessing_num_workers or usable_cores()
     with report_damaged_cache(options.cache_dir):
         if options.feature_cache == "off":
             parts = [add_lengths(part, bad_rows, workers) for part in parts]

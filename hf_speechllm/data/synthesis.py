@@ -256,7 +256,10 @@ def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
     if result.returncode or not wav.is_file():
         reason = " ".join(result.stderr.decode(errors="replace").split())[-200:] or "no recording"
         raise AudioError(f"{engine}, voice {voice}: exit status {result.returncode}: {reason}")
-    waveform = load_audio(str(wav), SAMPLING_RATE)
+    try:
+        waveform = load_audio(str(wav), SAMPLING_RATE)
+    except AudioError as error:
+        raise AudioError(f"{engine}, voice {voice}: {error}") from error
     if speech_length(len(waveform), SAMPLING_RATE) < 10 or not np.abs(waveform).max() > 0:
         raise AudioError(f"{engine}, voice {voice}: silence")
     return waveform

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -205,8 +204,3 @@ def _check_lengths(row: DataRow, measured: Sequence[Measurement]) -> Iterator[tu
         size = sum(len(answer.encode()) for answer in row.answers)
         if not 0 < row.text_length <= size:
             yield "wrong-text-length", f"text_length is {row.text_length}; the transcript has {size} bytes"
-
-
-def default_workers() -> int:
-    """Returns the number of processes to use by default."""
-    return os.cpu_count() or 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..console import progress_bar
 from ..data.dataset import row_seconds
 from ..files import atomic_write
 from ..model.native_processing import NativeProcessor
+from ..options import usable_cores
 from ..training.arguments import batch_seconds
 from ..training.assembly import load_data
 from ..training.options import BatchOptions
@@ -202,7 +202,7 @@ def describe_data(parse: Parse, argv: Sequence[str], planned: Mapping[str, Any])
             *(AUGMENTATION if isinstance(loaded.processor, NativeProcessor) else ()),
             *(CER if options.parts.only_ctc_head else ()),
         ),
-        "cores": 0 if options.training.device.type == "cpu" else os.cpu_count() or 1,
+        "cores": 0 if options.training.device.type == "cpu" else usable_cores(),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from ..data.bad_rows import BadRows
 from ..data.dataset import add_features, decoding_limit, row_seconds
 from ..data.sampler import ROW_COST, BudgetBatchSampler
+from ..options import usable_cores
 from ..training.assembly import RunData, encode_rows
 from ..training.options import FinetuningOptions
 
@@ -155,7 +155,7 @@ def with_features(rows: Any, data: RunData, options: FinetuningOptions) -> Any:
     if options.data.feature_cache == "off":
         return rows
     limit = decoding_limit(data.processor, data.max_feature_frames)
-    workers = options.data.preprocessing_num_workers or os.cpu_count()
+    workers = options.data.preprocessing_num_workers or usable_cores()
     return add_features(rows, data.processor, BadRows(1.0), options.data.feature_cache, workers, limit)
 
 

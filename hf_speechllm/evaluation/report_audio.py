@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..audio.waveform import SAMPLE_RATE, AudioError, header_seconds, is_url, load_audio, probe_audio
 from ..console import progress_bar
+from ..options import usable_cores
 
 MAX_SOUND_SECONDS = 120.0  # duration of an embedded recording, at most; about 0.5 MB
 
@@ -41,7 +41,7 @@ def measure_durations(recordings: Mapping[str, str]) -> tuple[dict[str, float], 
     durations: dict[str, float] = {}
     reasons: dict[str, str] = {}
     local = {id_: path for id_, path in recordings.items() if not is_url(path)}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         measured = progress_bar(
             pool.map(_duration, local.values()), desc="measuring", total=len(local), unit=" recordings", leave=False
         )

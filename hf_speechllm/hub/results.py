@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..data.transcripts import read_map, read_transcripts
 from ..evaluation.languages import known_language
 from ..evaluation.scoring import ErrorCounts, metric_of, rescore, score_utterances
 from ..files import file_digest, read_record, record_path
+from ..options import usable_cores
 from .markdown import code, table
 from .upload import TAGS, hub_id
 
@@ -196,7 +196,7 @@ def _check_figures(result: Result, files: Mapping[str, Path]) -> None:
     score = result.score
     reference, hypotheses = (read_transcripts(files[kind]).texts for kind in ("reference", "hypothesis"))
     languages = read_map(files["utt2lang"]) if "utt2lang" in files else {}
-    options = {"normalize": score["normalized"], "num_workers": os.cpu_count() or 1}
+    options = {"normalize": score["normalized"], "num_workers": usable_cores()}
     utterances = score_utterances(reference, hypotheses, languages=languages, **options)
     total = sum((utterance.counts for utterance in utterances), ErrorCounts())
     counted = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..audio.fbank import FbankFeatureExtractor
+from ..console import format_seconds
 from ..formats import native
 from ..formats.checkpoint import MAX_SHARD_SIZE, Checkpoint, CheckpointError
 from ..formats.families import FamilyCheckpoint
@@ -28,6 +31,8 @@ from ..model.native_families import ALL_PARTS, FAMILIES, PARTS, part_of
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .code import CODE_FOLDER, PACKAGE, write_code
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 TAGS = ["automatic-speech-recognition", "speech_llm"]
@@ -227,7 +232,12 @@ def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool |
     api = HfApi(library_name=PACKAGE.name, token=token)
     with reporting_unreachable(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+        logger.info("uploading %d files, %.1f MB, to %s", len(sizes), sum(sizes) / 1e6, repo_id)
+        started = time.monotonic()
+        uploaded = api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+        logger.info("uploaded in %s", format_seconds(time.monotonic() - started))
+        return uploaded
 
 
 @contextlib.contextmanager

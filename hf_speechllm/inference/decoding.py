@@ -127,7 +127,14 @@ def plan_requests(
     seconds = {index: length for index, length in zip(todo, lengths, strict=True) if not isinstance(length, str)}
     failures = {index: length for index, length in zip(todo, lengths, strict=True) if isinstance(length, str)}
     if failures and processes.rank == 0:
-        logger.warning("%d of %d requests are unusable and listed at the end", len(failures), len(requests))
+        index, reason = next(iter(failures.items()))
+        logger.warning(
+            "%d of %d requests are unusable; the others are decoded, these are listed at the end; the first: %s: %s",
+            len(failures),
+            len(requests),
+            requests[index].id,
+            printable(reason),
+        )
     return Plan(requests, keys, done, seconds, failures)
 
 

@@ -66,6 +66,8 @@ class SpeechLLMTrainingArguments(
     def _check_trackers(self) -> None:
         names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         installed = get_available_reporting_integrations()
+        if len(names) > 1 and {"none", "all"} & {*names}:
+            raise ValueError(f"--report_to {' '.join(names)}: none and all are not combined with other trackers")
         for name in names:
             if name not in ("none", "all", *installed):
                 raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from transformers import TrainerCallback
 
 from ..hub.publishing import CURVE_FILE
 from .validation_files import TABLE_FILE, write_table
+
+logger = logging.getLogger(__name__)
 
 _TITLES = {
     "loss": "Loss per supervised token",
@@ -79,20 +83,49 @@ def draw_curve(log_history: list[dict], path: Path, rate_names: Mapping[str, str
         path: of the PNG file; the folder is created.
         rate_names: CER, WER or MER, by name of the validation set.
     """
-    Figure, FigureCanvasAgg = _load_matplotlib()
+    matplotlib, Figure, FigureCanvasAgg = _load_matplotlib()
     found = {quantity: _curves(log_history, quantity) for quantity in _TITLES}
     curves = {quantity: lines for quantity, lines in found.items() if lines or quantity == "loss"}
     columns = 2 if len(curves) == 4 else len(curves)
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     styles = _styles(label for lines in curves.values() for label in lines)
-    for axes, (quantity, lines) in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=True
-    ):
-        _draw_panel(axes, quantity, lines, styles, rate_names or {})
+    families, names = _fonts_and_names(tuple(styles))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with matplotlib.rc_context({"font.family": families}):
+        figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (quantity, lines) in zip(
+            figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=True
+        ):
+            _draw_panel(axes, quantity, lines, styles, rate_names or {}, names)
+        figure.savefig(path, dpi=120)
+
+
+@functools.cache
+def _fonts_and_names(labels: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Returns font families with the letters of all labels, and the names to show for labels without a font."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    def lacking(path: str, text: str) -> set[str]:
+        return {letter for letter in text if ord(letter) not in FT2Font(path).get_charmap()}
+
+    usual = font_manager.FontProperties()
+    families, names = usual.get_family(), {}
+    for number, label in enumerate(labels, start=1):
+        letters = "".join(lacking(font_manager.findfont(usual), label))
+        fonts = (font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name)
+        if letters and (found := next((font.name for font in fonts if not lacking(font.fname, letters)), None)):
+            families = [*families, found]
+        elif letters:
+            names[label] = f"set {number}"
+            logger.warning(
+                "no installed font has the letters of %s: the training curve shows the name %s; install a font such "
+                "as Noto Sans CJK",
+                label,
+                names[label],
+            )
+    return families, names
 
 
 def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -115,6 +148,7 @@ def _draw_panel(
     lines: Mapping[str, list[tuple[int, float]]],
     styles: Mapping[str, Mapping[str, Any]],
     rate_names: Mapping[str, str],
+    names: Mapping[str, str],
 ) -> None:
     scale = 100 if quantity in _IN_PERCENT else 1
     highest = 0.0
@@ -122,14 +156,15 @@ def _draw_panel(
         steps, values = [step for step, _ in points], [scale * value for _, value in points]
         highest = max(highest, *values)
         style = dict(styles[label])
+        shown = names.get(label, label)
         if quantity == "learning_rate":
-            axes.plot(steps, values, color=style["color"], label=label)
+            axes.plot(steps, values, color=style["color"], label=shown)
             continue
         if quantity == "cer":
             name = rate_names.get(label, rate_names.get("", ""))  # the name of a single set is empty
-            label = f"{label}:{f' {name}' if name else ''} {values[0]:.2f}"
-            label += f" to {values[-1]:.2f}" if len(values) > 1 else ""
-        axes.plot(steps, values, label=label, **style)
+            shown += f":{f' {name}' if name else ''} {values[0]:.2f}"
+            shown += f" to {values[-1]:.2f}" if len(values) > 1 else ""
+        axes.plot(steps, values, label=shown, **style)
         if steps[0] == 0:
             base = min(values[0], _HIGHEST_RATE) if quantity == "cer" else values[0]
             axes.plot(
@@ -148,12 +183,13 @@ def _draw_panel(
         axes.set_ylim(0, min(max(1.05 * highest, 1.0), _HIGHEST_RATE))
 
 
-def _load_matplotlib() -> tuple[Any, Any]:
+def _load_matplotlib() -> tuple[Any, Any, Any]:
     # Not at the top: the import takes a second, and most processes never draw.
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure, FigureCanvasAgg
+    return matplotlib, Figure, FigureCanvasAgg
 
 
 def _curves(log_history: list[dict], quantity: str) -> dict[str, list[tuple[int, float]]]:

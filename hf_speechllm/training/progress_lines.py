@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..evaluation.validation_metrics import metric_prefix, set_names
 from .checkpointing.selection import AVERAGED
 
 LOADING_SHARE = 0.2  # share of the time waiting for data above which the line reports it
+RECENT_LINES = 10  # whose speed decides the remaining time: the first steps of a run are slower
 
 
 class TrainingLines(TrainerCallback):
@@ -27,25 +29,39 @@ class TrainingLines(TrainerCallback):
     def __init__(self, rate_names: Mapping[str, str]):
         self.rate_names = rate_names
         self.bar: tqdm | None = None
-        self._started = 0.0
+        self._lines_at: deque[tuple[float, int]] = deque(maxlen=RECENT_LINES)  # training seconds, step
         self._first_step = 0
+        self._interrupted_seconds = 0.0  # by validation and saving
+        self._last_end = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar; without a terminal, the lines of the log suffice."""
         if state.is_world_process_zero:
             options = {"desc": "training", "total": state.max_steps, "initial": state.global_step, "unit": "step"}
             self.bar = tqdm(**options, dynamic_ncols=True, disable=True if args.disable_tqdm else None)
-        self._started = 0.0
+        self._lines_at.clear()
+        self._interrupted_seconds = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Starts the clock after the validation that precedes the first step."""
-        if not self._started:
-            self._started, self._first_step = time.perf_counter(), state.global_step
+        if not self._lines_at:
+            self._lines_at.append((time.perf_counter(), state.global_step))
+            self._first_step = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         """Moves the bar."""
+        self._last_end = time.perf_counter()
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Measures the time since the end of the step, in which no step is trained."""
+        if self._lines_at:
+            now = time.perf_counter()
+            self._interrupted_seconds += now - self._last_end
+            self._last_end = now
+
+    on_save = on_evaluate
 
     def on_log(self, args, state, control, **kwargs):
         """Prints the last entry of the log."""
@@ -76,11 +92,16 @@ class TrainingLines(TrainerCallback):
         return [f"{where}  {line}" for line in validation_lines(entry, self.rate_names, history, kind)]
 
     def _eta(self, state) -> str:
-        done = state.global_step - self._first_step
-        if not self._started or not done:
+        if not self._lines_at:
             return ""
-        seconds = (time.perf_counter() - self._started) / done * (state.max_steps - state.global_step)
-        return f"  ETA {format_seconds(seconds)}"
+        now = time.perf_counter() - self._interrupted_seconds
+        before, step = self._lines_at[0]
+        self._lines_at.append((now, state.global_step))
+        if state.global_step == step:
+            return ""
+        per_step = (now - before) / (state.global_step - step)
+        per_step += self._interrupted_seconds / (state.global_step - self._first_step)
+        return f"  ETA {format_seconds(per_step * (state.max_steps - state.global_step))}"
 
 
 def training_line(entry: Mapping[str, Any]) -> str:

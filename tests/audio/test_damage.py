@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 import tracemalloc
 
 import av
@@ -225,6 +226,14 @@ def test_wav_header_in_flac_metadata_is_not_a_second_recording(tone):
     content, header = encoded(tone, "FLAC"), b"riff" + encoded(tone, "WAV")[:44]
     block = bytes([2]) + len(header).to_bytes(3, "big") + header  # an APPLICATION block, after STREAMINFO
     assert len(load_audio(content[:42] + block + content[42:])) == 24000
+
+
+@pytest.mark.parametrize("content", [b"RIFF$\0\0\0WAVE", b"no audio", bytes(100)])
+def test_an_unreadable_recording_is_reported_without_pyav(content, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(AudioError, match=r"a\.wav: (not audio, damaged \(libsndfile: .*the package av|truncated)"):
+        load_audio(tmp_path / "a.wav")
 
 
 def test_error_message_is_one_printable_line():

@@ -167,6 +167,38 @@ def test_stored_whisper_features_exclude_the_padding(samples):
     assert num_encoder_input_frames(extractor, len(stored)) == len(stored)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "padding_value": 0.1
+        },  # louder than the recording: the maximum, and so the floor of all frames, is in padding
+        {"n_fft": 160, "hop_length": 320},  # windows with gaps: a window of silence may not reach the last frame
+        {"n_fft": 160, "hop_length": 160},
+        {"n_fft": 512, "hop_length": 160, "feature_size": 40},
+        {"n_fft": 400, "hop_length": 80, "feature_size": 128},
+        {"n_fft": 1600, "hop_length": 40},  # windows longer than the silence of the fast path
+    ],
+)
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
+def test_stored_whisper_features_are_those_of_the_extractor_for_all_settings(settings):
+    extractor = WhisperFeatureExtractor(**settings)
+    for samples in (1, 100, 1600, 1601, 1759, 16001, 479_999):
+        waveform = noise(samples) * 0.01
+        own = extractor(waveform, sampling_rate=16000, return_attention_mask=True, return_tensors="np")
+        valid = own["input_features"][0][:, own["attention_mask"][0].astype(bool)]
+        np.testing.assert_array_equal(cacheable_features(extractor, waveform), valid.T)
+
+
+def test_whisper_extractors_that_draw_random_numbers_pad_by_themselves():
+    extractor = WhisperFeatureExtractor(dither=0.01)
+    waveform = noise(1600)
+    torch.manual_seed(0)
+    full = extractor(waveform, sampling_rate=16000, return_tensors="np")["input_features"][0]
+    torch.manual_seed(0)
+    np.testing.assert_array_equal(cacheable_features(extractor, waveform), full[:, :10].T)
+
+
 def test_training_dither_depends_on_the_row_and_decoding_has_none(tiny_model, make_wav):
     processor = SpeechLLMProcessor.from_pretrained(tiny_model)
     path = str(make_wav(seconds=0.4))

@@ -81,6 +81,16 @@ def test_list_of_the_command_line_replaces_the_list_of_the_yaml(yaml_file):
     assert args.train_file == ["c.jsonl"]
 
 
+def test_several_trackers_are_accepted(yaml_file, error_of, monkeypatch):
+    trackers = "hf_speechllm.training.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(trackers, lambda: ["tensorboard", "trackio"])
+    assert values_of([*REQUIRED, "--report_to", "tensorboard", "trackio"]).report_to == ["tensorboard", "trackio"]
+    path = yaml_file("report_to: [tensorboard, trackio]")
+    assert values_of([path, *REQUIRED]).report_to == ["tensorboard", "trackio"]
+    assert values_of([path, *REQUIRED, "--report_to", "none"]).report_to == []
+    assert "none and all are not combined" in error_of(*REQUIRED, "--report_to", "none", "trackio")
+
+
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "recipes/configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(config):
     parse_arguments([str(config), *REQUIRED, "--validation_file", "dev.jsonl"])
@@ -242,6 +252,21 @@ def test_common_error_is_printed_by_the_first_process(monkeypatch, capsys):
 def test_yaml_is_found_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert parse_arguments(["lora", *REQUIRED]).parts.use_lora
+
+
+def test_a_configuration_of_the_package_starts_no_more_loader_processes_than_cores(yaml_file, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3}, raising=False)
+    assert values_of(["lora", *REQUIRED]).dataloader_num_workers == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes on this machine, which share the cores
+    with monkeypatch.context() as context:
+        context.setattr("os.sched_getaffinity", lambda process: {*range(8)}, raising=False)
+        assert check_command_line(["lora", *REQUIRED]).training.dataloader_num_workers == 2
+    assert check_command_line(["lora", *REQUIRED]).training.dataloader_num_workers == 1
+    assert (
+        check_command_line(["lora", *REQUIRED, "--dataloader_num_workers", "6"]).training.dataloader_num_workers == 6
+    )
+    own = check_command_line([yaml_file("dataloader_num_workers: 4"), *REQUIRED])
+    assert own.training.dataloader_num_workers == 4
 
 
 def test_help_lists_own_options_in_groups_and_inherited_ones_with_help_all(capsys):

@@ -45,12 +45,15 @@ def test_module_is_the_same_command_and_its_help_is_light():
 
 
 def test_unknown_verb_is_reported_with_the_closest(run):
-    code, _ = run("decod")
-    assert code == "hf-speechllm: error: unknown verb decod; did you mean decode?; hf-speechllm --help lists all verbs"
+    code, output = run("decod")
+    assert code == 2
+    assert output.err == (
+        "hf-speechllm: error: unknown verb decod; did you mean decode?; hf-speechllm --help lists all verbs\n"
+    )
 
 
 def test_verbs_of_other_tools_lead_to_the_verb(run):
-    assert "unknown verb train; did you mean finetune?" in run("train")[0]
+    assert "unknown verb train; did you mean finetune?" in run("train")[1].err
 
 
 def test_unknown_option_is_reported_with_the_closest(run):
@@ -111,6 +114,49 @@ def test_missing_package_is_reported_with_its_extra(tmp_path):
     )
 
 
+WRONG_USAGE = [
+    "nosuch", "env x", "completion nosuch", "decode", "decode --model_name_or_path m --output_file o",
+    "decode --nosuch 1", "decode --num_processes 0", "decode --config_file nosuch", "finetune --num_processes 0",
+    "finetune nosuch.yaml", "finetune --config_file nosuch", "finetune --model_name_or_path m --train_file t --seed x",
+    "compose nosuch --tokenizer t --output_dir new", "plan nosuch --model_name_or_path m --train_file none",
+    "score none none --output_dir s --num_worst -1", "doctor", "prepare s --output_dir p --num_workers 0",
+    "scp2jsonl --scp_file none --transcript_file none --jsonl_file o --num_workers 0",
+    "inspect --jsonl_file none --model_name_or_path m --inference --loss",
+]  # fmt: skip
+MISSING_FILES = [
+    "finetune --model_name_or_path {model} --train_file none.jsonl --output_dir o",
+    "finetune --model_name_or_path none --train_file none.jsonl --output_dir o",
+    "finetune --model_name_or_path none --train_file none.jsonl --output_dir o --num_processes 2 --config_file cpu",
+    "plan --model_name_or_path {model} --train_file none.jsonl", "convert --input none --output c --format native",
+    "decode --model_name_or_path none --output_file o --scp_file none", "push --input none --hub_model_id a/b",
+    "decode --model_name_or_path none --output_file o none.wav", "score none none --output_dir s",
+    "decode --model_name_or_path none --output_file {model}/config.json a.wav", "normalize none out",
+    "align none --model_name_or_path {model} --output_file o", "synthesize --texts none --output_dir y",
+    "inspect --model_name_or_path {model} --jsonl_file none", "prepare none --output_dir p",
+    "scp2jsonl --scp_file none --transcript_file none --jsonl_file o.jsonl", "demo --model_name_or_path none",
+    "average --inputs none other --output a", "merge --input none --output m",
+    "convert --input {model} --output {model} --format native",
+    "compose models/tiny --transcripts none --output_dir new",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "status"), [(WRONG_USAGE, 2), (MISSING_FILES, 1)])
+def test_exit_status_tells_wrong_usage_from_missing_files(lines, status, run, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for line in lines:
+        code, output = run(*line.format(model=tiny_model).split())
+        message = output.err.splitlines()[-1] if isinstance(code, int) else code
+        assert "error: " in message and "Traceback" not in output.err, line
+        found[line] = code if isinstance(code, int) else 1  # of a message
+        assert status == 2 or "none" in message or "exists" in message, message
+    assert found == dict.fromkeys(lines, status)
+
+
+def test_doctor_separates_files_that_are_missing_from_faults_of_the_data(run, tmp_path):
+    assert run("doctor", tmp_path / "none.jsonl")[0] == 2
+
+
 def test_env_prints_versions(run):
     code, output = run("env")
     assert not code
@@ -137,15 +183,16 @@ def test_reader_of_the_output_may_end_early(tiny_model, make_wav, tmp_path):
 
 
 def test_name_without_its_folder_is_suggested_with_it(run, tmp_path):
-    code, _ = run("compose", "tiny", "--tokenizer", "a", "--output_dir", tmp_path / "new")
-    assert code.endswith("tiny: no such file or configuration; did you mean models/tiny?")
+    code, output = run("compose", "tiny", "--tokenizer", "a", "--output_dir", tmp_path / "new")
+    assert code == 2
+    assert output.err.endswith("tiny: no such file or configuration; did you mean models/tiny?\n")
 
 
 def test_json_in_place_of_a_kaldi_list_is_told_before_the_model_is_loaded(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": []}\n')
     code, output = run("decode", "--model_name_or_path", "a", "--scp_file", rows, "--output_file", tmp_path / "out")
-    assert code == 2
+    assert code == 1
     assert output.err.endswith("rows.jsonl: JSON instead of lines `ID PATH_OR_URL`; use --jsonl_file\n")
 
 

@@ -69,7 +69,7 @@ def test_second_run_writes_the_same_files_and_requires_overwrite(run, kaldi, tmp
     assert run("prepare", kaldi, "--output_dir", out)[0] is None
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     code, output = run("prepare", kaldi, "--output_dir", out)
-    assert code == 2 and "train.jsonl exists; choose another --output_dir, or use --overwrite" in output.err
+    assert code == 1 and "train.jsonl exists; choose another --output_dir, or use --overwrite" in output.err
     assert run("prepare", kaldi, "--output_dir", out, "--overwrite")[0] is None
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run("prepare", kaldi, "--output_dir", out, "--overwrite", "--split", 1, 0, 0)[0] is None

@@ -141,8 +141,8 @@ def test_models_from_an_earlier_result_of_a_changed_stage_are_not_kept(write, tm
     ],
 )
 def test_invalid_stages_are_one_line(stages, message, write, run):
-    code, _ = run("finetune", write(stages))
-    assert message in code and "\n" not in code
+    code, output = run("finetune", write(stages))
+    assert code == 2 and message in output.err and output.err.count("\n") == 1
 
 
 def test_errors_of_all_stages_are_found_before_the_first_run(write, run, tmp_path):
@@ -165,5 +165,6 @@ def test_several_processes_need_the_launcher_of_the_command(write, run, monkeypa
 
 
 def test_stages_are_not_planned(write, run):
-    code, _ = run("finetune", write([{"max_steps": 1}]), "--auto")
-    assert code.endswith("--auto plans a single run; leave it out for a configuration with stages")
+    code, output = run("finetune", write([{"max_steps": 1}]), "--auto")
+    assert code == 2
+    assert output.err.endswith("--auto plans a single run; leave it out for a configuration with stages\n")

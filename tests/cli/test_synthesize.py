@@ -127,6 +127,36 @@ def test_failed_rows_are_left_out_up_to_a_share(run, engine, tmp_path, caplog):
     assert len(rows_of(tmp_path / "b")) == 2
 
 
+# Writes a recording at 16 kHz, or a wrong one, whose content is the name of the text.
+WRONG_WRITER = """
+import sys, wave
+text, wav = open(sys.argv[1], encoding="utf-8").read().strip(), sys.argv[2]
+contents = {"empty": b"", "text": b"no voice", "header": b"RIFF\\x24\\0\\0\\0WAVE", "zeros": bytes(100)}
+if text in contents:
+    open(wav, "wb").write(contents[text])
+else:
+    with wave.open(wav, "wb") as file:
+        file.setnchannels(1), file.setsampwidth(2), file.setframerate(16000)
+        file.writeframes(bytes(range(256)) * 125 if text != "no samples" else b"")
+"""
+
+
+@pytest.mark.parametrize("decoder", ["PyAV", "no PyAV"])
+def test_recordings_that_an_engine_wrote_wrongly_are_failed_rows(run, tmp_path, caplog, monkeypatch, decoder):
+    if decoder == "no PyAV":
+        monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "engine.py").write_text(WRONG_WRITER, encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("good\nempty\ntext\nheader\nzeros\nno samples\n", encoding="utf-8")
+    code, _ = run(
+        "synthesize", "--texts", tmp_path / "texts.txt", "--engines", "writer", "--num_workers", 1, "--output_dir",
+        tmp_path / "out", "--max_bad_fraction", 0.9, "--command",
+        f"writer={sys.executable} {tmp_path / 'engine.py'} {{text}} {{wav}}",
+    )  # fmt: skip
+    assert not code and len(rows_of(tmp_path / "out")) == 1
+    assert "5 of 6 rows are bad" in caplog.text
+    assert caplog.text.count("writer, voice default: ") == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -164,7 +164,7 @@ def test_existing_output_folder_is_refused_and_unchanged(target, make_checkpoint
     folder, output = make_checkpoint("speech_llm"), tmp_path / "out"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
-    assert run_recipe("convert_checkpoint.py", "--input", folder, "--output", output, "--format", target) == 2
+    assert run_recipe("convert_checkpoint.py", "--input", folder, "--output", output, "--format", target) == 1
     assert "exists; remove it or choose another --output" in capsys.readouterr().err
     assert [item.name for item in output.iterdir()] == ["notes.txt"]
     assert (output / "notes.txt").read_text() == "mine"

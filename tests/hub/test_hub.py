@@ -318,6 +318,8 @@ def test_training_publishes_model_card_and_curve(hub, tiny_model, tiny_corpus, t
         list(map(str, command)), capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=300
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    assert re.search(r"uploading 9 files, \d+\.\d MB, to user/tuned\n\S+ uploaded in 0:00:\d\d\n", result.stderr)
+    assert "\r" not in result.stderr  # a log has no progress bars
 
     repository, files = hub.repositories["user/tuned"], files_of(hub, "user/tuned")
     assert repository.private

@@ -118,7 +118,7 @@ def test_only_corrected_recordings_are_decoded_again(decode, make_wav, tmp_path,
     end, text = decode(*options, scp=scp)
     assert end is None and "1 of 2 requests are already decoded" in caplog.text
     assert [line.split("\t")[0] for line in text.splitlines()] == ["empty", "whole"]
-    assert decode(*options, scp=scp)[0] == 2  # a complete file is not replaced without --overwrite
+    assert decode(*options, scp=scp)[0] == 1  # a complete file is not replaced without --overwrite
     assert decode(*options, "--overwrite", scp=scp) == (None, text)
     assert not list(tmp_path.glob("*.partial-*"))
     assert whole.exists()
@@ -219,14 +219,34 @@ def test_wrong_options_are_reported_before_decoding(decode, tmp_path, capsys):
     ):
         assert decode(*options)[0] == 2 and message in capsys.readouterr().err
     assert "at least 1 s" in decode("--vad", "--vad_max_seconds", "0.1")[0]
-    assert decode(output="words.txt/folder/hyp.txt")[0] == 2
+    assert decode(output="words.txt/folder/hyp.txt")[0] == 1
     assert "words.txt/folder cannot be created: Not a directory; choose another folder" in capsys.readouterr().err
-    assert decode(scp=tmp_path / "gone.scp")[0] == 2
+    assert decode(scp=tmp_path / "gone.scp")[0] == 1
     assert "gone.scp: no such file" in capsys.readouterr().err
     scp = tmp_path / "wav.scp"
     scp.write_text("\n")
     assert f"{scp}: no recordings" in decode(scp=scp)[0]
     assert not list(tmp_path.glob("hyp*"))
+
+
+def test_a_recording_that_is_too_long_is_named_before_decoding_starts(decode, tmp_path, tone, caplog, monkeypatch):
+    soundfile.write(tmp_path / "hour.flac", np.zeros(3600 * 8000, dtype=np.int16), 8000)
+    soundfile.write(tmp_path / "short.wav", tone(0.5), 16000)
+    scp = tmp_path / "wav.scp"
+    scp.write_text("short short.wav\nhour hour.flac\n", encoding="utf-8")
+    reported = []
+    original = Transcriber.__call__
+
+    def transcribe(*arguments):
+        reported.extend(record.getMessage() for record in caplog.records)
+        return original(*arguments)
+
+    monkeypatch.setattr(Transcriber, "__call__", transcribe)
+    with caplog.at_level("WARNING"):
+        message, text = decode("--max_new_tokens", "4", scp=scp)
+    assert text.startswith("short\t") and "1 failed" in message
+    (line,) = [line for line in reported if "unusable" in line]
+    assert line.startswith("1 of 2 requests are unusable") and "the first: hour: " in line and "--vad" in line
 
 
 def test_each_hostile_recording_has_an_error(decode, tmp_path):

@@ -126,7 +126,7 @@ def test_prompt_of_a_row_is_kept_without_prompt_options(tiny_model, tiny_corpus,
 
 def test_errors_are_reported_in_one_line(tiny_model, tiny_corpus, inspect, run_recipe, tmp_path, capsys):
     model = ["--model_name_or_path", tiny_model]
-    assert run_recipe("inspect_data.py", *model, "--jsonl_file", tmp_path / "none.jsonl") == 2
+    assert run_recipe("inspect_data.py", *model, "--jsonl_file", tmp_path / "none.jsonl") == 1
     message = capsys.readouterr().err
     assert message.startswith("inspect_data.py: error: ") and message.endswith("none.jsonl: no such file\n")
     message = run_recipe("inspect_data.py", "--model_name_or_path", tmp_path, "--jsonl_file", tiny_corpus.jsonl)

@@ -126,7 +126,7 @@ def test_byte_order_mark_and_windows_line_ends_are_ignored(score, tmp_path):
 
 def test_results_are_replaced_only_with_overwrite(score, capsys):
     first = score({"a": "one"}, {"a": "two"})
-    assert score({"a": "one"}, {"a": "one"}) == 2
+    assert score({"a": "one"}, {"a": "one"}) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert (first["rate"], score({"a": "one"}, {"a": "one"}, "--overwrite")["rate"]) == (1.0, 0.0)
 

@@ -187,7 +187,7 @@ def test_no_rows_at_all_is_an_error(corpus, tmp_path, run_recipe):
 def test_existing_output_is_an_error_before_any_work(corpus, tmp_path, run_recipe, capsys):
     flags = corpus()
     (tmp_path / "train.jsonl").write_text("old")
-    assert run_recipe("scp2jsonl.py", *flags) == 2
+    assert run_recipe("scp2jsonl.py", *flags) == 1
     error = capsys.readouterr().err
     assert "--overwrite" in error and "checking" not in error
     assert (tmp_path / "train.jsonl").read_text() == "old"
@@ -196,17 +196,17 @@ def test_existing_output_is_an_error_before_any_work(corpus, tmp_path, run_recip
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, status, message",
     [
-        (["--jsonl_file", "/none/train.jsonl"], "/none/train.jsonl"),
-        (["--scp_file", "/none/wav.scp"], "/none/wav.scp"),
-        (["--transcript_file", "/none/text"], "/none/text"),
-        (["--max_bad_fraction", "1.5"], "--max_bad_fraction"),
-        (["--num_workers", "0"], "--num_workers"),
+        (["--jsonl_file", "/none/train.jsonl"], 1, "/none/train.jsonl"),
+        (["--scp_file", "/none/wav.scp"], 1, "/none/wav.scp"),
+        (["--transcript_file", "/none/text"], 1, "/none/text"),
+        (["--max_bad_fraction", "1.5"], 2, "--max_bad_fraction"),
+        (["--num_workers", "0"], 2, "--num_workers"),
     ],
 )
-def test_wrong_flag_is_named(corpus, run_recipe, capsys, flags, message):
-    assert run_recipe("scp2jsonl.py", *corpus(), *flags) == 2
+def test_wrong_flag_is_named(corpus, run_recipe, capsys, flags, status, message):
+    assert run_recipe("scp2jsonl.py", *corpus(), *flags) == status
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

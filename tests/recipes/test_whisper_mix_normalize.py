@@ -68,7 +68,7 @@ def test_a_line_that_is_not_utf8_is_named_and_nothing_is_written(tmp_path, run_r
 
 def test_files_that_cannot_be_used_are_named(tmp_path, run_recipe, caplog, capsys):
     (tmp_path / "in.txt").write_text("a b\n")
-    assert run_recipe("whisper_mix_normalize.py", tmp_path / "missing.txt", tmp_path / "out.txt") == 2
+    assert run_recipe("whisper_mix_normalize.py", tmp_path / "missing.txt", tmp_path / "out.txt") == 1
     assert f"{tmp_path / 'missing.txt'}: no such file" in capsys.readouterr().err
     assert run_recipe("whisper_mix_normalize.py", tmp_path / "in.txt", tmp_path / "missing" / "out.txt") == 1
     assert str(tmp_path / "missing") in caplog.text

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback
 
 from hf_speechllm.model.chat import transcription_messages
-from hf_speechllm.training import callbacks, trackers, validation
+from hf_speechllm.training import callbacks, progress_lines, trackers, validation
 from hf_speechllm.training.progress_lines import learning_rates, training_line, validation_lines
 from hf_speechllm.training.run import save_final
 from hf_speechllm.training.trackers import markdown_table, part_gradient_norms, send_samples, tracker_values
@@ -144,6 +144,37 @@ def test_line_of_a_step():
     assert learning_rates({"learning_rate": 1e-5, "llm_learning_rate": 1e-5}) == "1.0e-05"
     line = f"step 1200/12000  {training_line({**entry, 'data_wait_share': 0, 'bad_rows': 0})}"
     assert len(line.replace("CTC loss 2.500  ", "").partition("  0 bad")[0]) + len("  ETA 2:02:31") <= 80
+
+
+def test_remaining_time_follows_the_recent_speed_and_includes_validation(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0, strftime=lambda form: "")
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(progress_lines, "time", clock)
+    state = SimpleNamespace(global_step=0, max_steps=1000, is_world_process_zero=True, log_history=[])
+    lines = progress_lines.TrainingLines({})
+
+    def remaining(steps, seconds, pause=0.0):
+        """Trains steps, prints a line, and validates; returns the remaining seconds according to the line."""
+        for _ in range(steps):
+            lines.on_step_begin(None, state, None)
+            clock.now += seconds
+            state.global_step += 1
+            lines.on_step_end(None, state, None)
+        state.log_history.append({"loss": 1.0, "learning_rate": 1e-4, "step": state.global_step})
+        lines.on_log(None, state, None)
+        clock.now += pause
+        if pause:
+            lines.on_evaluate(None, state, None)
+        hours, minutes, seconds = re.search(r"ETA (\d+):(\d+):(\d+)$", capsys.readouterr().out.strip()).groups()
+        return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
+    clock.now = 50.0  # validation before the first step
+    lines.on_evaluate(None, state, None)
+    assert remaining(10, 20.0) == 990 * 20  # slow: kernels are chosen, files are read for the first time
+    found = [remaining(10, 1.0) for _ in range(progress_lines.RECENT_LINES)]
+    assert found[0] > 5 * 980 and found[-1] == 890
+    assert remaining(10, 1.0, pause=240.0) == 880
+    assert remaining(10, 1.0) == 870 + round(870 * 240 / 130)  # the next validations take as long
 
 
 def test_line_of_a_validation_set():

@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from safetensors.torch import load_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
@@ -304,6 +307,42 @@ def test_curve_has_a_panel_for_each_quantity_in_the_log(tmp_path, drawn):
     assert {title: list(lines) for title, lines in drawn(history).items()} == {
         "Loss per supervised token": ["training", "validation"]
     }
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """Limits the installed fonts to those that matplotlib brings along; returns the letters of a font by its name."""
+    manager = font_manager.fontManager
+    bundled = [font for font in manager.ttflist if Path(font.fname).is_relative_to(matplotlib.get_data_path())]
+    monkeypatch.setattr(manager, "ttflist", bundled)
+    callbacks._fonts_and_names.cache_clear()
+    yield lambda name: set(FT2Font(font_manager.findfont(name)).get_charmap())
+    callbacks._fonts_and_names.cache_clear()
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_curve_takes_a_font_that_has_the_letters_of_a_set(fonts, drawn, tmp_path, caplog):
+    letter = chr(min(code for code in fonts("STIXGeneral") - fonts("DejaVu Sans") if chr(code).isalpha()))
+    history = [{"step": 1, "loss": 2.0}, {"step": 1, f"eval_{letter}_loss": 2.0}, {"step": 1, "eval_dev_loss": 1.0}]
+    draw_curve(history, tmp_path / "curve.png")
+    assert [*drawn(history)["Loss per supervised token"]] == ["training", "dev", letter]
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_curve_names_a_set_by_number_if_no_font_has_its_letters(fonts, drawn, tmp_path, caplog):
+    history = [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "eval_验证_loss": 2.0, "eval_dev_loss": 1.0, "eval_验证_cer": 0.5},
+    ]
+    draw_curve(history, tmp_path / "curve.png")
+    panels = drawn(history, rate_names={"验证": "CER"})
+    assert [*panels["Loss per supervised token"]] == ["training", "dev", "set 2"]
+    assert [*panels["Error rate of decoded validation sets, %"]] == ["set 2: CER 50.00"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no installed font has the letters of 验证: the training curve shows the name set 2; install a font such as "
+        "Noto Sans CJK"
+    ]
 
 
 def test_curve_shows_the_base_model_and_sets_apart_from_their_mean(drawn):
