@@ -15,7 +15,7 @@ import torch
 from ..audio.vad import VoiceDetector
 from ..data.bad_rows import BadRows
 from ..formats.loading import load_config
-from ..inference.ctc_reader import NO_HEAD
+from ..inference.ctc_reader import no_head
 from ..inference.decoding import Outcome, Plan, plan_requests
 from ..inference.distributed import Processes
 from ..inference.journal import Journal
@@ -129,7 +129,7 @@ def prepare(
     config = load_config(name)
     uses_ctc = args.word_times or args.ctc_guard or args.ctc_draft or args.ctc_weight
     if uses_ctc and getattr(config, "ctc_head_config", None) is None:
-        raise ValueError(NO_HEAD)
+        raise ValueError(no_head(config))
     journal.settings["dtype"] = dtype
     meter = RequestMeter(config, processor, vad.max_seconds if vad else None, args.num_workers)
     plan = plan_requests(requests, meter, journal, processes)

@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             parser.file_error(f"{getattr(args, name)}: no such file")
     args.outputs = [*OUTPUTS, UNSEEN_WORDS] if args.train_file else [*OUTPUTS]
-    existing = [name for name in args.outputs if Path(args.output_dir, name).exists()]
+    existing = [name for name in (*OUTPUTS, UNSEEN_WORDS) if Path(args.output_dir, name).exists()]
     if existing and not args.overwrite:
         parser.file_error(
             f"--output_dir {args.output_dir} contains {', '.join(existing)}; remove the files, or use --overwrite"
@@ -206,6 +206,7 @@ def score(args: argparse.Namespace) -> None:
     with atomic_write(folder / "report.html") as file:
         file.write(page)
     facts: dict[str, Any] = {}
+    (folder / UNSEEN_WORDS).unlink(missing_ok=True)  # of an earlier score
     if train_files:
         with atomic_write(folder / UNSEEN_WORDS) as file:
             file.writelines(f"{row['word']}\n" for row in result["training_frequency"]["unseen_words"])

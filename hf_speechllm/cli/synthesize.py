@@ -88,8 +88,11 @@ def main() -> None:
             parser.error(f"--{name} is {getattr(args, name):g}; it must be between 0 and 1")
     if args.shuffled_words + args.random_words > 1:
         parser.error("--shuffled_words and --random_words are more than 1 together; reduce one")
-    if args.word_list is None and (args.random_words or any("{word}" in text for text in args.text_prompt)):
+    asks = any("{word}" in text for text in args.text_prompt)
+    if args.word_list is None and (args.random_words or asks):
         parser.error("--random_words and {word} need --word_list")
+    if args.texts is not None and args.text_prompt != [""]:
+        parser.error("--text_prompt is for texts sampled from --llm; leave it out with --texts")
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
@@ -131,9 +134,12 @@ def lines_of(file: str) -> list[str]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it has no text.
+        ValueError: if it is not UTF-8, or has no text.
     """
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: {error}; save the file as UTF-8") from error
     found = [" ".join(line.split()) for line in lines if line.strip()]
     if not found:
         raise ValueError(f"{file}: no texts")
@@ -142,7 +148,7 @@ def lines_of(file: str) -> list[str]:
 
 def synthesize_rows(args: argparse.Namespace) -> None:
     """Reads or samples the texts, and writes the shards."""
-    from ..data.synthesis import Plan, check_settings, clean_texts, synthesize, voices_of
+    from ..data.synthesis import Plan, check_settings, clean_texts, digest, synthesize, voices_of
     from ..files import atomic_write
     from ..model.chat import transcription_prompt
 
@@ -156,13 +162,15 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         texts = lines_of(args.texts)
     else:
         file = folder / "texts.txt"
-        sampling = {name: vars(args)[name] for name in ("llm", "num_texts", "text_prompt", "word_list", "seed")}
+        asked = any("{word}" in prompt for prompt in args.text_prompt)
+        sampling = {name: vars(args)[name] for name in ("llm", "num_texts", "text_prompt", "seed")}
+        sampling["words"] = digest(words) if asked else None
         check_settings(folder / "texts.json", sampling)
         if not file.is_file():
             from ..inference.text_sampling import sample_sentences
 
             prompts = args.text_prompt
-            if any("{word}" in prompt for prompt in prompts):
+            if asked:
                 order = random.Random(args.seed).sample(words, len(words))
                 prompts = [prompt.replace("{word}", word) for word in order for prompt in prompts]
             quiet_transformers()

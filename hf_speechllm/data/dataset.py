@@ -380,7 +380,7 @@ def _cache_units(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     processes.
     """
     units: list[list[str]] = []
-    for group in groups:
+    for group in filter(None, groups):  # a list may be empty
         archives = all(is_archive(file) for file in (*group, *(units[-1] if units else ())))
         folders = {os.path.dirname(file) for file in (*group, *(units[-1] if units else ()))}
         if units and archives and len(folders) == 1:

@@ -43,6 +43,8 @@ RHVOICE_LANGUAGES = {
     "uk": "Ukrainian", "uz": "Uzbek",
 }  # fmt: skip
 PUNCTUATION, SENTENCE_ENDS = ',.!?;:"“”()。，！？、；：', ".!?。！？"
+# Letters of languages without spaces between words: kana, Chinese characters.
+UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 RECENT = 64  # rows of which babble is mixed
 TIMEOUT = 120.0  # seconds for one row
 SETTINGS_FILE = "synthesis.json"
@@ -210,21 +212,23 @@ class Plan:
         kind = rng.random()
         if kind < self.random_words:
             chosen = [self.words[index] for index in rng.integers(len(self.words), size=rng.integers(3, 9))]
-            return (" " if _has_spaces("".join(chosen)) else "").join(chosen)
+            return _join(chosen)
         if kind >= self.random_words + self.shuffled:
             return text
-        spaced = _has_spaces(text)
-        words = [word.strip(f"{PUNCTUATION}- ") for word in (text.split() if spaced else text)]
+        words = [word.strip(f"{PUNCTUATION}- ") for word in (text if UNSPACED.search(text) else text.split())]
         words = [word for word in words if word]
         if len(words) < 2:
             return text
         end = text[-1] if text[-1] in SENTENCE_ENDS else ""
-        return (" " if spaced else "").join(rng.permutation(words)) + end
+        return ("" if UNSPACED.search(text) else " ").join(rng.permutation(words)) + end
 
 
-def _has_spaces(text: str) -> bool:
-    """Returns whether the language of a text has spaces between words: not Chinese or Japanese."""
-    return not any("\u2e80" <= letter < "\uff00" for letter in text)
+def _join(words: Sequence[str]) -> str:
+    """Joins words with spaces, but without one between two Chinese or Japanese characters."""
+    text = words[0]
+    for word in words[1:]:
+        text += word if UNSPACED.match(text[-1]) and UNSPACED.match(word) else f" {word}"
+    return text
 
 
 def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
@@ -358,14 +362,15 @@ def _check_settings(plan: Plan, output_dir: Path) -> None:
             if name not in ("texts", "words", "voices", "augmentation")
         },
         "augmentation": asdict(plan.augmentation),
-        "texts": _digest(plan.texts),
-        "words": _digest(plan.words),
-        "voices": {engine: _digest(voices) for engine, voices in plan.voices.items()},
+        "texts": digest(plan.texts),
+        "words": digest(plan.words if plan.random_words else ()),
+        "voices": {engine: digest(voices) for engine, voices in plan.voices.items()},
     }
     check_settings(output_dir / SETTINGS_FILE, settings)
 
 
-def _digest(lines: Sequence[str]) -> str:
+def digest(lines: Sequence[str]) -> str:
+    """Returns a hash of lines."""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 

@@ -14,7 +14,7 @@ from ..model import chat
 from ..model.calibration import Calibration
 from ..model.ctc_vocabulary import CTCVocabulary
 from ..model.modeling import SpeechLLMForConditionalGeneration
-from ..model.native_families import CTC_HEAD
+from ..model.native_families import CTC_HEAD, is_native
 from ..model.processing import SpeechLLMProcessor
 from .alignment import Word, align, split_words
 from .segments import Segment
@@ -26,6 +26,14 @@ NO_HEAD = (
 # A word whose CTC probability is below the first number is unheard; a text is contradicted if the share of unheard
 # words is above the second.
 UNHEARD, CONTRADICTED = 0.05, 0.5
+
+
+def no_head(model_or_config: Any) -> str:
+    """Returns why a model has no CTC head, and what to do."""
+    if is_native(model_or_config):
+        config = getattr(model_or_config, "config", model_or_config)
+        return f"{config.model_type} models have no CTC head; leave out word times and all --ctc_* options"
+    return NO_HEAD
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class CTCReader:
         calibration: Calibration | None = None,
     ):
         if getattr(model, CTC_HEAD, None) is None:
-            raise ValueError(NO_HEAD)
+            raise ValueError(no_head(model))
         self.model = model
         self.tokenizer = processor.tokenizer
         self.guard = guard

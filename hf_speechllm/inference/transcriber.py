@@ -143,6 +143,8 @@ class Transcriber:
         if fast and own and model.device.type == "cuda":
             disable_host_syncs(model)
         self.processor = processor
+        if ctc_draft and (num_beams > 1 or ctc_weight):
+            raise ValueError("ctc_draft is not supported with num_beams and ctc_weight: drafts are verified greedily")
         uses_ctc = word_times or ctc_guard or ctc_draft
         self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
         self.rescorer = Rescorer(CTCReader(model, processor), processor, ctc_weight, num_beams) if ctc_weight else None

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import pretrained
 from .ctc_configuration import CTCHeadConfig
-from .encoders import encoder_family
+from .encoders import encoder_family, set_window
 from .kv_cache import CACHE_NAMES
 
 # Qwen3-0.6B, the LLM of Fun-ASR-Nano.
@@ -166,6 +166,8 @@ class SpeechLLMConfig(PreTrainedConfig):
         if not isinstance(self.funasr_files, (dict, type(None))):
             raise ValueError("funasr_files must be a mapping")
         self.audio_encoder_config = _build(self.audio_encoder_config, {"model_type": "fun_asr_nano_encoder"})
+        if (window := getattr(self.audio_encoder_config, "window_seconds", None)) is not None:
+            set_window(self.audio_encoder_config, window)
         self.llm_config = _build(self.llm_config, DEFAULT_LLM)
         if not isinstance(self.audio_adaptor_config, AudioAdaptorConfig):
             self.audio_adaptor_config = AudioAdaptorConfig(**(self.audio_adaptor_config or {}))

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..audio.fbank import FbankFeatureExtractor
 from .audio_lengths import Convolution, after_convolutions
 
 UNLIMITED = 1 << 24  # frames; the encoder has no position table
+POSITIONS = threading.Lock()  # held while the number of positions of an encoder is changed
 # Settings of encoders that change the input at random or skip layers, apart from dropout. The options of training do
 # the former; a skipped layer has no gradient, which DDP does not support.
 WITHOUT = {
@@ -99,9 +101,9 @@ def set_window(config: PreTrainedConfig, seconds: float) -> None:
     if not family.windows:
         raise ValueError(f"encoder_window: {config.model_type} encoders have no windows; leave it out")
     longest = family.max_frames(config) / 100
-    if not 0.02 <= seconds <= longest:
-        raise ValueError(f"encoder_window is {seconds:g}; it must be between 0.02 and {longest:g} seconds")
-    config.window_seconds = float(seconds)
+    if type(seconds) not in (int, float) or not 0.02 <= seconds <= longest:
+        raise ValueError(f"encoder_window is {seconds!r}; it must be between 0.02 and {longest:g} seconds")
+    config.window_seconds = round(50 * seconds) / 50  # whole encoder frames
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -166,15 +168,16 @@ def _run_whisper(encoder, config, features, mask) -> torch.Tensor:
     mask = mask.bool()
     silence = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=(1, 2), keepdim=True) - 2
     features = torch.where(mask.unsqueeze(-1), features, silence)
-    longest, whole = features.shape[1], 2 * config.max_source_positions
+    longest, whole = features.shape[1], 2 * encoder.max_source_positions
     unit = 2 * round(50 * getattr(config, "window_seconds", 0.0)) or whole  # frames
     if unit == whole:
-        return _run_whisper_window(encoder, whole, features, silence)[:, : (longest + 1) // 2]
+        states = encoder(_whisper_input(encoder, whole, features, silence)).last_hidden_state
+        return states[:, : (longest + 1) // 2]
     windows = ((mask.sum(-1) + unit - 1) // unit * unit).clamp(unit, whole).tolist()
     order, pieces = [], []
     for window in sorted(set(windows)):
         rows = [row for row, other in enumerate(windows) if other == window]
-        found = _run_whisper_window(encoder, window, features[rows, :window], silence[rows])
+        found = _run_whisper_window(encoder, config, window, features[rows, :window], silence[rows])
         # The number of frames to add is negative for windows that are longer than the batch.
         pieces.append(functional.pad(found, (0, 0, 0, (longest + 1) // 2 - found.shape[1])))
         order += rows
@@ -182,22 +185,23 @@ def _run_whisper(encoder, config, features, mask) -> torch.Tensor:
     return torch.cat(pieces)[places]
 
 
-def _run_whisper_window(encoder, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
+def _whisper_input(encoder, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
     padding = silence.expand(-1, window - features.shape[1], features.shape[2])
-    features = torch.cat([features, padding], dim=1).transpose(1, 2)
-    with _whisper_positions(encoder, window // 2):
-        return encoder(features.to(encoder.conv1.weight.dtype)).last_hidden_state
+    return torch.cat([features, padding], dim=1).transpose(1, 2).to(encoder.conv1.weight.dtype)
 
 
-@contextlib.contextmanager
-def _whisper_positions(encoder, number: int) -> Iterator[None]:
-    """Lets Whisper's encoder, which has a fixed length, use its first positions only."""
-    table, whole = encoder.embed_positions, encoder.config.max_source_positions
-    table.num_embeddings = encoder.config.max_source_positions = number
-    try:
-        yield
-    finally:
-        table.num_embeddings = encoder.config.max_source_positions = whole
+def _run_whisper_window(encoder, config, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
+    """Runs Whisper's encoder, which has a fixed length, with its first positions only."""
+    inputs = _whisper_input(encoder, window, features, silence)
+    table = encoder.embed_positions
+    with POSITIONS:
+        if encoder.config is config:
+            encoder.config = copy.copy(config)  # other threads read the model's config
+        table.num_embeddings = encoder.config.max_source_positions = window // 2
+        try:
+            return encoder(inputs).last_hidden_state
+        finally:
+            table.num_embeddings = encoder.config.max_source_positions = encoder.max_source_positions
 
 
 def _run_masked(encoder, config, features, mask) -> torch.Tensor:

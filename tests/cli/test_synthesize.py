@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hf_speechllm.audio.waveform import load_audio
+from hf_speechllm.cli.synthesize import lines_of
 from hf_speechllm.data import synthesis
 from hf_speechllm.data.shards import read_shard, shards_of
 from hf_speechllm.data.synthesis import Plan, clean_texts, voices_of
@@ -260,6 +262,36 @@ def test_rows_of_random_words_speak_words_of_the_list():
     assert all(set(chinese.text(row)) <= {"天", "地"} for row in range(10))
 
 
+def test_words_of_languages_with_spaces_are_joined_with_spaces():
+    words = ["안녕", "세계"]
+    plan = Plan(
+        ["안녕 하세요 세계 여러분."], 20, {"t": ["v"]}, {"t": 1.0}, "p", words=words, random_words=0.5, shuffled=0.5
+    )
+    said = [plan.text(row) for row in range(20)]
+    assert {len(text.split()) for text in said if text.endswith(".")} == {4}
+    assert all(set(text.split()) <= set(words) for text in said if not text.endswith("."))
+    mixed = Plan(["x"], 200, {"t": ["v"]}, {"t": 1.0}, "p", words=["上", "海", "gute"], random_words=1.0)
+    for text in (mixed.text(row) for row in range(200)):
+        assert not re.search("[上海] [上海]|gutegute|[上海]g|e[上海]", text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfea\x00", "words.txt: 'utf-8' codec can't decode"), (b"\n \n", "words.txt: no texts")],
+)
+def test_unusable_lists_of_words_are_named(run, engine, texts, tmp_path, content, message):
+    (tmp_path / "words.txt").write_bytes(content)
+    options = ["--texts", texts, "--command", engine, "--engines", "tone", "--random_words", "1"]
+    code, _ = run("synthesize", *options, "--word_list", tmp_path / "words.txt", "--output_dir", tmp_path / "out")
+    assert message in code
+
+
+def test_a_byte_order_mark_is_no_part_of_words_and_texts(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_bytes("\ufeffalpha\r\n\r\nbeta  gamma\r\n".encode())
+    assert lines_of(str(file)) == ["alpha", "beta gamma"]
+
+
 def test_prompts_ask_for_the_words_of_a_list(run, engine, tmp_path, monkeypatch):
     asked = []
 
@@ -279,6 +311,7 @@ def test_prompts_ask_for_the_words_of_a_list(run, engine, tmp_path, monkeypatch)
     [
         (["--random_words", "0.5"], "--random_words and {word} need --word_list"),
         (["--text_prompt", "with {word}"], "--random_words and {word} need --word_list"),
+        (["--text_prompt", "a"], "--text_prompt is for texts sampled from --llm"),
         (["--random_words", "1.5"], "--random_words is 1.5; it must be between 0 and 1"),
         (["--random_words", "0.6", "--shuffled_words", "0.5", "--word_list", "w"], "are more than 1 together"),
     ],

@@ -194,3 +194,9 @@ def test_wrong_options_are_refused(with_head, compose_tiny, options, message):
         Transcriber(*with_head, **options)
     with pytest.raises(ValueError, match="the model has no CTC head, which word times and all --ctc_"):
         Transcriber(*compose_tiny(seed=2), ctc_weight=0.3, num_beams=2)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 2, "ctc_weight": 0.5}])
+def test_drafts_are_refused_together_with_beams(with_head, options):
+    with pytest.raises(ValueError, match="ctc_draft is not supported with num_beams and ctc_weight"):
+        Transcriber(*with_head, ctc_draft=True, **options)

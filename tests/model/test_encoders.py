@@ -1,6 +1,7 @@
 """Families of encoders: lengths, padding, gradients and saving are right for every family in the table."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -103,7 +104,7 @@ def test_the_model_fills_as_many_rows_as_the_processor_counts(pair):
         assert processor.num_audio_tokens(states.shape[1], encoded=True) == int(counts)
 
 
-@pytest.mark.parametrize(("window", "frames"), [(None, [1500]), (1.0, [50, 150]), (40.0, [1500])])
+@pytest.mark.parametrize(("window", "frames"), [(None, [1500]), (1.0, [50, 150]), (30, [1500])])
 def test_windows_of_whisper_are_the_smallest_multiples_that_hold_a_recording(
     compose_tiny, tiny_config, window, frames
 ):
@@ -118,6 +119,29 @@ def test_windows_of_whisper_are_the_smallest_multiples_that_hold_a_recording(
     assert (
         model.audio_encoder.config.max_source_positions == model.audio_encoder.embed_positions.num_embeddings == 1500
     )
+
+
+def test_threads_share_an_encoder_with_windows(compose_tiny, tiny_config):
+    encoder = {"model_type": "whisper", **ENCODERS["whisper"], "window_seconds": 0.5}
+    config = {**tiny_config(adaptor_type="linear", downsample_rate=2), "audio_encoder_config": encoder}
+    model, processor = compose_tiny(config, seed=1)
+    batches = [examples(processor, (seconds, 0.3))[0] for seconds in (0.4, 1.2, 2.1, 4.0)]
+
+    def states(batch):
+        with torch.no_grad():
+            return model.encode_audio(batch["input_features"], batch["input_features_mask"])[0]
+
+    expected = [states(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(states, batches * 8), expected * 8, strict=True):
+            torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.parametrize("window", ["5", [1], True, -5, 1e9])
+def test_checkpoints_with_unusable_windows_are_refused(tiny_config, window):
+    encoder = {"model_type": "whisper", **ENCODERS["whisper"], "window_seconds": window}
+    with pytest.raises(ValueError, match="encoder_window is "):
+        SpeechLLMConfig(**{**tiny_config(), "audio_encoder_config": encoder})
 
 
 def test_encoders_with_several_passes_are_refused_if_the_engine_gathers_parameters(pair):
