@@ -42,7 +42,7 @@ BEGINNINGS = [
 ENGINES = {"espeak": 0.25, "mbrola": 0.25, "pico": 0.15, "flite": 0.1, "rhvoice": 0.25}
 SPEEDS = ["--speed_prob", "0.6", "--speed_factors", "0.85", "0.9", "0.95", "1.05", "1.1", "1.15"]
 NOISE = ["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2", *SPEEDS]
-SHUFFLED, WORDS = ["--shuffled_words", "0.15"], ["--random_words", "0.4"]
+SHUFFLED, WORDS = ["--shuffled_words", "0.1"], ["--random_words", "0.5"]
 # Options of `synthesize` by set: the first set, and the same without one of its properties.
 SETS = {
     "first": [*NOISE, *SHUFFLED, *WORDS],
