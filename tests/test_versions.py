@@ -64,8 +64,8 @@ def test_python_version_equals_the_version_in_ci(declared):
 
 def test_workflows_run_all_tests_the_core_tests_and_the_newest_releases():
     script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert {"pytest", "pytest tests/native -k voxtral"} <= {*script}
-    assert script[-1] == "python3 tools/test_versions.py --oldest"
+    assert {"pytest -n 2", "pytest tests/native -k voxtral"} <= {*script}
+    assert script[-1] == "python3 tools/test_versions.py --oldest -- -n 2"
     assert commands(jobs("ci.yml")["all"]) == ["bash .ci/run"]
     core = jobs("ci.yml")["core"]
     assert commands(core) == ["python tools/test_versions.py"]
