@@ -124,10 +124,12 @@ def test_exit_status_is_that_of_the_first_failed_process(monkeypatch, failure, s
     monkeypatch.setattr("logging.disable", lambda level: None)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(SystemExit) as end:
-        launch("decode", {"num_processes": 2, "config_file": "cpu"}, [])
+        launch("decode", *split_launch_options(["--num_processes", "2", "--config_file", "cpu"]))
     assert end.value.code == status or str(end.value.code).endswith(str(status))
 
 
-def test_zero_processes_are_refused():
-    with pytest.raises(ValueError, match="--num_processes is 0; it must be at least 1"):
-        launch("decode", {"num_processes": 0}, [])
+def test_zero_processes_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        split_launch_options(["--num_processes", "0"])
+    assert end.value.code == 2
+    assert "--num_processes is 0; it must be at least 1" in capsys.readouterr().err
