@@ -132,7 +132,7 @@ def test_existing_output_is_refused_and_unchanged(make_checkpoint, tmp_path, run
     folder, output = make_checkpoint("funasr"), tmp_path / "taken"
     output.mkdir()
     arguments = ["--input", folder, "--output", output, "--format", "speech_llm"]
-    assert run_recipe("convert_checkpoint.py", *arguments) == 2
+    assert run_recipe("convert_checkpoint.py", *arguments) == 1
     with pytest.raises(FileExistsError, match="taken exists"):
         write_checkpoint(read_checkpoint(folder), SpeechLLMProcessor.from_pretrained(folder), output, "speech_llm")
     assert list(output.iterdir()) == []
