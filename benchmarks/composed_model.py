@@ -45,11 +45,11 @@ NOISE = ["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2", *S
 SHUFFLED, WORDS = ["--shuffled_words", "0.1"], ["--random_words", "0.5"]
 # Options of `synthesize` by set: the first set, and the same without one of its properties.
 SETS = {
-    "first": [*NOISE, *SHUFFLED, *WORDS],
-    "rule": [*NOISE, *SHUFFLED, *WORDS],  # rule-based voices only
-    "sampled": [*NOISE, *SHUFFLED],
-    "fluent": [*NOISE, *WORDS],
-    "clean": [*SHUFFLED, *WORDS],
+    "first": [NOISE, SHUFFLED, WORDS],
+    "rule": [NOISE, SHUFFLED, WORDS],  # rule-based voices only
+    "sampled": [NOISE, SHUFFLED],
+    "fluent": [NOISE, WORDS],
+    "clean": [SHUFFLED, WORDS],
 }
 ADAPTORS = {
     "60ms": {"adaptor_type": "linear", "downsample_rate": 3},
@@ -194,10 +194,9 @@ class Experiment:
         return Job(f"synthetic-{name}", commands, folder, [self.folder / "texts.txt"], gpu=False)
 
     def set_options(self, name: str) -> list[str]:
-        chosen = SETS.get(name, SETS["first"])
-        if self.options.word_list is None:
-            return chosen[: -len(WORDS)] if chosen[-len(WORDS) :] == WORDS else chosen
-        return [*chosen, "--word_list", str(self.options.word_list)]
+        words = self.options.word_list
+        groups = [group for group in SETS.get(name, SETS["first"]) if group is not WORDS or words is not None]
+        return [*sum(groups, []), *(["--word_list", str(words)] if words is not None else [])]
 
     def composition(self, name: str) -> Job:
         folder = self.folder / "init" / name

@@ -380,11 +380,13 @@ def _cache_units(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     processes.
     """
     units: list[list[str]] = []
+    last = None
     for group in filter(None, groups):  # a list may be empty
-        archives = all(is_archive(file) for file in (*group, *(units[-1] if units else ())))
-        folders = {os.path.dirname(file) for file in (*group, *(units[-1] if units else ()))}
-        if units and archives and len(folders) == 1:
+        folders = {os.path.dirname(file) for file in group}
+        folder = folders.pop() if len(folders) == 1 and all(is_archive(file) for file in group) else None
+        if folder is not None and folder == last:
             units[-1] += group
         else:
             units.append(list(group))
+        last = folder
     return units

@@ -29,9 +29,9 @@ MAX_UNITS = 4  # maximum of words or characters in a phrase from a transcript
 MIN_LETTERS = 4  # minimum of letters in a phrase, to exclude common words; a Chinese or Japanese character counts as 2
 MINED_ROWS = 20_000  # maximum of rows whose phrases become distractors
 # Scripts without spaces, whose characters are separate units: kana, Han and extensions.
-_CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_LETTER = rf"[^\W_{_CHARACTERS}]"
-_UNIT = re.compile(rf"[{_CHARACTERS}]|{_LETTER}+(?:['’.-]{_LETTER}+)*")
+CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_LETTER = rf"[^\W_{CHARACTERS}]"
+_UNIT = re.compile(rf"[{CHARACTERS}]|{_LETTER}+(?:['’.-]{_LETTER}+)*")
 _STREAM = 1  # spawn key of the random numbers for hotwords, independent of the numbers for augmentation
 
 
@@ -105,7 +105,7 @@ def phrases(text: str) -> list[str]:
         for following in units[first : first + MAX_UNITS]:
             if text[end : following.start()].strip():
                 break
-            letters += 2 if re.match(f"[{_CHARACTERS}]", following[0]) else len(following[0])
+            letters += 2 if re.match(f"[{CHARACTERS}]", following[0]) else len(following[0])
             end = following.end()
             if letters >= MIN_LETTERS:
                 found.append(text[unit.start() : end])

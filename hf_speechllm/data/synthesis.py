@@ -31,6 +31,7 @@ from ..model.chat import transcription_messages
 from .augmentation import waveform_augmentation
 from .augmentation_options import AugmentationOptions
 from .bad_rows import BadDataError, BadRows
+from .hotword_lists import CHARACTERS
 from .kaldi import speech_length
 
 SAMPLING_RATE = 16000  # Hz, of the shards
@@ -43,8 +44,7 @@ RHVOICE_LANGUAGES = {
     "uk": "Ukrainian", "uz": "Uzbek",
 }  # fmt: skip
 PUNCTUATION, SENTENCE_ENDS = ',.!?;:"“”()。，！？、；：', ".!?。！？"
-# Letters of languages without spaces between words: kana, Chinese characters.
-UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+UNSPACED = re.compile(f"[{CHARACTERS}]")
 RECENT = 64  # rows of which babble is mixed
 TIMEOUT = 120.0  # seconds for one row
 SETTINGS_FILE = "synthesis.json"

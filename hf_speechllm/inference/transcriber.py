@@ -147,7 +147,9 @@ class Transcriber:
             raise ValueError("ctc_draft is not supported with num_beams and ctc_weight: drafts are verified greedily")
         uses_ctc = word_times or ctc_guard or ctc_draft
         self.reader = CTCReader(model, processor, ctc_guard, calibration) if uses_ctc else None
-        self.rescorer = Rescorer(CTCReader(model, processor), processor, ctc_weight, num_beams) if ctc_weight else None
+        self.rescorer = None
+        if ctc_weight:
+            self.rescorer = Rescorer(self.reader or CTCReader(model, processor), processor, ctc_weight, num_beams)
         self.drafter = Drafter(self.reader, processor, ctc_draft_threshold) if self.reader and ctc_draft else None
         self.batch_seconds = batch_seconds or default_batch_seconds(model.device, num_beams)
         self.max_new_tokens = max_new_tokens

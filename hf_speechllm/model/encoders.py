@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 
 from ..audio.fbank import FbankFeatureExtractor
+from ..audio.front_ends import FRAMES_PER_SECOND
 from .audio_lengths import Convolution, after_convolutions
 
 UNLIMITED = 1 << 24  # frames; the encoder has no position table
@@ -100,7 +101,7 @@ def set_window(config: PreTrainedConfig, seconds: float) -> None:
     family = encoder_family(config)
     if not family.windows:
         raise ValueError(f"encoder_window: {config.model_type} encoders have no windows; leave it out")
-    longest = family.max_frames(config) / 100
+    longest = family.max_frames(config) / FRAMES_PER_SECOND
     if type(seconds) not in (int, float) or not 0.02 <= seconds <= longest:
         raise ValueError(f"encoder_window is {seconds!r}; it must be between 0.02 and {longest:g} seconds")
     config.window_seconds = round(50 * seconds) / 50  # whole encoder frames
@@ -174,15 +175,30 @@ def _run_whisper(encoder, config, features, mask) -> torch.Tensor:
         states = encoder(_whisper_input(encoder, whole, features, silence)).last_hidden_state
         return states[:, : (longest + 1) // 2]
     windows = ((mask.sum(-1) + unit - 1) // unit * unit).clamp(unit, whole).tolist()
-    order, pieces = [], []
-    for window in sorted(set(windows)):
-        rows = [row for row, other in enumerate(windows) if other == window]
-        found = _run_whisper_window(encoder, config, window, features[rows, :window], silence[rows])
-        # The number of frames to add is negative for windows that are longer than the batch.
-        pieces.append(functional.pad(found, (0, 0, 0, (longest + 1) // 2 - found.shape[1])))
-        order += rows
-    places = torch.tensor(order, device=features.device).argsort()
-    return torch.cat(pieces)[places]
+
+    def run(window: int, rows: list[int]) -> torch.Tensor:
+        return _run_whisper_window(encoder, config, window, features[rows, :window], silence[rows])
+
+    return _run_equal_lengths(windows, run, (longest + 1) // 2)
+
+
+def _run_equal_lengths(
+    lengths: Sequence[int], run: Callable[[int, list[int]], torch.Tensor], longest: int
+) -> torch.Tensor:
+    """Runs an encoder once for all rows of the same length.
+
+    Args:
+        lengths: of the rows.
+        run: returns the states of rows for their length and their indices.
+        longest: number of frames of the result; longer states are cut.
+    """
+    states: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+    for length in sorted(set(lengths)):
+        same = [row for row, other in enumerate(lengths) if other == length]
+        for row, found in zip(same, run(length, same), strict=True):
+            states[row] = found
+    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    return functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
 
 
 def _whisper_input(encoder, window: int, features: torch.Tensor, silence: torch.Tensor) -> torch.Tensor:
@@ -221,15 +237,11 @@ def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
     valid = mask.repeat_interleave(features.shape[-1], dim=1)
     if not _has_group_norm(config):
         return encoder(samples, attention_mask=valid.long()).last_hidden_state
-    lengths = valid.sum(-1).tolist()
-    rows: list[torch.Tensor] = [samples.new_empty(0)] * len(lengths)
-    for length in set(lengths):
-        same = [row for row, other in enumerate(lengths) if other == length]
-        for row, states in zip(same, encoder(samples[same, :length]).last_hidden_state, strict=True):
-            rows[row] = states
-    longest = num_encoder_frames(config, samples.shape[1])
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
+
+    def run(length: int, rows: list[int]) -> torch.Tensor:
+        return encoder(samples[rows, :length]).last_hidden_state
+
+    return _run_equal_lengths(valid.sum(-1).tolist(), run, num_encoder_frames(config, samples.shape[1]))
 
 
 def _has_group_norm(config: PreTrainedConfig) -> bool:
