@@ -51,9 +51,17 @@ def main() -> None:
     parser.add_argument(
         "--shuffled_words", type=float, default=0.0, help="share of the rows with the words of a text in random order"
     )
-    parser.add_argument("--word_list", help="file with one word per line, for --random_words and {word}")
+    parser.add_argument(
+        "--word_list", help="file with one word per line, for --random_words, --replaced_words and {word}"
+    )
     parser.add_argument(
         "--random_words", type=float, default=0.0, help="share of the rows that speak random words of --word_list"
+    )
+    parser.add_argument(
+        "--replaced_words",
+        type=float,
+        default=0.0,
+        help="share of the words of the other rows that random words of --word_list replace",
     )
     parser.add_argument("--num_rows", type=int, help="number of rows (default: one per text; more: texts repeat)")
     parser.add_argument("--language", default="en", help="language of the voices, for example cmn")
@@ -83,14 +91,14 @@ def main() -> None:
     add_waveform_augmentation(parser, "Augmentation of the recordings")
     args = parser.parse_args()
     args.augmentation = waveform_augmentation_of(args, parser)
-    for name in ("shuffled_words", "random_words"):
+    for name in ("shuffled_words", "random_words", "replaced_words"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} is {getattr(args, name):g}; it must be between 0 and 1")
     if args.shuffled_words + args.random_words > 1:
         parser.error("--shuffled_words and --random_words are more than 1 together; reduce one")
     asks = any("{word}" in text for text in args.text_prompt)
-    if args.word_list is None and (args.random_words or asks):
-        parser.error("--random_words and {word} need --word_list")
+    if args.word_list is None and (args.random_words or args.replaced_words or asks):
+        parser.error("--random_words, --replaced_words and {word} need --word_list")
     if args.texts is not None and args.text_prompt != [""]:
         parser.error("--text_prompt is for texts sampled from --llm; leave it out with --texts")
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
@@ -111,7 +119,7 @@ def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float]
     Raises:
         ValueError: if an engine is unknown or a share is invalid.
     """
-    from ..data.synthesis import ENGINES
+    from ..data.speech_engines import ENGINES
 
     own = dict(item.split("=", 1) for item in commands if "=" in item)
     if len(own) < len(commands) or any("{wav}" not in command for command in own.values()):
@@ -148,7 +156,8 @@ def lines_of(file: str) -> list[str]:
 
 def synthesize_rows(args: argparse.Namespace) -> None:
     """Reads or samples the texts, and writes the shards."""
-    from ..data.synthesis import Plan, check_settings, clean_texts, digest, synthesize, voices_of
+    from ..data.speech_engines import voices_of
+    from ..data.synthesis import Plan, check_settings, clean_texts, digest, synthesize
     from ..files import atomic_write
     from ..model.chat import transcription_prompt
 
@@ -195,6 +204,7 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         shuffled=args.shuffled_words,
         words=words,
         random_words=args.random_words,
+        replaced_words=args.replaced_words,
         augmentation=args.augmentation,
         commands=commands,
     )

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hf_speechllm.audio.waveform import load_audio
 from hf_speechllm.cli.synthesize import lines_of
-from hf_speechllm.data import synthesis
+from hf_speechllm.data import speech_engines
 from hf_speechllm.data.shards import read_shard, shards_of
-from hf_speechllm.data.synthesis import Plan, clean_texts, voices_of
+from hf_speechllm.data.speech_engines import voices_of
+from hf_speechllm.data.synthesis import Plan, clean_texts, speak
 from hf_speechllm.formats.composition import train_tokenizer
 from hf_speechllm.inference import text_sampling
 from hf_speechllm.inference.text_sampling import sample_sentences
@@ -198,7 +199,7 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
     for name, language in (("slt", "English"), ("anna", "Russian")):
         (tmp_path / "voices" / name).mkdir(parents=True)
         (tmp_path / "voices" / name / "voice.info").write_text(f"name={name}\nlanguage={language}\n", encoding="utf-8")
-    monkeypatch.setattr(synthesis, "RHVOICE_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(speech_engines, "RHVOICE_FOLDERS", (str(tmp_path),))
     voices = voices_of(["espeak", "mbrola", "pico", "flite", "rhvoice", "piper"], "en", str(tmp_path))
     model = tmp_path / "a.onnx"
     assert voices == {
@@ -218,7 +219,7 @@ def test_the_commands_of_the_engines_get_voices_rates_and_pitches(make_wav, tmp_
     assert factors.min() > 0.79 and factors.max() < 1.26 and (factors.std(axis=0) > 0.1).all()
     for engine in voices:
         row = next(row for row, (name, *_) in enumerate(chosen) if name == engine)
-        assert len(synthesis.speak(plan, row, tmp_path)) == 8000
+        assert len(speak(plan, row, tmp_path)) == 8000
         _, voice, rate, pitch = chosen[row]
         words = log.read_text(encoding="utf-8").splitlines()[-1].split()
         text, wav = str(tmp_path / "text.txt"), str(tmp_path / "speech.wav")
@@ -260,6 +261,19 @@ def test_rows_of_random_words_speak_words_of_the_list():
     assert 20 < sum(text in texts for text in said) < 90
     chinese = Plan(texts, 10, {"tone": ["v"]}, {"tone": 1.0}, "p", words=["天", "地"], random_words=1.0)
     assert all(set(chinese.text(row)) <= {"天", "地"} for row in range(10))
+
+
+def test_replaced_words_stand_in_the_sentence_with_its_punctuation():
+    texts, words = ["Don't stop, said one (of 12)!", "打开3号灯。"], ["alpha", "beta"]
+    plan = Plan(texts, 400, {"t": ["v"]}, {"t": 1.0}, "p", words=words, replaced_words=0.5)
+    english, chinese = ([plan.text(row) for row in range(first, 400, 2)] for first in range(2))
+    assert all(re.fullmatch(r"\S+ \w+, \w+ \w+ \(\w+ 12\)!", text) for text in english)
+    for position, word in enumerate(["Don't", "stop", "said", "one", "of"]):
+        said = [re.findall(r"[a-zA-Z']+", text)[position] for text in english]
+        assert set(said) == {word, *words} and 70 < said.count(word) < 130
+    assert {text[0] for text in chinese} >= {"打", "a", "b"} and all(re.search("3.*。$", text) for text in chinese)
+    everywhere = Plan(texts, 4, {"t": ["v"]}, {"t": 1.0}, "p", words=words, shuffled=1.0, replaced_words=1.0)
+    assert set(re.findall("[a-zA-Z']+", everywhere.text(0))) <= set(words)
 
 
 def test_words_of_languages_with_spaces_are_joined_with_spaces():
@@ -309,8 +323,8 @@ def test_prompts_ask_for_the_words_of_a_list(run, engine, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--random_words", "0.5"], "--random_words and {word} need --word_list"),
-        (["--text_prompt", "with {word}"], "--random_words and {word} need --word_list"),
+        (["--random_words", "0.5"], "--random_words, --replaced_words and {word} need --word_list"),
+        (["--text_prompt", "with {word}"], "--random_words, --replaced_words and {word} need --word_list"),
         (["--text_prompt", "a"], "--text_prompt is for texts sampled from --llm"),
         (["--random_words", "1.5"], "--random_words is 1.5; it must be between 0 and 1"),
         (["--random_words", "0.6", "--shuffled_words", "0.5", "--word_list", "w"], "are more than 1 together"),
