@@ -27,7 +27,8 @@ from workload import WORDS, make_durations, make_model
 
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 
-# Size: model, rows, options. Words of random models have no end, so that decoding has its full length.
+# Size: model, rows, options. Answers of random models have no end, so that decoding has its full length. A small
+# learning rate keeps it.
 SIZES = {
     "cpu": {
         "tiny, small batches": (
@@ -42,11 +43,12 @@ SIZES = {
     },
     "gpu": {
         "fun_asr_nano, LoRA": (
-            "fun_asr_nano", 8000, "lora --num_train_epochs 2 --eval_cer --eval_cer_samples 100 "
-            "--eval_max_new_tokens 60 --eval_strategy steps --eval_steps 0.25 --save_steps 0.25",
+            "fun_asr_nano", 2000, "lora --num_train_epochs 2 --eval_cer --eval_cer_samples 100 "
+            "--eval_max_new_tokens 20 --eval_strategy steps --eval_steps 0.25 --save_steps 0.25 "
+            "--llm_learning_rate 1e-9 --audio_adaptor_learning_rate 1e-9",
         ),
         "fun_asr_nano, all parameters": (
-            "fun_asr_nano", 4000, "all --num_train_epochs 1 --eval_strategy steps --eval_steps 0.5 --save_steps 0.5",
+            "fun_asr_nano", 1500, "all --num_train_epochs 1 --eval_strategy steps --eval_steps 0.5 --save_steps 0.5",
         ),
     },
 }  # fmt: skip
@@ -83,10 +85,13 @@ def run(verb: str, *arguments: str) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("machine", choices=list(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of the sizes, from 0 (default: all)")
     parser.add_argument("--folder", type=Path, required=True, help="new folder for models, recordings and runs")
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
     for number, (name, (size, rows, options)) in enumerate(SIZES[args.machine].items()):
+        if args.sizes is not None and number not in args.sizes:
+            continue
         folder = args.folder / str(number)
         for part in make_model(size, "cpu"):
             part.save_pretrained(folder / "init")

@@ -114,7 +114,7 @@ class Plan:
 
     def _replace(self, word: str, rng: np.random.Generator) -> str:
         """Returns the word, or a random word of the list in its place."""
-        return self.words[rng.integers(len(self.words))] if rng.random() < self.replaced_words else word
+        return self.words[int(rng.integers(len(self.words)))] if rng.random() < self.replaced_words else word
 
 
 def _join(words: Sequence[str]) -> str:

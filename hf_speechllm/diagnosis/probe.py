@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -23,6 +24,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..audio.downloads import UrlPolicy
 from ..console import show_log
+from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
 from ..hub.publishing import CURVE_FILE
 from ..training.arguments import SpeechLLMTrainingArguments
@@ -30,7 +32,7 @@ from ..training.assembly import RunData, load_data, load_model
 from ..training.batch_budget import USED_SHARE
 from ..training.callbacks import draw_curve
 from ..training.checkpointing.position import Position
-from ..training.dataloaders import batch_loader, eval_loader, train_sampler
+from ..training.dataloaders import batch_loader, train_sampler
 from ..training.options import FinetuningOptions
 from ..training.run import save_final
 from ..training.speed import attention_context
@@ -48,10 +50,10 @@ from .sampling import (
     with_features,
 )
 from .schedule import Schedule
+from .validation_time import BatchSample
 
 MEASURED_STEPS = 16  # at most
 SAVES = 2  # the first checkpoint is also verified
-VALIDATION_BATCHES = 4  # per set, at most
 BYTES_PER_PARAMETER = 4  # float32 master weights
 Parse = Callable[[Sequence[str], Mapping[str, Any]], FinetuningOptions]
 
@@ -71,7 +73,7 @@ class Measurement:
         seconds: expected time of each stage of the run, in seconds: `start`, `features`, `training`, `validation`,
             `checkpoints`, `end`.
         step_seconds: of an optimizer step, in seconds.
-        validation_seconds: of one evaluation, in seconds.
+        validation_seconds: of an evaluation after the first one, in seconds.
         memory_bytes: peak memory of the GPU, otherwise resident memory of the process.
         available_memory_bytes: of the GPU, otherwise of the machine.
         cpu_seconds: expected CPU time of the run; other work on the machine changes its time, but not this.
@@ -159,7 +161,7 @@ class _Probe:
             number = (FIRST_BATCHES + MEASURED_STEPS + SAVES) * args.gradient_accumulation_steps
             chosen = representative_batches(self.audio, batches, number)
             sample = prepare_sample(data.train_rows, chosen, data, self.options, self.model, self.folder)
-            sets = [self._validation_sample(rows) for rows in data.validation_rows.values()]
+            sets = [self._validation_samples(rows) for rows in data.validation_rows.values()]
         self.not_of_the_run = preparing.seconds
 
         saves = schedule.checkpoints(steps)
@@ -170,7 +172,7 @@ class _Probe:
             trainer = self._trainer(given, batches=sample.batches)
             trainer.add_callback(clock)  # the last one: the times include the other callbacks
             result = trainer.train()
-            scoring = [self._time_scoring(trainer, rows, share) for rows, share in sets]
+            scoring = [self._time_scoring(trainer, samples) for samples in sets]
         with _Timer() as drawing:
             draw_curve(trainer.state.log_history, Path(self.folder) / CURVE_FILE)
         args.eval_cer = False  # no scores to log
@@ -185,7 +187,8 @@ class _Probe:
         if sample.encoding:
             features += sample.encoding.total(audio[0]) / self.processes
         evaluations = schedule.evaluations(steps)
-        validation_seconds = sum(scoring) / self.processes + drawing.seconds
+        first = sum(extra for extra, _ in scoring)
+        validation_seconds = sum(later for _, later in scoring) / self.processes + drawing.seconds
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         peak = memory.peak + (BYTES_PER_PARAMETER * trained if self.processes > 1 else 0)  # buckets of DDP
         available = available_memory(args.device)
@@ -193,7 +196,7 @@ class _Probe:
             "start": clock.start,
             "features": features,
             "training": steps * step_seconds,
-            "validation": evaluations * validation_seconds,
+            "validation": first * bool(evaluations) + evaluations * validation_seconds,
             "checkpoints": clock.saves[0] + (saves - 1) * clock.saves[-1] if saves else 0.0,
             "end": drawing.seconds + end.seconds,
         }
@@ -224,12 +227,13 @@ class _Probe:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _validation_sample(self, rows: Any) -> tuple[Any, float]:
-        """Returns rows of a set, with features, and their share of the batches."""
-        batches = eval_loader(self.args, rows, self.data.collator).batch_sampler.batches(0)
-        places = np.linspace(0, len(batches) - 1, min(len(batches), VALIDATION_BATCHES)).round().astype(int)
-        sample = rows.select(np.concatenate([batches[place] for place in places]).tolist())
-        return with_features(sample, self.data, self.options), len(places) / len(batches)
+    def _validation_samples(self, rows: Any) -> list[BatchSample]:
+        """Returns batches of a set for its loss and, with `--eval_cer`, of the rows that are decoded."""
+        parts = [rows]
+        if self.args.eval_cer:
+            parts.append(rows.select(spread_rows(len(rows), self.args.eval_cer_samples)))
+        add = functools.partial(with_features, data=self.data, options=self.options)
+        return [BatchSample.of(part, self.args, self.data.collator, add) for part in parts]
 
     def _time_loading(self, trainer: SpeechLLMTrainer) -> float:
         """Returns the seconds in which loader processes build a batch: during the timed steps, they are ahead."""
@@ -242,22 +246,28 @@ class _Probe:
             number = 1 + sum(1 for _ in batches)
         return loading.seconds / max(number - workers, 1)
 
-    def _time_scoring(self, trainer: SpeechLLMTrainer, rows: Any, share: float) -> float:
-        """Returns the expected time of one evaluation of a set, in seconds."""
+    def _time_scoring(self, trainer: SpeechLLMTrainer, samples: Sequence[BatchSample]) -> tuple[float, float]:
+        """Returns what the first evaluation of a set takes longer, and the time of a later one, in seconds."""
         validator = trainer.validator
         with attention_context(self.args):
-            with _Timer() as losses:
-                validator.losses(trainer.model_wrapped, validator.loader(rows), "eval")
-            if not self.args.eval_cer:
-                return losses.seconds / share
-            # A trained model's transcripts are as long as the references. An untrained one's may have no end.
-            labels = validator.collator([rows[index] for index in range(len(rows))])["labels"]
-            longest = int((labels >= 0).sum(-1).max())
-            self.args.eval_max_new_tokens = min(self.longest_answer, longest)
-            decoded = len(spread_rows(round(len(rows) / share), self.args.eval_cer_samples)) / len(rows)
-            with _Timer() as decoding:
-                validator.decode(trainer.model_wrapped, rows)
-            return losses.seconds / share + decoding.seconds * decoded
+            times = [
+                samples[0].measure(
+                    lambda rows: validator.losses(trainer.model_wrapped, validator.loader(rows), "eval")
+                )
+            ]
+            for sample in samples[1:]:
+                # A batch ends with its longest answer. A trained model's answers are as long as the transcripts; those
+                # of an untrained one may have no end.
+                longest = [min(self.longest_answer, longest_answer(rows, validator.collator)) for rows in sample.parts]
+                self.args.eval_max_new_tokens = round(float(np.mean(longest)))
+                times.append(sample.measure(lambda rows: validator.decode(trainer.model_wrapped, rows)))
+        first, later = (sum(column) for column in zip(*times, strict=True))
+        return first, later
+
+
+def longest_answer(rows: Any, collator: SpeechLLMCollator) -> int:
+    """Returns the number of tokens of the longest answer in the rows."""
+    return int((collator([rows[index] for index in range(len(rows))])["labels"] >= 0).sum(-1).max())
 
 
 class _Timer:

@@ -93,7 +93,7 @@ def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
         sets = [DataSummary(Path(file).name, "training", None, None) for file in train_dataset.files]
     else:
         has_files = "file" in train_dataset.column_names
-        files = train_dataset["file"] if has_files else ["training"] * len(train_dataset)
+        files = train_dataset["file"][:] if has_files else ["training"] * len(train_dataset)
         seconds = defaultdict(list)
         for file, duration in zip(files, row_seconds(train_dataset), strict=True):
             seconds[file].append(float(duration))

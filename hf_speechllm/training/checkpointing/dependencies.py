@@ -223,12 +223,12 @@ def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_rows(rows) -> tuple[dict[str, Any], dict[str, list[int]]]:
     known = {*rows.column_names}
-    files = Counter(map(os.path.basename, rows["file"])) if "file" in known else {}
+    files = Counter(map(os.path.basename, rows["file"][:])) if "file" in known else {}
     ids = hashlib.sha256()
     for batch in _batches(rows, ["recordings"]):
         names = [[name.rsplit("/", 1)[-1] for name in names] for names in batch["recordings"]]
         ids.update(json.dumps(names).encode())
-    stamps = rows["stamps"] if "stamps" in known else []
+    stamps = rows["stamps"][:] if "stamps" in known else []
     return {"rows": len(rows), "files": files, "ids": ids.hexdigest(), "texts": _hash_texts(rows)}, _blocks(stamps)
 
 
