@@ -39,17 +39,17 @@ BEGINNINGS = [
     "She looked at him for a moment. ",
     "Dear friend,\n\n",
 ]
-ENGINES = {"espeak": 0.25, "mbrola": 0.25, "pico": 0.15, "flite": 0.1, "rhvoice": 0.25}
+ENGINES = {"espeak": 0.25, "mbrola": 0.25, "pico": 0.2, "flite": 0.1, "rhvoice": 0.2}
 SPEEDS = ["--speed_prob", "0.6", "--speed_factors", "0.85", "0.9", "0.95", "1.05", "1.1", "1.15"]
-NOISE = ["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2", *SPEEDS]
-SHUFFLED, WORDS = ["--shuffled_words", "0.1"], ["--random_words", "0.5"]
+NOISE = [*["--noise_prob", "0.4", "--gain_prob", "0.3", "--reverb_prob", "0.2", "--telephone_prob", "0.05"], *SPEEDS]
+SHUFFLED, RANDOM, REPLACED = ["--shuffled_words", "0.05"], ["--random_words", "0.35"], ["--replaced_words", "0.15"]
 # Options of `synthesize` by set: the first set, and the same without one of its properties.
 SETS = {
-    "first": [NOISE, SHUFFLED, WORDS],
-    "rule": [NOISE, SHUFFLED, WORDS],  # rule-based voices only
+    "first": [NOISE, SHUFFLED, RANDOM, REPLACED],
+    "rule": [NOISE, SHUFFLED, RANDOM, REPLACED],  # rule-based voices only
     "sampled": [NOISE, SHUFFLED],
-    "fluent": [NOISE, WORDS],
-    "clean": [SHUFFLED, WORDS],
+    "whole": [NOISE, SHUFFLED, RANDOM],
+    "clean": [SHUFFLED, RANDOM, REPLACED],
 }
 ADAPTORS = {
     "60ms": {"adaptor_type": "linear", "downsample_rate": 3},
@@ -64,14 +64,15 @@ FROZEN = ["--freeze_audio_encoder", "true"]
 VARIANTS = {
     **{name: (name, "first", []) for name in ADAPTORS},
     "real recordings": ("100ms", "first", []),
-    "no random words": ("100ms", "sampled", []),
+    "sampled texts alone": ("100ms", "sampled", []),
+    "no replaced words": ("100ms", "whole", []),
     "frozen encoder": ("100ms", "first", FROZEN),
     "rule-based voices": ("100ms", "rule", []),
-    "no shuffled words": ("100ms", "fluent", []),
     "no noise and rooms": ("100ms", "clean", []),
     "LoRA": ("100ms", "first", LORA),
     "CTC loss": ("100ms", "first", CTC),
     "audio token dropout": ("100ms", "first", ["--audio_token_dropout", "0.1"]),
+    "SpecAugment": ("100ms", "first", ["--spec_augment", "true"]),
 }
 
 
@@ -116,13 +117,18 @@ class Experiment:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         for name, adaptor in ADAPTORS.items():
             config = {"audio_adaptor_config": {**adaptor, "projector_hidden_size": self.options.projector_size}}
+            if self.options.encoder_window:
+                config["encoder_window"] = self.options.encoder_window
             (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         stages = yaml.safe_load(Path(__file__).with_name("composed_en.yaml").read_text(encoding="utf-8"))
         synthetic, real = stages["stages"]
         sets = [str(self.folder / "synthetic" / name / "*.tar") for name in ("first", *self.main_sets)]
         recorded = [str(file) for file in self.lists.values()]
-        synthetic |= {"train_file": [*sets, *recorded], "train_weight": [1.0] * len(sets) + [2.0] * len(recorded)}
-        real |= {"train_file": recorded, "train_weight": [4.0, 1.0][: len(recorded)]}
+        synthetic |= {
+            "train_file": [*sets, *recorded],
+            "train_weight": [1.0] * len(sets) + [3.0, 2.0][: len(recorded)],
+        }
+        real["train_file"] = recorded[0]
         (self.folder / "stages.yaml").write_text(yaml.safe_dump(stages), encoding="utf-8")
         shared = {**{key: value for key, value in stages.items() if key != "stages"}, **synthetic, "logging_steps": 25}
         shared |= {"per_device_train_batch_seconds": 200, "num_train_epochs": 4}
@@ -164,7 +170,7 @@ class Experiment:
         )], self.lists[name], gpu=False)  # fmt: skip
 
     def sampling(self) -> list[str]:
-        count = self.options.rows * (1 + len(self.main_sets))
+        count = self.options.rows * min(5, 1 + len(self.main_sets))  # with more sets, texts repeat with other words
         arguments = [str(self.options.llm), str(count), str(self.folder / "texts.txt")]
         return [sys.executable, __file__, "texts", *arguments]
 
@@ -176,7 +182,8 @@ class Experiment:
             # The first set and its counterparts have the same texts; each further set has its own.
             lines = (self.folder / "texts.txt").read_text(encoding="utf-8").splitlines()
             file = self.folder / f"texts-{name}.txt"
-            file.write_text("\n".join(lines[number * options.rows : (number + 1) * options.rows]), encoding="utf-8")
+            chosen = [lines[index % len(lines)] for index in range(number * options.rows, (number + 1) * options.rows)]
+            file.write_text("\n".join(chosen), encoding="utf-8")
             engines = {key: share for key, share in ENGINES.items() if key in options.engines}
             if name == "rule":
                 engines = {key: share for key, share in engines.items() if key in ("espeak", "flite")}
@@ -195,7 +202,9 @@ class Experiment:
 
     def set_options(self, name: str) -> list[str]:
         words = self.options.word_list
-        groups = [group for group in SETS.get(name, SETS["first"]) if group is not WORDS or words is not None]
+        groups = [
+            item for item in SETS.get(name, SETS["first"]) if words is not None or item not in (RANDOM, REPLACED)
+        ]
         return [*sum(groups, []), *(["--word_list", str(words)] if words is not None else [])]
 
     def composition(self, name: str) -> Job:
@@ -370,12 +379,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--real", type=Path, required=True, help="folder with wav.scp and text")
     parser.add_argument("--test", type=Path, nargs="+", required=True, help="folders with wav.scp and text")
     parser.add_argument("--recordings", type=Path, help="folder with wav.scp and text of other speakers")
-    parser.add_argument("--word_list", type=Path, help="words for rows of random words")
+    parser.add_argument("--word_list", type=Path, help="words for rows of random words, see `word_list.py`")
     parser.add_argument("--adaptor", default="100ms", choices=list(ADAPTORS), help="of the main run")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--texts", type=Path, help="texts to speak, instead of sampled ones")
+    parser.add_argument("--encoder_window", type=float, default=5.0, help="seconds; 0: whole windows of 30 s")
     parser.add_argument("--rows", type=int, default=12_000, help="rows of a set of synthetic speech")
-    parser.add_argument("--main_sets", type=int, default=4, help="further sets for the main run")
+    parser.add_argument("--main_sets", type=int, default=6, help="further sets for the main run")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--projector_size", type=int, default=2048)

@@ -349,7 +349,7 @@ def prepare_rows(
     if not parts:
         raise BadDataError(f"{', '.join(files)}: no usable rows")
     for key in ("speech_length", "text_length"):
-        lacking = sum(length is None for part in parts for length in part[key])
+        lacking = sum(part[key][:].count(None) for part in parts)
         if lacking:
             count = sum(map(len, parts))
             logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, count, key)

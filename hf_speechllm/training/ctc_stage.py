@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FRAME_SECONDS = 0.02  # wanted time between two frames of a head over characters, of which English has 15 per second
+BATCH_ROWS = 10_000  # read at once
 
 
 def prepare_ctc_head(model, processor, rows: Any, parts: TrainedPartsOptions) -> CTCVocabulary | None:
@@ -80,6 +81,7 @@ def _new_config(model, processor, rows: Any, parts: TrainedPartsOptions) -> CTCH
 
 
 def _answers(rows: Any) -> Iterator[str]:
-    for messages in rows.with_format(None)["messages"]:
-        for turn in chat.parse_messages(json.loads(messages)).turns:
-            yield chat.clean_answer(turn.answer or "")
+    for batch in rows.with_format(None).select_columns(["messages"]).iter(BATCH_ROWS):
+        for messages in batch["messages"]:
+            for turn in chat.parse_messages(json.loads(messages)).turns:
+                yield chat.clean_answer(turn.answer or "")

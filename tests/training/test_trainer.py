@@ -5,15 +5,18 @@ import re
 import time
 from pathlib import Path
 
+import datasets
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from datasets.arrow_dataset import Column
 from safetensors.torch import load_file, save_file
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.data.collator import SpeechLLMCollator
-from hf_speechllm.data.dataset import row_seconds
+from hf_speechllm.data.dataset import prepare_rows, row_seconds
+from hf_speechllm.data.options import DataOptions
 from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model.modeling import PARTS
@@ -508,3 +511,35 @@ def test_trainer_is_a_transformers_trainer(make_trainer):
     result = trainer.train()
     assert result.global_step == 2 * steps
     assert trainer.state.epoch == 2
+
+
+def test_the_number_of_reads_does_not_grow_with_the_rows(make_trainer, tiny_corpus, tiny_model, tmp_path, monkeypatch):
+    reads = 0
+    read, iterate = datasets.Dataset.__getitem__, Column.__iter__
+
+    def counted_read(self, key):
+        nonlocal reads
+        reads += 1
+        return read(self, key)
+
+    def counted_iterate(self):
+        nonlocal reads
+        for value in iterate(self):
+            reads += 1
+            yield value
+
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", counted_read)
+    monkeypatch.setattr(Column, "__iter__", counted_iterate)
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    numbers = []
+    for copies in (1, 20):
+        folder = tmp_path / str(copies)
+        folder.mkdir()
+        (folder / "data.jsonl").write_text(tiny_corpus.jsonl.read_text() * copies)
+        options = DataOptions(cache_dir=str(folder), preprocessing_num_workers=1, audio_root=str(tiny_corpus.folder))
+        reads = 0
+        rows, _ = prepare_rows([str(folder / "data.jsonl")], processor, 2048, options, weights=[1.0])
+        trainer = make_trainer(train_dataset=rows, max_steps=1, output_dir=str(folder / "run"))
+        trainer.train()
+        numbers.append(reads)
+    assert numbers[1] <= numbers[0] + 5, numbers
