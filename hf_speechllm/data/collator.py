@@ -36,6 +36,7 @@ from .augmentation import augmentations, waveform_augmentation
 from .augmentation_options import AugmentationOptions
 from .hotword_lists import HotwordSampler, answers_of
 from .native_collator import training_batch
+from .sampler import ROW_COST
 
 ENCODED_COLUMNS = ("encoder_states", "audio_tokens")  # columns written by `data.encoder_cache`
 # A recording may exceed the length in its row by this factor and one second, because tools count frames differently.
@@ -60,6 +61,7 @@ class SpeechLLMCollator:
         ctc_vocabulary: of the CTC head that is trained; adds its labels.
         waveform_augmentation: applied to the waveforms; needs rows without cached features.
         largest_stretch: factor by which `waveform_augmentation` lengthens a recording at most.
+        row_cost: constant cost of a row, in seconds of audio; see `BudgetBatchSampler`.
 
     Raises:
         ValueError: if the feature extractor does not support dither or the augmentations.
@@ -73,6 +75,7 @@ class SpeechLLMCollator:
     ctc_vocabulary: CTCVocabulary | None = None
     waveform_augmentation: WaveformAugmentation | None = None
     largest_stretch: float = 1.0
+    row_cost: float = ROW_COST
 
     def __post_init__(self):
         extractor = self.processor.feature_extractor
@@ -86,7 +89,11 @@ class SpeechLLMCollator:
 
     @classmethod
     def augmenting(
-        cls, processor: SpeechLLMProcessor, options: AugmentationOptions, max_feature_frames: float = math.inf
+        cls,
+        processor: SpeechLLMProcessor,
+        options: AugmentationOptions,
+        max_feature_frames: float = math.inf,
+        fixed_seconds: float = 0.0,
     ) -> SpeechLLMCollator:
         """Builds a collator for training with the augmentation that the options select.
 
@@ -95,6 +102,7 @@ class SpeechLLMCollator:
             options: see `AugmentationOptions`.
             max_feature_frames: maximum number of feature frames per recording, see
                 `SpeechLLMConfig.max_feature_frames`; a slower speed does not exceed it.
+            fixed_seconds: seconds that the encoder computes for every recording, see `SpeechLLMConfig.fixed_seconds`.
 
         Raises:
             ValueError: if a source of noise or reverberation is not available.
@@ -108,7 +116,12 @@ class SpeechLLMCollator:
                 options, rate, max_feature_frames / (1 + options.tempo_perturb) * processor.frame_seconds * rate
             ),
             largest_stretch=options.largest_stretch,
+            row_cost=max(ROW_COST, fixed_seconds),
         )
+
+    def row_cost_of(self, rows: Any) -> float:
+        """Returns the constant cost of a row; the encoder does not compute rows with its states."""
+        return self.row_cost if {*ENCODED_COLUMNS}.isdisjoint(rows.column_names) else ROW_COST
 
     def without_augmentation(self) -> SpeechLLMCollator:
         """Returns a copy for validation."""

@@ -21,7 +21,7 @@ from .kaldi import measure_recording, speech_length
 from .native_collator import unsupported_reason
 from .options import DataOptions
 from .row_files import require_row_file
-from .sampler import ROW_COST, BudgetBatchSampler, budget_before_augmentation
+from .sampler import BudgetBatchSampler, budget_before_augmentation
 from .shards import read_shard, shards_of
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class RowStream(IterableDataset):
                     seconds.append(row["num_frames"] / FRAMES_PER_SECOND)
             order = np.random.SeedSequence((self.seed, reader, state.window)).generate_state(1)[0]
             budget = budget_before_augmentation(seconds, self.batch_seconds, self.collator.largest_stretch)
-            sampler = BudgetBatchSampler(seconds, budget, seed=int(order), row_cost=ROW_COST)
+            sampler = BudgetBatchSampler(seconds, budget, seed=int(order), row_cost=self.collator.row_cost)
             batches = sampler.batches(0)
             usable = state.batch > 0
             for number in range(state.batch, len(batches)):

@@ -26,10 +26,12 @@ from ..audio.downloads import UrlPolicy
 from ..console import show_log
 from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
+from ..data.sampler import ROW_COST
 from ..hub.publishing import CURVE_FILE
 from ..training.arguments import SpeechLLMTrainingArguments
 from ..training.assembly import RunData, load_data, load_model
 from ..training.batch_budget import USED_SHARE
+from ..training.cache_stage import choose_cache_level
 from ..training.callbacks import draw_curve
 from ..training.checkpointing.position import Position
 from ..training.dataloaders import batch_loader, train_sampler
@@ -152,8 +154,9 @@ class _Probe:
             compiled, args.compile_layers, args.output_dir = args.compile_layers, False, self.folder
             self._trainer(data.for_trainer()).get_train_dataloader()  # measures the budget, see `find_batch_seconds`
             args.compile_layers = compiled
-        stretch = data.collator.largest_stretch
-        sampler = train_sampler(args, data.train_rows, data.weights, self.processes, stretch)
+        if choose_cache_level(self.options.data, self.options.parts, args) != "fbank":
+            data.collator.row_cost = ROW_COST  # the encoder does not compute in training
+        sampler = train_sampler(args, data.train_rows, data.collator, data.weights, self.processes)
         steps_per_epoch, steps = schedule.steps(len(sampler))
         batches = sampler.batches(0)
 
@@ -179,7 +182,7 @@ class _Probe:
         with _Timer() as end, contextlib.redirect_stdout(io.StringIO()):  # metrics
             save_final(trainer, result)
 
-        mean_cost = float(np.mean([batch_cost(self.audio, batch) for batch in batches]))
+        mean_cost = float(np.mean([batch_cost(self.audio, batch, data.collator.row_cost) for batch in batches]))
         per_batch = max(clock.rate * mean_cost, self._time_loading(trainer))
         step_seconds = per_batch * args.gradient_accumulation_steps
         audio = [float(row_seconds(rows).sum()) for rows in (data.train_rows, *data.validation_rows.values())]
@@ -324,7 +327,8 @@ class _StepClock(TrainerCallback):
     def __init__(self, probe: _Probe, limit: float, sample: Sample, saves: int):
         self.probe, self.limit, self.wanted = probe, limit, saves
         accumulation, audio = probe.args.gradient_accumulation_steps, row_seconds(sample.rows)
-        costs = np.array([batch_cost(audio, batch) for batch in sample.batches])
+        row_cost = probe.data.collator.row_cost
+        costs = np.array([batch_cost(audio, batch, row_cost) for batch in sample.batches])
         self.costs = costs[: len(costs) // accumulation * accumulation].reshape(-1, accumulation).sum(1)
         self.start = self.rate = self.cpu_share = 0.0
         self.saves: list[float] = []

@@ -42,9 +42,9 @@ class ChosenBatches(BudgetBatchSampler):
         return self.chosen, 0
 
 
-def batch_cost(seconds: np.ndarray, batch: np.ndarray) -> float:
+def batch_cost(seconds: np.ndarray, batch: np.ndarray, row_cost: float) -> float:
     """Returns the cost of a batch in seconds of audio, as `BudgetBatchSampler` counts it."""
-    return float(seconds[batch].sum()) + ROW_COST * len(batch)
+    return float(seconds[batch].sum()) + row_cost * len(batch)
 
 
 def representative_batches(seconds: np.ndarray, batches: Sequence[np.ndarray], number: int) -> list[np.ndarray]:

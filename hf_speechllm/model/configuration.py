@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import pretrained
 from .ctc_configuration import CTCHeadConfig
-from .encoders import encoder_family, set_window
+from .encoders import encoder_family, fixed_seconds, set_window
 from .kv_cache import CACHE_NAMES
 
 # Qwen3-0.6B, the LLM of Fun-ASR-Nano.
@@ -239,6 +239,11 @@ class SpeechLLMConfig(PreTrainedConfig):
     def max_feature_frames(self) -> int:
         """Maximum number of feature frames per recording, limited by the encoder's position table."""
         return encoder_family(self.audio_encoder_config).max_frames(self.audio_encoder_config)
+
+    @property
+    def fixed_seconds(self) -> float:
+        """Seconds that the encoder computes for every recording; 0 if they follow the recording."""
+        return fixed_seconds(self.audio_encoder_config)
 
 
 def _build(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

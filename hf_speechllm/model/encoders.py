@@ -92,6 +92,14 @@ def find_encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
+def fixed_seconds(config: PreTrainedConfig) -> float:
+    """Returns the seconds that an encoder computes for every recording; 0 if they follow the recording."""
+    family = encoder_family(config)
+    if not family.windows or getattr(config, "window_seconds", None):
+        return 0.0
+    return family.max_frames(config) / FRAMES_PER_SECOND
+
+
 def set_window(config: PreTrainedConfig, seconds: float) -> None:
     """Lets an encoder run in windows that are multiples of a length, instead of one fixed length.
 

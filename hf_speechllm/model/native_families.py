@@ -51,6 +51,7 @@ class Family:
         modules: names of modules by part, as they occur in parameter names.
         max_seconds: longest recording that the family's processor encodes without truncation.
         window_seconds: the family pads a recording with audio tokens of silence to a multiple of this.
+        fixed_seconds: seconds that the encoder computes at least for every recording; 0: as many as it has.
         languages: whether the prompt can name the language.
         contexts: whether the prompt can have a context and hotwords.
         prefill: text after the generation prompt, which the model does not generate.
@@ -66,6 +67,7 @@ class Family:
     modules: dict[str, tuple[str, ...]]
     max_seconds: float
     window_seconds: float = 0.0
+    fixed_seconds: float = 0.0
     languages: bool = False
     contexts: bool = False
     prefill: Callable[[TranscriptionRequest], str] = lambda request: ""
@@ -186,11 +188,11 @@ FAMILIES: dict[str, Family] = {
         _qwen3_asr_messages, TOWER, 1200.0, languages=True, contexts=True, prefill=_qwen3_asr_prefill,
         answer_start=_qwen3_asr_start, transcript=_qwen3_asr_transcript,
     ),
-    "glmasr": Family(_instruction_after("Please transcribe this audio into text"), TOWER, 655.0),
-    "audioflamingo3": Family(_instruction_before("Transcribe the input speech."), TOWER, 600.0),
-    "musicflamingo": Family(_instruction_before("Transcribe the input speech."), TOWER, 1200.0),
-    "qwen2_audio": Family(_instruction_after("Transcribe the speech into text."), TOWER, 30.0),
-    "voxtral": Family(_no_instruction, TOWER, 1800.0, 30.0, languages=True, encode=_encode_voxtral),
+    "glmasr": Family(_instruction_after("Please transcribe this audio into text"), TOWER, 655.0, fixed_seconds=30.0),
+    "audioflamingo3": Family(_instruction_before("Transcribe the input speech."), TOWER, 600.0, fixed_seconds=30.0),
+    "musicflamingo": Family(_instruction_before("Transcribe the input speech."), TOWER, 1200.0, fixed_seconds=30.0),
+    "qwen2_audio": Family(_instruction_after("Transcribe the speech into text."), TOWER, 30.0, fixed_seconds=30.0),
+    "voxtral": Family(_no_instruction, TOWER, 1800.0, 30.0, 30.0, languages=True, encode=_encode_voxtral),
     "granite_speech": Family(
         lambda request: [
             {
@@ -212,7 +214,7 @@ FAMILIES: dict[str, Family] = {
         options=(("sample", False),),
     ),
     "moss_transcribe_diarize": Family(
-        _moss_messages, TOWER, 3600.0, contexts=True,
+        _moss_messages, TOWER, 3600.0, fixed_seconds=30.0, contexts=True,
         answer=lambda text, request: f"[0.00][S01]{text}[{request.seconds:.2f}]", transcript=_moss_transcript,
     ),
 }  # fmt: skip
@@ -254,6 +256,11 @@ def max_feature_frames(config: Any) -> int:
     if is_native(config):
         return round(100 * FAMILIES[config.model_type].max_seconds)
     return config.max_feature_frames
+
+
+def fixed_seconds(config: Any) -> float:
+    """Returns the seconds that the encoder computes at least for every recording, for any model of this package."""
+    return FAMILIES[config.model_type].fixed_seconds if is_native(config) else config.fixed_seconds
 
 
 _HEADER = chat.hotword_context((), "\0").partition("\0")[0]

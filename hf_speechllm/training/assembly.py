@@ -17,7 +17,7 @@ from ..data.streaming import open_stream
 from ..formats.loading import load_config
 from ..model.ctc_vocabulary import CTCVocabulary
 from ..model.modeling import SpeechLLMForConditionalGeneration
-from ..model.native_families import max_feature_frames
+from ..model.native_families import fixed_seconds, max_feature_frames
 from ..model.native_processing import NativeProcessor
 from ..model.processing import SpeechLLMProcessor
 from .cache_stage import choose_cache_level
@@ -77,7 +77,8 @@ def load_data(options: FinetuningOptions, feature_cache: str | None = None) -> R
     args, data = options.training, options.data
     name = str(options.model.model_name_or_path)
     processor = SpeechLLMProcessor.from_pretrained(name)
-    limit = max_feature_frames(load_config(name))
+    config = load_config(name)
+    limit = max_feature_frames(config)
     if isinstance(processor, NativeProcessor):
         data.compute_features_per_epoch(processor.model_type)
         if options.parts.audio_token_dropout:
@@ -85,7 +86,7 @@ def load_data(options: FinetuningOptions, feature_cache: str | None = None) -> R
     if feature_cache is not None:
         data = dataclasses.replace(data, feature_cache=feature_cache)
     stretched = int(limit / (1 + data.tempo_perturb))  # augmentation may lengthen a recording
-    collator = SpeechLLMCollator.augmenting(processor, data, limit)
+    collator = SpeechLLMCollator.augmenting(processor, data, limit, fixed_seconds(config))
     bad = {"max_bad_fraction": args.max_bad_fraction}
     limits: dict[str, Any] = {"batch_seconds": args.per_device_train_batch_seconds, **bad}
     weights = None

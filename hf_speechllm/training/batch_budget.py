@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
-from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows
+from ..data.sampler import BudgetBatchSampler, KeyedRows
 from ..files import atomic_write
 from .arguments import SpeechLLMTrainingArguments
 
@@ -77,8 +77,10 @@ def find_batch_seconds(
         reserved = trained * (OPTIMIZER_BYTES + (4 if args.world_size > 1 else 0))
         per_step = float(seconds.sum()) / (STEPS_PER_EPOCH * args.world_size * args.gradient_accumulation_steps)
 
+        cost = collator.row_cost_of(rows)
+
         def probe(batch_seconds: float) -> float:
-            batches = BudgetBatchSampler(seconds, batch_seconds, shuffle=False, row_cost=ROW_COST).batches(0)
+            batches = BudgetBatchSampler(seconds, batch_seconds, shuffle=False, row_cost=cost).batches(0)
             chosen = sorted({0, len(batches) // 2, len(batches) - 1})
             examples = KeyedRows(rows)
             inputs = (collator(examples.__getitems__(batches[index].tolist())) for index in chosen)
@@ -191,5 +193,6 @@ def _key(
         args.run_options.get("attn_implementation"),
         torch.cuda.get_device_name(args.device), memory, torch.__version__, len(seconds),
         round(float(seconds.sum()), 1), round(float(seconds.max()), 2), rows.column_names, collator.padding_free,
+        collator.row_cost_of(rows),
     ]  # fmt: skip
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from ..data.augmentation_options import AugmentationOptions
 from ..data.collator import SpeechLLMCollator
 from ..data.dataset import row_seconds
-from ..data.sampler import ROW_COST, BudgetBatchSampler, KeyedRows, budget_before_augmentation
+from ..data.sampler import BudgetBatchSampler, KeyedRows, budget_before_augmentation
 from ..data.stream_loader import StreamLoader
 from ..data.streaming import RowStream
-from ..model.native_families import max_feature_frames
+from ..model.native_families import fixed_seconds, max_feature_frames
 from ..model.processing import SpeechLLMProcessor
 from .arguments import SpeechLLMTrainingArguments
 from .checkpointing.position import Position
@@ -54,11 +54,10 @@ def training_collator(
         if augmentation is not None:
             raise ValueError("augmentation and data_collator are both given; use SpeechLLMCollator.augmenting")
         return data_collator
-    if augmentation is None:
-        return SpeechLLMCollator(processing_class)
-    args.run_options = {**args.run_options, **vars(augmentation)}  # compared when a run resumes
-    limit = math.inf if model is None else max_feature_frames(model.config)
-    return SpeechLLMCollator.augmenting(processing_class, augmentation, limit)
+    if augmentation is not None:
+        args.run_options = {**args.run_options, **vars(augmentation)}  # compared when a run resumes
+    limits = (math.inf, 0.0) if model is None else (max_feature_frames(model.config), fixed_seconds(model.config))
+    return SpeechLLMCollator.augmenting(processing_class, augmentation or AugmentationOptions(), *limits)
 
 
 def train_loader(
@@ -73,27 +72,23 @@ def train_loader(
         weights: how often an epoch uses each row, shape = (rows,); default 1.
         skip_unreadable: whether to skip rows with unreadable recordings.
     """
-    sampler = train_sampler(args, rows, weights, args.world_size, collator.largest_stretch)
+    sampler = train_sampler(args, rows, collator, weights, args.world_size)
     return batch_loader(args, rows, sampler, SkipUnreadableCollator(collator) if skip_unreadable else collator)
 
 
 def train_sampler(
-    args: SpeechLLMTrainingArguments, rows, weights=None, num_replicas: int = 1, largest_stretch: float = 1.0
+    args: SpeechLLMTrainingArguments, rows, collator: SpeechLLMCollator, weights=None, num_replicas: int = 1
 ) -> BudgetBatchSampler:
-    """Builds the sampler of this rank for training; arguments as for `train_loader` and `BudgetBatchSampler`.
-
-    Args:
-        largest_stretch: see `SpeechLLMCollator`.
-    """
+    """Builds the sampler of this rank for training; arguments as for `train_loader` and `BudgetBatchSampler`."""
     seconds = row_seconds(rows)
     return BudgetBatchSampler(
         seconds,
-        budget_before_augmentation(seconds, args.per_device_train_batch_seconds, largest_stretch),
+        budget_before_augmentation(seconds, args.per_device_train_batch_seconds, collator.largest_stretch),
         num_replicas=num_replicas,
         rank=args.process_index,
         seed=args.data_seed if args.data_seed is not None else args.seed,
         weights=weights,
-        row_cost=ROW_COST,
+        row_cost=collator.row_cost_of(rows),
     )
 
 

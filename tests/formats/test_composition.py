@@ -113,6 +113,7 @@ def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, t
         assert torch.equal(model.audio_encoder.state_dict()[name], tensor), name
     assert isinstance(processor.feature_extractor, WhisperFeatureExtractor)
     assert processor.encoder_downsample_rate == 2
+    assert model.config.fixed_seconds == 30.0
     for window, message in (
         (31, "encoder_window is 31; it must be between 0.02 and 30 seconds"),
         (0, "is 0; it must"),
@@ -123,6 +124,7 @@ def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, t
     model.save_pretrained(tmp_path / "windows")
     loaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path / "windows")
     assert loaded.config.audio_encoder_config.window_seconds == loaded.audio_encoder.config.window_seconds == 5.0
+    assert loaded.config.fixed_seconds == 0.0
 
 
 def test_windows_are_refused_for_encoders_without_a_fixed_length(tokenizer, config):

@@ -13,7 +13,7 @@ from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.formats.checkpoint import CheckpointError
 from hf_speechllm.model import chat
 from hf_speechllm.model.loss import label_positions
-from hf_speechllm.model.native_families import FAMILIES, REFUSED, parse_prompt, part_of
+from hf_speechllm.model.native_families import FAMILIES, REFUSED, fixed_seconds, parse_prompt, part_of
 from hf_speechllm.model.packing import MASKS_BY_LAYER, non_padding_positions
 
 # Transcript in the form of each family.
@@ -138,6 +138,13 @@ def test_transcript_is_read_from_the_answer(native):
     text = ANSWERS.get(model.config.model_type, "one two")
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
     assert processor.transcripts(torch.tensor([[*ids, processor.tokenizer.eos_token_id]])) == ["one two"]
+
+
+def test_fixed_seconds_are_those_to_which_the_processor_pads_a_short_recording(native, recordings):
+    model, processor = native
+    inputs = processor.batch([dialogue()], recordings[:1], return_labels=False)
+    padded = 3000 in inputs.get("input_features", torch.zeros(1)).shape
+    assert fixed_seconds(model.config) == (30.0 if padded else 0.0)
 
 
 def test_number_of_audio_tokens_is_estimated(native, recordings):

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from hf_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.cli.arguments import parse_arguments
+from hf_speechllm.data.augmentation_options import AugmentationOptions
 from hf_speechllm.data.collator import SpeechLLMCollator
 from hf_speechllm.data.dataset import row_seconds
 from hf_speechllm.data.encoder_cache import add_encoded
@@ -16,6 +18,7 @@ from hf_speechllm.fast.attention import enable_padding_free
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
 from hf_speechllm.training import batch_budget
 from hf_speechllm.training.batch_budget import find_batch_seconds, largest_budget
+from hf_speechllm.training.dataloaders import train_sampler
 from hf_speechllm.training.out_of_memory import run_in_halves, split_batch
 
 
@@ -241,3 +244,21 @@ def test_out_of_memory_error_says_what_to_do(parts, tiny_rows, indices, may_spli
 
     with pytest.raises(torch.OutOfMemoryError, match="lower --per_device_train_batch_seconds"):
         run_in_halves(step, batch, processor, lambda: None, may_split)
+
+
+def test_batches_of_an_encoder_with_fixed_length_have_at_most_twice_the_rows(tiny_rows, make_arguments, tiny_model):
+    processor = SpeechLLMProcessor.from_pretrained(tiny_model)
+    rows = tiny_rows.map(lambda row, index: {"num_frames": [3000 if index < 8 else 100]}, with_indices=True)
+    rows = datasets.concatenate_datasets([rows] * 10)
+    args = make_arguments(per_device_train_batch_seconds=240.0)
+
+    def sizes(collator, rows):
+        batches = train_sampler(args, rows, collator).batches(0)
+        longest = row_seconds(rows)
+        return [max(len(batch) for batch in batches if longest[batch].max() == limit) for limit in (30.0, 1.0)]
+
+    fixed = SpeechLLMCollator.augmenting(processor, AugmentationOptions(), fixed_seconds=30.0)
+    assert sizes(fixed, rows) == [8, 15]
+    assert sizes(SpeechLLMCollator(processor), rows) == [8, 100]
+    encoded = rows.add_column("encoder_states", [b""] * len(rows))  # the encoder does not run
+    assert sizes(fixed, encoded) == [8, 100]
