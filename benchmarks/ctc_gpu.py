@@ -192,6 +192,7 @@ def measure_released(model, processor, tiny: bool, deadline: float) -> Iterator[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=150.0, help="of all measurements")
+    parser.add_argument("--parts", nargs="+", default=["draft", "train", "released"], help="measurements")
     parser.add_argument("--model", help="folder of a model that has learnt, with a CTC head over the LLM's tokens")
     parser.add_argument("--jsonl_file", help="recordings and transcripts for --model")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.99], help="of --ctc_draft_threshold")
@@ -211,11 +212,16 @@ def main() -> None:
                 with open(args.output, "a", encoding="utf-8") as file:
                     file.write(text + "\n")
 
-    if args.model:
-        write(measure_drafts(args.model, args.jsonl_file, args.thresholds, device, started + DRAFT_END * args.seconds))
+    if args.model and "draft" in args.parts:
+        end = DRAFT_END if len(args.parts) > 1 else 1.0
+        write(measure_drafts(args.model, args.jsonl_file, args.thresholds, device, started + end * args.seconds))
+    if not {"train", "released"} & {*args.parts}:
+        return
     model, processor = make_model("tiny" if args.tiny else "fun_asr_nano", device)
-    write(measure_training(model, processor, args.tiny, started + TRAINING_END * args.seconds))
-    write(measure_released(model, processor, args.tiny, started + args.seconds))
+    if "train" in args.parts:
+        write(measure_training(model, processor, args.tiny, started + TRAINING_END * args.seconds))
+    if "released" in args.parts:
+        write(measure_released(model, processor, args.tiny, started + args.seconds))
 
 
 if __name__ == "__main__":
