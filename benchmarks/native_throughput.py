@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from workload import environment
 
-from hf_speechllm.data.dataset import prepare_rows
+from hf_speechllm.data.dataset import prepare_rows, row_seconds
 from hf_speechllm.data.options import DataOptions
+from hf_speechllm.data.sampler import ROW_COST, BudgetBatchSampler
 from hf_speechllm.model.chat import transcription_messages, transcription_prompt
-from hf_speechllm.model.native_families import max_feature_frames
+from hf_speechllm.model.native_families import fixed_seconds, max_feature_frames
 from hf_speechllm.model.native_modeling import native_class
 from hf_speechllm.model.native_processing import NativeProcessor
 from hf_speechllm.training.arguments import SpeechLLMTrainingArguments
@@ -81,10 +82,15 @@ def make_model(model_type: str, size: str):
     return model, native, NativeProcessor(native, model_type)
 
 
-def plain_loop(model, native, processor, rows, options, device) -> dict:
+def mean_rows(model, rows, batch_seconds: float) -> int:
+    """Returns the mean number of rows in the batches of `SpeechLLMTrainer`."""
+    cost = max(ROW_COST, fixed_seconds(model.config))
+    return round(len(rows) / len(BudgetBatchSampler(row_seconds(rows), batch_seconds, row_cost=cost)))
+
+
+def plain_loop(model, native, processor, number, options, device) -> dict:
     """Trains with a plain loop; returns audio seconds per second after the warm-up, and peak memory in GB."""
     lines = [json.loads(line) for line in Path(options.jsonl).read_text().splitlines()]
-    number = max(1, round(options.batch_seconds / float(np.mean(rows))))
     random.Random(0).shuffle(lines)
 
     def collate(batch):
@@ -136,7 +142,7 @@ def trainer_loop(model, processor, rows, options, device, folder) -> dict:
     trainer.train()
     lines = [line for line in trainer.state.log_history if "audio_seconds_per_second" in line][options.warmup :]
     speed = float(np.median([line["audio_seconds_per_second"] for line in lines]))
-    return _result(speed, len(lines), None, device)
+    return _result(speed, len(lines), mean_rows(model, rows, options.batch_seconds), device)
 
 
 def _synchronize(device) -> None:
@@ -172,7 +178,7 @@ def main() -> None:
             data = DataOptions(train_file=[options.jsonl], cache_dir=str(folder), preprocessing_num_workers=1)
             data.compute_features_per_epoch(model_type)
             rows, _ = prepare_rows([options.jsonl], processor, max_feature_frames(model.config), data)
-            seconds = [sum(frames) / 100 for frames in rows["num_frames"]]
+            number = mean_rows(model, rows, options.batch_seconds)
             common = {
                 "model_type": model_type, "size": options.size, "batch_seconds": options.batch_seconds,
                 "parameters": sum(item.numel() for item in model.parameters()), **environment(),
@@ -183,7 +189,7 @@ def main() -> None:
                     torch.cuda.reset_peak_memory_stats()
                 try:
                     if name == "plain loop":
-                        result = plain_loop(model, native, processor, seconds, options, device)
+                        result = plain_loop(model, native, processor, number, options, device)
                     else:
                         result = trainer_loop(model, processor, rows, options, device, str(folder / "run"))
                 except torch.OutOfMemoryError:
