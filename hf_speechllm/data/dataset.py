@@ -32,6 +32,7 @@ from ..model.processing import SpeechLLMProcessor
 from ..options import usable_cores
 from .bad_rows import BadDataError, BadRows
 from .cache_files import report_damaged_cache
+from .column_values import read_column
 from .file_lists import expand_paths
 from .kaldi import FRAME_LENGTH, measure_recording
 from .native_collator import drop_unsupported
@@ -82,13 +83,13 @@ def load_rows(
     rows = drop_bad_rows(concatenate_datasets(parts), bad_rows)
     if audio_root is not None:
         rows = _drop_outside(rows, bad_rows, audio_root)
-    stamps = [[source_stamp(source) for source in sources] for sources in rows["recordings"][:]]
+    stamps = [[source_stamp(source) for source in sources] for sources in read_column(rows, "recordings")]
     return rows.add_column("stamps", stamps, feature=List(Value("string")))
 
 
 def _drop_outside(rows: Dataset, bad_rows: BadRows, audio_root: str) -> Dataset:
     good = []
-    for index, sources in enumerate(rows["recordings"][:]):
+    for index, sources in enumerate(read_column(rows, "recordings")):
         try:
             for source in sources:
                 check_root(source, audio_root)
@@ -101,7 +102,7 @@ def _drop_outside(rows: Dataset, bad_rows: BadRows, audio_root: str) -> Dataset:
 
 def drop_bad_rows(dataset: Dataset, bad_rows: BadRows) -> Dataset:
     """Moves rows with an `error` from the dataset to `bad_rows` and removes the column `error`."""
-    errors = dataset.with_format(None)["error"][:]  # iterating over the column would read row by row
+    errors = list(read_column(dataset, "error"))
     good = [index for index, error in enumerate(errors) if error is None]
     if len(good) < len(dataset):
         for index in sorted(set(range(len(dataset))) - set(good)):
@@ -253,7 +254,9 @@ def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
 
 def row_seconds(rows: Dataset) -> np.ndarray:
     """Returns the seconds of audio of each row, shape = (rows,)."""
-    return np.array([sum(frames) for frames in rows["num_frames"][:]]) / FRAMES_PER_SECOND
+    return (
+        np.fromiter((sum(frames) for frames in read_column(rows, "num_frames")), float, len(rows)) / FRAMES_PER_SECOND
+    )
 
 
 def decoding_limit(processor: SpeechLLMProcessor, max_feature_frames: int) -> float:
@@ -296,7 +299,7 @@ def drop_too_long(
 ) -> Dataset:
     """Moves rows that are too long for the encoder or the batch budget to `bad_rows`; see `too_long_reason`."""
     good = []
-    for index, num_frames in enumerate(rows["num_frames"][:]):
+    for index, num_frames in enumerate(read_column(rows, "num_frames")):
         reason = too_long_reason(processor.feature_extractor, num_frames, max_feature_frames, batch_seconds)
         if reason is None:
             good.append(index)
@@ -349,7 +352,7 @@ def prepare_rows(
     if not parts:
         raise BadDataError(f"{', '.join(files)}: no usable rows")
     for key in ("speech_length", "text_length"):
-        lacking = sum(part[key][:].count(None) for part in parts)
+        lacking = sum(length is None for part in parts for length in read_column(part, key))
         if lacking:
             count = sum(map(len, parts))
             logger.info("%s: %d of %d rows lack %s; computing it", ", ".join(files), lacking, count, key)
@@ -370,7 +373,7 @@ def prepare_rows(
     if not weights:
         return rows, None
     by_file = {os.path.abspath(file): weight for group, weight in zip(found, weights, strict=True) for file in group}
-    return rows, np.array([weight_of(file, by_file) for file in rows["file"][:]])
+    return rows, np.array([weight_of(file, by_file) for file in read_column(rows, "file")])
 
 
 def _cache_units(groups: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..model import chat
+from .column_values import read_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,7 +153,7 @@ def mine_words(rows: Dataset, with_phrases: bool, seed: int) -> list[str]:
         with_phrases: whether to include phrases, from at most `MINED_ROWS` evenly spaced rows.
         seed: seed of the choice of phrases.
     """
-    words = [word for own in rows["hotwords"][:] for word in own or ()]
+    words = [word for own in read_column(rows, "hotwords") for word in own or ()]
     if with_phrases:
         rng = np.random.default_rng(seed)
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MINED_ROWS)).astype(int))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..data.column_values import read_column
 from ..data.streaming import RowStream
 from ..model import chat
 from ..model.ctc import add_ctc_head, train_ctc_head
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FRAME_SECONDS = 0.02  # wanted time between two frames of a head over characters, of which English has 15 per second
-BATCH_ROWS = 10_000  # read at once
 
 
 def prepare_ctc_head(model, processor, rows: Any, parts: TrainedPartsOptions) -> CTCVocabulary | None:
@@ -81,7 +81,6 @@ def _new_config(model, processor, rows: Any, parts: TrainedPartsOptions) -> CTCH
 
 
 def _answers(rows: Any) -> Iterator[str]:
-    for batch in rows.with_format(None).select_columns(["messages"]).iter(BATCH_ROWS):
-        for messages in batch["messages"]:
-            for turn in chat.parse_messages(json.loads(messages)).turns:
-                yield chat.clean_answer(turn.answer or "")
+    for messages in read_column(rows, "messages"):
+        for turn in chat.parse_messages(json.loads(messages)).turns:
+            yield chat.clean_answer(turn.answer or "")

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerState
 
 from ..data.augmentation_options import WAVEFORM_OPTIONS
+from ..data.column_values import read_column
 from ..data.dataset import row_seconds
 from ..data.streaming import RowStream
 from ..hub.card import DataSummary, model_card
@@ -93,7 +94,7 @@ def summarize_data(train_dataset, eval_dataset) -> list[DataSummary]:
         sets = [DataSummary(Path(file).name, "training", None, None) for file in train_dataset.files]
     else:
         has_files = "file" in train_dataset.column_names
-        files = train_dataset["file"][:] if has_files else ["training"] * len(train_dataset)
+        files = read_column(train_dataset, "file") if has_files else ["training"] * len(train_dataset)
         seconds = defaultdict(list)
         for file, duration in zip(files, row_seconds(train_dataset), strict=True):
             seconds[file].append(float(duration))

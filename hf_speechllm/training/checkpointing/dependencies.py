@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from accelerate.utils import broadcast_object_list
 
 from ...audio.noise import recordings_in
 from ...data.augmentation_options import source_folders
+from ...data.column_values import BATCH_ROWS, read_column
 from ...data.streaming import RowStream
 from ...files import atomic_write
 from ...model import chat
@@ -52,7 +54,6 @@ from ..freezing import count_parameters
 RECORD_FILE = "dependencies.json"
 VERSION = 1
 MAX_BLOCKS = 10_000
-BATCH_ROWS = 10_000  # rows per hash update
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets")
 # Options that are not recorded, by the reason why they do not affect the result. Any other option is recorded.
 HARMLESS = {
@@ -223,20 +224,20 @@ def _without_notes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_rows(rows) -> tuple[dict[str, Any], dict[str, list[int]]]:
     known = {*rows.column_names}
-    files = Counter(map(os.path.basename, rows["file"][:])) if "file" in known else {}
+    files = Counter(map(os.path.basename, read_column(rows, "file"))) if "file" in known else {}
     ids = hashlib.sha256()
     for batch in _batches(rows, ["recordings"]):
         names = [[name.rsplit("/", 1)[-1] for name in names] for names in batch["recordings"]]
         ids.update(json.dumps(names).encode())
-    stamps = rows["stamps"][:] if "stamps" in known else []
-    return {"rows": len(rows), "files": files, "ids": ids.hexdigest(), "texts": _hash_texts(rows)}, _blocks(stamps)
+    stamps = (read_column(rows, "stamps"), len(rows)) if "stamps" in known else ((), 0)
+    return {"rows": len(rows), "files": files, "ids": ids.hexdigest(), "texts": _hash_texts(rows)}, _blocks(*stamps)
 
 
 def _describe_stream(stream: RowStream) -> tuple[dict[str, Any], dict[str, list[int]]]:
     files = {shard.file: os.stat(shard.file) for shard in stream.shards}
     sizes = {os.path.basename(file): status.st_size for file, status in files.items()}
     stamps = [[f"{status.st_size}-{status.st_mtime_ns}"] for status in files.values()]
-    return {"shards": sizes}, _blocks(stamps)
+    return {"shards": sizes}, _blocks(stamps, len(stamps))
 
 
 def _hash_texts(rows) -> str:
@@ -258,12 +259,13 @@ def _batches(rows, columns: list[str]) -> Iterator[dict[str, list]]:
         yield from rows.with_format(None).select_columns(known).iter(BATCH_ROWS)
 
 
-def _blocks(stamps: list[list[str]]) -> dict[str, Any]:
+def _blocks(stamps: Iterable[list[str]], count: int) -> dict[str, Any]:
     """Returns checksums of stamps (`source_stamp`) by blocks of rows, so that a change can be located."""
-    size = max(1, -(-len(stamps) // MAX_BLOCKS))
+    size = max(1, -(-count // MAX_BLOCKS))
     blocks: dict[str, list[int]] = {"sizes": [], "times": []}
-    for start in range(0, len(stamps), size):
-        parts = [stamp.partition("-") for row in stamps[start : start + size] for stamp in row]
+    remaining = iter(stamps)
+    while block := list(itertools.islice(remaining, size)):
+        parts = [stamp.partition("-") for row in block for stamp in row]
         blocks["sizes"].append(zlib.crc32(",".join(part[0] for part in parts).encode()))
         blocks["times"].append(zlib.crc32(",".join(part[2] for part in parts).encode()))
     return {"rows_of_block": size, **blocks}
