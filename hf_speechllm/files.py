@@ -37,13 +37,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
     a symbolic link, the target file is replaced and the link stays. A replaced file keeps its permissions.
 
     Args:
-        path: file to write; the folder must exist.
+        path: file to write; a missing folder is created.
         mode: "w" for text, with "\\n" line ends on every system, or "wb" for bytes.
         encoding: encoding of text; ignored with "wb".
 
     Raises:
         ValueError: if `mode` is neither "w" nor "wb".
-        OSError: if `path` is a folder or a device, its folder is missing or not writable, or the disk is full.
+        OSError: if `path` is a folder or a device, its folder cannot be created or written, or the disk is full.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f'mode must be "w" or "wb", not {mode!r}')
@@ -51,6 +51,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
     replaced = target.exists()
     if replaced and not target.is_file():
         raise OSError(f"{path}: cannot be written: not a regular file; name a file in an existing folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
     # The random name separates writers of the same file and is short, even if the file name has the maximum length.
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     text_options: dict[str, Any] = {} if mode == "wb" else {"encoding": encoding, "newline": "\n"}

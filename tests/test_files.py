@@ -23,6 +23,12 @@ def test_bytes_and_other_encodings(tmp_path):
     assert (tmp_path / "c").read_bytes() == "中".encode("gb18030")
 
 
+def test_missing_folders_are_created(tmp_path):
+    with atomic_write(tmp_path / "new" / "folder" / "a.txt") as file:
+        file.write("a")
+    assert (tmp_path / "new" / "folder" / "a.txt").read_text() == "a"
+
+
 def test_readers_get_the_old_content_until_the_block_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
@@ -89,8 +95,9 @@ def test_folders_and_devices_are_refused(tmp_path):
         pass
     with pytest.raises(OSError, match="not a regular file"), atomic_write(os.devnull):
         pass
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "missing" / "a.txt"):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError), atomic_write(tmp_path / "file" / "a.txt"):
         pass
     with pytest.raises(ValueError, match="mode"), atomic_write(tmp_path / "a.txt", mode="a"):
         pass
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["file"]

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -144,13 +144,12 @@ def prog() -> str:
 
 
 def require_writable(parser: OneLineErrors, option: str, path: str) -> None:
-    """Ends with an error if a file cannot be written: its folder is missing or read-only, or it is a folder."""
+    """Creates the folder of a file; ends with an error if the file cannot be written, or is a folder."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
         parser.file_error(f"{option} {path} is a folder; name a file")
-    if not os.path.isdir(folder):
-        parser.file_error(f"{option} {path}: the folder {folder} is missing; create it")
     try:
+        os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..console import progress_bar, show_log
 from ..options import usable_cores
-from .parser import Parser, refuse_input
+from .parser import Parser, refuse_input, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     refuse_input(parser, "--jsonl_file", args.jsonl_file, (args.scp_file, args.transcript_file))
     if os.path.exists(args.jsonl_file) and not args.overwrite:
         parser.file_error(f"--jsonl_file {args.jsonl_file} exists; choose another name, or use --overwrite")
-    folder = os.path.dirname(os.path.abspath(args.jsonl_file))
-    if not os.access(folder, os.W_OK):
-        parser.file_error(f"--jsonl_file {args.jsonl_file}: the folder {folder} is missing or not writable; create it")
+    require_writable(parser, "--jsonl_file", args.jsonl_file)
     return args
 
 

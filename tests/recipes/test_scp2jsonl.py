@@ -198,7 +198,7 @@ def test_existing_output_is_an_error_before_any_work(corpus, tmp_path, run_recip
 @pytest.mark.parametrize(
     "flags, status, message",
     [
-        (["--jsonl_file", "/none/train.jsonl"], 1, "/none/train.jsonl"),
+        (["--jsonl_file", "/dev/null/train.jsonl"], 1, "/dev/null/train.jsonl"),
         (["--scp_file", "/none/wav.scp"], 1, "/none/wav.scp"),
         (["--transcript_file", "/none/text"], 1, "/none/text"),
         (["--max_bad_fraction", "1.5"], 2, "--max_bad_fraction"),
