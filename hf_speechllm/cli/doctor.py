@@ -131,8 +131,9 @@ def _next_commands(args: argparse.Namespace, result: Diagnosis) -> list[str]:
         return []
     files: dict[str, list[str]] = {"train": [], "dev": []}
     for row in result.rows:
-        if row.split in files and row.file.endswith(".jsonl") and row.file not in files[row.split]:
-            files[row.split].append(row.file)
+        file = os.path.relpath(row.file)
+        if row.split in files and file.endswith(".jsonl") and file not in files[row.split]:
+            files[row.split].append(file)
     if not files["train"]:
         return []
     model = args.model_name_or_path or "MODEL"

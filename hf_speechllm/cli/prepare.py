@@ -6,7 +6,7 @@ hf-speechllm prepare calls.csv --output_dir data/calls --columns text=said --spl
 hf-speechllm prepare google/fleurs --config de_de --output_dir data/fleurs (a data set of the Hub)
 
 SOURCE is a file, a folder, or the id of a data set on the Hub; the format is detected. Uses the splits of the source,
-or draws splits: by speaker if speakers are known, and never with one recording in two splits. Recordings are not
+or draws splits: by speaker if there are enough, and never with one recording in two splits. Recordings are not
 copied, except recordings of `datasets` without files; parts of long recordings are cut on loading. Checks every
 recording completely, and writes no output if the share of bad rows is above --max_bad_fraction.
 """
@@ -144,10 +144,9 @@ def prepare_source(args: argparse.Namespace) -> None:
         for split, share in zip(SPLITS, args.split or DEFAULT_SPLIT, strict=True):
             if chosen.startswith("drawn") and share and not counts["splits"][split]["rows"]:
                 logger.warning(
-                    "%s is empty: the source has too few speakers or recordings, and each is in one split only; "
-                    "choose other shares with --split (0 for a split without rows)%s",
+                    "%s is empty: the source has too few recordings, and each is in one split only; "
+                    "choose other shares with --split (0 for a split without rows)",
                     split,
-                    ", or remove the speakers from the source to divide by recording" if "speaker" in chosen else "",
                 )
         summary = {
             "source": args.source, "format": format, "split": chosen, **counts, "left_out": dict(reading.left_out),
@@ -163,7 +162,8 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     for name, values in summary.items():
         if name == "splits":
             for split, numbers in values.items():
-                facts[split] = ", ".join(f"{number} {unit}" for unit, number in numbers.items())
+                shown = ((unit, number) for unit, number in numbers.items() if number or unit != "speakers")
+                facts[split] = ", ".join(f"{number} {unit}" for unit, number in shown)
         elif values not in ({}, None):
             listed = (
                 (f"{key} {count}" for key, count in values.items()) if isinstance(values, dict) else (str(values),)

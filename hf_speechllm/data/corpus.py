@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,8 @@ from .sources.reading import Reading
 from .splits import own_splits, split_utterances
 from .transcripts import read_transcripts
 from .utterance import SPLITS, Utterance
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
 
@@ -95,6 +98,8 @@ def choose_splits(
 ) -> tuple[list[str], str]:
     """Chooses the split of each utterance; also returns a description of the choice.
 
+    Splits are drawn by speaker if speakers are known and there are at least as many as splits, otherwise by recording.
+
     Args:
         utterances: utterances of the source.
         shares: shares of the splits from the user; `None` uses the splits of the source, if any.
@@ -113,9 +118,17 @@ def choose_splits(
     own = None if shares else own_splits(utterances)
     if own is not None:
         return own, "those of the source"
-    speakers = sum(utterance.speaker is not None for utterance in utterances)
-    by = "speaker" if speakers == len(utterances) else "recording" if not speakers else "speaker or recording"
-    return split_utterances(utterances, shares or default, seed), f"drawn by {by}, seed {seed}"
+    shares = shares or default
+    speakers = {utterance.speaker for utterance in utterances}
+    if None not in speakers and len(speakers) < sum(share > 0 for share in shares):  # a split would be empty
+        logger.warning(
+            "fewer speakers (%d) than splits: recordings are divided, so scores are not those of new speakers",
+            len(speakers),
+        )
+        utterances = [utterance._replace(speaker=None) for utterance in utterances]
+        speakers = {None}
+    by = "recording" if speakers == {None} else "speaker or recording" if None in speakers else "speaker"
+    return split_utterances(utterances, shares, seed), f"drawn by {by}, seed {seed}"
 
 
 def write_corpus(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Corpus:
 
     def place(self, index: int) -> str:
         """Returns file and line of a row."""
-        return f"{self.rows[index].file}:{self.rows[index].line}"
+        return f"{os.path.relpath(self.rows[index].file)}:{self.rows[index].line}"
 
 
 def check_corpus(corpus: Corpus) -> Iterator[Found]:
@@ -193,7 +194,8 @@ def _speakers(corpus: Corpus) -> Iterator[Found]:
     for index, row in enumerate(rows):
         if row.text in speakers and row.text != row.speaker and not row.text.isalpha():
             yield index, "wrong-column", f"the text is a speaker: {show(row.text)}"
-    for speaker, found in _groups((i, row.speaker) for i, row in enumerate(rows) if row.speaker).items():
+    divisible = len(speakers) > 1  # the only speaker is in every split, there is no other way
+    for speaker, found in _groups((i, row.speaker) for i, row in enumerate(rows) if row.speaker and divisible).items():
         splits = Counter(rows[index].split for index in found)
         if len(splits) > 1:
             first = min(found, key=lambda index: order_of(rows[index].split))

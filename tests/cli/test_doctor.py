@@ -113,7 +113,7 @@ def test_exit_status(run, corpus, tmp_path, monkeypatch):
         ((), "DATA is missing"),
         ((tmp_path / "none.jsonl",), "no such file"),
         ((corpus, "--ignore", "clip"), "unknown kind; did you mean clipped?"),
-        ((corpus, "--json", tmp_path / "no" / "f.json"), "create it"),
+        ((corpus, "--json", corpus / "train.jsonl" / "f.json"), "choose another folder"),
         ((corpus, "--html", tmp_path, "--overwrite"), "is a folder; name a file"),
         ((corpus / "train.jsonl", "--fix", corpus / "train.jsonl"), "is an input of this command"),
         ((corpus, "--model", tmp_path), ""),
@@ -147,16 +147,20 @@ def test_order_does_not_depend_on_the_processes(run, corpus, tmp_path):
 
 
 def test_speaker_of_a_prepared_corpus_in_two_splits(run, tmp_path):
-    keys = {"train": "en-us-train-0090", "test": "en-us-test-0000"}
-    for split, key in keys.items():
+    rows = {"train": ("en-us-train-0090", "anna"), "test": ("en-us-test-0000", "anna")}
+    rows["dev"] = ("en-us-test-0006", "ben")
+    for split, (key, speaker) in rows.items():
         (tmp_path / split).mkdir()
-        for name, value in (("wav.scp", QUICKSTART / "audio" / f"{key}.ogg"), ("text", "one"), ("utt2spk", "anna")):
+        for name, value in (("wav.scp", QUICKSTART / "audio" / f"{key}.ogg"), ("text", "one"), ("utt2spk", speaker)):
             (tmp_path / split / name).write_text(f"{key} {value}\n")
-    assert run("prepare", tmp_path, "--output_dir", tmp_path / "out")[0] is None
-    row = json.loads((tmp_path / "out" / "train.jsonl").read_text("utf-8"))
-    assert (row["key"], row["speaker"]) == (keys["train"], "anna") and "language" not in row
-    _, output = run("doctor", tmp_path / "out", "--no_vad")
+    out = tmp_path / "out"
+    assert run("prepare", tmp_path, "--output_dir", out)[0] is None
+    row = json.loads((out / "train.jsonl").read_text("utf-8"))
+    assert (row["key"], row["speaker"]) == rows["train"] and "language" not in row
+    _, output = run("doctor", out, "--no_vad")
     assert "speaker anna has rows in several splits" in output.out
+    _, output = run("doctor", out / "train.jsonl", out / "test.jsonl", "--no_vad")
+    assert "has rows in several splits" not in output.out  # all rows have one speaker
 
 
 def test_list_of_kinds(run):

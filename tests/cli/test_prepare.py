@@ -1,6 +1,7 @@
 """`hf-speechllm prepare`: output files, summary and errors; training and decoding with the output."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import soundfile
 from hf_speechllm.data.bad_rows import BadDataError
 from hf_speechllm.data.dataset import prepare_rows
 from hf_speechllm.data.options import DataOptions
-from hf_speechllm.data.row_files import generator_arguments, require_row_file
+from hf_speechllm.data.row_files import foreign_format, generator_arguments, require_row_file
 from hf_speechllm.locks import output_file_lock
 from hf_speechllm.model.processing import SpeechLLMProcessor
 
@@ -147,8 +148,9 @@ def test_sources_that_must_be_prepared_name_the_command(kaldi, tmp_path):
         BadDataError, match="format kaldi; --streaming .* use `hf-speechllm prepare .*kaldi --output_dir"
     ):
         require_row_file(str(kaldi))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(BadDataError, match="unknown layout of a folder"):
-        require_row_file(str(tmp_path))
+        require_row_file(str(tmp_path / "empty"))
     (tmp_path / "list.csv").write_text("clip,said\na.wav,b\n")
     with pytest.raises(
         BadDataError, match=r"--columns audio=NAME .*; use `hf-speechllm prepare .*list.csv --output_dir"
@@ -218,14 +220,39 @@ def test_lists_are_not_replaced_by_what_is_made_of_them(run, kaldi, option):
     assert (kaldi / "wav.scp").read_text() == before
 
 
-@pytest.mark.parametrize("speakers", [False, True])
-def test_an_empty_split_names_the_remedy(run, kaldi, tmp_path, caplog, speakers):
-    (kaldi / "utt2spk").write_text("".join(f"s{i}-{part} me\n" for i in range(6) for part in (0, 1)))
-    if not speakers:
-        (kaldi / "utt2spk").unlink()
-        for name in ("text", "segments"):
-            (kaldi / name).write_text("".join((kaldi / name).read_text().splitlines(True)[:2]))
+def test_an_empty_split_names_the_remedy(run, kaldi, tmp_path, caplog):
+    (kaldi / "utt2spk").unlink()
+    for name in ("text", "segments"):
+        (kaldi / name).write_text("".join((kaldi / name).read_text().splitlines(True)[:2]))
     code, output = run("prepare", kaldi, "--output_dir", tmp_path / "out")
     assert code is None and "test is empty" in caplog.text and "choose other shares with --split" in caplog.text
-    assert ("remove the speakers" in caplog.text) == speakers
     assert f"hf-speechllm doctor {tmp_path}/out" in output.out and "test.jsonl" not in output.out
+
+
+@pytest.mark.parametrize(("speakers", "options"), [(1, []), (2, []), (2, ["--split", "0.5", "0", "0.5"])])
+def test_recordings_are_divided_if_there_are_fewer_speakers_than_splits(
+    run, kaldi, tmp_path, caplog, speakers, options
+):
+    (kaldi / "utt2spk").write_text("".join(f"s{i}-{part} me{i % speakers}\n" for i in range(6) for part in (0, 1)))
+    code, output = run("prepare", kaldi, "--output_dir", tmp_path / "out", *options)
+    assert code is None and "is empty" not in caplog.text
+    assert ("not those of new speakers" in caplog.text) == (not options)
+    assert f"drawn by {'speaker' if options else 'recording'}, seed 0" in output.out
+    names = ["train", "test"] if options else ["train", "dev", "test"]
+    found = [{path.partition("#")[0] for path in recordings(tmp_path / "out" / f"{name}.jsonl")} for name in names]
+    assert all(found) and sum(map(len, found)) == len(set.union(*found)) == 6
+
+
+def test_a_folder_of_recordings_needs_a_table(run, tmp_path):
+    (tmp_path / "speaker").mkdir()
+    (tmp_path / "speaker" / "a.WAV").touch()
+    message, _ = run("prepare", tmp_path / "speaker", "--output_dir", tmp_path / "out")
+    assert "recordings, but no list of transcripts" in message and "columns audio (path) and text" in message
+    with pytest.raises(BadDataError, match="recordings, but no list of transcripts"):
+        foreign_format(tmp_path / "speaker")
+
+
+def test_lists_of_a_folder_hide_those_of_its_split_folders(run, kaldi, tmp_path, caplog):
+    shutil.copytree(kaldi, kaldi / "test")
+    code, output = run("prepare", kaldi, "--output_dir", tmp_path / "out")
+    assert code is None and "the lists of this folder are read, the folders test are not" in caplog.text

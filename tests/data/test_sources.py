@@ -145,7 +145,7 @@ def test_unrecognised_columns_can_be_named(write_audio, write_lines, read):
     path = write_lines("list.csv", ["clip,said", "a.wav,one", "a.wav,"])
     with pytest.raises(
         BadDataError,
-        match="and no column of transcripts found; .* audio=NAME text=NAME .the columns are clip, said",
+        match="and no column of transcripts found; .* audio=NAME text=NAME .the columns, .* are clip, said",
     ):
         list(read_source(str(path), Reading(BadRows())))
     found, reading = read(path, "csv", num_bad=1, columns={"audio": "clip", "text": "said"})

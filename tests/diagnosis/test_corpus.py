@@ -54,6 +54,8 @@ def test_ids_and_speakers():
     assert found(rows) == {
         "duplicate-id": [6], "speaker-in-two-splits": [1], "speaker-spelling": [2], "missing-speaker": [4],
     }  # fmt: skip
+    one = [make_row(speaker="anna"), make_row(split="test", speaker="anna")]
+    assert found(one) == {}  # no other division is possible
 
 
 def test_texts_in_two_splits_must_be_long():

@@ -36,6 +36,11 @@ SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
     "hub": (hugging_face.is_hub_id, hugging_face.read_hub),
 }
 
+WITHOUT_LIST = (
+    "recordings, but no list of transcripts in a known layout; write a table, for example recordings.csv, with the "
+    "columns audio (path) and text, and pass the table"
+)
+
 
 def recognize(source: str) -> str | None:
     """Returns the format of a source; `None` if no format is detected."""
@@ -58,8 +63,15 @@ def read_source(source: str, reading: Reading, format: str | None = None) -> Ite
     if format is None:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder")
+        if has_recordings(source):
+            raise BadDataError(f"{source}: {WITHOUT_LIST}")
         raise BadDataError(f"{source}: unknown layout; set --format to one of {', '.join(SOURCES)}")
     return SOURCES[format][1](source, reading)
+
+
+def has_recordings(source: str) -> bool:
+    """Returns whether a source is a folder with recordings, also below."""
+    return any(name.lower().endswith(corpora.AUDIO_SUFFIXES) for *_, names in os.walk(source) for name in names)
 
 
 def _is_list(source: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from ..kaldi import KaldiList, join, read_list, read_scp, read_segments, require
 from ..utterance import Utterance
 from .json_arrays import read_array
 from .reading import HEAD_BYTES, Reading, language_code, split_of
+
+logger = logging.getLogger(__name__)
 
 AISHELL_TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".mp3", ".ogg")
@@ -31,16 +34,27 @@ def is_kaldi(source: str) -> bool:
 
 
 def _kaldi_folders(source: str) -> list[tuple[str, str | None]]:
-    if os.path.isfile(os.path.join(source, "wav.scp")) and os.path.isfile(os.path.join(source, "text")):
+    if _has_lists(source):
         return [(source, None)]
+    return _split_folders(source)
+
+
+def _has_lists(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("wav.scp", "text"))
+
+
+def _split_folders(source: str) -> list[tuple[str, str | None]]:
     found = sorted(os.path.dirname(path) for path in glob.glob(f"{glob.escape(source)}/*/wav.scp"))
     named = ((folder, split_of(os.path.basename(folder))) for folder in found)
-    return [(folder, split) for folder, split in named if split and os.path.isfile(os.path.join(folder, "text"))]
+    return [(folder, split) for folder, split in named if split and _has_lists(folder)]
 
 
 def read_kaldi(source: str, reading: Reading) -> Iterator[Utterance]:
     """Reads `wav.scp` and `text`, and `segments`, `utt2spk` and `utt2lang` if the files exist."""
-    for folder, split in _kaldi_folders(source):
+    folders = _kaldi_folders(source)
+    if others := [os.path.basename(folder) for folder, _ in _split_folders(source) if (source, None) in folders]:
+        logger.warning("%s: the lists of this folder are read, the folders %s are not", source, ", ".join(others))
+    for folder, split in folders:
         bad_rows = reading.bad_rows
         transcripts = read_list(os.path.join(folder, "text"), bad_rows, "transcript")
         require_transcripts(transcripts)

@@ -61,7 +61,7 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
         contents = " and no column of ".join({"audio": "recordings", "text": "transcripts"}[role] for role in missing)
         raise BadDataError(
             f"{where}: no column of {contents} found; use --columns {' '.join(f'{role}=NAME' for role in missing)} "
-            f"(the columns are {', '.join(names)})"
+            f"(the columns, from the first line, are {', '.join(names)})"
         )
     return found
 
