@@ -40,19 +40,26 @@ OWN = frozenset(item.name for kind in GROUPS for item in dataclasses.fields(kind
 USAGE = "%(prog)s [CONFIG] [--OPTION VALUE ...]"
 AUTO = "--auto"
 LOADERS = "dataloader_num_workers"
+# Options of other trainers.
+SYNONYMS = {
+    "--batch_size": "--per_device_train_batch_seconds", "--lr": "--learning_rate", "--model": "--model_name_or_path",
+    "--train_data": "--train_file", "--valid_file": "--validation_file",
+}  # fmt: skip
 KINDS = {"bool": "BOOL", "int": "N", "float": "X", "str": "TEXT"}
 TYPES = {"N": int, "X": float}  # of the values of other metavars: str
 
 
 def parse_arguments(
-    argv: Sequence[str] | None = None, description: str | None = None, planned: Mapping[str, Any] | None = None
-) -> FinetuningOptions:
+    argv: Sequence[str] | None = None, description: str | None = None, planned: Mapping[str, Any] | None = None,
+    required: Sequence[str] = (),
+) -> FinetuningOptions:  # fmt: skip
     """Parses `[CONFIG] [--key value ...]`; options of the command line override values of the file.
 
     Args:
         argv: default the command line.
         description: text for `--help`.
         planned: values of a plan, which the command line overrides; with a plan, the file is ignored.
+        required: options that must be set.
 
     Raises:
         SystemExit: for an unknown key, a wrong type or a contradiction; one line names file and key.
@@ -63,15 +70,16 @@ def parse_arguments(
         sys.exit()
     from ..training.arguments import SpeechLLMTrainingArguments
 
-    return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values), planned)
+    return _parse(argv, lambda values: SpeechLLMTrainingArguments(**values), planned, required)
 
 
-def check_command_line(argv: Sequence[str], where: str = "") -> FinetuningOptions:
+def check_command_line(argv: Sequence[str], where: str = "", required: Sequence[str] = ()) -> FinetuningOptions:
     """Checks a command line in the same way as `parse_arguments`, before processes start, without using a device.
 
     Args:
         argv: the command line.
         where: name of the stage, for errors.
+        required: options that must be set.
 
     Raises:
         SystemExit: see `parse_arguments`.
@@ -85,13 +93,14 @@ def check_command_line(argv: Sequence[str], where: str = "") -> FinetuningOption
         training.check()
         return training
 
-    return _parse(argv, unstarted, where=where)
+    return _parse(argv, unstarted, required=required, where=where)
 
 
 def _parse(
     argv: Sequence[str],
     make_training: Callable[[dict], SpeechLLMTrainingArguments],
     planned: Mapping[str, Any] | None = None,
+    required: Sequence[str] = (),
     where: str = "",
 ) -> FinetuningOptions:
     from ..training.arguments import SpeechLLMTrainingArguments
@@ -100,6 +109,8 @@ def _parse(
     if where:
         parser.prog += f": {where}"
     values = _read(parser, argv, planned)
+    if missing := next((name for name in required if values[name] is None), None):
+        parser.error(f"--{missing} is missing; --help_all lists all options")
 
     def chosen(kind: type) -> dict[str, Any]:
         return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.init}
@@ -118,6 +129,9 @@ def _parser(trainer_options: type) -> HfArgumentParser:
     from ..training.arguments import batch_seconds
 
     class FinetuneParser(OneLineErrors, HfArgumentParser):
+        synonyms = SYNONYMS
+        not_suggested = frozenset(f"--{name}" for name in WITHOUT_EFFECT)
+
         def add_argument(self, *names, **options):
             if "--per_device_train_batch_seconds" in names:
                 options["type"] = batch_seconds

@@ -33,6 +33,8 @@ from .stages import find_stages, run_stages
 
 logger = logging.getLogger(__name__)
 
+REQUIRED = ("output_dir",)  # the default of transformers would be a folder in the working directory
+
 
 def main() -> None:
     # Shapes differ between batches: expandable segments avoid fragmentation of the GPU memory.
@@ -66,7 +68,7 @@ def check(argv: list[str], where: str = "") -> None:
     """
     from ..data.file_lists import expand_paths
 
-    options = check_command_line(argv, where)
+    options = check_command_line(argv, where, REQUIRED)
     for files in (options.data.train_file, *([file] for file in options.validation_files.values())):
         expand_paths(files)
 
@@ -85,7 +87,7 @@ def finetune(launch_options: dict[str, Any], argv: list[str]) -> None:
         except (OSError, ValueError) as error:
             sys.exit(f"{prog()}: error: {error}")
         return
-    options = parse_arguments(argv, description=__doc__)
+    options = parse_arguments(argv, __doc__, required=REQUIRED)
 
     # Imported after parsing, so that errors of the command line appear immediately.
     from transformers import set_seed

@@ -37,9 +37,13 @@ class OneLineErrors(argparse.ArgumentParser):
 
     Attributes:
         file_status: exit status of an error that depends on files other than configurations.
+        synonyms: options of other tools, and the options to suggest instead.
+        not_suggested: options that are not suggested for an unknown option.
     """
 
     file_status = 1
+    synonyms: ClassVar[Mapping[str, str]] = {}
+    not_suggested: ClassVar[frozenset[str]] = frozenset()
 
     def error(self, message: str) -> NoReturn:
         """Prints the error and exits."""
@@ -64,7 +68,8 @@ class OneLineErrors(argparse.ArgumentParser):
     def refuse(self, word: str) -> NoReturn:
         """Prints the error for an unknown option and exits."""
         name = word.partition("=")[0]
-        self.error(f"unknown option {name}{did_you_mean(name, options_of(self))}; --help lists all options")
+        hint = did_you_mean(self.synonyms.get(name, name), options_of(self) - self.not_suggested)
+        self.error(f"unknown option {name}{hint}; --help lists all options")
 
 
 class Parser(OneLineErrors):
@@ -82,13 +87,24 @@ class Parser(OneLineErrors):
 
     def parse_args(self, args=None, namespace=None) -> Any:
         """Parses arguments; reports a misspelled option before missing options, because one can cause the other."""
-        args = list(command_line()[1] if args is None else args)
+        args = self._underscored(command_line()[1] if args is None else args)
         for word in itertools.takewhile("--".__ne__, args):
             name = word.partition("=")[0]
             abbreviated = any(option.startswith(name) for option in {"--help", *options_of(self)})
-            if re.fullmatch(r"--\w+", name) and not abbreviated:
+            if re.fullmatch(r"--\w[\w-]*", name) and not abbreviated:
                 self.refuse(word)
         return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args=None, namespace=None) -> Any:
+        """Parses the known arguments."""
+        return super().parse_known_args(self._underscored(command_line()[1] if args is None else args), namespace)
+
+    def _underscored(self, args: Sequence[str]) -> list[str]:
+        """Accepts `--output-dir` for `--output_dir`, as the parser of transformers does."""
+        known = options_of(self)
+        names = {word: word.partition("=")[0] for word in args if word.startswith("--")}
+        plain = {word: f"--{name[2:].replace('-', '_')}" for word, name in names.items()}
+        return [plain[word] + word[len(names[word]) :] if plain.get(word) in known else word for word in args]
 
 
 def report(message: str) -> None:

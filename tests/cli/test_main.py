@@ -64,6 +64,27 @@ def test_unknown_option_is_reported_with_the_closest(run):
     )
 
 
+def test_options_may_have_dashes(run, tmp_path):
+    code, output = run("prepare", tmp_path / "none.csv", "--output-dir", tmp_path, "--max-bad-fraction=0.5")
+    assert str(code).endswith("none.csv: no such file or folder")
+    code, output = run("decode", "--model-nme", "m", "--output-file", "o", "a.wav")
+    assert "unknown option --model-nme; did you mean --model_name_or_path?" in output.err
+
+
+def test_training_requires_an_output_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--num_processes", "2", "--config_file", "cpu"]):
+        code, output = run("finetune", "--model_name_or_path", "m", "--train_file", "rows.jsonl", *words)
+        assert code == 2 and "--output_dir is missing" in output.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_of_other_trainers_lead_to_options_with_an_effect(run):
+    for name, option in (("--batch_size", "--per_device_train_batch_seconds"), ("--epochs", "--num_train_epochs")):
+        output = run("finetune", name, "8")[1]
+        assert f"unknown option {name}; did you mean {option}?" in output.err
+
+
 def test_typing_error_is_reported_before_missing_options(run):
     code, output = run("decode", "--modle", "m", "--output_file", "o", "a.wav")
     assert code == 2
