@@ -32,6 +32,9 @@ SILENCED = (
     ("transformers", "The tokenizer has new PAD/BOS/EOS tokens"),  # the processor decides these tokens
     # Only evaluations that select no checkpoint lack the metric; a wrong name is refused before training.
     ("transformers", "early stopping required metric_for_best_model"),
+    # A resumed run compares all options that matter; a share of the run never equals the steps in the file.
+    ("transformers", "do not match the ones in the `trainer_state.json`"),
+    ("huggingface_hub", "Retrying in"),
     ("DeepSpeed", "Setting accelerator to CPU"),  # also on a machine that is meant to have no GPU
 )
 _CURSOR = re.compile(r"(?:\s|\x1b\[A)*")  # bars between other output: line breaks, spaces, line up
@@ -65,7 +68,7 @@ class LogFormatter(logging.Formatter):
 
 
 class LineHandler(logging.StreamHandler):
-    """Prints lines to standard error, above the progress bars; a warning of Python's `warnings` only once."""
+    """Prints lines to standard error, above the progress bars; a warning of Python or the Hub's client only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class LineHandler(logging.StreamHandler):
         """Prints a record."""
         try:
             line = self.format(record)
-            if record.name == "py.warnings":
+            if record.name.partition(".")[0] in ("py", "huggingface_hub"):
                 text = python_warning(record.getMessage())
                 if text in self._shown:
                     return
@@ -125,13 +128,14 @@ def show_log(level: int = logging.INFO, timestamps: bool = False) -> None:
 
 
 def quiet_transformers() -> None:
-    """Prints warnings of transformers like all log lines, and its progress bars only if they take long."""
+    """Prints warnings of transformers and of the Hub's client like all log lines, and bars only if they take long."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_warning()
     transformers_logging.set_tqdm_hook(_late_bar)
+    logging.getLogger("huggingface_hub").handlers.clear()  # would print each line a second time
 
 
 def _late_bar(factory: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:

@@ -86,6 +86,8 @@ logger = transformers_logging.get_logger("transformers.trainer_utils")
 logger.warning("The tokenizer has new PAD/BOS/EOS tokens that differ")
 logger.warning("another warning")
 for _ in range(3):
+    logging.getLogger("huggingface_hub.utils._http").warning("no answer")
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
     warnings.resetwarnings()
     warnings.warn("few cores")
 logging.getLogger("hf_speechllm.x").info("progress")
@@ -100,7 +102,12 @@ def test_first_process_prints_lines_and_others_only_own_warnings(rank):
         [sys.executable, "-c", CODE], capture_output=True, text=True, env={**os.environ, "RANK": rank}, check=True
     )
     lines = {
-        "0": ["warning: transformers: another warning", "warning: UserWarning: few cores", "progress"],
+        "0": [
+            "warning: transformers: another warning",
+            "warning: huggingface_hub: no answer",
+            "warning: UserWarning: few cores",
+            "progress",
+        ],
         "1": [],
     }
     assert result.stderr.splitlines() == [*lines[rank], "warning: a bad row"]

@@ -41,6 +41,9 @@ class SpeechLLMTrainingArguments(
         self._set_device()
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.use_cpu
+        for suffix in ("", "_kwargs"):  # the new name, where transformers has it: the old name warns
+            if getattr(self, f"activation_checkpointing{suffix}", suffix) is None:
+                setattr(self, f"activation_checkpointing{suffix}", getattr(self, f"gradient_checkpointing{suffix}"))
         for option in ("gradient_checkpointing", "activation_checkpointing"):  # old and new name of the same option
             if getattr(self, option, None) and getattr(self, f"{option}_kwargs") is None:
                 setattr(self, f"{option}_kwargs", {"use_reentrant": False})

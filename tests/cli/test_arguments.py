@@ -280,3 +280,12 @@ def test_help_lists_own_options_in_groups_and_inherited_ones_with_help_all(capsy
         assert "(default: float16)" in text and "(default: q_proj k_proj v_proj" in " ".join(text.split())
         assert not any(f"--{name} " in text for name in WITHOUT_EFFECT)
         assert ("--adam_beta1" in text) == inherited
+
+
+def test_gradient_checkpointing_has_one_name_in_all_releases(recwarn):
+    for value in ("true", "false"):
+        args = values_of([*REQUIRED, "--gradient_checkpointing", value])
+        names = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(args, name)]
+        assert {getattr(args, name) for name in names} == {value == "true"}
+        assert value == "false" or args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert not [str(item.message) for item in recwarn if "deprecated" in str(item.message)]
