@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains, decodes and scores a small model in about five minutes on two CPU cores, without a GPU and without the Hub:
+# Trains, decodes and scores a small model in about three minutes on two idle CPU cores, without a GPU and without the Hub:
 #   bash recipes/quickstart.sh [OUTPUT_DIR]
 # The recordings are synthetic (eSpeak NG; recipes/quickstart_data/README.md). The commands for real data are the same.
 set -euo pipefail

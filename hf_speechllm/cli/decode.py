@@ -195,7 +195,7 @@ def main() -> None:
         facts = {
             "texts": texts,
             "audio": f"{audio} (RTFx {outcome.seconds / outcome.elapsed:.0f})",
-            "written": args.output_file,
+            "written": args.output_file if outcome.results else None,
         }
         reference = args.jsonl_file or "REFERENCE"
         folder = f"{args.output_file}.score"

@@ -69,6 +69,8 @@ def _expand(source: str, bad_rows: BadRows) -> Iterator[Source]:
     elif source.endswith((".jsonl", ".scp")):
         option = "--jsonl_file" if source.endswith(".jsonl") else "--scp_file"
         raise ValueError(f"{source} is a list; pass the list with {option}")
+    elif source.endswith((".csv", ".tsv", ".json", ".txt")):
+        raise ValueError(f"{source} is no recording; `hf-speechllm prepare` converts tables for --jsonl_file")
     elif source.endswith((".zip", ".gz", ".tgz", ".zst", ".bz2", ".xz", ".7z", ".rar")):
         raise ValueError(f"{source} is compressed; unpack the file, and pass the folder, recording or .tar file")
     elif not os.path.exists(local_path(source)):

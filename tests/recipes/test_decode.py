@@ -406,6 +406,7 @@ def test_only_one_kind_of_input_is_accepted(decode, make_wav, tiny_corpus, tmp_p
     assert decode(scp=None)[0] == 2
     assert capsys.readouterr().err.count("pass exactly one of") == 3
     assert "gone.wav: no such file" in decode(tmp_path / "gone.wav", scp=None)[0]
+    assert "table.csv is no recording; `hf-speechllm prepare`" in decode(tmp_path / "table.csv", scp=None)[0]
 
 
 def test_a_list_is_checked_before_the_model_is_loaded(decode, tiny_model, tmp_path, make_wav, monkeypatch, caplog):
@@ -421,10 +422,11 @@ def test_a_list_is_checked_before_the_model_is_loaded(decode, tiny_model, tmp_pa
     assert "1 of 2 requests are unusable" in caplog.text and "model.safetensors is damaged" in message
 
 
-def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path, make_wav):
+def test_the_first_20_failures_are_named_and_all_are_in_a_file(decode, tmp_path, make_wav, capsys):
     scp, failures = tmp_path / "wav.scp", tmp_path / "hyp.txt.failures"
     scp.write_text("".join(f"id{number:02d} gone{number}.wav\n" for number in range(25)))
     message, _ = decode(scp=scp)
+    assert "written" not in capsys.readouterr().out  # no text, no file
     lines = message.splitlines()
     assert "25 failed" in lines[0] and sum("no such file" in line for line in lines) == 20
     assert f"and 5 more; {failures} lists all" in message
