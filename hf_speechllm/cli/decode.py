@@ -40,7 +40,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace --output_file, or results of an unfinished run"
     )
-    parser.add_argument("--language", help="language of the texts: 中文, 英文, 日文, ... or zh, en, ja, ...")
+    parser.add_argument(
+        "--language",
+        help="language of the texts: zh, en, ja, ..., Chinese, English, Japanese, ... or 中文, 英文, 日文, ...",
+    )
     parser.add_argument("--no_itn", action="store_true", help="write numbers as spoken words")
     parser.add_argument("--hotwords", help="comma-separated hotwords, or a file with one hotword per line")
     parser.add_argument("--context", help="topic of the recordings, in one or two sentences")

@@ -11,18 +11,29 @@ LANGUAGES = {
     "mt": "马耳他语", "pl": "波兰语", "pt": "葡萄牙语", "ro": "罗马尼亚语", "sk": "斯洛伐克语",
     "sl": "斯洛文尼亚语", "sv": "瑞典语",
 }  # fmt: skip
+# English name in lower case -> ISO 639 code; also of languages without a name in Fun-ASR's prompts.
+ENGLISH_NAMES = {
+    "chinese": "zh", "mandarin": "zh", "cmn": "zh", "english": "en", "cantonese": "yue", "japanese": "ja",
+    "korean": "ko", "vietnamese": "vi", "indonesian": "id", "thai": "th", "malay": "ms", "filipino": "tl",
+    "arabic": "ar", "hindi": "hi", "german": "de", "french": "fr", "spanish": "es", "portuguese": "pt",
+    "italian": "it", "russian": "ru", "turkish": "tr", "dutch": "nl", "swedish": "sv", "danish": "da",
+    "finnish": "fi", "polish": "pl", "czech": "cs", "persian": "fa", "greek": "el", "romanian": "ro",
+    "hungarian": "hu", "bulgarian": "bg", "croatian": "hr", "estonian": "et", "irish": "ga", "latvian": "lv",
+    "lithuanian": "lt", "maltese": "mt", "slovak": "sk", "slovenian": "sl",
+}  # fmt: skip
 
 
 def language_name(language: str) -> str:
     """Returns the name of a language in the prompts. A name that is not ASCII (any Chinese name) is kept unchanged.
 
     Args:
-        language: ISO 639 code from `LANGUAGES`, or the Chinese name.
+        language: ISO 639 code from `LANGUAGES`, the English or the Chinese name.
 
     Raises:
-        ValueError: if the language is neither a known code nor a Chinese name.
+        ValueError: if the language is neither a known code or English name nor a Chinese name.
     """
-    name = LANGUAGES.get(language.lower(), language)
+    code = language.lower()
+    name = LANGUAGES.get(ENGLISH_NAMES.get(code, code), language)
     if not name or name.isascii():
         raise ValueError(
             f"unknown language {language!r}; give the Chinese name, or one of: "

@@ -304,6 +304,13 @@ def test_prompt_excludes_language_and_normalisation(options):
         chat.transcription_prompt(prompt="P:", **options)
 
 
+def test_languages_have_codes_english_and_chinese_names():
+    prompts = {chat.transcription_prompt(language=name) for name in ("hr", "Croatian", "croatian", "克罗地亚语")}
+    assert len(prompts) == 1 and "克罗地亚语" in prompts.pop()
+    with pytest.raises(ValueError, match="unknown language 'German'"):  # not one of the model
+        chat.transcription_prompt(language="German")
+
+
 def test_unknown_language_error_lists_the_known_languages():
     with pytest.raises(ValueError, match=r"unknown language 'klingon'.*en \(英文\)"):
         chat.transcription_prompt(language="klingon")

@@ -18,6 +18,7 @@ from typing import Any
 from ...audio.archives import tar_member
 from ...audio.time_range import add_time_range
 from ...audio.waveform import AudioError, resolve_source
+from ...model.languages import ENGLISH_NAMES
 from ..bad_rows import NUM_NAMED, BadDataError, BadRows
 from ..jsonl import hotwords_of, parse_object
 from ..utterance import SPLITS, Utterance
@@ -32,15 +33,6 @@ NO_ROWS = {
     "validated_sentences.tsv", "unvalidated_sentences.tsv", "clip_durations.tsv", "times.tsv",
 }  # fmt: skip
 LONGEST_LINE = 1 << 24  # bytes; maximum length of the first line of a detected JSONL
-# Names of languages in sources, in lower case; codes are unchanged.
-LANGUAGE_NAMES = {
-    "chinese": "zh", "mandarin": "zh", "cmn": "zh", "english": "en", "cantonese": "yue", "japanese": "ja",
-    "korean": "ko", "vietnamese": "vi", "indonesian": "id", "thai": "th", "malay": "ms", "filipino": "tl",
-    "arabic": "ar", "hindi": "hi", "german": "de", "french": "fr", "spanish": "es", "portuguese": "pt",
-    "italian": "it", "russian": "ru", "turkish": "tr", "dutch": "nl", "swedish": "sv", "danish": "da",
-    "finnish": "fi", "polish": "pl", "czech": "cs", "persian": "fa", "greek": "el", "romanian": "ro",
-    "hungarian": "hu",
-}  # fmt: skip
 _SPLIT_NAMES = {
     "train": "train", "training": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev",
     "eval": "dev", "test": "test", "testing": "test",
@@ -177,7 +169,7 @@ def language_code(language: Any) -> str | None:
     if not isinstance(language, str):
         return None
     name = re.split(r"[-_]", language.strip("<|> ").lower())[0]
-    return None if name in ("", "none", "auto", "nospeech") else LANGUAGE_NAMES.get(name, name)
+    return None if name in ("", "none", "auto", "nospeech") else ENGLISH_NAMES.get(name, name)
 
 
 def clean_text(text: str) -> tuple[str, str | None]:
