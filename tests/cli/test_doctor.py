@@ -163,6 +163,18 @@ def test_speaker_of_a_prepared_corpus_in_two_splits(run, tmp_path):
     assert "has rows in several splits" not in output.out  # all rows have one speaker
 
 
+def test_paths_are_relative(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = QUICKSTART / "audio" / "en-us-train-0090.ogg"
+    (tmp_path / "list.csv").write_text(f"audio,text\n{source},one\n{source},one\n")
+    run("prepare", "list.csv", "--output_dir", "data", "--split", "1", "0", "0")
+    _, output = run("doctor", "data", "--no_vad")
+    assert "same recording as data/train.jsonl:1" in output.out and str(tmp_path) not in output.out
+    _, output = run("doctor", "data", "--no_vad", "--fix", "new/clean.jsonl")
+    _, output = run("doctor", "new/clean.jsonl", "--no_vad")
+    assert "--train_file new/clean.jsonl" in output.out and str(tmp_path) not in output.out
+
+
 def test_list_of_kinds(run):
     code, output = run("doctor", "--list_kinds")
     lines = output.out.splitlines()
