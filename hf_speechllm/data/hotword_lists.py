@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,12 @@ MIN_LETTERS = 4  # minimum of letters in a phrase, to exclude common words; a Ch
 MINED_ROWS = 20_000  # maximum of rows whose phrases become distractors
 # Scripts without spaces, whose characters are separate units: kana, Han and extensions.
 CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_LETTER = rf"[^\W_{CHARACTERS}]"
-_UNIT = re.compile(rf"[{CHARACTERS}]|{_LETTER}+(?:['’.-]{_LETTER}+)*")
+# Parts of words that `\w` lacks: combining marks, for example the vowel signs of Hindi, and the joiners of Persian.
+MARKS = "\u200c\u200d" + "".join(
+    character for character in map(chr, range(0x300, 0x1F000)) if unicodedata.category(character)[0] == "M"
+)
+_LETTER = rf"(?:[^\W_{CHARACTERS}]|[{MARKS}])"
+_UNIT = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{_LETTER}+(?:['’.-]{_LETTER}+)*")
 _STREAM = 1  # spawn key of the random numbers for hotwords, independent of the numbers for augmentation
 
 

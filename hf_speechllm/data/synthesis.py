@@ -31,16 +31,19 @@ from ..model.chat import transcription_messages
 from .augmentation import waveform_augmentation
 from .augmentation_options import AugmentationOptions
 from .bad_rows import BadRows
-from .hotword_lists import CHARACTERS
+from .hotword_lists import CHARACTERS, MARKS
 from .kaldi import speech_length
 from .speech_engines import ENGINES, TIMEOUT
 
 SAMPLING_RATE = 16000  # Hz, of the shards
 RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
-PUNCTUATION, SENTENCE_ENDS = ',.!?;:"“”()。，！？、；：', ".!?。！？"
+SENTENCE_ENDS = ".!?。！？।॥؟۔።"  # also of Hindi, Arabic, Urdu and Amharic
+PUNCTUATION = f',;:"“”()，、；：،؛{SENTENCE_ENDS}'
+SENTENCE_BOUNDARY = re.compile(rf"(?<=[{SENTENCE_ENDS}])\s+|(?<=[{SENTENCE_ENDS}][\"”'])\s+|(?<=[。！？])")
 UNSPACED = re.compile(f"[{CHARACTERS}]")
+LETTER = rf"(?:[^\W\d_{CHARACTERS}]|[{MARKS}])"
 # A Chinese or Japanese character is a word.
-WORD = re.compile(rf"[{CHARACTERS}]|[^\W\d_{CHARACTERS}]+(?:['’][^\W\d_{CHARACTERS}]+)*")
+WORD = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{LETTER}+(?:['’]{LETTER}+)*")
 RECENT = 64  # rows of which babble is mixed
 SETTINGS_FILE = "synthesis.json"
 
@@ -283,7 +286,7 @@ def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
 def clean_texts(lines: Sequence[str], min_words: int = 2, max_words: int = 30) -> list[str]:
     """Returns sentences that an engine can read: without markup, addresses and repetitions of other lines.
 
-    A Chinese character counts as a word.
+    A Chinese or Japanese character counts as a word.
 
     Args:
         lines: texts, each of one or several sentences.
@@ -291,10 +294,10 @@ def clean_texts(lines: Sequence[str], min_words: int = 2, max_words: int = 30) -
     """
     found: dict[str, None] = {}
     for line in lines:
-        for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"”'])\s+|(?<=[。！？])", line):
+        for sentence in SENTENCE_BOUNDARY.split(line):
             text = " ".join(sentence.split())
-            words = len(re.findall(r"[\u4e00-\u9fff]|[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+", text))
-            plain = re.fullmatch(r"[\w\"“][\w\s.,!?;:'’\"“”()%$€£。，！？、；：-]+", text) and "_" not in text
-            if plain and min_words <= words <= max_words and re.search(r"[.!?。！？][\"”']?$", text):
+            words = len(WORD.findall(text)) + len(re.findall(r"\d+", text))
+            plain = re.fullmatch(rf"[\w\"“][\w\s{MARKS}{PUNCTUATION}'’%$€£-]+", text) and "_" not in text
+            if plain and min_words <= words <= max_words and re.search(rf"[{SENTENCE_ENDS}][\"”']?$", text):
                 found.setdefault(text)
     return list(found)

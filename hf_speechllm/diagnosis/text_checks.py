@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 
+from ..data.hotword_lists import MARKS
 from ..data.jsonl import recording_id
 from ..model.languages import LANGUAGES
 from .kinds import KINDS
@@ -206,7 +207,7 @@ def _annotation(text: str, limit: float) -> str | None:
 
 
 def _repetition(text: str, limit: float) -> str | None:
-    words = [word.casefold() for word in re.findall(r"[\w'’]+", text)]
+    words = [word.casefold() for word in re.findall(rf"[\w{MARKS}'’]+", text)]
     run = 1
     for before, word in zip(words, words[1:], strict=False):
         run = run + 1 if word == before else 1

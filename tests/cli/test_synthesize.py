@@ -276,6 +276,18 @@ def test_replaced_words_stand_in_the_sentence_with_its_punctuation():
     assert set(re.findall("[a-zA-Z']+", everywhere.text(0))) <= set(words)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["नमस्ते दुनिया आप कैसे हैं।", "مَرْحَبًا بِكُمْ في المدينة؟", "می\u200cخواهم کتاب.", "cafe\u0301 nai\u0308ve."],
+)
+def test_words_with_combining_marks_are_replaced_as_a_whole(text):
+    plan = Plan([text], 50, {"t": ["v"]}, {"t": 1.0}, "p", words=["X"], replaced_words=0.5)
+    *own, last = text[:-1].split()
+    for said in map(plan.text, range(50)):
+        assert said[-1] == text[-1] and set(said[:-1].split()) <= {"X", *own, last}
+    assert clean_texts([text, f"1: {text}", f"{text} {text[:-1]}"]) == [text, f"1: {text}"]
+
+
 def test_words_of_languages_with_spaces_are_joined_with_spaces():
     words = ["안녕", "세계"]
     plan = Plan(

@@ -111,6 +111,7 @@ def test_phrases_are_short_and_contain_no_punctuation():
     assert "don't know" in phrases("I don't know") and max(phrases("a b c d e f"), key=len) == "a b c d"
     assert phrases("去北京，好") == ["去北", "去北京", "北京"]
     assert phrases("听Let it") == ["听Let", "听Let it", "Let it"]
+    assert phrases("आप कैसे हैं।") == ["आप कैसे", "आप कैसे हैं", "कैसे", "कैसे हैं"]  # vowel signs are parts of words
     assert phrases("4 5") == phrases("") == []
 
 
@@ -126,7 +127,8 @@ def test_parse_word_list_are_hotwords_of_rows_that_contain_them_and_distractors_
 @pytest.mark.parametrize(
     ("text", "word", "said"),
     [("a party", "art", False), ("art!", "art", True), ("c++ code", "c++", True), ("在北京市", "北京", True),
-     ("看art展", "art", True), ("a.i. lab", "a.i.", True), ("code", "art", False), ("smart art", "art", True)],
+     ("看art展", "art", True), ("a.i. lab", "a.i.", True), ("code", "art", False), ("smart art", "art", True),
+     ("काम की", "का", False), ("काम की", "की", True)],
 )  # fmt: skip
 def test_only_whole_words_are_contained(text, word, said):
     assert contains_word(text, word) is said

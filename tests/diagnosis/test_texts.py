@@ -118,6 +118,7 @@ def test_fault_is_found(kind, text):
         "한국어 문장입니다",
         "می\u200cخواهم بروم",  # Persian needs the zero-width non-joiner
         "क्\u200dष यह हिन्दी है",
+        "नाना नानी ने ना",
         "Это русский текст и слово USB",
         "Donaudampfschifffahrtsgesellschaft",
         "5 < 6 and 7 > 3",
