@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,16 +25,21 @@ def cache_root(cache_dir: str | None) -> Path:
 
 @contextlib.contextmanager
 def report_damaged_cache(cache_dir: str | None) -> Iterator[None]:
-    """Reports the damaged file if reading the cache fails in the block.
+    """Reports the damaged file if reading the cache fails in the block, and the folder if it cannot be written.
 
     Raises:
-        BadDataError: if a cache file is damaged; the message names the files to delete.
+        BadDataError: if a cache file is damaged; the message names the files to delete. Also if the disk is full.
     """
     try:
         yield
     except BadDataError:
         raise
     except (OSError, ValueError) as error:  # types of pyarrow's errors
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise BadDataError(
+                f"the feature cache cannot be written to {cache_root(cache_dir)}: {error.strerror}; free space, or "
+                "choose another --cache_dir"
+            ) from error
         damaged = next(_find_damaged(cache_root(cache_dir)), None)
         if damaged is None:
             raise

@@ -22,7 +22,7 @@ from ..fast.attention import disable_host_syncs, enable_host_syncs
 from ..formats.untrusted import one_line, reading
 from ..model import chat
 from ..model.calibration import Calibration
-from ..model.generation import ignored_settings, transcription_config
+from ..model.generation import generation_lock, ignored_settings, transcription_config
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
@@ -69,6 +69,8 @@ def default_batch_seconds(device: torch.device, num_beams: int = 1) -> float:
 
 class Transcriber:
     """Transcribes recordings with a model.
+
+    Threads can share a transcriber, and transcribers a model: a model decodes one batch at a time.
 
     Example:
 
@@ -387,9 +389,11 @@ class Transcriber:
     def _search(self, inputs: BatchFeature, counts: Sequence[int]) -> list[Hypothesis]:
         if self.reader is None:
             return [Hypothesis(text) for text in self.generate(inputs)]
-        with self.reader.listening():
-            texts = self.generate(inputs)
-        return [Hypothesis(*pair) for pair in zip(texts, self.reader.evidence(counts), strict=True)]
+        with generation_lock(self.model):
+            with self.reader.listening():
+                texts = self.generate(inputs)
+            evidence = self.reader.evidence(counts)
+        return [Hypothesis(*pair) for pair in zip(texts, evidence, strict=True)]
 
     @torch.inference_mode()
     def generate(self, inputs) -> list[str | None]:
@@ -403,12 +407,13 @@ class Transcriber:
             search, self.model, num_beams=self.num_beams, fast=self.fast, keep_scores=self.reader is not None,
             loop_stop_tokenizer=self.processor.tokenizer if self.repetition_guard else None, rescorer=self.rescorer,
         )  # fmt: skip
-        if self.drafter is not None:
-            found = self.drafter.search(inputs, self.max_new_tokens, find)
-        else:
-            found = find(inputs, self.max_new_tokens)
-        if self.reader is not None:
-            self.reader.notice(found.tokens, found.scores)
+        with generation_lock(self.model):
+            if self.drafter is not None:
+                found = self.drafter.search(inputs, self.max_new_tokens, find)
+            else:
+                found = find(inputs, self.max_new_tokens)
+            if self.reader is not None:
+                self.reader.notice(found.tokens, found.scores)
         texts = self.processor.transcripts(found.tokens)
         return [text if ok else None for text, ok in zip(texts, found.finite, strict=True)]
 

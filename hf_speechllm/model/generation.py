@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,15 @@ REPLACED = (
     "use_cache", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "output_logits", "transformers_version",
 )  # fmt: skip
+_LOCKS: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+
+
+def generation_lock(model: PreTrainedModel) -> Any:
+    """Returns the reentrant lock of a model that a thread holds while it generates.
+
+    The generation configuration and the hooks that observe a search belong to the model, not to the thread.
+    """
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def transcription_config(model: PreTrainedModel, **options: Any) -> GenerationConfig:

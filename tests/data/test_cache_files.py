@@ -1,5 +1,6 @@
 """Damaged cache files are reported with the file to delete, and deleting it helps."""
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -46,6 +47,12 @@ def test_damaged_file_is_reported_and_computed_again_after_deletion(use_cache, t
         path = Path(re.search(r"delete (.*) to compute it again", message)[1])
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         assert use_cache() == size
+
+
+def test_a_full_disk_is_reported_with_the_folder(tmp_path):
+    message = f"written to {re.escape(str(tmp_path))}: No space"
+    with pytest.raises(BadDataError, match=message), report_damaged_cache(str(tmp_path)):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_other_errors_are_unchanged(tmp_path):

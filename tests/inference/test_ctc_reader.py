@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def test_probabilities_of_generated_tokens(with_head, waveforms):
         end = ids.index(processor.tokenizer.eos_token_id) + 1 if processor.tokenizer.eos_token_id in ids else len(ids)
         expected = logits[range(end), ids[:end]].tolist()
         assert values[:end] == pytest.approx(expected, abs=1e-4)
+
+
+def test_threads_share_a_transcriber_with_word_times(with_head, waveforms):
+    transcriber = Transcriber(*with_head, word_times=True, max_new_tokens=6)
+    expected = [transcriber.transcripts(waveform) for waveform in waveforms]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(transcriber.transcripts, waveforms)) == expected
 
 
 def test_flags_are_written(tmp_path):

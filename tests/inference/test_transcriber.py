@@ -4,6 +4,7 @@ import copy
 import os
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -306,6 +307,17 @@ def test_steps_after_the_end_of_a_row_do_not_count():
     tokens = torch.tensor([[5, 3, 0], [5, 2, 0], [5, 6, 7]])
     assert watch.finite(3, tokens) == [True, False, False]
     assert watch.finite(3) == [False, False, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_threads_share_a_model(parts, waveforms, options):
+    model, config = parts[0], parts[0].generation_config
+    transcribers = [Transcriber(*parts, max_new_tokens=8), Transcriber(*parts, max_new_tokens=12, **options)]
+    jobs = [(transcriber, waveforms[: 1 + index % 3]) for index in range(8) for transcriber in transcribers]
+    expected = [transcriber.transcribe(list(recordings)) for transcriber, recordings in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda job: job[0].transcribe(list(job[1])), jobs)) == expected
+    assert model.generation_config is config
 
 
 def test_transcriber_does_not_change_the_process(parts, waveforms, monkeypatch):
