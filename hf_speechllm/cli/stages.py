@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -126,26 +127,38 @@ def _add_replay(options: dict[str, Any], earlier: Sequence[dict[str, Any]], wher
     """Adds a share of the training files of earlier stages to the options of a stage.
 
     Raises:
-        ValueError: if the share is invalid, or there is no earlier stage.
+        ValueError: if the share or a weight is invalid, or there is no earlier stage.
     """
-    share = options.pop("replay", None)
-    if share is None:
+    given = options.pop("replay", None)
+    if given is None:
         return
-    if type(share) not in (int, float) or not 0 < share <= 1:
-        raise ValueError(f"{where}: replay is {share!r}; it must be a share of the earlier rows, above 0, at most 1")
+    share = _number(given)
+    if not 0 < share <= 1:
+        raise ValueError(f"{where}: replay is {given!r}; it must be a share of the earlier rows, above 0, at most 1")
     if not earlier:
         raise ValueError(f"{where}: replay needs an earlier stage; remove it from the first stage")
-    weights = _weights_of(options)
+    weights = _weights_of(options, where)
     for stage in earlier:
-        for name, weight in _weights_of(stage).items():
+        for name, weight in _weights_of(stage, where).items():
             weights.setdefault(name, share if weight >= 1 else share * weight)
     options["train_file"], options["train_weight"] = list(weights), list(weights.values())
 
 
-def _weights_of(options: dict[str, Any]) -> dict[str, float]:
+def _weights_of(options: dict[str, Any], where: str) -> dict[str, float]:
+    """Returns the weight of each training file."""
     files, weights = options.get("train_file", []), options.get("train_weight", [])
     files, weights = (value if isinstance(value, list) else [value] for value in (files, weights))
-    return dict(zip(files, weights or [1.0] * len(files), strict=False))
+    if weights and len(weights) != len(files) or any(not 0 < _number(weight) < math.inf for weight in weights):
+        raise ValueError(f"{where}: train_weight is {weights}; it must be one number above 0 per file of {files}")
+    return dict(zip(files, map(_number, weights or [1.0] * len(files)), strict=True))
+
+
+def _number(value: Any) -> float:
+    """Returns the value of an option; NaN if the value is no number. YAML reads `1e-1` as text."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def run_stages(

@@ -92,7 +92,7 @@ def test_a_later_stage_can_replay_a_share_of_earlier_data(write, tmp_path):
     stages = [
         {"train_file": ["a.jsonl", "b.jsonl"], "train_weight": [0.5, 2]},
         {"train_file": "c.jsonl", "replay": 0.2},
-        {"train_file": ["d.jsonl", "a.jsonl"], "replay": 0.1},
+        {"train_file": ["d.jsonl", "a.jsonl"], "replay": "1e-1"},  # YAML reads 1e-1 as text
         {"train_file": "e.jsonl"},
     ]
     options = [stage.options for stage in find_stages([str(write(stages)), "--learning_rate", "1"])]
@@ -138,6 +138,9 @@ def test_models_from_an_earlier_result_of_a_changed_stage_are_not_kept(write, tm
         ([{"output_dir": "x"}], "stage 1 (stage1): output_dir is the same for all stages; write it above stages"),
         ([{"replay": 0.5}], "stage 1 (stage1): replay needs an earlier stage"),
         ([{}, {"replay": 2}], "stage 2 (stage2): replay is 2; it must be a share"),
+        ([{}, {"replay": True}], "stage 2 (stage2): replay is True; it must be a share"),
+        ([{}, {"replay": 0.5, "train_file": ["a", "b"], "train_weight": 2}], "train_weight is [2]; it must be"),
+        ([{"train_file": "a", "train_weight": "x"}, {"replay": 1, "train_file": "b"}], "train_weight is ['x']; it"),
     ],
 )
 def test_invalid_stages_are_one_line(stages, message, write, run):
