@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+import difflib
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,11 @@ from ..model.configuration import SpeechLLMConfig
 from ..model.encoders import WITHOUT, encoder_family, find_encoder_config, set_window
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.processing import SpeechLLMProcessor
+from .untrusted import reading
 
+logger = logging.getLogger(__name__)
+
+MISSPELT = 0.9  # similarity (`difflib`) of a misspelt name to the right one
 PAD_TOKEN = "<|endoftext|>"
 SPECIAL_TOKENS = [PAD_TOKEN, chat.TURN_START, chat.TURN_END, chat.AUDIO_TOKEN]
 
@@ -80,10 +86,15 @@ def compose(
         Model (float32) and processor. Save both to the same folder.
 
     Raises:
-        ValueError: if the encoder is of no known family, or a checkpoint lacks weights.
+        ValueError: if a setting is unknown, the encoder is of no known family, or a checkpoint lacks weights.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError("the configuration of the model must be `key: value` lines")
+    for part in {"feature_extractor", *SpeechLLMConfig.sub_configs} & config.keys():
+        if not isinstance(config[part], (Mapping, PreTrainedConfig, type(None))):
+            raise ValueError(f"{part} must be `key: value` lines; name pretrained parts in --audio_encoder and --llm")
     config = dict(config)
-    feature_options = config.pop("feature_extractor", {})
+    feature_options = config.pop("feature_extractor", None) or {}
     window = config.pop("encoder_window", None)
     if isinstance(tokenizer, str):
         name, options = _gguf(tokenizer)
@@ -98,9 +109,12 @@ def compose(
         name, options = _gguf(llm)
         config["llm_config"] = AutoConfig.from_pretrained(name, **options).get_text_config()
     else:
-        config["llm_config"] = {**config.get("llm_config", {}), "vocab_size": len(tokenizer)}
+        config["llm_config"] = {**(config.get("llm_config") or {}), "vocab_size": len(tokenizer)}
     config["audio_token_id"] = tokenizer.convert_tokens_to_ids(chat.AUDIO_TOKEN)
-    config = SpeechLLMConfig(**config)
+    with reading("the configuration of the model"):
+        given, config = config, SpeechLLMConfig(**config)
+        _check_settings(config, given)
+        _check_settings(FbankFeatureExtractor(**feature_options), feature_options, "feature_extractor.")
     encoder_config = config.audio_encoder_config
     for setting, value in WITHOUT.items():
         if hasattr(encoder_config, setting):
@@ -134,6 +148,30 @@ def compose(
         **config.encoder_lengths,
     )
     return model, processor
+
+
+def _check_settings(built: Any, given: Any, path: str = "") -> None:
+    """Refuses misspelt settings, which transformers keeps as attributes of a config; warns about other unknown ones.
+
+    A model of transformers may read a setting that its config class does not declare, such as `head_dim`.
+
+    Raises:
+        ValueError: if a setting is misspelt, or a class of this package does not know the setting.
+    """
+    if not isinstance(given, Mapping):
+        return
+    known = type(built)()
+    own = type(built).__module__.partition(".")[0] == __package__.partition(".")[0]
+    for key in given:
+        # Old names, such as `rope_theta`, become other attributes. `set_window` checks the windows.
+        if key in vars(built) and not hasattr(known, key) and key != "window_seconds":
+            similar = difflib.get_close_matches(key, vars(known), 1, cutoff=0.6 if own else MISSPELT)
+            unknown = f"{path}{key}: {type(built).__name__} has no such setting"
+            if own or similar:
+                raise ValueError(f"{unknown}; {f'did you mean {similar[0]}?' if similar else 'leave it out'}")
+            logger.warning("%s; without effect, unless the model reads it", unknown)
+        if isinstance(part := getattr(built, key, None), PreTrainedConfig):
+            _check_settings(part, given[key], f"{path}{key}.")
 
 
 def _gguf(name: str) -> tuple[str, dict[str, str]]:

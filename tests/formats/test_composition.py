@@ -127,6 +127,32 @@ def test_pretrained_encoders_keep_their_weights(tokenizer, config, make_model, t
     assert loaded.config.fixed_seconds == 0.0
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"audio_encode_config": {}}, "audio_encode_config: SpeechLLMConfig has no such setting; did you mean"),
+        ({"llm_config": {"num_hiden_layers": 2}}, "llm_config.num_hiden_layers: Qwen3Config has no such setting; did"),
+        ({"feature_extractor": {"qqq": 2}}, "feature_extractor.qqq: FbankFeatureExtractor has no such setting; leave"),
+        ({"audio_encoder_config": "whisper"}, "audio_encoder_config must be `key: value` lines; name pre"),
+        ({"llm_config": 5}, "llm_config must be `key: value` lines"),
+        ({"llm_config": {"rms_norm_eps": "1e-6"}}, "the configuration of the model cannot be used .*rms_norm_eps"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        compose(settings, tokenizer)
+
+
+def test_old_names_of_settings_are_known_and_others_warned_of(tokenizer, config, caplog):
+    llm = {**config["llm_config"], "rope_theta": 5000.0, "n_embd": 32}
+    del llm["rope_parameters"]
+    model, _ = compose({**config, "llm_config": llm}, tokenizer)
+    assert [record.message for record in caplog.records] == [
+        "llm_config.n_embd: Qwen3Config has no such setting; without effect, unless the model reads it"
+    ]
+    assert model.config.llm_config.rope_parameters["rope_theta"] == 5000.0
+
+
 def test_windows_are_refused_for_encoders_without_a_fixed_length(tokenizer, config):
     with pytest.raises(ValueError, match="fun_asr_nano_encoder encoders have no windows; leave it out"):
         compose({**config, "encoder_window": 5}, tokenizer)
