@@ -63,6 +63,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w", encoding: str = 
         if replaced:
             os.chmod(temporary, target.stat().st_mode & 0o777)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
     finally:  # after the renaming, there is nothing to remove
         temporary.unlink(missing_ok=True)
 

@@ -67,13 +67,15 @@ def main(verb: str | None = None) -> None:
     Raises:
         SystemExit: if the verb fails, or after printing help.
     """
-    if verb is None:
-        verb = _verb(sys.argv[1:])
     try:
-        with bars_as_lines():
-            status = import_module(f".{verb}", __package__).main()
-        if status is not None:
-            sys.exit(status)
+        try:
+            verb = verb or _verb(sys.argv[1:])
+            with bars_as_lines():
+                status = import_module(f".{verb}", __package__).main()
+            if status is not None:
+                sys.exit(status)
+        finally:
+            print(end="", flush=True)  # a reader that has ended is noticed here, not at exit
     except ModuleNotFoundError as error:
         if error.name == f"{__package__}.{verb}":  # the code in the repository of a published model
             sys.exit(f"{prog()}: error: this installation has decode and align only; pip install hf_speechllm")
