@@ -34,10 +34,11 @@ MINED_ROWS = 20_000  # maximum of rows whose phrases become distractors
 CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # Parts of words that `\w` lacks: combining marks, for example the vowel signs of Hindi, and the joiners of Persian.
 MARKS = "\u200c\u200d" + "".join(
-    character for character in map(chr, range(0x300, 0x1F000)) if unicodedata.category(character)[0] == "M"
+    character for character in map(chr, range(0x300, 0x1F000)) if unicodedata.category(character) in ("Mn", "Mc")
 )
 _LETTER = rf"(?:[^\W_{CHARACTERS}]|[{MARKS}])"
-_UNIT = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{_LETTER}+(?:['’.-]{_LETTER}+)*")
+_LETTERS = rf"(?:[^\W_{CHARACTERS}][{MARKS}]*)+"  # emoji have marks, too
+_UNIT = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{_LETTERS}(?:['’.-]{_LETTERS})*")
 _STREAM = 1  # spawn key of the random numbers for hotwords, independent of the numbers for augmentation
 
 

@@ -41,9 +41,9 @@ SENTENCE_ENDS = ".!?。！？।॥؟۔።"  # also of Hindi, Arabic, Urdu and A
 PUNCTUATION = f',;:"“”()，、；：،؛{SENTENCE_ENDS}'
 SENTENCE_BOUNDARY = re.compile(rf"(?<=[{SENTENCE_ENDS}])\s+|(?<=[{SENTENCE_ENDS}][\"”'])\s+|(?<=[。！？])")
 UNSPACED = re.compile(f"[{CHARACTERS}]")
-LETTER = rf"(?:[^\W\d_{CHARACTERS}]|[{MARKS}])"
+LETTERS = rf"(?:[^\W\d_{CHARACTERS}][{MARKS}]*)+"
 # A Chinese or Japanese character is a word.
-WORD = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{LETTER}+(?:['’]{LETTER}+)*")
+WORD = re.compile(rf"[{CHARACTERS}][{MARKS}]*|{LETTERS}(?:['’]{LETTERS})*")
 RECENT = 64  # rows of which babble is mixed
 SETTINGS_FILE = "synthesis.json"
 

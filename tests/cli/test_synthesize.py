@@ -285,6 +285,8 @@ def test_words_with_combining_marks_are_replaced_as_a_whole(text):
     *own, last = text[:-1].split()
     for said in map(plan.text, range(50)):
         assert said[-1] == text[-1] and set(said[:-1].split()) <= {"X", *own, last}
+    hearts = Plan(["I \u2764\ufe0f it."], 1, {"t": ["v"]}, {"t": 1.0}, "p", words=["X"], replaced_words=1.0)
+    assert hearts.text(0) == "X \u2764\ufe0f X."
     assert clean_texts([text, f"1: {text}", f"{text} {text[:-1]}"]) == [text, f"1: {text}"]
 
 
