@@ -28,7 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses and checks the command line, and creates the folder of the output."""
     parser = Parser(__doc__)
+    add_recordings_and_prompt(parser)
+    add_search(parser)
+    add_launch_options(parser)
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    check_files(parser, args)
+    return args
+
+
+def add_recordings_and_prompt(parser: Parser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
     parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
@@ -48,6 +59,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--hotwords", help="comma-separated hotwords, or a file with one hotword per line")
     parser.add_argument("--context", help="topic of the recordings, in one or two sentences")
     parser.add_argument("--prompt", help="instruction that replaces --language and --no_itn")
+
+
+def add_search(parser: Parser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of a text (of a segment), at most")
     parser.add_argument(
         "--batch_seconds",
@@ -97,8 +111,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="dtype (default: bfloat16 on a GPU, otherwise float32)"
     )
-    add_launch_options(parser)
-    args = parser.parse_args(argv)
+
+
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuses options that contradict each other, and values out of range."""
     if sum(map(bool, (args.sources, args.scp_file, args.jsonl_file))) != 1:
         parser.error("pass exactly one of: recordings (or folders, ...), --scp_file, --jsonl_file")
     if args.segments_file and not args.scp_file:
@@ -121,6 +137,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("max_new_tokens", "batch_seconds", "num_beams", "vad_max_seconds", "num_workers"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} must be above 0")
+
+
+def check_files(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuses missing lists and existing outputs, and creates the folder of the output."""
     for file in filter(None, (args.scp_file, args.segments_file, args.jsonl_file, args.confidence_file)):
         if not Path(file).is_file():
             parser.file_error(f"{file}: {'not a file' if Path(file).exists() else 'no such file'}")
@@ -143,7 +163,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--output_file {args.output_file}: {output.parent} cannot be created: {error.strerror}; choose another "
             "folder"
         )
-    return args
 
 
 def main() -> None:

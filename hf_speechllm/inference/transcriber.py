@@ -1,12 +1,11 @@
-"""Transcribes recordings in batches by audio seconds; threads prepare batches while the model computes."""
+"""Transcribes recordings in batches: greedy or beam search, word times, joining of segments."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,7 @@ from transformers import BatchFeature
 
 from ..audio.inputs import as_list, to_source
 from ..audio.vad import VoiceDetector
-from ..audio.waveform import SAMPLE_RATE, AudioError, load_audio
-from ..data.sampler import BudgetBatchSampler
+from ..audio.waveform import SAMPLE_RATE, AudioError
 from ..fast.attention import disable_host_syncs, enable_host_syncs
 from ..formats.untrusted import one_line, reading
 from ..model import chat
@@ -26,11 +24,11 @@ from ..model.generation import generation_lock, ignored_settings, transcription_
 from ..model.modeling import SpeechLLMForConditionalGeneration
 from ..model.native_families import is_native
 from ..model.processing import SpeechLLMProcessor
+from .batches import Batch, BatchLoader, default_batch_seconds
 from .ctc_reader import CTCReader
 from .drafts import Drafter
 from .measuring import RequestMeter
-from .pieces import Piece, Transcript
-from .prefetch import prefetch
+from .pieces import Transcript
 from .repetition import cut_loop
 from .requests import Request
 from .rescoring import Rescorer
@@ -40,31 +38,10 @@ from .segments import Segment, join_texts
 logger = logging.getLogger(__name__)
 
 TOKEN_INPUTS = ("input_ids", "attention_mask")  # inputs with one entry per row; others have one entry per recording
-SMALLEST_BATCH, LARGEST_BATCH, SECONDS_PER_GB = 240.0, 8192.0, 200.0  # audio seconds, see `default_batch_seconds`
-PREFETCHED_BATCHES = 2  # number of batches that are prepared in advance, at least
-PREFETCHED_SECONDS = 3600.0  # audio that is prepared in advance, at least; 230 MB, and 460 MB as features
-WINDOW_SECONDS = 3600.0  # duration of the recordings whose segments are sorted together
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinite): the weights are damaged, or overflow in this dtype; check "
     "the checkpoint, or try --dtype float32"
 )
-SEGMENTED_SECONDS = 4 * WINDOW_SECONDS  # recordings in memory for segmentation; 230 MB per hour
-
-
-def default_batch_seconds(device: torch.device, num_beams: int = 1) -> float:
-    """Returns the padded audio seconds of a batch that use the free memory of a device well.
-
-    A batch of 8,192 s takes 14 GB with Fun-ASR-Nano. The default leaves room for LLMs with three times as many bytes
-    per second of audio.
-
-    Args:
-        device: of the model.
-        num_beams: number of beams, each with its own key-value cache.
-    """
-    if device.type != "cuda":
-        return SMALLEST_BATCH
-    free = torch.cuda.mem_get_info(device)[0] / 1e9
-    return min(max(SMALLEST_BATCH, SECONDS_PER_GB * free / num_beams), LARGEST_BATCH)
 
 
 class Transcriber:
@@ -240,38 +217,29 @@ class Transcriber:
         usable = [index for index, length in enumerate(lengths) if not isinstance(length, str)]
         seconds = {index: float(lengths[index]) for index in usable}
         yield from (Transcript(i, error=length) for i, length in enumerate(lengths) if isinstance(length, str))
-        with ThreadPoolExecutor(self.num_workers) as listeners, ThreadPoolExecutor(self.num_workers) as loaders:
-            found: dict[int, list[tuple[float, Segment]]] = {index: [] for index in usable}
-            if self.vad is None:
-                pieces = [Piece(index, 0.0, seconds[index]) for index in usable]
-                batches: Iterable[list[Piece] | Transcript] = self._batches(pieces)
-            else:
-                batches = self._segmented(listeners, requests, seconds)
-
-            def prepare(batch):
-                return batch if isinstance(batch, Transcript) else self._prepare(listeners, requests, batch)
-
-            room = max(PREFETCHED_SECONDS, PREFETCHED_BATCHES * self.batch_seconds)
-            for result in prefetch(loaders, prepare, ((batch, _seconds(batch)) for batch in batches), room):
-                if isinstance(result, Transcript):
-                    yield result
+        found: dict[int, list[tuple[float, Segment]]] = {index: [] for index in usable}
+        loader = BatchLoader(
+            self.processor, self.meter, self.batch_seconds, self.model.device, self.num_workers, self.vad
+        )
+        for result in loader(requests, seconds):
+            if isinstance(result, Transcript):
+                yield result
+                continue
+            yield from result.failed
+            for piece, segment in zip(result.pieces, self._decode(result), strict=True):
+                if piece.waveform is None:  # the recording may have been replaced since the measurement
+                    seconds[piece.index] = piece.seconds
+                if piece.index not in found:  # another segment of this recording has failed
                     continue
-                failed, decodable, counts, inputs = result
-                yield from failed
-                for piece, segment in zip(decodable, self._decode(decodable, inputs, counts), strict=True):
-                    if piece.waveform is None:  # the recording may have been replaced since the measurement
-                        seconds[piece.index] = piece.seconds
-                    if piece.index not in found:  # another segment of this recording has failed
-                        continue
-                    if segment is None:
-                        del found[piece.index]
-                        yield Transcript(piece.index, error=NOT_FINITE)
-                        continue
-                    found[piece.index].append((piece.start, segment))
-                    if len(found[piece.index]) == piece.pieces:
-                        segments = tuple(item for _, item in sorted(found.pop(piece.index), key=lambda part: part[0]))
-                        text = join_texts(item.text for item in segments)
-                        yield Transcript(piece.index, text, seconds[piece.index], segments=segments)
+                if segment is None:
+                    del found[piece.index]
+                    yield Transcript(piece.index, error=NOT_FINITE)
+                    continue
+                found[piece.index].append((piece.start, segment))
+                if len(found[piece.index]) == piece.pieces:
+                    segments = tuple(item for _, item in sorted(found.pop(piece.index), key=lambda part: part[0]))
+                    text = join_texts(item.text for item in segments)
+                    yield Transcript(piece.index, text, seconds[piece.index], segments=segments)
 
     def measure(self, requests: Sequence[Request]) -> list[float | str]:
         """Returns the audio seconds of each request, or an error message.
@@ -280,87 +248,10 @@ class Transcriber:
         """
         return self.meter(requests)
 
-    def _batches(self, pieces: list[Piece]) -> list[list[Piece]]:
-        """Returns batches of pieces, the longest first, so that insufficient memory shows immediately."""
-        if not pieces:
-            return []
-        seconds = np.array([piece.seconds for piece in pieces])
-        sampler = BudgetBatchSampler(seconds, max(self.batch_seconds, float(seconds.max())), shuffle=False)
-        return [[pieces[position] for position in batch] for batch in sampler.batches(0)[::-1]]
-
-    def _segmented(
-        self, pool: ThreadPoolExecutor, requests: Sequence[Request], seconds: dict[int, float]
-    ) -> Iterator[list[Piece] | Transcript]:
-        """Yields batches of segments, sorted in windows of one hour, and transcripts of recordings without speech."""
-        window: list[Piece] = []
-        window_seconds = 0.0
-        todo = ((index, seconds[index]) for index in seconds)
-        for result in prefetch(pool, lambda index: self._segment(index, requests[index]), todo, SEGMENTED_SECONDS):
-            if isinstance(result, Transcript):
-                yield result if result.error else Transcript(result.index, seconds=seconds[result.index])
-                continue
-            window += result
-            window_seconds += seconds[result[0].index]
-            if window_seconds >= WINDOW_SECONDS:
-                yield from self._batches(window)
-                window, window_seconds = [], 0.0
-        yield from self._batches(window)
-
-    def _segment(self, index: int, request: Request) -> list[Piece] | Transcript:
-        """Splits a request into pieces; returns a transcript after an error, or without speech."""
-        dialogue = request.dialogue
-        try:
-            waveforms = [load_audio(source, SAMPLE_RATE) for source in dialogue.recordings]
-        except AudioError as error:
-            return Transcript(index, error=str(error))
-        if not self.meter.is_segmented(dialogue):
-            return [Piece(index, 0.0, sum(map(len, waveforms)) / SAMPLE_RATE)]
-        spans = self.vad.segments(waveforms[0])
-        return [
-            # Copied, so that silence between segments does not stay in memory.
-            Piece(index, start / SAMPLE_RATE, end / SAMPLE_RATE, len(spans), waveforms[0][start:end].copy())
-            for start, end in spans
-        ] or Transcript(index)
-
-    def _prepare(
-        self, pool: ThreadPoolExecutor, requests: Sequence[Request], batch: list[Piece]
-    ) -> tuple[list[Transcript], list[Piece], list[int], BatchFeature | None]:
-        """Loads a batch; returns failures, loaded pieces, numbers of their recordings, and inputs of the model."""
-
-        def load(piece: Piece) -> list[np.ndarray] | AudioError:
-            if piece.waveform is not None:
-                return [piece.waveform]
-            try:
-                recordings = requests[piece.index].dialogue.recordings
-                # Checked again: a recording may have been replaced by a longer one, or the header may be wrong.
-                limit = self.meter.max_seconds + self.processor.frame_seconds
-                return [load_audio(source, self.processor.sampling_rate, limit) for source in recordings]
-            except AudioError as error:
-                return error
-
-        failed, decodable, counts, dialogues, waveforms = [], [], [], [], []
-        for piece, loaded in zip(batch, pool.map(load, batch), strict=True):
-            if isinstance(loaded, AudioError):
-                failed.append(Transcript(piece.index, error=str(loaded)))
-                continue
-            if piece.waveform is None:  # the current duration, which may differ from the measured one
-                length = sum(map(len, loaded)) / self.processor.sampling_rate
-                piece = replace(piece, end=piece.start + length)
-            decodable.append(piece)
-            counts.append(len(loaded))
-            dialogues.append(requests[piece.index].dialogue)
-            waveforms += loaded
-        inputs = None
-        if decodable:
-            inputs = self.processor.batch(dialogues, waveforms, return_labels=False, device=self.model.device)
-        return failed, decodable, counts, inputs
-
-    def _decode(
-        self, pieces: list[Piece], inputs: BatchFeature | None, counts: Sequence[int]
-    ) -> Iterator[Segment | None]:
-        """Decodes pieces with `counts` recordings each; yields segments with texts, or `None` (see `generate`)."""
-        hypotheses = self._generate(inputs, counts) if pieces else []
-        for piece, hypothesis in zip(pieces, hypotheses, strict=True):
+    def _decode(self, batch: Batch) -> Iterator[Segment | None]:
+        """Decodes a batch; yields a segment with text for each piece, or `None` (see `generate`)."""
+        hypotheses = self._generate(batch.inputs, batch.counts) if batch.inputs is not None else []
+        for piece, hypothesis in zip(batch.pieces, hypotheses, strict=True):
             if hypothesis.text is None:
                 yield None
                 continue
@@ -424,7 +315,3 @@ class Hypothesis:
 
     text: str | None
     evidence: Any = None
-
-
-def _seconds(batch: list[Piece] | Transcript) -> float:
-    return 0.0 if isinstance(batch, Transcript) else sum(piece.seconds for piece in batch)

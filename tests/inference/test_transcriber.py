@@ -16,10 +16,11 @@ from hf_speechllm.audio.vad import VoiceDetector
 from hf_speechllm.audio.waveform import AudioError, load_audio
 from hf_speechllm.cli.hotwords import read_hotwords
 from hf_speechllm.fast.attention import disable_host_syncs
+from hf_speechllm.inference.batches import default_batch_seconds
 from hf_speechllm.inference.finite import LogitsCheck
 from hf_speechllm.inference.prefetch import measure_seconds, prefetch
 from hf_speechllm.inference.segments import Segment
-from hf_speechllm.inference.transcriber import Request, Transcriber, default_batch_seconds
+from hf_speechllm.inference.transcriber import Request, Transcriber
 from hf_speechllm.model.chat import clean_answer, transcription_messages, transcription_prompt
 from hf_speechllm.model.generation import REPLACED
 
