@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -94,108 +95,177 @@ def record_of(file: str) -> dict[str, Any] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Contents of the lists of the command line, by ID; empty if a list is omitted."""
+
+    reference: Any
+    hypotheses: Mapping[str, str]
+    other_hypotheses: Mapping[str, str]
+    datasets: Mapping[str, str]
+    languages: Mapping[str, str]
+    sources: Mapping[str, Any]
+    durations: Mapping[str, float]
+    words: Mapping[str, Any]
+    hotwords: list[str]
+    train_files: list[str]
+
+
 def score(args: argparse.Namespace) -> None:
+    from ..evaluation import confidence, report, scoring
+    from ..evaluation import hotword_scores as hotwords
+    from ..evaluation import report_audio as recordings
+
+    lists = read_lists(args)
+    texts = lists.reference.texts
+    options = {"normalize": not args.no_normalize, "num_workers": args.num_workers}
+    utterances = scoring.score_utterances(
+        texts, lists.hypotheses, languages=lists.languages, datasets=lists.datasets, **options
+    )
+    result = {**scoring.score_set(utterances, args.num_resamples, args.seed), **provenance(args)}
+    result["missing_hypotheses"] = [id_ for id_ in texts if id_ not in lists.hypotheses]
+    result["extra_hypotheses"] = [id_ for id_ in lists.hypotheses if id_ not in texts]
+    warn_about_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
+    warn_about_ids("hypotheses without a reference, not scored", result["extra_hypotheses"])
+    warn_about_ids("empty references, for which every word is an insertion", result["empty_references"])
+    if lists.datasets:
+        warn_about_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in texts if id_ not in lists.datasets])
+
+    others = scoring.rescore(utterances, lists.other_hypotheses, **options) if args.compare else []
+    comparison = add_comparison(result, args, lists, utterances, others) if args.compare else None
+    counted = []
+    if lists.hotwords or any(lists.reference.hotwords.values()):
+        counted = hotwords.count_hotwords(utterances, lists.hotwords, lists.reference.hotwords, **options)
+        result["hotwords"] = hotwords.summarize(counted)
+    if lists.train_files:
+        add_training_frequency(result, args, lists.train_files, utterances, others)
+    judged = confidence.judge_words(utterances, lists.words, not args.no_normalize) if args.words else []
+    if args.words:
+        result["confidence"] = confidence.summarize(judged)
+
+    wanted = {id_: source for id_, source in lists.sources.items() if id_ in texts}
+    durations = lists.durations
+    if not args.utt2dur:
+        durations, reasons = recordings.measure_durations(wanted)
+        warn_about_ids("unreadable recordings", list(reasons.values()))
+    if all(id_ in durations for id_ in texts):
+        result["seconds"] = sum(durations[id_] for id_ in texts)
+    absent = result["comparison"]["missing"] if comparison else []
+    examples = report.choose_examples(utterances, args.num_worst, result["missing_hypotheses"], others, absent)
+    heard = [id_ for id_ in examples.ids() if id_ in wanted and not args.no_audio]
+    page = report.html_report(
+        result, utterances, texts, lists.hypotheses, examples, durations,
+        sounds={id_: recordings.embed_sound(wanted[id_]) for id_ in heard}, hotwords=counted, comparison=comparison,
+        others=others, other_hypotheses=lists.other_hypotheses, words=judged,
+    )  # fmt: skip
+    facts = write_score(args, result, utterances, page, confidence.fit(judged))
+    if comparison:
+        points = [100 * value for value in comparison[:3]]
+        facts["compared"] = "{:+.2f} points (95 %: {:+.2f} to {:+.2f})".format(*points) + f" against {args.compare}"
+    print_summary({**facts, "written": [str(Path(args.output_dir) / name) for name in args.outputs]})
+
+
+def read_lists(args: argparse.Namespace) -> Lists:
+    """Reads all lists of the command line.
+
+    Raises:
+        OSError: if a list cannot be read.
+        ValueError: if a list is invalid, or has no ID in common with the references.
+    """
     from ..data import transcripts
     from ..data.bad_rows import BadRows
     from ..data.file_lists import expand_paths
     from ..data.hotword_lists import parse_word_list
     from ..data.kaldi import read_scp
-    from ..evaluation import confidence, frequency, report, scoring, statistics
-    from ..evaluation import hotword_scores as hotwords
-    from ..evaluation import report_audio as recordings
-    from ..files import atomic_write, file_digest
-    from ..version import __version__
+    from ..evaluation import confidence
 
     reference = transcripts.read_transcripts(args.reference, required=True)
-    hypotheses = transcripts.read_transcripts(args.hypothesis).texts
-    other_hypotheses = transcripts.read_transcripts(args.compare).texts if args.compare else {}
-    datasets = transcripts.read_map(args.utt2dataset) if args.utt2dataset else {}
-    languages = transcripts.read_map(args.utt2lang) if args.utt2lang else {}
-    words = parse_word_list(args.hotwords)
-    lists: dict[str | None, Mapping[str, Any]] = {args.hypothesis: hypotheses, args.compare: other_hypotheses}
-    lists |= {args.utt2dataset: datasets, args.utt2lang: languages}
     sources = reference.recordings
     if args.scp_file:
         bad_rows = BadRows(max_bad_fraction=1.0)
         scp = read_scp(args.scp_file, bad_rows)
         bad_rows.check(len(scp.entries) + len(bad_rows))
-        sources = lists[args.scp_file] = {entry.id: entry.value for entry in scp.entries}
-    if args.utt2dur:
-        durations = lists[args.utt2dur] = transcripts.read_durations(args.utt2dur)
-    transcripts.require_common_ids(args.reference, reference.texts, lists)
-    train_files = [file for files in expand_paths(args.train_file or []) for file in files]
-
-    # Counts.
-    options = {"normalize": not args.no_normalize, "num_workers": args.num_workers}
-    utterances = scoring.score_utterances(
-        reference.texts, hypotheses, languages=languages, datasets=datasets, **options
+        sources = {entry.id: entry.value for entry in scp.entries}
+    lists = Lists(
+        reference=reference,
+        hypotheses=transcripts.read_transcripts(args.hypothesis).texts,
+        other_hypotheses=transcripts.read_transcripts(args.compare).texts if args.compare else {},
+        datasets=transcripts.read_map(args.utt2dataset) if args.utt2dataset else {},
+        languages=transcripts.read_map(args.utt2lang) if args.utt2lang else {},
+        sources=sources,
+        durations=transcripts.read_durations(args.utt2dur) if args.utt2dur else {},
+        words=confidence.read_words(args.words) if args.words else {},
+        hotwords=parse_word_list(args.hotwords),
+        train_files=[file for files in expand_paths(args.train_file or []) for file in files],
     )
-    result = scoring.score_set(utterances, args.num_resamples, args.seed)
-    result["files"] = {"reference": args.reference, "hypothesis": args.hypothesis}
-    result["files"] |= {"utt2lang": args.utt2lang} if args.utt2lang else {}
-    result["sha256"] = {kind: file_digest(file) for kind, file in result["files"].items()}
-    result["decoding"] = record_of(args.hypothesis)
-    result["normalized"] = not args.no_normalize
-    result["hf_speechllm"], result["date"] = __version__, date.today().isoformat()
-    result["missing_hypotheses"] = [id_ for id_ in reference.texts if id_ not in hypotheses]
-    result["extra_hypotheses"] = [id_ for id_ in hypotheses if id_ not in reference.texts]
-    warn_about_ids("references without a hypothesis, counted as deletions", result["missing_hypotheses"])
-    warn_about_ids("hypotheses without a reference, not scored", result["extra_hypotheses"])
-    warn_about_ids("empty references, for which every word is an insertion", result["empty_references"])
-    if datasets:
-        warn_about_ids(f"IDs not in {args.utt2dataset}", [id_ for id_ in reference.texts if id_ not in datasets])
+    by_file: dict[str | None, Mapping[str, Any]] = {
+        args.hypothesis: lists.hypotheses, args.compare: lists.other_hypotheses, args.utt2dataset: lists.datasets,
+        args.utt2lang: lists.languages, args.scp_file: lists.sources, args.utt2dur: lists.durations,
+        args.words: lists.words,
+    }  # fmt: skip
+    transcripts.require_common_ids(args.reference, reference.texts, by_file)
+    return lists
 
-    comparison, others, absent = None, [], []
-    if args.compare:
-        others = scoring.rescore(utterances, other_hypotheses, **options)
-        errors, other_errors = ([u.counts.errors for u in scored] for scored in (utterances, others))
-        tokens = [u.counts.reference_tokens for u in utterances]
-        comparison = statistics.compare_systems(errors, other_errors, tokens, args.num_resamples, args.seed)
-        rate = sum((u.counts for u in others), scoring.ErrorCounts()).rate
-        absent = [id_ for id_ in reference.texts if id_ not in other_hypotheses]
-        warn_about_ids(f"references not in {args.compare}, counted as deletions", absent)
-        result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
-        result["comparison"] |= {"sha256": file_digest(args.compare), "decoding": record_of(args.compare)}
-    counted = []
-    if words or any(reference.hotwords.values()):
-        counted = hotwords.count_hotwords(utterances, words, reference.hotwords, **options)
-        result["hotwords"] = hotwords.summarize(counted)
 
-    if train_files:
-        occurrences, numbers = frequency.read_occurrences(train_files, utterances, **options)
-        found = frequency.summarize(utterances, occurrences)
-        result["training_frequency"] = {"files": args.train_file, **numbers, **found}
-        if comparison:
-            result["comparison"]["training_frequency"] = frequency.summarize(others, occurrences)
-        parts: dict[str, list[scoring.ScoredUtterance]] = {}
-        for utterance in utterances:
-            parts.setdefault(utterance.dataset, []).append(utterance)
-        for name, part in parts.items() if len(parts) > 1 else ():
-            result["datasets"][name]["training_frequency"] = frequency.summarize(part, occurrences)
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what was scored: files with digests, the record of `decode`, versions, the date."""
+    from ..files import file_digest
+    from ..version import __version__
 
-    judged = []
-    if args.words:
-        found = confidence.read_words(args.words)
-        lists = {args.words: found}
-        transcripts.require_common_ids(args.reference, reference.texts, lists)
-        judged = confidence.judge_words(utterances, found, not args.no_normalize)
-        result["confidence"] = confidence.summarize(judged)
-    calibration = confidence.fit(judged)
+    files = {"reference": args.reference, "hypothesis": args.hypothesis}
+    files |= {"utt2lang": args.utt2lang} if args.utt2lang else {}
+    return {
+        "files": files,
+        "sha256": {kind: file_digest(file) for kind, file in files.items()},
+        "decoding": record_of(args.hypothesis),
+        "normalized": not args.no_normalize,
+        "hf_speechllm": __version__,
+        "date": date.today().isoformat(),
+    }
 
-    # Recordings.
-    wanted = {id_: source for id_, source in sources.items() if id_ in reference.texts}
-    if not args.utt2dur:
-        durations, reasons = recordings.measure_durations(wanted)
-        warn_about_ids("unreadable recordings", list(reasons.values()))
-    if all(id_ in durations for id_ in reference.texts):
-        result["seconds"] = sum(durations[id_] for id_ in reference.texts)
-    examples = report.choose_examples(utterances, args.num_worst, result["missing_hypotheses"], others, absent)
-    heard = [id_ for id_ in examples.ids() if id_ in wanted and not args.no_audio]
-    page = report.html_report(
-        result, utterances, reference.texts, hypotheses, examples, durations,
-        sounds={id_: recordings.embed_sound(wanted[id_]) for id_ in heard}, hotwords=counted, comparison=comparison,
-        others=others, other_hypotheses=other_hypotheses, words=judged,
-    )  # fmt: skip
+
+def add_comparison(
+    result: dict[str, Any], args: argparse.Namespace, lists: Lists, utterances: list, others: list
+) -> Any:
+    """Adds the comparison with other hypotheses to a score, and returns the difference."""
+    from ..evaluation import scoring, statistics
+    from ..files import file_digest
+
+    errors, other_errors = ([u.counts.errors for u in scored] for scored in (utterances, others))
+    tokens = [u.counts.reference_tokens for u in utterances]
+    comparison = statistics.compare_systems(errors, other_errors, tokens, args.num_resamples, args.seed)
+    rate = sum((u.counts for u in others), scoring.ErrorCounts()).rate
+    absent = [id_ for id_ in lists.reference.texts if id_ not in lists.other_hypotheses]
+    warn_about_ids(f"references not in {args.compare}, counted as deletions", absent)
+    result["comparison"] = {"file": args.compare, "rate": rate, **comparison._asdict(), "missing": absent}
+    result["comparison"] |= {"sha256": file_digest(args.compare), "decoding": record_of(args.compare)}
+    return comparison
+
+
+def add_training_frequency(
+    result: dict[str, Any], args: argparse.Namespace, files: list[str], utterances: list, others: list
+) -> None:
+    """Adds errors by training frequency to a score: of all utterances, of other hypotheses, of each data set."""
+    from ..evaluation import frequency
+
+    occurrences, numbers = frequency.read_occurrences(files, utterances, not args.no_normalize, args.num_workers)
+    found = frequency.summarize(utterances, occurrences)
+    result["training_frequency"] = {"files": args.train_file, **numbers, **found}
+    if "comparison" in result:
+        result["comparison"]["training_frequency"] = frequency.summarize(others, occurrences)
+    parts: dict[str, list] = {}
+    for utterance in utterances:
+        parts.setdefault(utterance.dataset, []).append(utterance)
+    for name, part in parts.items() if len(parts) > 1 else ():
+        result["datasets"][name]["training_frequency"] = frequency.summarize(part, occurrences)
+
+
+def write_score(
+    args: argparse.Namespace, result: dict[str, Any], utterances: list, page: str, calibration: Any
+) -> dict[str, Any]:
+    """Writes the files of a score, and returns the lines of the summary."""
+    from ..evaluation import frequency, report
+    from ..files import atomic_write
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,9 +275,10 @@ def score(args: argparse.Namespace) -> None:
         json.dump(result, file, ensure_ascii=False, indent=1)
     with atomic_write(folder / "report.html") as file:
         file.write(page)
-    facts: dict[str, Any] = {}
+    low, high = (100 * end for end in result["interval_95"])
+    facts = {result["metric"]: f"{100 * result['rate']:.2f} % (95 %: {low:.2f} to {high:.2f})"}
     (folder / UNSEEN_WORDS).unlink(missing_ok=True)  # of an earlier score
-    if train_files:
+    if "training_frequency" in result:
         with atomic_write(folder / UNSEEN_WORDS) as file:
             file.writelines(f"{row['word']}\n" for row in result["training_frequency"]["unseen_words"])
         facts |= frequency.describe(result, str(folder / UNSEEN_WORDS))
@@ -215,12 +286,7 @@ def score(args: argparse.Namespace) -> None:
         with atomic_write(folder / "confidence.json") as file:
             json.dump(calibration.save(), file, indent=1)
         facts["calibration"] = f"{folder / 'confidence.json'}, for decode --confidence_file"
-    low, high = (100 * end for end in result["interval_95"])
-    facts = {result["metric"]: f"{100 * result['rate']:.2f} % (95 %: {low:.2f} to {high:.2f})", **facts}
-    if comparison:
-        points = [100 * value for value in comparison[:3]]
-        facts["compared"] = "{:+.2f} points (95 %: {:+.2f} to {:+.2f})".format(*points) + f" against {args.compare}"
-    print_summary({**facts, "written": [str(folder / name) for name in args.outputs]})
+    return facts
 
 
 def main() -> None:
