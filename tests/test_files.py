@@ -90,6 +90,13 @@ def test_long_names_fit(tmp_path):
     assert path.read_text() == "x"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder in which nobody can create files")
+def test_errors_name_the_file_and_not_the_temporary_one():
+    with pytest.raises(OSError) as error, atomic_write("/proc/self/a.txt"):
+        pass
+    assert error.value.filename == "/proc/self/a.txt"
+
+
 def test_folders_and_devices_are_refused(tmp_path):
     with pytest.raises(OSError, match="not a regular file"), atomic_write(tmp_path):
         pass

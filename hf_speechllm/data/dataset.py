@@ -37,6 +37,7 @@ from .file_lists import expand_paths
 from .kaldi import FRAME_LENGTH, measure_recording
 from .native_collator import drop_unsupported
 from .options import DataOptions
+from .processes import end_with_parent
 from .row_files import ROW_FEATURES, generate_rows, generator_arguments, weight_of
 from .shards import is_archive
 
@@ -144,6 +145,7 @@ class FeatureMapper:
 
     def __call__(self, recordings: list[Any]) -> dict[str, Any]:
         """Returns features (as bytes) and number of frames of each recording in a row; or the `error`."""
+        end_with_parent()
         features, num_frames = [], []
         try:
             for source in recordings:
@@ -239,6 +241,7 @@ def add_lengths(rows: Dataset, bad_rows: BadRows, num_proc: int | None = None) -
 
 
 def _measure(recordings: list[str], length: int | None) -> dict[str, Any]:
+    end_with_parent()
     try:
         if length is None or len(recordings) > 1:
             return {"num_frames": [measure_recording(source)[1] for source in recordings], "error": None}

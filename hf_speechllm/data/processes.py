@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -78,14 +79,29 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """Ends this process immediately when its parent process ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def end_with_parent() -> None:
+    """Lets a worker process end when its parent process ends, even if the parent is killed.
+
+    Otherwise workers wait for work forever. Other processes than workers are unchanged.
+    """
+    _watch_parents(os.getpid())  # a forked process inherits the cache
+
+
+@functools.cache
+def _watch_parents(process_id: int) -> None:
+    for module in (multiprocessing, sys.modules.get("multiprocess")):  # `datasets` uses the latter
+        if module is not None and (parent := module.parent_process()) is not None:
+            threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    first = os.getppid()
+    # A process that was started later, such as a manager of `datasets`, keeps the pipe open that `join` waits for.
+    while parent.is_alive() and os.getppid() == first:
+        parent.join(1)
     os._exit(1)
 
 

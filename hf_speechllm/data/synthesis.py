@@ -33,6 +33,7 @@ from .augmentation_options import AugmentationOptions
 from .bad_rows import BadRows
 from .hotword_lists import CHARACTERS, MARKS
 from .kaldi import speech_length
+from .processes import end_with_parent
 from .speech_engines import ENGINES, TIMEOUT
 
 SAMPLING_RATE = 16000  # Hz, of the shards
@@ -235,7 +236,7 @@ def synthesize(
     bad_rows = BadRows(max_bad_fraction)
     paths = {shard: output_dir / f"shard-{shard:05d}.tar" for shard in range(plan.num_shards)}
     missing = [shard for shard, path in paths.items() if not path.is_file()]
-    with ProcessPoolExecutor(max(1, min(num_workers, len(missing)))) as pool:
+    with ProcessPoolExecutor(max(1, min(num_workers, len(missing))), initializer=end_with_parent) as pool:
         jobs = {shard: pool.submit(write_shard, plan, shard, paths[shard]) for shard in missing}
         try:
             for shard, job in jobs.items():

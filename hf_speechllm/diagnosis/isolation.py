@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..data.processes import end_with_parent
+
 # Variables of launchers, which would make the process a rank of a training run.
 DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 SAMPLING_SECONDS = 0.02
@@ -58,7 +60,7 @@ def run_isolated(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def _run(sender: Connection, started: float, function: Callable[..., Any], args: tuple) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     for name in [*DISTRIBUTED, *(name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_")))]:
         if name != "ACCELERATE_USE_CPU":
             os.environ.pop(name, None)
@@ -82,12 +84,6 @@ def _run(sender: Connection, started: float, function: Callable[..., Any], args:
         )
     sender.send(answer)
     sender.close()
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 class Clock:

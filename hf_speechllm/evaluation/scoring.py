@@ -222,7 +222,9 @@ def tokenize_all(
     different = list(dict.fromkeys(pairs))
     function = partial(_tokenize_pair, normalize=normalize)
     if num_workers > 1 and len(different) >= NUM_TEXTS_FOR_POOL:
-        with Pool(num_workers) as pool:
+        from ..data.processes import end_with_parent  # slow: imports the readers of recordings
+
+        with Pool(num_workers, end_with_parent) as pool:
             tokens = dict(zip(different, pool.imap(function, different, chunksize=500), strict=True))
     else:
         tokens = {pair: function(pair) for pair in different}
