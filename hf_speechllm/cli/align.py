@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("reference", metavar="REF", help="transcripts: lines `ID TEXT`, or JSONL")
     parser.add_argument("--model_name_or_path", required=True, help="model folder or Hub id; requires a CTC head")

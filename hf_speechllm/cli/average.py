@@ -11,6 +11,7 @@ from .parser import Parser, prog
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--inputs", nargs="+", required=True, help="at least two checkpoint folders")
     parser.add_argument(

@@ -25,6 +25,7 @@ CONFIGURATIONS = {"config": TRAINING, "config_file": LAUNCHING}  # argument -> f
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="shell that reads the script")
     shell = parser.parse_args().shell

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument(
         "config",

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="folder or Hub id, in any format")
     parser.add_argument("--output", required=True, help="folder for the result; must not exist")

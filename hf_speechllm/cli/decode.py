@@ -40,6 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def add_recordings_and_prompt(parser: Parser) -> None:
+    """Adds the options of the recordings and the prompt."""
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="recordings, URLs, folders, .tar, .parquet files")
     parser.add_argument("--scp_file", help="Kaldi list: ID and path or URL")
@@ -62,6 +63,7 @@ def add_recordings_and_prompt(parser: Parser) -> None:
 
 
 def add_search(parser: Parser) -> None:
+    """Adds the options of the search, the CTC head and the output."""
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of a text (of a segment), at most")
     parser.add_argument(
         "--batch_seconds",
@@ -166,6 +168,7 @@ def check_files(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     launch_options, argv = split_launch_options(command_line()[1])
     args = parse_arguments(argv)
     if launch_options:

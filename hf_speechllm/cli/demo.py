@@ -18,6 +18,7 @@ from .parser import Parser, prog
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model or LoRA folder, or Hub id")
     parser.add_argument("--base_model", help="second model, whose results are shown beside those of the first")

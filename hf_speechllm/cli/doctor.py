@@ -192,6 +192,7 @@ def _examples(findings) -> Iterator[str]:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     args = parse_arguments()
     show_log()
     try:

@@ -16,6 +16,7 @@ from .parser import Parser
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     Parser(__doc__).parse_args()
 
     from packaging.requirements import Requirement

@@ -35,6 +35,7 @@ GREEN, GREY, CYAN, RESET = "\033[32m", "\033[90m", "\033[36m", "\033[0m"
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="model folder or Hub id")
     parser.add_argument("--jsonl_file", required=True, help="training rows")
@@ -159,6 +160,7 @@ def _audio_writer(args: argparse.Namespace, processor) -> Callable[[int, list[st
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     args = parse_arguments()
     show_log(logging.WARNING)
     quiet_transformers()

@@ -11,6 +11,7 @@ from .parser import Parser, prog
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="output folder or checkpoint of a LoRA run")
     parser.add_argument("--output", required=True, help="folder for the merged model; must not exist")

@@ -45,6 +45,7 @@ def normalized_lines(path: str) -> Iterator[str]:
 
 
 def main() -> int:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("input_file", metavar="IN", help="lines `ID TEXT`, UTF-8")
     parser.add_argument("output_file", metavar="OUT", help="file to write; an existing file is replaced")

@@ -192,6 +192,7 @@ def _training_command(argv: Sequence[str], processes: int) -> str:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `finetune`
     own, argv = split_own_options(command_line()[1])
     show_log()

@@ -173,6 +173,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     show_log()
     arguments = parse_arguments()
     existed = os.path.exists(arguments.output_dir)

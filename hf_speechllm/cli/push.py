@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--input", required=True, help="output folder of hf-speechllm finetune")
     parser.add_argument("--hub_model_id", required=True, help="USER/MODEL; created if missing")

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parses the command line."""
     parser = Parser(__doc__)
     parser.add_argument("reference", metavar="REF", help="lines `ID TEXT`, or rows of a .jsonl")
     parser.add_argument("hypothesis", metavar="HYP", help="lines `ID TEXT`, the output of hf-speechllm decode")
@@ -75,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def warn_about_ids(message: str, ids: list[str]) -> None:
+    """Logs the number of IDs and the first ones, if there are any."""
     from ..audio.downloads import printable
 
     if ids:
@@ -112,6 +114,7 @@ class Lists:
 
 
 def score(args: argparse.Namespace) -> None:
+    """Counts errors, and writes scores and report."""
     from ..evaluation import confidence, report, scoring
     from ..evaluation import hotword_scores as hotwords
     from ..evaluation import report_audio as recordings
@@ -290,6 +293,7 @@ def write_score(
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     args = parse_arguments()
     show_log()
     try:

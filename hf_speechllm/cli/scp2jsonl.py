@@ -98,6 +98,7 @@ def load_tokenizer(name: str):
 
 
 def make_rows(args: argparse.Namespace) -> None:
+    """Writes the rows of the utterances that are in both lists."""
     from ..data.bad_rows import BadDataError, BadRows
     from ..data.kaldi import join, read_list, read_scp, read_segments, require_transcripts, warn_of_unused_segments
     from ..data.preparation import RowMaker, prepare
@@ -157,6 +158,7 @@ def make_rows(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     show_log()
     arguments = parse_arguments()
     try:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    """Runs the command; see the docstring of the module."""
     parser = Parser(__doc__)
     parser.add_argument("--output_dir", required=True, help="folder for the shards")
     source = parser.add_mutually_exclusive_group(required=True)
