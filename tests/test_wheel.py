@@ -56,7 +56,7 @@ def test_command_composes_decodes_and_finds_configurations_by_name(run, tiny_cor
     result = run("decode", *options, "--output_file", tmp_path / "hyp.txt")
     assert result.returncode == 0, result.stderr
     assert len((tmp_path / "hyp.txt").read_text(encoding="utf-8").splitlines()) == 24
-    result = run("finetune", "lora", "--model_name_or_path", tmp_path / "model")
+    result = run("finetune", "lora", "--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run")
     assert (result.returncode, result.stderr.splitlines()[-1]) == (
         2, "hf-speechllm finetune: error: --train_file is missing; name a training JSONL",
     )  # fmt: skip
