@@ -130,10 +130,9 @@ def _next_commands(args: argparse.Namespace, result: Diagnosis) -> list[str]:
     if args.fix:
         return []
     files: dict[str, list[str]] = {"train": [], "dev": []}
-    for row in result.rows:
-        file = os.path.relpath(row.file)
-        if row.split in files and file.endswith(".jsonl") and file not in files[row.split]:
-            files[row.split].append(file)
+    for split, file in dict.fromkeys((row.split, row.file) for row in result.rows):
+        if split in files and file.endswith(".jsonl"):
+            files[split].append(os.path.relpath(file))
     if not files["train"]:
         return []
     model = args.model_name_or_path or "MODEL"

@@ -37,8 +37,8 @@ REQUIRED = ("output_dir",)  # the default of transformers would be a folder in t
 
 
 def main() -> None:
-    # Shapes differ between batches: expandable segments avoid fragmentation of the GPU memory.
     """Runs the command; see the docstring of the module."""
+    # Shapes differ between batches: expandable segments avoid fragmentation of the GPU memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     launch_options, argv = split_launch_options(command_line()[1])
     try:

@@ -102,9 +102,13 @@ class Parser(OneLineErrors):
     def _underscored(self, args: Sequence[str]) -> list[str]:
         """Accepts `--output-dir` for `--output_dir`, as the parser of transformers does."""
         known = options_of(self)
-        names = {word: word.partition("=")[0] for word in args if word.startswith("--")}
-        plain = {word: f"--{name[2:].replace('-', '_')}" for word, name in names.items()}
-        return [plain[word] + word[len(names[word]) :] if plain.get(word) in known else word for word in args]
+
+        def plain(word: str) -> str:
+            name, equals, value = word.partition("=")
+            own = f"--{name[2:].replace('-', '_')}"
+            return own + equals + value if word.startswith("--") and own in known else word
+
+        return list(map(plain, args))
 
 
 def report(message: str) -> None:

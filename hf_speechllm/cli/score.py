@@ -271,7 +271,6 @@ def write_score(
     from ..files import atomic_write
 
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "cer.txt") as file:
         report.write_compute_wer(utterances, len(result["missing_hypotheses"]), len(result["extra_hypotheses"]), file)
     with atomic_write(folder / "score.json") as file:

@@ -163,7 +163,7 @@ def mine_words(rows: Dataset, with_phrases: bool, seed: int) -> list[str]:
     if with_phrases:
         rng = np.random.default_rng(seed)
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MINED_ROWS)).astype(int))
-        for messages in rows.select_columns(["messages"]).select(chosen)["messages"]:
+        for messages in read_column(rows.select(chosen), "messages"):
             candidates = [phrase for answer in answers_of(messages) for phrase in phrases(answer)]
             if candidates:
                 words.append(candidates[rng.integers(len(candidates))])

@@ -17,7 +17,7 @@ from .bad_rows import BadDataError, BadRow, BadRows
 from .jsonl import read_jsonl
 from .preparation import RowMaker
 from .shards import Shard, as_columns, is_archive, read_shard
-from .sources import WITHOUT_LIST, has_recordings, read_source, recognize
+from .sources import read_source, recognize, unknown_layout
 from .sources.reading import Reading
 from .utterance import Utterance
 
@@ -49,9 +49,7 @@ def foreign_format(file: str | os.PathLike[str]) -> str | None:
         return None
     format = recognize(name)
     if format is None and os.path.isdir(name):
-        if has_recordings(name):
-            raise BadDataError(f"{name}: {WITHOUT_LIST}")
-        raise BadDataError(f"{name}: unknown layout of a folder; pass a JSONL, or see `hf-speechllm prepare --help`")
+        raise unknown_layout(name, "unknown layout of a folder; pass a JSONL, or see `hf-speechllm prepare --help`")
     return None if format == "chatml" and os.path.isfile(name) else format
 
 

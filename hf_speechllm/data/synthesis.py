@@ -41,6 +41,8 @@ RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking ra
 SENTENCE_ENDS = ".!?。！？।॥؟۔።"  # also of Hindi, Arabic, Urdu and Amharic
 PUNCTUATION = f',;:"“”()，、；：،؛{SENTENCE_ENDS}'
 SENTENCE_BOUNDARY = re.compile(rf"(?<=[{SENTENCE_ENDS}])\s+|(?<=[{SENTENCE_ENDS}][\"”'])\s+|(?<=[。！？])")
+SENTENCE_END = re.compile(rf"[{SENTENCE_ENDS}][\"”']?$")
+PLAIN = re.compile(rf"[\w\"“][\w\s{MARKS}{PUNCTUATION}'’%$€£-]+")  # text without markup
 UNSPACED = re.compile(f"[{CHARACTERS}]")
 LETTERS = rf"(?:[^\W\d_{CHARACTERS}][{MARKS}]*)+"
 # A Chinese or Japanese character is a word.
@@ -298,7 +300,7 @@ def clean_texts(lines: Sequence[str], min_words: int = 2, max_words: int = 30) -
         for sentence in SENTENCE_BOUNDARY.split(line):
             text = " ".join(sentence.split())
             words = len(WORD.findall(text)) + len(re.findall(r"\d+", text))
-            plain = re.fullmatch(rf"[\w\"“][\w\s{MARKS}{PUNCTUATION}'’%$€£-]+", text) and "_" not in text
-            if plain and min_words <= words <= max_words and re.search(rf"[{SENTENCE_ENDS}][\"”']?$", text):
+            plain = PLAIN.fullmatch(text) and "_" not in text
+            if plain and min_words <= words <= max_words and SENTENCE_END.search(text):
                 found.setdefault(text)
     return list(found)

@@ -106,7 +106,6 @@ class Plan:
         content = {"version": VERSION, **dataclasses.asdict(self), **further}
         if self.configuration is not None:
             content["options"] = self.chosen.options
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             json.dump(content, file, indent=1, ensure_ascii=False)
 

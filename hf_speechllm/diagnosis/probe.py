@@ -199,7 +199,7 @@ class _Probe:
             "start": clock.start,
             "features": features,
             "training": steps * step_seconds,
-            "validation": first * bool(evaluations) + evaluations * validation_seconds,
+            "validation": first + evaluations * validation_seconds,
             "checkpoints": clock.saves[0] + (saves - 1) * clock.saves[-1] if saves else 0.0,
             "end": drawing.seconds + end.seconds,
         }

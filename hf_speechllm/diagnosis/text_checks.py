@@ -52,6 +52,7 @@ _FILE_NAME = re.compile(
 )
 _MISSING = frozenset(("None", "nan", "NaN", "NULL", "N/A", "n/a", "<NA>", "#N/A", "undefined"))
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50-\u2b55\ufe0f]")
+_WORD = re.compile(rf"[\w{MARKS}'’]+")
 _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
 _FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
 _SPACES = re.compile(
@@ -207,7 +208,7 @@ def _annotation(text: str, limit: float) -> str | None:
 
 
 def _repetition(text: str, limit: float) -> str | None:
-    words = [word.casefold() for word in re.findall(rf"[\w{MARKS}'’]+", text)]
+    words = [word.casefold() for word in _WORD.findall(text)]
     run = 1
     for before, word in zip(words, words[1:], strict=False):
         run = run + 1 if word == before else 1

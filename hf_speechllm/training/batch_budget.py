@@ -98,7 +98,6 @@ def find_batch_seconds(
         budget = float(smallest)
     if args.should_save:
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / MEMORY_FILE) as file:
                 json.dump({**_read_stored(folder), key: budget}, file)
     logger.info("batches of up to %.0f padded seconds of audio fit into GPU memory", budget)

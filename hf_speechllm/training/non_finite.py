@@ -167,9 +167,7 @@ class NonFiniteStepGuard:
             )
 
     def _describe_step(self, step: _Step, norm: float) -> Path:
-        folder = Path(self.output_dir) / BAD_STEPS_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{step.number}-rank-{self.rank}.json"
+        path = Path(self.output_dir) / BAD_STEPS_FOLDER / f"step-{step.number}-rank-{self.rank}.json"
         batches = [
             {"loss": repr(loss.item()), "rows": [self._describe_row(row) for row in rows]}
             for loss, rows in zip(step.losses, step.batches(), strict=False)

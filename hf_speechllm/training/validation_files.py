@@ -69,6 +69,5 @@ def write_samples(samples: dict[str, list[Sample]], path: Path) -> None:
                 f"{row.name}: {counts.errors} errors, {counts.reference_tokens} tokens\n"
                 f"ref: {row.reference}\nhyp: {row.hypothesis}"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write("\n\n".join(blocks) + "\n")

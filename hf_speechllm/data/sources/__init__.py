@@ -63,15 +63,20 @@ def read_source(source: str, reading: Reading, format: str | None = None) -> Ite
     if format is None:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder")
-        if has_recordings(source):
-            raise BadDataError(f"{source}: {WITHOUT_LIST}")
-        raise BadDataError(f"{source}: unknown layout; set --format to one of {', '.join(SOURCES)}")
+        raise unknown_layout(source, f"unknown layout; set --format to one of {', '.join(SOURCES)}")
     return SOURCES[format][1](source, reading)
 
 
-def has_recordings(source: str) -> bool:
-    """Returns whether a source is a folder with recordings, also below."""
-    return any(name.lower().endswith(corpora.AUDIO_SUFFIXES) for *_, names in os.walk(source) for name in names)
+def unknown_layout(source: str, otherwise: str) -> BadDataError:
+    """Returns the error for a source of unknown format.
+
+    Args:
+        source: file or folder.
+        otherwise: message unless the source is a folder with recordings, also below.
+    """
+    names = (name for *_, found in os.walk(source) for name in found)
+    recordings = any(name.lower().endswith(corpora.AUDIO_SUFFIXES) for name in names)
+    return BadDataError(f"{source}: {WITHOUT_LIST if recordings else otherwise}")
 
 
 def _is_list(source: str) -> bool:
