@@ -43,7 +43,8 @@ def run_isolated(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """
     context = multiprocessing.get_context("spawn")  # a forked process has neither CUDA nor threads
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, time.time(), function, args))
+    method = multiprocessing.get_start_method()
+    process = context.Process(target=_run, args=(sender, time.time(), method, function, args))
     process.start()
     sender.close()
     try:
@@ -59,8 +60,10 @@ def run_isolated(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     raise ProbeError(value or f"the process ended with status {process.exitcode}")
 
 
-def _run(sender: Connection, started: float, function: Callable[..., Any], args: tuple) -> None:
+def _run(sender: Connection, started: float, method: str, function: Callable[..., Any], args: tuple) -> None:
     end_with_parent()
+    # Otherwise the loader processes of the function are also spawned, which takes seconds, unlike in a run.
+    multiprocessing.set_start_method(method, force=True)
     for name in [*DISTRIBUTED, *(name for name in os.environ if name.startswith(("ACCELERATE_", "TORCHELASTIC_")))]:
         if name != "ACCELERATE_USE_CPU":
             os.environ.pop(name, None)

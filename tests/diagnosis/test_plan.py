@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -144,6 +145,13 @@ def test_separate_process_is_no_rank_of_the_run(monkeypatch):
     value, seconds = run_isolated(eval, f"[__import__('os').environ.get(name) for name in {names}]")
     assert value == [None, None, None, "true"] and seconds >= 0
     assert os.environ["RANK"] == "7"
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_separate_process_starts_its_own_processes_like_the_run(monkeypatch, method):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: method)
+    found, _ = run_isolated(eval, "__import__('multiprocessing').get_start_method()")
+    assert found == method
 
 
 # Plans with invented measurements
