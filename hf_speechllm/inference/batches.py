@@ -69,6 +69,7 @@ class BatchLoader:
         device: of the features.
         num_workers: number of threads.
         vad: splits recordings into segments; `None`: whole recordings.
+        fixed_seconds: seconds that the encoder computes at least for every recording.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class BatchLoader:
         device: torch.device,
         num_workers: int,
         vad: VoiceDetector | None = None,
+        fixed_seconds: float = 0.0,
     ):
         self.processor = processor
         self.meter = meter
@@ -86,6 +88,7 @@ class BatchLoader:
         self.device = device
         self.num_workers = num_workers
         self.vad = vad
+        self.fixed_seconds = fixed_seconds
 
     def __call__(self, requests: Sequence[Request], seconds: dict[int, float]) -> Iterator[Batch | Transcript]:
         """Yields batches, and transcripts of recordings without speech or with an error.
@@ -111,7 +114,8 @@ class BatchLoader:
         """Returns batches of pieces, the longest first, so that insufficient memory shows immediately."""
         if not pieces:
             return []
-        seconds = np.array([piece.seconds for piece in pieces])
+        pieces = sorted(pieces, key=lambda piece: piece.seconds)  # also those that cost the same
+        seconds = np.array([max(self.fixed_seconds, piece.seconds) for piece in pieces])
         sampler = BudgetBatchSampler(seconds, max(self.batch_seconds, float(seconds.max())), shuffle=False)
         return [[pieces[position] for position in batch] for batch in sampler.batches(0)[::-1]]
 

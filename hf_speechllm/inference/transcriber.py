@@ -22,7 +22,7 @@ from ..model import chat
 from ..model.calibration import Calibration
 from ..model.generation import generation_lock, ignored_settings, transcription_config
 from ..model.modeling import SpeechLLMForConditionalGeneration
-from ..model.native_families import is_native
+from ..model.native_families import fixed_seconds, is_native
 from ..model.processing import SpeechLLMProcessor
 from .batches import Batch, BatchLoader, default_batch_seconds
 from .ctc_reader import CTCReader
@@ -219,8 +219,9 @@ class Transcriber:
         yield from (Transcript(i, error=length) for i, length in enumerate(lengths) if isinstance(length, str))
         found: dict[int, list[tuple[float, Segment]]] = {index: [] for index in usable}
         loader = BatchLoader(
-            self.processor, self.meter, self.batch_seconds, self.model.device, self.num_workers, self.vad
-        )
+            self.processor, self.meter, self.batch_seconds, self.model.device, self.num_workers, self.vad,
+            fixed_seconds(self.model.config),
+        )  # fmt: skip
         for result in loader(requests, seconds):
             if isinstance(result, Transcript):
                 yield result

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_speechllm import FbankFeatureExtractor, SpeechLLMConfig, SpeechLLMForConditionalGeneration, SpeechLLMProcessor
 from hf_speechllm.audio.front_ends import pad_features
+from hf_speechllm.inference.transcriber import Transcriber
 from hf_speechllm.model.audio_lengths import num_audio_tokens
 from hf_speechllm.model.chat import IGNORE_INDEX, parse_messages, transcription_messages, transcription_prompt
 from hf_speechllm.model.loss import label_positions
@@ -206,6 +207,20 @@ def test_saved_model_loads_with_the_same_logits(compose_tiny, tiny_config, dialo
         assert torch.equal(loaded(**batch, return_logits=True).logits, model(**batch, return_logits=True).logits)
     assert loaded.config.use_low_frame_rate == loaded_processor.use_low_frame_rate == adaptor["use_low_frame_rate"]
     assert loaded.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
+def test_decoding_batches_count_the_seconds_that_a_whisper_encoder_computes(whisper_parts, waveforms, monkeypatch):
+    model, processor = whisper_parts
+    fixed, batch, sizes = model.config.fixed_seconds, processor.batch, []
+    assert fixed > max(SECONDS)
+
+    def watched(dialogues, *args, **options):
+        sizes.append(len(dialogues))
+        return batch(dialogues, *args, **options)
+
+    monkeypatch.setattr(processor, "batch", watched)
+    Transcriber(model, processor, max_new_tokens=1, batch_seconds=2 * fixed).transcribe(waveforms[:3])
+    assert sorted(sizes) == [1, 2]
 
 
 def test_saved_whisper_model_loads_with_the_same_logits(whisper_parts, dialogues, tmp_path):
