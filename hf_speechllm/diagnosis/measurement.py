@@ -53,6 +53,7 @@ class Measurement:
         level: RMS of the loud frames (95th percentile of frames of 20 ms), dBFS.
         quiet_level: 10th percentile of the frames, dBFS.
         spread: difference between the 95th and 5th percentile of the frames, dB.
+        edge_levels: level of the first and of the last frame, dBFS.
         clipped: share of samples in runs of equal samples at the peak.
         flat_top: share of samples above 70 % of the peak of their frame, in the loudest tenth of the frames; 0.5 for a
             sine, above for waves that a lossy codec has clipped.
@@ -82,6 +83,7 @@ class Measurement:
     level: float = QUIET
     quiet_level: float = QUIET
     spread: float = 0.0
+    edge_levels: tuple[float, float] = (QUIET, QUIET)
     clipped: float = 0.0
     flat_top: float = 0.0
     offset: float = 0.0
@@ -264,6 +266,7 @@ class _Meter:
         levels = decibels(powers)
         low, tenth, high = np.percentile(levels, (5, 10, 95))
         result.level, result.quiet_level, result.spread = float(high), float(tenth), float(high - low)
+        result.edge_levels = float(levels[0]), float(levels[-1])
         active = levels > max(high - ACTIVE_RANGE, QUIET)
         result.active_seconds = min(float(np.count_nonzero(active)) * FRAME, result.seconds)
         edge = 10 ** ((high + GAP_EDGE) / 10)

@@ -77,6 +77,8 @@ def test_levels_are_those_of_the_samples(check):
         ("hum", lambda x: 0.5 * x + 0.05 * np.sin(2 * np.pi * 3000 * np.arange(len(x)) / RATE)),
         ("dropouts", lambda x: np.where(abs(np.arange(len(x)) - np.abs(x).argmax()) < 400, 0, x)),
         ("repeated-sound", lambda x: again(x, 400)),
+        # A pause of equal buffers, longer than the repetition in speech.
+        ("repeated-sound", lambda x: np.concatenate([np.tile(x[:400], 3), again(x, 400)])),
         ("dead-channel", lambda x: np.stack([x, 0 * x], 1)),
         ("dead-channel", lambda x: np.stack([x, 1e-4 * x[::-1]], 1)),
         ("inverted-channel", lambda x: np.stack([x, -x], 1)),
