@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "missing-recording": Kind(ERROR, None, "", "training stops at the row", "correct the path, or " + REMOVE),
     "truncated-recording": Kind(ERROR, None, "", "the file is shorter than its header says", "copy the file again"),
     "unreadable-recording": Kind(ERROR, None, "", "no decoder reads the file", AGAIN),
+    "wrong-times": Kind(ERROR, None, "", "the part is not inside the recording", "correct the times"),
     "too-short": Kind(ERROR, 0.1, "s, shortest", "shorter than the shortest word; real digits have 0.14 s", REMOVE),
     "too-long": Kind(ERROR, 600, "s, longest; with a model, the limit of its encoder", "does not fit the encoder, or "
                      "a GPU", "cut at pauses (PATH#t=START,END)"),

@@ -58,7 +58,8 @@ class Measurement:
         flat_top: share of samples above 70 % of the peak of their frame, in the loudest tenth of the frames; 0.5 for a
             sine, above for waves that a lossy codec has clipped.
         offset: mean of the samples.
-        gap_seconds: total length of runs of equal samples inside sound; gaps: their number.
+        gap_seconds: total length of runs of equal samples inside sound; gaps: their number. Both are 0 if pauses have
+            longer digital silence.
         repeated: seconds of the longest part of the sound that is repeated exactly.
         active_seconds: time in frames that are at most `ACTIVE_RANGE` below `level`.
         lead, tail, pause: seconds before the first and after the last sound or speech, and the longest pause between.
@@ -271,7 +272,10 @@ class _Meter:
         result.active_seconds = min(float(np.count_nonzero(active)) * FRAME, result.seconds)
         edge = 10 ** ((high + GAP_EDGE) / 10)
         gaps = [seconds for seconds, power in self.gaps if power > edge]
-        result.gap_seconds, result.gaps = sum(gaps), len(gaps)
+        # Pauses without any noise are those of synthetic or gated sound; there, gaps between sounds are no faults.
+        silence = float(np.count_nonzero(powers == 0)) * FRAME - sum(gaps)
+        if sum(gaps) >= silence:
+            result.gap_seconds, result.gaps = sum(gaps), len(gaps)
         result.repeated = max((seconds for seconds, power in self.repetitions if power > edge), default=0.0)
         spans = self.spans
         if self.detector is None:

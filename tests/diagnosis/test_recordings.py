@@ -149,6 +149,21 @@ def test_unreadable_files(tmp_path, speech, kind, content):
     assert not measured.error.startswith(str(path))
 
 
+@pytest.mark.parametrize("times", ["9,10", "0,9", "0.5,0.2", "x"])
+def test_parts_outside_of_a_recording(tmp_path, speech, times):
+    soundfile.write(path := tmp_path / "a.wav", speech, RATE)
+    measured = measure_recording(f"{path}#t={times}")
+    kind = "wrong-times" if times != "x" else "missing-recording"
+    assert [found for found, _ in check_recording(measured)] == [kind]
+
+
+def test_gaps_of_speech_without_noise_are_no_dropouts(check, speech):
+    gaps = np.where(abs(np.arange(len(speech)) - np.abs(speech).argmax()) < 400, 0, speech)
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(RATE // 2)
+    assert "dropouts" not in check(np.pad(gaps, RATE // 2))[0]
+    assert "dropouts" in check(np.concatenate([noise, gaps, noise]))[0]
+
+
 def test_vad_finds_quiet_speech_and_no_noise(tmp_path, speech):
     pytest.importorskip("silero_vad")
     from hf_speechllm.audio.vad import VoiceDetector

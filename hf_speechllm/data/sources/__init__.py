@@ -43,7 +43,7 @@ WITHOUT_LIST = f"recordings, but no list of transcripts in a known layout; {TABL
 # What to do with files of other kinds, by suffix.
 ADVICE = {
     (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar"): "packed; unpack the corpus and pass its folder",
-    (".tar",): "shards need no preparation: pass them to training (--train_file) or to doctor",
+    (".tar",): "shards need no preparation; pass the tar files (FOLDER/*.tar) to training (--train_file) or to doctor",
     (".xlsx", ".xls", ".ods"): "a spreadsheet; save it as CSV (UTF-8), and pass the CSV",
     (".arrow",): "a part of a data set; pass the folder of save_to_disk, or a Parquet file",
     (".list",): "a list of files; pass it to training (--train_file) or to doctor",
