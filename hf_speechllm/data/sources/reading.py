@@ -247,7 +247,7 @@ def require_utf8(text: str) -> None:
 
 
 def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Returns all lists in a folder, otherwise in the subfolders, each with the split in the name.
+    """Returns all lists in a folder, otherwise in the subfolders or those of `data`, each with the split in the name.
 
     If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`.
     """
@@ -255,7 +255,7 @@ def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | No
     if os.path.isfile(root):
         fits = root.lower().endswith(tuple(suffixes)) or (".jsonl" in suffixes and first_record(root) is not None)
         return [(root, None)] if fits else []
-    for below in ("", "*/", "*/*/"):
+    for below in ("", "*/", "data/*/"):  # data/train: data sets on the Hub
         names = sorted(glob.glob(f"{glob.escape(root)}/{below}*"))
         files = [path for suffix in suffixes for path in names if path.lower().endswith(suffix)]
         if files:
