@@ -213,6 +213,12 @@ def with_gaps(planter: Planter, samples: np.ndarray) -> np.ndarray:
     return samples
 
 
+def cut_word(planter: Planter, samples: np.ndarray) -> np.ndarray:
+    """Ends the recording at the loudest place of its second half, after 0.7 s."""
+    start = max(len(samples) // 2, round(0.7 * RATE))
+    return samples[: start + int(np.abs(samples[start:]).argmax())]
+
+
 def twice(planter: Planter, samples: np.ndarray) -> np.ndarray:
     """Repeats 40 ms at the loudest place."""
     width = int(0.04 * RATE)
@@ -389,6 +395,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "50 Hz hum": (("hum",), audio(lambda p, x: 0.5 * x + tone(x, 50, 0.05), words=4)),
     "whistle": (("hum",), audio(lambda p, x: 0.5 * x + tone(x, 2400, 0.05), words=4)),
     "dropouts": (("dropouts",), audio(with_gaps)),
+    "cut inside a word": (("cut-speech",), audio(cut_word, words=4)),
     "a buffer twice": (("repeated-sound",), audio(twice)),
     "dead channel": (("dead-channel",), stereo(1, 0)),
     "inverted channel": (("inverted-channel",), stereo(1, -1)),

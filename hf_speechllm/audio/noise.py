@@ -88,8 +88,8 @@ class Babble:
 class RecordingFolder:
     """Recordings of a folder and its subfolders, of any format and rate; uses the first channel.
 
-    Keeps decoded recordings in memory, up to `CACHE_BYTES`. An unreadable recording is reported once per process, and
-    replaced by the next one.
+    Keeps decoded recordings in memory, up to `CACHE_BYTES`. An unreadable or silent recording is reported once per
+    process, and replaced by the next one.
 
     Args:
         folder: path.
@@ -128,8 +128,10 @@ class RecordingFolder:
         try:
             samples, rate = read_audio(file)
             waveform = resample(np.ascontiguousarray(samples[:, 0]), rate, self.sampling_rate)
+            if not waveform.any():
+                raise AudioError(f"{file}: only silence in the first channel")
         except AudioError as error:
-            logger.warning("augmentation leaves out an unreadable recording: %s", error)
+            logger.warning("augmentation leaves out a recording: %s", error)
             waveform = None
         self._kept[file] = waveform
         while sum(item.nbytes for item in self._kept.values() if item is not None) > CACHE_BYTES:

@@ -47,7 +47,7 @@ class TimeRange:
             raise AudioError(f"{name}: outside the recording, which has {total / rate:.2f} s; correct the times")
         stop = min(stop, total)
         if stop <= first:
-            raise AudioError(f"{name}: no samples")
+            raise AudioError(f"{name}: no samples; correct the times")
         return first, stop
 
     def cut(self, blocks: Iterable[Block], name: str) -> Iterator[Block]:

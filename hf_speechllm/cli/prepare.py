@@ -100,6 +100,7 @@ def prepare_source(args: argparse.Namespace) -> None:
         choose_splits,
         name_utterances,
         read_utterances,
+        warn_of_shared_recordings,
         write_corpus,
         write_summary,
     )
@@ -132,6 +133,7 @@ def prepare_source(args: argparse.Namespace) -> None:
         found = progress_bar(read_source(args.source, reading, format), desc="reading", unit=" rows")
         utterances = name_utterances(read_utterances(found, bad_rows, args.audio_root))
         tar.finish()
+        warn_of_shared_recordings(utterances)
         languages = {item.language for item in utterances if item.language is not None} if own_language else set()
         prompts = {language: chat.transcription_prompt(language, not args.no_itn) for language in languages}
         splits, chosen = choose_splits(utterances, args.split, DEFAULT_SPLIT, args.seed)

@@ -69,7 +69,7 @@ class AugmentationOptions:
     )
 
     def __post_init__(self):
-        if self.dither < 0:
+        if not 0 <= self.dither < float("inf"):
             raise ValueError(f"--dither is {self.dither}; it must be at least 0")
         if not 0 <= self.tempo_perturb < 1:
             raise ValueError(f"--tempo_perturb is {self.tempo_perturb}; it must be at least 0 and below 1")

@@ -6,12 +6,12 @@ import contextlib
 import json
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..audio.waveform import AudioError, check_root, is_url, local_path
+from ..audio.waveform import AudioError, check_root, display_name, is_url, local_path
 from ..files import atomic_write
 from ..model.chat import parse_messages
 from .bad_rows import BadDataError, BadRows
@@ -69,6 +69,20 @@ def read_texts(source: str) -> list[str]:
     if not any(texts):
         raise BadDataError(f"{source}: no transcripts; pass a list of lines `ID TEXT`, or a source of `prepare`")
     return [text for text in texts if text]
+
+
+def warn_of_shared_recordings(utterances: Sequence[Utterance]) -> None:
+    """Warns if rows have one whole recording and different transcripts: their times are probably not read."""
+    texts: dict[str, set[str]] = defaultdict(set)
+    for item in utterances:
+        if item.messages is None:
+            texts[item.recording].add(item.transcript.casefold())
+    if shared := [recording for recording, found in texts.items() if len(found) > 1]:
+        logger.warning(
+            "%d recordings are in several rows with different transcripts, for example %s; if the rows are parts of a "
+            "recording, name the columns with their times in seconds: --columns start=NAME end=NAME",
+            len(shared), display_name(shared[0]),
+        )  # fmt: skip
 
 
 def name_utterances(utterances: Sequence[Utterance]) -> list[Utterance]:

@@ -31,6 +31,8 @@ SHORT_SECONDS = 0.35  # or by which the whole recording is shorter than expected
 MIN_UNIQUE = 0.5  # share of different texts from which a repeated text is unusual
 MIN_SYLLABLES = 4.0  # of a text in another script
 MIN_WORDS = 6  # of a text in another language
+CUT_LEVEL, CUT_MARGIN = 12.0, 10.0  # dB below speech, and above noise: an edge inside a word
+CUT_SECONDS = 0.65  # shorter recordings, of single words, often have no pauses at the edges
 CASED = ("LATIN", "CYRILLIC", "GREEK")
 CLOSING = " \"'”’」』）)]"
 FINAL_MARKS = frozenset(".!?…。！？")
@@ -240,6 +242,19 @@ def _rates(corpus: Corpus) -> Iterator[Found]:
         yield low[0], "low-sampling-rate", f"{len(low)} of {len(rates)} recordings have {rates[low[0]]} Hz"
 
 
+def _cut_speech(corpus: Corpus) -> Iterator[Found]:
+    def loud_edges(m: Measurement) -> tuple[bool, ...]:
+        noise = min(m.quiet_level, *m.edge_levels)
+        return tuple(level > max(m.level - CUT_LEVEL, noise + CUT_MARGIN) for level in m.edge_levels)
+
+    found = {index: corpus.measured[index][0] for index in corpus.usable}
+    edges = {index: loud_edges(m) for index, m in found.items() if m.seconds >= CUT_SECONDS}
+    for index, _, usual in _rare({index: any(loud) for index, loud in edges.items()}, limit("cut-speech")):
+        if not usual:
+            places = " and ".join(place for place, loud in zip(("starts", "ends"), edges[index], strict=True) if loud)
+            yield index, "cut-speech", f"{places} in the middle of speech, unlike nearly all other recordings"
+
+
 def _case(text: str) -> str | None:
     letters = [character for character in text if character.isupper() or character.islower()]
     if len(letters) < 8:
@@ -341,6 +356,7 @@ CORPUS_CHECKS: tuple[CorpusCheck, ...] = (
     _repeated_texts,
     _speakers,
     _rates,
+    _cut_speech,
     _styles,
     _prompts,
     _pace,

@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "missing-recording": Kind(ERROR, None, "", "training stops at the row", "correct the path, or " + REMOVE),
     "truncated-recording": Kind(ERROR, None, "", "the file is shorter than its header says", "copy the file again"),
     "unreadable-recording": Kind(ERROR, None, "", "no decoder reads the file", AGAIN),
+    "wrong-times": Kind(ERROR, None, "", "the part is not inside the recording", "correct the times"),
     "too-short": Kind(ERROR, 0.1, "s, shortest", "shorter than the shortest word; real digits have 0.14 s", REMOVE),
     "too-long": Kind(ERROR, 600, "s, longest; with a model, the limit of its encoder", "does not fit the encoder, or "
                      "a GPU", "cut at pauses (PATH#t=START,END)"),
@@ -58,7 +59,7 @@ KINDS: dict[str, Kind] = {
     "long-silence": Kind(WARNING, 5, "s without speech at the start, the end or inside, longest", "wastes GPU time, "
                          "and often means missing speech", "cut the silence off (PATH#t=START,END)"),
     "clipped": Kind(WARNING, 0.001, "share of samples in flat runs at the peak, largest; or flat waves",
-                    "overdriven input; 0 in 5,000 real recordings", "record with less gain"),
+                    "overdriven input, or a beep; 0 in 5,000 real recordings", "record with less gain"),
     "dc-offset": Kind(WARNING, 0.02, "of full scale, largest mean", "a faulty sound card; at most 0.005 in real "
                       "recordings", "subtract the mean, or replace the sound card"),
     "hum": Kind(WARNING, -22, "dB, highest level of a constant tone below speech (below 70 Hz: 8 dB less)",
@@ -67,6 +68,8 @@ KINDS: dict[str, Kind] = {
                      "recordings", AGAIN),
     "repeated-sound": Kind(WARNING, 0.015, "s that are the same samples again, longest", "a buffer was written twice; "
                            "recorded sound never repeats exactly", AGAIN),
+    "cut-speech": Kind(WARNING, 0.02, "share of the rows that start or end at most 12 dB below speech, largest",
+                       "a word is cut off, and its transcript is not", "cut at pauses, or correct the transcript"),
     "dead-channel": Kind(WARNING, None, "50 dB below the loudest channel", "averaging the channels halves the level",
                          "keep the channel with signal"),
     "inverted-channel": Kind(WARNING, -0.8, "correlation of the channels, lowest", "averaging cancels the speech; "

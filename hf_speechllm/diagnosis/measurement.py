@@ -53,11 +53,13 @@ class Measurement:
         level: RMS of the loud frames (95th percentile of frames of 20 ms), dBFS.
         quiet_level: 10th percentile of the frames, dBFS.
         spread: difference between the 95th and 5th percentile of the frames, dB.
+        edge_levels: level of the first and of the last frame, dBFS.
         clipped: share of samples in runs of equal samples at the peak.
         flat_top: share of samples above 70 % of the peak of their frame, in the loudest tenth of the frames; 0.5 for a
             sine, above for waves that a lossy codec has clipped.
         offset: mean of the samples.
-        gap_seconds: total length of runs of equal samples inside sound; gaps: their number.
+        gap_seconds: total length of runs of equal samples inside sound; gaps: their number. Both are 0 if pauses have
+            longer digital silence.
         repeated: seconds of the longest part of the sound that is repeated exactly.
         active_seconds: time in frames that are at most `ACTIVE_RANGE` below `level`.
         lead, tail, pause: seconds before the first and after the last sound or speech, and the longest pause between.
@@ -82,6 +84,7 @@ class Measurement:
     level: float = QUIET
     quiet_level: float = QUIET
     spread: float = 0.0
+    edge_levels: tuple[float, float] = (QUIET, QUIET)
     clipped: float = 0.0
     flat_top: float = 0.0
     offset: float = 0.0
@@ -264,11 +267,15 @@ class _Meter:
         levels = decibels(powers)
         low, tenth, high = np.percentile(levels, (5, 10, 95))
         result.level, result.quiet_level, result.spread = float(high), float(tenth), float(high - low)
+        result.edge_levels = float(levels[0]), float(levels[-1])
         active = levels > max(high - ACTIVE_RANGE, QUIET)
         result.active_seconds = min(float(np.count_nonzero(active)) * FRAME, result.seconds)
         edge = 10 ** ((high + GAP_EDGE) / 10)
         gaps = [seconds for seconds, power in self.gaps if power > edge]
-        result.gap_seconds, result.gaps = sum(gaps), len(gaps)
+        # Pauses without any noise are those of synthetic or gated sound; there, gaps between sounds are no faults.
+        silence = float(np.count_nonzero(powers == 0)) * FRAME - sum(gaps)
+        if sum(gaps) >= silence:
+            result.gap_seconds, result.gaps = sum(gaps), len(gaps)
         result.repeated = max((seconds for seconds, power in self.repetitions if power > edge), default=0.0)
         spans = self.spans
         if self.detector is None:

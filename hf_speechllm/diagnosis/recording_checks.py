@@ -45,6 +45,8 @@ def _unreadable(error: str) -> str:
         return "missing-recording"
     if "maximum is" in error and error.startswith("length of"):
         return "too-long"
+    if error.endswith("correct the times"):
+        return "wrong-times"
     return "truncated-recording" if "truncated" in error else "unreadable-recording"
 
 

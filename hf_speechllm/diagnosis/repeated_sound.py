@@ -7,6 +7,7 @@ import numpy as np
 LENGTH = 8  # samples of a key
 SHARE = 16  # one of so many keys is compared
 LAGS = (0.01, 1.0)  # seconds between a sound and its repetition; shorter periods are tones
+LONG = 0.2  # of the longest repetition: a repetition that long may be chosen
 MIN_KEYS = 4  # equal keys with one lag, fewest
 _CHOICE = np.array([0x9E3779B1, 0x85EBCA77], np.uint32)  # odd factors of hashes
 _FACTORS = np.random.default_rng(0).integers(1, 1 << 63, LENGTH, dtype=np.uint64) | np.uint64(1)
@@ -36,6 +37,9 @@ def find_repetition(samples: np.ndarray, rate: int) -> tuple[float, float] | Non
         return None
     lag = int(counts.argmax())
     ends = np.flatnonzero(np.concatenate([[True], samples[lag:] != samples[:-lag], [True]]))
-    longest = int(np.diff(ends).argmax())
-    part = samples[ends[longest] : ends[longest + 1] - 1] / 32768.0
+    lengths = np.diff(ends)
+    # The loudest of the long repetitions: in a pause, equal samples are no fault.
+    energies = np.add.reduceat(np.append(np.square(samples[: len(samples) - lag] / 32768.0), 0.0), ends[:-1])
+    best = int(np.argmax(np.where(lengths >= LONG * lengths.max(), energies, -1.0)))
+    part = samples[ends[best] : ends[best + 1] - 1] / 32768.0
     return len(part) / rate, float(np.mean(part * part)) if len(part) else 0.0

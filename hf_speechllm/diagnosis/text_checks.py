@@ -19,12 +19,12 @@ WITHOUT_ITN = "不进行文本规整"  # in the prompts of Fun-ASR (`chat.transc
 _LANGUAGE_IN_PROMPT = re.compile(f"语音转写成({'|'.join(map(re.escape, LANGUAGES.values()))})")
 _CODES = {name: code for code, name in LANGUAGES.items()}
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:_-]*(?:\s[^<>]*)?/?>|<!--|<\?xml|<!\[CDATA\[")
-_ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});")
-_MARKDOWN = re.compile(r"\*\*\S[^*]*\*\*|\[[^\]]+\]\([^)]+\)|```|\\[nrtu\"/]|\{\\[a-z]")
+_ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});|&(?:amp|lt|gt|quot|apos|nbsp)\b")
+_MARKDOWN = re.compile(r"\*\*\S[^*]*\*\*|\[[^\]]+\]\([^)]+\)|```|\\[nrtu\"/]|\{\\[a-z]|^#{1,6} \S|^\*[^*\s][^*]*\*$")
 # Markup of subtitles, tokenizers, pronunciation dictionaries, URLs and programming languages.
 _NOTATION = re.compile(
-    r"-->|\d:\d\d[.,]\d\d|[\[(<]\d{1,2}:\d\d(?::\d\d)?[\])>]|▁|\w@@(?:\s|$)|(?:^|\s)##\w"
-    r"|\w%[2-7][0-9A-Fa-f]\w|[ˈˌː]|(?:\b[A-Z]{2}[012]\b[^a-z]*){2}|^\s*[\[{]\s*([\"']).*\1\s*[\]}]\s*$|^b([\"']).*\2$",
+    r"-->|\d:\d\d[.,]\d\d|^\s*\d{1,2}:\d\d:\d\d\b|[\[(<]\d{1,2}:\d\d(?::\d\d)?[\])>]|▁|\w@@(?:\s|$)|(?:^|\s)##\w"
+    r"|\w%[2-7][0-9A-Fa-f]\w|[ˈˌː]|(?:\b[A-Z]{2}[012]\b[^a-z]*){2}|(?:\b[a-zü]{2,6}[1-5]\b[^a-z]*){3}|^\s*[\[{]\s*([\"']).*\1\s*[\]}]\s*$|^b([\"']).*\2$",
     re.DOTALL,
 )
 _TAGS = (
@@ -35,11 +35,11 @@ _TAGS = (
 _HTML_TAGS = frozenset(_TAGS.split())
 _SPECIAL = re.compile(
     r"<[|/]?[A-Za-z_][\w ./:-]*\|?>|\[(?:unk|pad|cls|sep|mask|[a-z]+(?:[ _-][a-z]+)?)\]|\{[A-Za-z]+\}"
-    r"|%(?:hes|uh|um|bcack)\w*",
+    r"|%(?:hes|uh|um|bcack)\w*|<\|[\d.]+\|>|\(\s*\)|\[\s*\]|\{\s*\}|<\s*>|\(\([^()]*\)\)|^\s*(?:>>|-\s)",
     re.IGNORECASE,
 )
 _SOUND = re.compile(
-    r"[(（](?:laugh|noise|music|applause|inaudible|unintelligible|unclear|crosstalk|silence|cough|breath)"
+    r"[(（](?:laugh|noise|music|applause|inaudible|unintelligible|unclear|crosstalk|silence|cough|breath|pause|beep|sigh|xxx)"
     r"\w*[)）]|[(（](?:笑|笑声|噪音|音乐|掌声)[)）]|♪|♫",
     re.IGNORECASE,
 )
@@ -50,11 +50,14 @@ _SPEAKER_TAG = re.compile(
 _FILE_NAME = re.compile(
     r"\S+\.(?:wav|flac|mp3|ogg|opus|m4a|sph|pcm|txt|json)\Z|(?:/|[A-Z]:\\)\S+[/\\]\S+\Z", re.IGNORECASE
 )
-_MISSING = frozenset(("None", "nan", "NaN", "NULL", "N/A", "n/a", "<NA>", "#N/A", "undefined"))
+_MISSING = frozenset(
+    ("None", "nan", "NaN", "NULL", "N/A", "n/a", "<NA>", "#N/A", "undefined", "#NAME?", "#REF!", "#VALUE!")
+)
+_HASH = re.compile(r"(?=.*[a-f])(?=.*\d)(?:[0-9a-f]{16,}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})", re.IGNORECASE)
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b50-\u2b55\ufe0f]")
 _WORD = re.compile(rf"[\w{MARKS}'’]+")
 _BREAK = re.compile(r"[\t\n\r\v\f\u2028\u2029\u0085]")
-_FULL_WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
+_FULL_WIDTH = re.compile("[\ufb00-\ufb06\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d]")
 _SPACES = re.compile(
     r"[^\S \t\n\r\v\f\u2028\u2029\u0085]|  +|(?<=\w)_+(?=\w)|(?<=[\u4e00-\u9fff])(?: [\u4e00-\u9fff]){3}"
 )
@@ -96,9 +99,14 @@ def _wrong_column(text: str, row: DataRow) -> str | None:
     text = text.strip()
     if text in (row.id, recording_id(row.recordings[0])) and not all(map(str.isalpha, text.split())):
         return None if text.isdigit() else f"the text is the ID: {show(text)}"  # a file may be called after a word
+    for name in {row.id, recording_id(row.recordings[0])}:
+        # The whole line of a list `ID TEXT` or `TEXT (ID)`; a short name or word may be said.
+        if len(name) > 3 and not name.isalpha() and re.match(rf"{re.escape(name)}\W|.*\({re.escape(name)}\)\Z", text):
+            return f"the text contains the ID: {show(text)}"
     if text == row.speaker:
         return f"the text is the speaker: {show(text)}"
     kind = "file name" if _FILE_NAME.match(text) else "missing value" if text in _MISSING else None
+    kind = kind or ("hash" if _HASH.fullmatch(text) else None)
     return kind and f"the text is a {kind}: {show(text)}"
 
 

@@ -243,6 +243,15 @@ def test_recordings_are_divided_if_there_are_fewer_speakers_than_splits(
     assert all(found) and sum(map(len, found)) == len(set.union(*found)) == 6
 
 
+def test_rows_that_share_a_whole_recording_are_reported(run, tmp_path, make_wav, caplog):
+    path = make_wav(seconds=2)
+    for number, header in enumerate(("audio,start_ms,end_ms,text", "audio,start,end,text")):
+        (tmp_path / "a.csv").write_text(f"{header}\n{path},0,1,one\n{path},1,2,two\n")
+        caplog.clear()
+        run("prepare", tmp_path / "a.csv", "--output_dir", tmp_path / f"out{number}")
+        assert ("--columns start=NAME end=NAME" in caplog.text) == (number == 0)
+
+
 def test_a_folder_of_recordings_needs_a_table(run, tmp_path):
     (tmp_path / "speaker").mkdir()
     (tmp_path / "speaker" / "a.WAV").touch()

@@ -276,12 +276,39 @@ def json_lists(tree):
     table(tree, "{split}/metadata.jsonl", lines_of, lambda row: f"{row.id}.wav")
 
 
+def sidecar(tree):
+    """Texts and subtitles beside the recordings; a table of speakers is no list of rows."""
+    for row in tree.rows:
+        if row.split == "test":
+            tree.sound(f"{row.split}/{row.id}.wav", 1.0)
+            cue = f"<v Ann>{row.text.replace(' ', chr(10))}</v>"
+            tree.write(
+                f"{row.split}/{row.id}.vtt", ["WEBVTT", "", "1", "00:00.250 --> 00:00:00.750 align:start", cue, ""]
+            )
+        else:
+            tree.sound(f"{row.split}/{row.id}.WAV")
+            tree.write(f"{row.split}/{row.id}.TXT", [row.text, ""])
+    tree.write("speakers.tsv", ["READER\tGENDER", "s0\tF"])
+    times = {"test": "#t=0.25,0.75"}
+    tree.rows = [row._replace(speaker="", id=row.id + times.get(row.split, "")) for row in tree.rows]
+
+
+def names(tree):
+    """Transcripts of MLS: IDs, and recordings in folders of speakers."""
+    for split in SPLITS:
+        for row in tree.of(split):
+            tree.sound(f"{split}/audio/{row.speaker}/{row.id}.flac")
+        tree.write(f"{split}/transcripts.txt", (f"{row.id}\t{row.text}" for row in tree.of(split)))
+        tree.write(f"{split}/segments.txt", (f"{row.id}\thttp://host\t0\t1" for row in tree.of(split)))
+    tree.rows = [row._replace(speaker="") for row in tree.rows]
+
+
 TREES = {
     "kaldi": kaldi, "aishell": aishell, "wenetspeech": wenetspeech, "gigaspeech": gigaspeech,
     "common-voice": common_voice, "ljspeech": ljspeech, "datasets": saved, "lhotse-shar": lhotse_shar,
     "lhotse": lhotse_cuts, "ms-swift": ms_swift, "llama-factory": llama_factory, "chatml": chatml, "nemo": nemo,
     "funasr": funasr, "qwen3-asr": qwen3_asr, "csv": csv, "json": json_lists, "librispeech": librispeech,
-    "parquet": parquet, "hub": hub,
+    "sidecar": sidecar, "names": names, "parquet": parquet, "hub": hub,
 }  # fmt: skip
 
 

@@ -161,6 +161,7 @@ def test_rows_with_cached_features_are_refused(tiny_rows, processor):
         ({"speed_prob": 0.5, "speed_factors": [0.9, 3.0]}, "--speed_factors is 0.9 3; give numbers from 0.5 to 2"),
         ({"noise_prob": 0.5, "noise_source": []}, "--noise_source is empty"),
         ({"dither": -1.0}, "--dither is -1.0"),
+        ({"dither": float("nan")}, "--dither is nan"),
         ({"tempo_perturb": 1.0}, "--tempo_perturb is 1.0"),
     ],
 )

@@ -662,3 +662,96 @@ def test_parquet_without_rows(tmp_path):
     table = pyarrow.table({"wav": pyarrow.array([], pyarrow.binary()), "text": pyarrow.array([], pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert list(read_source(str(tmp_path / "a.parquet"), Reading(BadRows()))) == []
+
+
+def test_names_of_columns_and_paths_as_people_write_them(write_audio, write_lines, read):
+    write_audio("audio/a b.WAV")
+    lines = ["Audio File;Raw-Transcription;Speaker Name;Subset", "audio\\a b.WAV;one, two;ann;test"]
+    (item,) = read(write_lines("list.TXT.CSV", lines), "csv")[0]
+    assert (item.transcript, item.speaker, item.split) == ("one, two", "ann", "test")
+
+
+def test_recordings_of_datasets_in_json(write_audio, write_lines, read):
+    write_audio("a.wav")
+    rows = [{"audio": {"path": "a.wav"}, "sentence": "one", "duration": 1.0, "sentences": []}]
+    assert texts(read(write_lines("train.json", rows), "json")[0]) == ["one"]
+
+
+def test_lists_of_rows_may_have_any_name(write_audio, write_lines, read, tmp_path):
+    write_audio("a.wav")
+    path = write_lines("data.txt", [{"key": "a", "wav": "a.wav", "txt": "one"}])
+    assert texts(read(path, "json")[0]) == ["one"]
+    table = write_lines("table.txt", ["path,text", "a.wav,two"])
+    assert texts(read_source(str(table), Reading(BadRows()), "csv")) == ["two"]  # a given format decides
+
+
+def test_a_table_without_names_of_columns_says_so(write_lines):
+    for lines in (["a.wav,one"], ["1\ta.wav\tone", "2\tb.wav\ttwo"]):
+        with pytest.raises(BadDataError, match="first line has a recording instead of the names .* add a line"):
+            list(read_source(str(write_lines("list.csv", lines)), Reading(BadRows())))
+
+
+def test_common_voice_without_splits_is_its_validated_rows(write_audio, write_lines, read, tmp_path):
+    for name in ("validated", "invalidated", "other"):
+        write_audio(f"de/clips/{name}.mp3")
+        write_lines(f"de/{name}.tsv", ["client_id\tpath\tsentence", f"a\t{name}.mp3\tis {name}"])
+    assert texts(read(tmp_path / "de", "common-voice")[0]) == ["is validated"]
+
+
+def test_one_list_in_each_folder_is_one_source(write_audio, write_lines, read, tmp_path):
+    for name in ("ann", "bob"):
+        write_audio(f"corpus/data/{name}/1.wav")
+        write_lines(f"corpus/data/{name}/metadata.csv", ["file_name,text", f"1.wav,by {name}"])
+    assert texts(read(tmp_path / "corpus", "csv")[0]) == ["by ann", "by bob"]
+
+
+def test_kaldi_recipe(write_audio, write_lines, read, tmp_path):
+    write_audio("egs/data/train_sp/a.wav")
+    write_lines("egs/data/train_sp/wav.scp", ["a a.wav"])
+    write_lines("egs/data/train_sp/text", ["a one"])
+    assert read(tmp_path / "egs", "kaldi")[0][0].split == "train"
+
+
+def test_names_that_fit_no_recording_or_two_are_bad_rows(write_audio, write_lines, read, tmp_path):
+    for name in ("x/a.wav", "x/b.wav", "y/b.wav"):
+        write_audio(f"corpus/{name}")
+    write_lines("corpus/transcript.txt", ["a one", "b two", "x/c.wav three"])
+    found, reading = read(tmp_path / "corpus", "names", num_bad=2)
+    assert texts(found) == ["one"]
+    assert [row.reason for row in reading.bad_rows] == [
+        'no recording: 2 files are named after "b"', 'no recording: no files are named after "x/c.wav"',
+    ]  # fmt: skip
+
+
+def test_subtitles(write_audio, write_lines, read, tmp_path):
+    write_audio("talk.wav", 62)
+    write_audio("other.wav")
+    lines = [
+        "1",
+        "00:00:01,5 --> 00:00:02,250",
+        "<i>one</i>",
+        "two",
+        "",
+        "2",
+        "00:01:00,000 --> 00:01:01,000",
+        r"{\an8}three",
+    ]
+    write_lines("talk.srt", lines)
+    found, reading = read(tmp_path, "sidecar")
+    assert [(item.transcript, times(item), item.transcript_line) for item in found] == [
+        ("one two", "1.5,2.25", 2), ("three", "60,61", 7),
+    ]  # fmt: skip
+    assert reading.left_out == {"recordings without a transcript": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.zip", "unpack"), ("a.tar.gz", "unpack"), ("a.tar", "--train_file"), ("a.xlsx", "save it as CSV"),
+     ("a.arrow", "save_to_disk"), ("train_wav.scp", "scp2jsonl"), ("a.jsonl.gz", "lhotse cut simple"),
+     ("a.WAV", "write a table"), ("shards.list", "--train_file")],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", [False, True])
+def test_files_of_other_kinds_say_what_to_do(tmp_path, name, message, folder):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(BadDataError, match=message):
+        list(read_source(str(tmp_path if folder else tmp_path / name), Reading(BadRows())))

@@ -110,6 +110,24 @@ def test_sampling_rates():
     assert [(i, kind) for i, kind, _ in check_corpus(Corpus(rows, measured))] == [(0, "low-sampling-rate")]
 
 
+def test_recordings_that_are_cut_inside_a_word_are_rare():
+    rows = [make_row() for _ in range(100)]
+
+    def kinds(level, edges, rest=(-60.0, -55.0), others=()):
+        measured = [[Measurement(row.recordings[0], 1.0, 16000, 1, row.id, 0.5, level=level)] for row in rows]
+        for index, one in enumerate(measured):
+            one[0].quiet_level, one[0].edge_levels = -60.0, edges if index in (7, *others) else rest
+        return [(i, detail) for i, kind, detail in check_corpus(Corpus(rows, measured)) if kind == "cut-speech"]
+
+    ending = "in the middle of speech, unlike nearly all other recordings"
+    assert kinds(-20.0, (-55.0, -30.0)) == [(7, f"ends {ending}")]
+    assert kinds(-20.0, (-30.0, -30.0)) == [(7, f"starts and ends {ending}")]
+    assert kinds(-20.0, (-33.0, -60.0)) == []
+    assert kinds(-55.0, (-55.0, -55.0)) == []  # noise is as loud
+    assert kinds(-20.0, (-30.0, -30.0), others=(8, 9)) == []  # many recordings are cut tightly
+    assert kinds(-20.0, (-60.0, -60.0), rest=(-30.0, -30.0)) == []
+
+
 def test_pace_of_each_row():
     texts, seconds = sentences(200, np.random.default_rng(0))
     assert found(list(map(make_row, texts)), seconds) == {}

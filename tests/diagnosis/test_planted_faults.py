@@ -21,8 +21,16 @@ def planted():
     return module
 
 
+@pytest.fixture(autouse=True)
+def without_warnings_of_recordings():
+    logger = logging.getLogger("hf_speechllm.audio")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
 def check(planted, folder, num_rows, rows_per_fault, seed):
-    logging.getLogger("hf_speechllm.audio").setLevel(logging.ERROR)
     places = planted.write_corpus(folder, num_rows, rows_per_fault, seed)
     findings = [finding._asdict() for finding in diagnose(read_rows([str(folder)])).findings]
     result = planted.compare(places, findings)

@@ -77,6 +77,8 @@ def test_levels_are_those_of_the_samples(check):
         ("hum", lambda x: 0.5 * x + 0.05 * np.sin(2 * np.pi * 3000 * np.arange(len(x)) / RATE)),
         ("dropouts", lambda x: np.where(abs(np.arange(len(x)) - np.abs(x).argmax()) < 400, 0, x)),
         ("repeated-sound", lambda x: again(x, 400)),
+        # A pause of equal buffers, longer than the repetition in speech.
+        ("repeated-sound", lambda x: np.concatenate([np.tile(x[:400], 3), again(x, 400)])),
         ("dead-channel", lambda x: np.stack([x, 0 * x], 1)),
         ("dead-channel", lambda x: np.stack([x, 1e-4 * x[::-1]], 1)),
         ("inverted-channel", lambda x: np.stack([x, -x], 1)),
@@ -145,6 +147,21 @@ def test_unreadable_files(tmp_path, speech, kind, content):
     measured = measure_recording(str(path))
     assert [found for found, _ in check_recording(measured)] == [kind]
     assert not measured.error.startswith(str(path))
+
+
+@pytest.mark.parametrize("times", ["9,10", "0,9", "0.5,0.2", "x"])
+def test_parts_outside_of_a_recording(tmp_path, speech, times):
+    soundfile.write(path := tmp_path / "a.wav", speech, RATE)
+    measured = measure_recording(f"{path}#t={times}")
+    kind = "wrong-times" if times != "x" else "missing-recording"
+    assert [found for found, _ in check_recording(measured)] == [kind]
+
+
+def test_gaps_of_speech_without_noise_are_no_dropouts(check, speech):
+    gaps = np.where(abs(np.arange(len(speech)) - np.abs(speech).argmax()) < 400, 0, speech)
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(RATE // 2)
+    assert "dropouts" not in check(np.pad(gaps, RATE // 2))[0]
+    assert "dropouts" in check(np.concatenate([noise, gaps, noise]))[0]
 
 
 def test_vad_finds_quiet_speech_and_no_noise(tmp_path, speech):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ..bad_rows import BadDataError
 from ..utterance import Utterance
-from . import corpora, dialogues, hugging_face, lhotse_cuts, tables
+from . import corpora, dialogues, hugging_face, lhotse_cuts, named_files, tables
 from .reading import Reading, find_lists
 
 Reader = Callable[[str, Reading], Iterator[Utterance]]
@@ -32,14 +32,25 @@ SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
     "csv": (tables.is_delimited, tables.read_delimited),
     "json": (tables.is_json_table, tables.read_json_table),
     "librispeech": (corpora.is_librispeech, corpora.read_librispeech),
+    "sidecar": (named_files.is_sidecar, named_files.read_sidecar),
+    "names": (named_files.is_name_list, named_files.read_name_list),
     "parquet": (hugging_face.is_parquet, hugging_face.read_parquet),
     "hub": (hugging_face.is_hub_id, hugging_face.read_hub),
 }
 
-WITHOUT_LIST = (
-    "recordings, but no list of transcripts in a known layout; write a table, for example recordings.csv, with the "
-    "columns audio (path) and text, and pass the table"
-)
+TABLE = "write a table, for example recordings.csv, with the columns audio (path) and text, and pass the table"
+WITHOUT_LIST = f"recordings, but no list of transcripts in a known layout; {TABLE}"
+# What to do with files of other kinds, by suffix.
+ADVICE = {
+    (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar"): "packed; unpack the corpus and pass its folder",
+    (".tar",): "shards need no preparation; pass the tar files (FOLDER/*.tar) to training (--train_file) or to doctor",
+    (".xlsx", ".xls", ".ods"): "a spreadsheet; save it as CSV (UTF-8), and pass the CSV",
+    (".arrow",): "a part of a data set; pass the folder of save_to_disk, or a Parquet file",
+    (".list",): "a list of files; pass it to training (--train_file) or to doctor",
+    (".scp",): "Kaldi lists are called wav.scp and text; for other names, see `hf-speechllm scp2jsonl --help`",
+    (".jsonl.gz",): "manifests of lhotse without cuts; make cuts with `lhotse cut simple`, and pass the cuts",
+    named_files.AUDIO_SUFFIXES: WITHOUT_LIST,
+}
 
 
 def recognize(source: str) -> str | None:
@@ -63,7 +74,8 @@ def read_source(source: str, reading: Reading, format: str | None = None) -> Ite
     if format is None:
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder")
-        raise unknown_layout(source, f"unknown layout; set --format to one of {', '.join(SOURCES)}")
+        formats = ", ".join(SOURCES)
+        raise unknown_layout(source, f"unknown layout; {TABLE}, or set --format to one of {formats}")
     return SOURCES[format][1](source, reading)
 
 
@@ -72,11 +84,11 @@ def unknown_layout(source: str, otherwise: str) -> BadDataError:
 
     Args:
         source: file or folder.
-        otherwise: message unless the source is a folder with recordings, also below.
+        otherwise: message unless the source is, or contains, a file of a known kind.
     """
-    names = (name for *_, found in os.walk(source) for name in found)
-    recordings = any(name.lower().endswith(corpora.AUDIO_SUFFIXES) for name in names)
-    return BadDataError(f"{source}: {WITHOUT_LIST if recordings else otherwise}")
+    names = [source] if os.path.isfile(source) else [name for *_, found in os.walk(source) for name in found]
+    kinds = {suffixes for name in names for suffixes in ADVICE if name.lower().endswith(suffixes)}
+    return BadDataError(f"{source}: {next((text for kind, text in ADVICE.items() if kind in kinds), otherwise)}")
 
 
 def _is_list(source: str) -> bool:

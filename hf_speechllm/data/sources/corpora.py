@@ -44,7 +44,9 @@ def _has_lists(folder: str) -> bool:
 
 
 def _split_folders(source: str) -> list[tuple[str, str | None]]:
-    found = sorted(os.path.dirname(path) for path in glob.glob(f"{glob.escape(source)}/*/wav.scp"))
+    root = glob.escape(source)
+    found = glob.glob(f"{root}/*/wav.scp") or glob.glob(f"{root}/data/*/wav.scp")  # the root of a Kaldi recipe
+    found = sorted(map(os.path.dirname, found))
     named = ((folder, split_of(os.path.basename(folder))) for folder in found)
     return [(folder, split) for folder, split in named if split and _has_lists(folder)]
 

@@ -27,10 +27,10 @@ from .json_arrays import read_array
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 1 << 16  # read from a JSON file to detect the format
-# Files beside lists that have no rows, or rows of other lists: of `prepare`, LLaMA-Factory and Common Voice.
+# Files beside lists that have no rows, or rows of other lists: of `prepare`, LLaMA-Factory, Common Voice and MLS.
 NO_ROWS = {
     "summary.json", "dataset_info.json", "validated.tsv", "invalidated.tsv", "other.tsv", "reported.tsv",
-    "validated_sentences.tsv", "unvalidated_sentences.tsv", "clip_durations.tsv", "times.tsv",
+    "validated_sentences.tsv", "unvalidated_sentences.tsv", "clip_durations.tsv", "times.tsv", "segments.txt",
 }  # fmt: skip
 LONGEST_LINE = 1 << 24  # bytes; maximum length of the first line of a detected JSONL
 _SPLIT_NAMES = {
@@ -192,16 +192,31 @@ def lists_in(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None
     Raises:
         BadDataError: if a folder has several lists, and not all of them are named after splits.
     """
-    found = find_lists(source, suffixes)
+    if os.path.isfile(source):  # of any name: `--format` decides
+        return [(os.path.abspath(source), None)]
+    return choose_lists(source, find_lists(source, suffixes))
+
+
+def choose_lists(source: str, found: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Returns the lists of a folder that have its rows, each with the split in its name; see `lists_in`."""
     rows = [item for item in found if os.path.basename(item[0]) not in NO_ROWS]
     if any(split is not None for _, split in rows):
         if ignored := [os.path.basename(item[0]) for item in found if item not in rows]:
             logger.info("%s: not read: %s", source, ", ".join(ignored))
         return sort_by_split(source, rows)
-    if len(found) > 1:
-        names = ", ".join(os.path.basename(path) for path, _ in found)
+    # Common Voice in languages without splits; one list of the same name in each folder, for example of a speaker.
+    if validated := [item for item in found if os.path.basename(item[0]) == "validated.tsv"]:
+        return validated
+    if len({os.path.basename(path) for path, _ in found}) > 1:
+        names = _some_names(source, [path for path, _ in found])
         raise BadDataError(f"{source}: several lists ({names}); pass one of the lists instead of the folder")
     return found
+
+
+def _some_names(source: str, paths: Sequence[str]) -> str:
+    """Returns the first paths as text, relative to a folder."""
+    names = [os.path.relpath(path, source) for path in paths]
+    return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")
 
 
 def sort_by_split(source: str, lists: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
@@ -210,8 +225,8 @@ def sort_by_split(source: str, lists: Sequence[tuple[str, str | None]]) -> list[
     Raises:
         BadDataError: if some lists are not named after splits: their rows would be lost, or get into a wrong split.
     """
-    if without := [os.path.relpath(path, source) for path, split in lists if split is None]:
-        names = ", ".join(without[:NUM_NAMED]) + (", ..." if len(without) > NUM_NAMED else "")
+    if without := [path for path, split in lists if split is None]:
+        names = _some_names(source, without)
         raise BadDataError(
             f"{source}: lists with and without a split in their names; rename {names} (for example to "
             f"train-{os.path.basename(without[0])}), move them to another folder, or pass one of the lists"
@@ -232,15 +247,17 @@ def require_utf8(text: str) -> None:
 
 
 def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Returns all lists in a folder, otherwise in the subfolders, each with the split in the name.
+    """Returns all lists in a folder, otherwise in the subfolders or those of `data`, each with the split in the name.
 
-    If the source is a list, returns only this list.
+    If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`.
     """
     root = os.path.abspath(source)
     if os.path.isfile(root):
-        return [(root, None)] if root.lower().endswith(tuple(suffixes)) else []
-    for below in ("", "*/"):
-        files = [path for suffix in suffixes for path in sorted(glob.glob(f"{glob.escape(root)}/{below}*{suffix}"))]
+        fits = root.lower().endswith(tuple(suffixes)) or (".jsonl" in suffixes and first_record(root) is not None)
+        return [(root, None)] if fits else []
+    for below in ("", "*/", "data/*/"):  # data/train: data sets on the Hub
+        names = sorted(glob.glob(f"{glob.escape(root)}/{below}*"))
+        files = [path for suffix in suffixes for path in names if path.lower().endswith(suffix)]
         if files:
             files.sort(key=lambda path: os.path.basename(path) in NO_ROWS)  # detectors examine the first list
             return [(path, split_of_path(path, root)) for path in files]
@@ -251,6 +268,9 @@ def first_record(path: str) -> dict | None:
     """Returns the first object of a JSONL or JSON list; `None` for other files."""
     try:
         with open(path, "rb") as file:
+            if not file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[")):
+                return None
+            file.seek(0)
             head = file.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
             if head.startswith(b"{"):
                 return parse_object(head)

@@ -7,6 +7,7 @@ import functools
 import glob
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,22 +15,26 @@ from ...audio.waveform import header_seconds, is_url, resolve_source
 from ..bad_rows import BadDataError
 from ..jsonl import recording_id
 from ..utterance import Utterance
+from .named_files import is_sidecar
 from .reading import Reading, find_lists, first_record, lists_in, read_records, split_of
 
 # Names of columns by role, the most specific first.
 ROLES = {
     "audio": (
         "audio_filepath", "audio_path", "audio_file", "audio", "file_name", "filename", "file_path", "path", "file",
-        "wav", "wav_path", "source", "recording",
+        "wav", "wav_path", "wav_file", "wav_filename", "source", "recording",
     ),
-    "text": ("text", "sentence", "transcript", "transcription", "target", "txt", "normalized_text", "raw_text"),
+    "text": (
+        "text", "sentence", "transcript", "transcription", "target", "txt", "normalized_text", "raw_text",
+        "normalized_transcription", "raw_transcription", "utterance", "words", "wrd",
+    ),
     "id": ("id", "key", "utt_id", "utterance_id", "segment_id"),
-    "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id"),
+    "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id", "speaker_name", "speakerid"),
     "language": ("language", "lang", "locale", "text_language"),
     "start": ("start", "offset", "start_time", "begin_time"),
     "end": ("end", "end_time"),
     "duration": ("duration",),
-    "split": ("split",),
+    "split": ("split", "subset", "partition"),
     "hotwords": ("hotwords",),
 }  # fmt: skip
 FOLDERS = ("", "clips", "wavs", "wav", "audio", "audios", "data")  # folders of recordings, relative to the list
@@ -37,7 +42,7 @@ SUFFIXES = ("", ".wav", ".flac", ".mp3", ".opus", ".m4a", ".ogg")  # suffixes th
 NEMO_AUDIO = "audio_filepath"
 LONGER = 0.5  # seconds; a recording that exceeds the duration of its row by more than this is cut
 DELIMITERS = ",;|"  # of a CSV; the most frequent one in the header line is taken
-JSON_SUFFIXES = (".jsonl", ".json", ".manifest")
+JSON_SUFFIXES = (".jsonl", ".json", ".manifest", ".list")
 
 
 def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> dict[str, str]:
@@ -52,12 +57,17 @@ def find_columns(names: Iterable[str], given: Mapping[str, str], where: str) -> 
         BadDataError: if a given column is missing, or the column of recordings or transcripts is not found.
     """
     names = list(names)
-    by_lower = {name.lower(): name for name in reversed(names)}
+    by_lower = {re.sub(r"[\s-]+", "_", name.lower()): name for name in reversed(names)}
     found = {role: by_lower[known] for role in ROLES for known in reversed(ROLES[role]) if known in by_lower}
     if missing := [repr(name) for name in given.values() if name not in names]:
         raise BadDataError(f"{where}: no column {', '.join(missing)}; the columns are {', '.join(names)}")
     found |= given
     if missing := [role for role in ("audio", "text") if role not in found]:
+        if any(name.lower().endswith(SUFFIXES[1:]) for name in names):
+            raise BadDataError(
+                f"{where}: the first line has a recording instead of the names of the columns; add a line with a name "
+                "for each column, such as audio and text"
+            )
         contents = " and no column of ".join({"audio": "recordings", "text": "transcripts"}[role] for role in missing)
         raise BadDataError(
             f"{where}: no column of {contents} found; use --columns {' '.join(f'{role}=NAME' for role in missing)} "
@@ -132,6 +142,7 @@ def _read_table(
                 reading.bad_rows.add(path, line, str(error))
                 continue
         audio = record.get(columns[names]["audio"])
+        audio = audio.get("path") if isinstance(audio, dict) else audio  # of `datasets`
         if isinstance(audio, str) and audio.strip():
             place = place or _find_place(folder, audio)
             audio = place(audio) if place else audio
@@ -150,8 +161,9 @@ def _find_place(folder: str, audio: str) -> Callable[[str], str] | None:
         return None
     for below in FOLDERS:
         for suffix in SUFFIXES:
-            if os.path.isfile(os.path.join(folder, below, audio + suffix)):
-                return lambda path: os.path.join(below, path + suffix)
+            for separator in ("\\", "/"):  # paths of Windows are read everywhere
+                if os.path.isfile(os.path.join(folder, below, audio.replace("\\", separator) + suffix)):
+                    return lambda path: os.path.join(below, path.replace("\\", separator) + suffix)
     return None
 
 
@@ -165,15 +177,18 @@ def read_delimited(source: str, reading: Reading) -> Iterator[Utterance]:
             if "\0" in head:
                 raise BadDataError(f"{path}: not UTF-8: save the list as UTF-8")
             tabs = path.lower().endswith(".tsv") or "\t" in head
-            # Quotation marks in a TSV usually belong to the text; a single quotation mark must not join lines.
-            style: dict[str, Any] = (
-                {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-                if tabs
-                else {"delimiter": max(DELIMITERS, key=head.count), "strict": True}
-            )
-            reader = csv.DictReader(file, **style)
+            reader = csv.DictReader(file, **_style(head, tabs))
             _name_columns(reader, path)
+            find_columns(reader.fieldnames or (), reading.columns, path)  # an error also without rows
             yield from _read_table(_lines(reader, path, reading, tabs), path, split, reading)
+
+
+def _style(head: str, tabs: bool) -> dict[str, Any]:
+    """Returns the style of a CSV or TSV with this first line, for `csv.reader`."""
+    # Quotation marks in a TSV usually belong to the text; a single quotation mark must not join lines.
+    if tabs:
+        return {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    return {"delimiter": max(DELIMITERS, key=head.count), "strict": True}
 
 
 def _name_columns(reader: csv.DictReader, path: str) -> None:
@@ -283,4 +298,16 @@ def is_ljspeech(source: str) -> bool:
 
 def is_delimited(source: str) -> bool:
     """Returns whether a source is a CSV or TSV list, or a folder with such lists."""
-    return bool(find_lists(source, (".csv", ".tsv")))
+    lists = find_lists(source, (".csv", ".tsv"))
+    # Beside transcripts in files, such as those of LibriTTS, are tables of speakers.
+    return bool(lists) and (not is_sidecar(source) or any(_has_columns(path) for path, _ in lists))
+
+
+def _has_columns(path: str) -> bool:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        head = file.readline()
+    try:
+        names = next(csv.reader([head], **_style(head, path.lower().endswith(".tsv") or "\t" in head)))
+        return bool(find_columns(names, {}, path))
+    except (BadDataError, StopIteration, csv.Error):
+        return False
