@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -147,7 +148,30 @@ def compose(
         chat_layout=None if layout is CHATML else layout.to_dict(),
         **config.encoder_lengths,
     )
+    _rehearse(model, processor)
     return model, processor
+
+
+@torch.inference_mode()
+def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> None:
+    """Computes two steps for half a second of silence, because some parts of transformers fail only when used.
+
+    Raises:
+        CheckpointError: if a step fails, or if the LLM computes its logits in another way than with its head.
+    """
+    training = model.training
+    model.eval()
+    silence = np.zeros(processor.sampling_rate // 2, np.float32)
+    with reading(f"an audio encoder of type {model.config.audio_encoder_config.model_type}"):
+        inputs = processor.apply_transcription_request(silence)
+        states, mask = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+    with reading(f"an LLM of type {model.config.llm_config.model_type}", "cannot be combined with an encoder"):
+        embeddings = model.embed(inputs["input_ids"], states, mask)
+        expected = model.llm(inputs_embeds=embeddings, use_cache=False).logits
+        if not torch.allclose(model(**inputs, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3):
+            raise ValueError("its logits are not those of its head")
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    model.train(training)
 
 
 def _check_settings(built: Any, given: Any, path: str = "") -> None:
