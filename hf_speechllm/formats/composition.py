@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -216,7 +218,8 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, layout: ChatLayout) -> None:
 
 def _load_encoder(encoder: PreTrainedModel, name: str, config: PreTrainedConfig) -> None:
     """Copies the weights of an encoder from a checkpoint that contains it."""
-    model, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    builder = AutoModel if type(config) in MODEL_MAPPING else AutoModelForSpeechSeq2Seq  # `SpeechEncoderDecoderModel`
+    model, info = builder.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     prefix, found = next((name, part) for name, part in model.named_modules() if type(part) is type(encoder))
     prefix = f"{prefix}." if prefix else ""
     _check_complete(name, [key for key in info["missing_keys"] if key.startswith(prefix)])

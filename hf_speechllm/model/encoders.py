@@ -34,7 +34,7 @@ WITHOUT = {
 }
 INNER_CONFIGS = ("audio_encoder_config", "audio_config", "encoder_config", "encoder")
 # Encoders of waveforms whose convolutions between or before the layers also see the padding.
-CONVOLVE_PADDING = ("data2vec-audio", "wav2vec2-conformer")
+CONVOLVE_PADDING = ("data2vec-audio", "sew", "sew-d", "wav2vec2-conformer")
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,9 @@ FAMILIES = {
     "moonshine": _waveform_family(
         normalize=False, inner="encoder", convolutions=lambda config: [(127, 64, 0), (7, 3, 0), (3, 2, 0)]
     ),
-    **dict.fromkeys(("hubert", "wavlm", "wav2vec2", "data2vec-audio", "unispeech"), _waveform_family()),
+    **dict.fromkeys(
+        ("hubert", "wavlm", "wav2vec2", "data2vec-audio", "unispeech", "sew", "sew-d"), _waveform_family()
+    ),
     "wav2vec2-conformer": _waveform_family(unused=("pos_conv_embed",)),
     "unispeech-sat": _waveform_family(unused=("masked_spec_embed",)),
 }
