@@ -106,7 +106,7 @@ def find_stages(argv: Sequence[str]) -> list[Stage] | None:
     for number, own in enumerate(listed, start=1):
         name = str(own.pop("name", f"stage{number}"))
         where = f"{file}: stage {number} ({name})"
-        if not NAME.fullmatch(name) or name in [stage.name for stage in stages]:
+        if not NAME.fullmatch(name) or name.lower() in [stage.name.lower() for stage in stages]:
             raise ValueError(
                 f"{where}: name must consist of letters, digits, '-', '_' and '.', not end in .json or .yaml, and "
                 "differ from the other names"

@@ -24,6 +24,7 @@ import argparse
 import glob
 import logging
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from .arguments import add_waveform_augmentation, waveform_augmentation_of
 from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
+
+FIELDS = {"voice": "", "rate": 1.0, "pitch": 1.0, "text": "", "wav": ""}  # of --command, with examples
 
 
 def main() -> None:
@@ -105,6 +108,8 @@ def main() -> None:
     for name in ("num_texts", "num_rows", "num_workers", "rows_per_shard"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if not args.language.strip():
+        parser.error("--language is empty; name a language, for example en or cmn")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}; it must be at least 0")
     show_log()
@@ -125,7 +130,15 @@ def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float]
     own = dict(item.split("=", 1) for item in commands if "=" in item)
     if len(own) < len(commands) or any("{wav}" not in command for command in own.values()):
         raise ValueError("--command must be NAME=COMMAND, and the command must contain {wav}")
+    for name, line in own.items():
+        try:
+            [word.format(**FIELDS) for word in shlex.split(line)]
+        except (AttributeError, LookupError, ValueError) as error:
+            known = ", ".join(f"{{{field}}}" for field in FIELDS)
+            raise ValueError(f"--command {name}: {error}; the fields are {known}") from error
     given = {name: share for name, _, share in (item.partition("=") for item in engines)}
+    if len(given) < len(engines):
+        raise ValueError("--engines names an engine twice; name each once")
     for name in given.keys() - {*ENGINES, *own}:
         raise ValueError(f"--engines {name}: unknown engine; choose from {', '.join([*ENGINES, *own])}")
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.kv_cache import find_cache
@@ -17,8 +19,12 @@ LAYERS_PER_GRAPH = 2
 # Limit of torch.compile for the variants of one function: first or last layers, trained or frozen, training or
 # validation.
 VARIANTS = 64
-# Layers that return other values beside the hidden states; these stay uncompiled.
-RETURN_TUPLES = ("Qwen3ASRAudioEncoderLayer", "WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm")
+# Layers that return other values beside the hidden states, if their type hints do not say so; these stay uncompiled.
+RETURN_TUPLES = (
+    "Qwen3ASRAudioEncoderLayer", "WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm", "BloomBlock",
+    "FalconDecoderLayer", "MptBlock",
+)  # fmt: skip
+LAYER_TYPES = ("layer_types", "layers_block_type")  # settings that give each layer its own mask or positions
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_classes: Collection[str] = ()) -> int:
@@ -46,11 +52,18 @@ def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_cla
         # Otherwise torch compiles again, in the middle of a run, for batches of fewer than 4,096 frames or tokens.
         torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
     graphs = 0
-    for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+    configs = {
+        stack: owner.config  # of the innermost model, which comes last
+        for owner in model.modules() if isinstance(owner, PreTrainedModel)
+        for stack in owner.modules() if isinstance(stack, nn.ModuleList)
+    }  # fmt: skip
+    for stack, config in configs.items():
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers or len(layers) < len(stack) or type(layers[0]).__name__ in RETURN_TUPLES:
+        if not layers or len(layers) < len(stack) or any(map(_returns_tuple, layers)):
             continue
-        max_size = 1 if type(layers[0]).__name__ in single_layer_classes else LAYERS_PER_GRAPH
+        mixed = any(len({*(getattr(config, name, None) or ())}) > 1 for name in LAYER_TYPES)
+        single = mixed or type(layers[0]).__name__ in single_layer_classes
+        max_size = 1 if single else LAYERS_PER_GRAPH
         size = max(number for number in range(1, max_size + 1) if len(layers) % number == 0)
         for start in range(0, len(layers), size):
             first, *others = layers[start : start + size]
@@ -59,6 +72,11 @@ def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_cla
                 layer.forward = GroupedLayer(layer)
             graphs += 1
     return graphs
+
+
+def _returns_tuple(layer: nn.Module) -> bool:
+    returned = str(inspect.signature(type(layer).forward).return_annotation)
+    return type(layer).__name__ in RETURN_TUPLES or "tuple" in returned.lower()
 
 
 class LayerGroup:

@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -147,7 +150,30 @@ def compose(
         chat_layout=None if layout is CHATML else layout.to_dict(),
         **config.encoder_lengths,
     )
+    _rehearse(model, processor)
     return model, processor
+
+
+@torch.inference_mode()
+def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> None:
+    """Computes two steps for half a second of silence, because some parts of transformers fail only when used.
+
+    Raises:
+        CheckpointError: if a step fails, or if the LLM computes its logits in another way than with its head.
+    """
+    training = model.training
+    model.eval()
+    silence = np.zeros(processor.sampling_rate // 2, np.float32)
+    with reading(f"an audio encoder of type {model.config.audio_encoder_config.model_type}"):
+        inputs = processor.apply_transcription_request(silence)
+        states, mask = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+    with reading(f"an LLM of type {model.config.llm_config.model_type}", "cannot be combined with an encoder"):
+        embeddings = model.embed(inputs["input_ids"], states, mask)
+        expected = model.llm(inputs_embeds=embeddings, use_cache=False).logits
+        if not torch.allclose(model(**inputs, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3):
+            raise ValueError("its logits are not those of its head")
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    model.train(training)
 
 
 def _check_settings(built: Any, given: Any, path: str = "") -> None:
@@ -192,7 +218,8 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, layout: ChatLayout) -> None:
 
 def _load_encoder(encoder: PreTrainedModel, name: str, config: PreTrainedConfig) -> None:
     """Copies the weights of an encoder from a checkpoint that contains it."""
-    model, info = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    builder = AutoModel if type(config) in MODEL_MAPPING else AutoModelForSpeechSeq2Seq  # `SpeechEncoderDecoderModel`
+    model, info = builder.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     prefix, found = next((name, part) for name, part in model.named_modules() if type(part) is type(encoder))
     prefix = f"{prefix}." if prefix else ""
     _check_complete(name, [key for key in info["missing_keys"] if key.startswith(prefix)])

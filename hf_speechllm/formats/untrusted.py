@@ -313,8 +313,10 @@ def _walk(content: Any, file: Path) -> Iterator[tuple[str, str, Any]]:
                 stack.append((name, value, depth + 1))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Any:
     _refuse_repeated([key for key, _ in pairs])
+    if pairs in ([("__float__", "Infinity")], [("__float__", "-Infinity")]):  # infinite numbers in configs
+        return float(pairs[0][1])
     return dict(pairs)
 
 

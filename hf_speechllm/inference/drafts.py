@@ -83,7 +83,7 @@ class Drafter:
         self.reader.hear(states, mask)
         log_probabilities, lengths = self.model.ctc_head(states, mask)
         drafts = [
-            self.reader.vocabulary.greedy(item[:length])
+            [token for token in self.reader.vocabulary.greedy(item[:length]) if token != self.processor.audio_token_id]
             for item, length in zip(log_probabilities, lengths.tolist(), strict=True)
         ]
         rest = [[*draft, self._ends()[0]] for draft in drafts]
@@ -128,6 +128,8 @@ class Drafter:
             new = best[place][:count]
             ends = [at for at, token in enumerate(new) if token in self._ends()]
             new = new[: ends[0] + 1] if ends else new
+            if new[-1] == self.processor.audio_token_id:  # in a prompt, a placeholder: left to greedy search
+                new, draft = new[:-1], []
             found.tokens[row] += new
             found.scores[row] += scores[place][: len(new)]
             found.finite[row] &= all(finite[place][: len(new)])

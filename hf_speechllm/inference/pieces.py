@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .alignment import Word
-from .segments import Segment
+from .segments import Segment, is_spaced
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,13 @@ class Transcript:
     @property
     def words(self) -> tuple[Word, ...]:
         """Words of all segments, with times in the recording; empty without word times."""
-        return tuple(word for segment in self.segments for word in segment.words)
+        words: list[Word] = []
+        for segment in self.segments:
+            for word in segment.words:
+                if word is segment.words[0] and words:
+                    word = replace(word, spaced=is_spaced(words[-1].text, word.text))
+                words.append(word)
+        return tuple(words)
 
     @property
     def looped(self) -> bool:

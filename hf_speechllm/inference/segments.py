@@ -49,9 +49,13 @@ def join_texts(texts: Iterable[str]) -> str:
         text = text.strip()
         if not text:
             continue
-        unspaced = joined and is_unspaced(joined[-1]) and (is_unspaced(text[0]) or joined[-1] in UNSPACED_PUNCTUATION)
-        joined += text if unspaced or not joined else f" {text}"
+        joined += f" {text}" if joined and is_spaced(joined, text) else text
     return joined
+
+
+def is_spaced(text: str, following: str) -> bool:
+    """Whether a space is written between two consecutive texts, which are not empty."""
+    return not is_unspaced(text[-1]) or not (is_unspaced(following[0]) or text[-1] in UNSPACED_PUNCTUATION)
 
 
 def is_unspaced(character: str) -> bool:

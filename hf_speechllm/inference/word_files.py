@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from .alignment import Word
@@ -20,12 +22,21 @@ def cues(words: Sequence[Word]) -> list[Segment]:
     """
     result: list[Segment] = []
     group: list[Word] = []
-    for word in words:
+    for word in chain.from_iterable(map(_parts, words)):
         if group and not _fits(group, word):
             result.append(_cue(group))
             group = []
         group.append(word)
     return [*result, _cue(group)] if group else result
+
+
+def _parts(word: Word) -> Iterator[Word]:
+    """Yields parts of a word, such as a long address, that fit into a cue; times follow the number of characters."""
+    size, rate = MAX_LINE * MAX_LINES, (word.end - word.start) / len(word.text)
+    for at in range(0, len(word.text), size):
+        part = word.text[at : at + size]
+        start = word.start + at * rate
+        yield replace(word, text=part, start=start, end=start + len(part) * rate, spaced=word.spaced and not at)
 
 
 def _fits(group: Sequence[Word], word: Word) -> bool:
@@ -37,7 +48,7 @@ def _fits(group: Sequence[Word], word: Word) -> bool:
 
 
 def _cue(group: Sequence[Word]) -> Segment:
-    # A single word may be longer than a cue.
+    # A single word may last longer than a cue.
     return Segment(group[0].start, min(group[-1].end, group[0].start + MAX_CUE_SECONDS), "\n".join(_lines(group)))
 
 
@@ -69,7 +80,7 @@ def textgrid(words: Sequence[Word], seconds: float) -> str:
     intervals: list[tuple[float, float, str]] = []
     position = 0.0
     for word in words:
-        if word.end <= position:  # Praat refuses empty intervals
+        if word.end <= max(position, word.start):  # Praat refuses empty intervals
             continue
         if word.start > position:
             intervals.append((position, word.start, ""))

@@ -32,7 +32,9 @@ class CTCVocabulary:
         self._size = config.vocab_size
         self._tokenizer: Tokenizer | None = None
         self._characters: Sequence[str] = config.characters or ()
-        self._ids = {character: index for index, character in enumerate(self._characters)}
+        self._ids = {
+            character: index for index, character in enumerate(self._characters) if index != self.blank and character
+        }
         if config.vocabulary == "llm":
             if not tokenizer.is_fast:
                 raise ValueError("a CTC head over the LLM's tokens requires a fast tokenizer, which gives offsets")
@@ -51,7 +53,11 @@ class CTCVocabulary:
         """Returns the ids of a text, and the start and end of each in the text."""
         if self._tokenizer is not None:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            pairs = [pair for pair in zip(encoding.ids, encoding.offsets, strict=True) if pair[0] < self._size]
+            pairs = [
+                (id_, span)
+                for id_, span in zip(encoding.ids, encoding.offsets, strict=True)
+                if id_ < self._size and id_ != self.blank
+            ]
             return [id_ for id_, _ in pairs], [span for _, span in pairs]
         ids: list[int] = []
         spans: Spans = []
@@ -117,9 +123,15 @@ def _tiktoken(content: bytes) -> Tokenizer:
     """Builds a tokenizer from a token file: lines with a token in base64 and its rank."""
     ranks: dict[bytes, int] = {}
     try:
-        for line in content.splitlines():
+        for line in filter(bytes.strip, content.splitlines()):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
+        if (
+            not ranks
+            or len({*ranks.values()}) < len(ranks)
+            or not 0 <= min(ranks.values()) <= max(ranks.values()) < 2**31
+        ):
+            raise ValueError("the ranks must be different whole numbers from 0")
     except ValueError as error:
         raise ValueError(f"the CTC head's token file is damaged: {error}") from error
     letters = _byte_letters()

@@ -33,6 +33,8 @@ WITHOUT = {
     "add_adapter": False,
 }
 INNER_CONFIGS = ("audio_encoder_config", "audio_config", "encoder_config", "encoder")
+# Encoders of waveforms whose convolutions between or before the layers also see the padding.
+CONVOLVE_PADDING = ("data2vec-audio", "sew", "sew-d", "wav2vec2-conformer")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class EncoderFamily:
         packs: whether the encoder supports padding-free batches (`packing.Positions.frames`).
         windows: whether the encoder supports `window_seconds`, the unit of the length of its windows.
         passes: whether the encoder runs a different number of times for each batch, according to its config.
+        unused: names of parameters or modules that the encoder of transformers has and never uses.
     """
 
     run: Callable[..., torch.Tensor]
@@ -63,6 +66,7 @@ class EncoderFamily:
     packs: bool = False
     windows: bool = False
     passes: Callable[[Any], bool] = lambda config: False
+    unused: tuple[str, ...] = ()
 
 
 def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
@@ -120,6 +124,13 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     family = encoder_family(config)
     model = AutoModel.from_config(config)
     return getattr(model, family.inner) if family.inner else model
+
+
+def freeze_unused(encoder: torch.nn.Module, config: PreTrainedConfig) -> None:
+    """Freezes the parameters of an encoder, with or without adapters, that never have a gradient: DDP waits for it."""
+    for name, parameter in encoder.named_parameters():
+        if any(f".{unused}" in f".{name}" for unused in encoder_family(config).unused):
+            parameter.requires_grad_(False)
 
 
 def encode(
@@ -236,14 +247,14 @@ def _run_masked(encoder, config, features, mask) -> torch.Tensor:
 def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
     """Runs an encoder of waveforms.
 
-    A group norm over time would also see the padding, which no attention mask hides. Encoders with such a norm run
-    once for all recordings of the same length, without padding and without a mask, as they were trained.
+    A group norm over time, and some convolutions, also see the padding, which no attention mask hides. Such encoders
+    run once for all recordings of the same length, without padding and without a mask.
     """
     if hasattr(encoder, "feature_extractor"):
         features = features.detach()  # these encoders set `requires_grad`, which only a leaf accepts
     samples = features.flatten(1).to(encoder.dtype)
     valid = mask.repeat_interleave(features.shape[-1], dim=1)
-    if not _has_group_norm(config):
+    if not _sees_padding(config):
         return encoder(samples, attention_mask=valid.long()).last_hidden_state
 
     def run(length: int, rows: list[int]) -> torch.Tensor:
@@ -252,8 +263,8 @@ def _run_waveforms(encoder, config, features, mask) -> torch.Tensor:
     return _run_equal_lengths(valid.sum(-1).tolist(), run, num_encoder_frames(config, samples.shape[1]))
 
 
-def _has_group_norm(config: PreTrainedConfig) -> bool:
-    return getattr(config, "feat_extract_norm", "group") == "group"
+def _sees_padding(config: PreTrainedConfig) -> bool:
+    return getattr(config, "feat_extract_norm", "group") == "group" or config.model_type in CONVOLVE_PADDING
 
 
 def _run_qwen3_asr(encoder, config, features, mask) -> torch.Tensor:
@@ -272,7 +283,7 @@ def _waveform_family(normalize: bool = True, **options: Any) -> EncoderFamily:
         _run_waveforms,
         lambda config: UNLIMITED,
         lambda config: transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize),
-        passes=_has_group_norm,
+        passes=_sees_padding,
         **{
             "convolutions": lambda config: [
                 (kernel, stride, 0) for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True)
@@ -332,7 +343,8 @@ FAMILIES = {
         normalize=False, inner="encoder", convolutions=lambda config: [(127, 64, 0), (7, 3, 0), (3, 2, 0)]
     ),
     **dict.fromkeys(
-        ("hubert", "wavlm", "wav2vec2", "wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat"),
-        _waveform_family(),
+        ("hubert", "wavlm", "wav2vec2", "data2vec-audio", "unispeech", "sew", "sew-d"), _waveform_family()
     ),
+    "wav2vec2-conformer": _waveform_family(unused=("pos_conv_embed",)),
+    "unispeech-sat": _waveform_family(unused=("masked_spec_embed",)),
 }

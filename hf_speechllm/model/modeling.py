@@ -27,13 +27,13 @@ from .adaptors import AudioAdaptor
 from .audio_lengths import LOW_FRAME_RATE
 from .configuration import SpeechLLMConfig
 from .ctc import CTCHead
-from .encoders import build_encoder, encode, encoder_family
+from .encoders import build_encoder, encode, encoder_family, freeze_unused
 from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
 from .loss import count_labels, refuse_scaled_logits, supervised_loss
 from .native_families import ALL_PARTS
 from .native_families import PARTS as PARTS
-from .packing import PaddingFreeBatch, Positions, causal_masks, packed_masks, require_padding_free
+from .packing import PaddingFreeBatch, Positions, causal_masks, packed_masks, padding_mask, require_padding_free
 
 
 @dataclass
@@ -102,6 +102,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         parts = (self.audio_encoder, self.audio_adaptor, self.ctc_head)
         wholes = {type(part).__name__ for part in parts if part is not None}
         self._no_split_modules = wholes | (set(self.llm._no_split_modules or ()) & names)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Returns false: transformers leaves buffers of the LLM uninitialized in custom code."""
+        return False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -179,6 +184,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> SpeechLLMForConditionalGeneration:
         """Sets the training mode. Completely frozen parts stay in eval mode, without dropout."""
         super().train(mode)
+        freeze_unused(self.audio_encoder, self.config.audio_encoder_config)
         for part in filter(None, (getattr(self, name) for name in ALL_PARTS)):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
@@ -297,13 +303,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 support padding-free batches, or the cache is given under both names.
         """
         cache = find_cache({"cache": cache, "past_key_values": past_key_values})
-        positions = positions or {}
-        shift_labels = kwargs.pop("shift_labels", None)
+        positions, shift_labels = positions or {}, kwargs.pop("shift_labels", None)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
-        if use_cache is None:
-            use_cache = getattr(self.config, "use_cache", None)
+        use_cache = getattr(self.config, "use_cache", None) if use_cache is None else use_cache
         ctc_loss = None
         if ctc_targets is not None and labels is not None:
             if encoder_states is None and input_features is not None and input_features_mask is not None:
@@ -326,7 +330,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, *audio)
         # Label positions require padding on the right, which the causal mask alone hides.
         causal = labels is not None and "labels" in positions
-        packing, masks = None, causal_masks(self.llm.config) if causal else attention_mask
+        llm = self.llm.config
+        packing, masks = None, causal_masks(llm) if causal else padding_mask(llm, attention_mask, inputs_embeds)
         if causal and "tokens" in positions and attention_mask is not None:
             require_padding_free(self.llm.config)
             packing = PaddingFreeBatch(attention_mask, positions["tokens"])
@@ -346,7 +351,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if packing is not None:
             states = packing.pad(states)
             all_states = all_states and tuple(packing.pad(layer) for layer in all_states)
-        result: dict[str, Any] = {"hidden_states": all_states, "attentions": outputs.attentions}
+        result: dict[str, Any] = {"hidden_states": all_states, "attentions": getattr(outputs, "attentions", None)}
         head = self.get_output_embeddings()
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -62,6 +62,22 @@ def packed_masks(
     return torch.empty(1, 1, 0, 0, device=device) if supported else None
 
 
+def padding_mask(
+    config: PretrainedConfig, mask: torch.Tensor | None, inputs_embeds: torch.Tensor
+) -> torch.Tensor | None:
+    """Returns the `attention_mask` argument for an LLM with padded rows.
+
+    After the prompt, a state-space model without attention has no padding to hide, and would multiply the new token by
+    the whole mask.
+
+    Args:
+        mask: shape = (rows, tokens), of prompt and new tokens.
+        inputs_embeds: shape = (rows, new tokens, width).
+    """
+    stateful = mask is not None and not hasattr(config, "num_attention_heads")
+    return None if stateful and inputs_embeds.shape[1] < mask.shape[1] else mask
+
+
 def require_padding_free(config: PretrainedConfig) -> None:
     """Checks that the attention implementation of a part keeps packed rows separate.
 

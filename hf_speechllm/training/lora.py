@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..formats.peft_adapters import wrap
 from ..model.modeling import SpeechLLMForConditionalGeneration
@@ -42,14 +43,16 @@ def add_lora(
     names = {name.rsplit(".", 1)[-1] for name, _ in llm}
     unknown = [name for name in target_modules if name not in names]
     if unknown:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in llm if isinstance(module, nn.Linear)})
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in llm if isinstance(module, (nn.Linear, Conv1D))})
         raise ValueError(
             f"--lora_target_modules: the LLM has no layers named {', '.join(unknown)}; choose from {', '.join(linear)}"
         )
-    if getattr(model.config, "tie_word_embeddings", False) and {"embed_tokens", "lm_head"} & set(target_modules):
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = [name.rsplit(".", 1)[-1] for name, module in llm if any(module is end for end in ends)]
+    if getattr(model.config, "tie_word_embeddings", False) and {*shared} & {*target_modules}:
         raise ValueError(
             "--lora_target_modules: embeddings and head of the LLM share their weights, so adapters of one of them "
-            "cannot be merged; leave out embed_tokens and lm_head"
+            f"cannot be merged; leave out {' and '.join(shared)}"
         )
     fully_trained = [
         name

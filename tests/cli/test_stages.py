@@ -133,6 +133,7 @@ def test_models_from_an_earlier_result_of_a_changed_stage_are_not_kept(write, tm
         ([], "stages must be a list of"),
         ({"name": "a"}, "stages must be a list of"),
         ([{"name": "a"}, {"name": "a"}], "stage 2 (a): name must consist of"),
+        ([{"name": "A"}, {"name": "a"}], "stage 2 (a): name must consist of"),
         ([{"name": "../a"}], "stage 1 (../a): name must consist of"),
         ([{"name": "a"}, {"name": "a.yaml"}], "stage 2 (a.yaml): name must consist of"),
         ([{"output_dir": "x"}], "stage 1 (stage1): output_dir is the same for all stages; write it above stages"),

@@ -6,6 +6,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     ParakeetCTCConfig,
@@ -13,6 +14,9 @@ from transformers import (
     ParakeetForCTC,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderModel,
+    Wav2Vec2Config,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
@@ -176,6 +180,18 @@ def test_the_encoder_of_a_larger_model_is_taken_without_random_skips(tokenizer, 
     again, _ = compose(config, tokenizer, audio_encoder=str(tmp_path / "ours"))
     for name, tensor in published.encoder.state_dict().items():
         assert torch.equal(again.audio_encoder.state_dict()[name], tensor), name
+
+
+def test_the_encoder_of_a_speech_encoder_decoder_is_taken(tokenizer, config, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": [8], "conv_kernel": [10], "conv_stride": [5], "num_conv_pos_embedding_groups": 2}
+    encoder = Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=8)
+    decoder = BertConfig(**sizes, vocab_size=20, is_decoder=True, add_cross_attention=True)
+    published = SpeechEncoderDecoderModel(SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder))
+    published.save_pretrained(tmp_path)
+    model, _ = compose(config, tokenizer, audio_encoder=str(tmp_path))
+    for name, tensor in model.audio_encoder.state_dict().items():
+        assert torch.equal(published.encoder.state_dict()[name], tensor), name
 
 
 def test_the_llm_of_a_multimodal_model_is_taken(plain_tokenizer, config, tmp_path):

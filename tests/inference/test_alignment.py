@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -120,7 +121,8 @@ def test_cues_are_short():
     shown = cues(words)
     assert all(cue.end - cue.start <= MAX_CUE_SECONDS for cue in shown)
     lines = [cue.text.split("\n") for cue in shown]
-    assert all(len(item) <= MAX_LINES and max(map(len, item)) <= MAX_LINE for item in lines[:-3])
+    assert all(len(item) <= MAX_LINES and max(map(len, item)) <= MAX_LINE for item in lines)
+    assert [cue.text.replace("\n", "") for cue in shown[-2:]] == ["x" * 84, f"{'x' * 16} End. Next"]
     assert " ".join(" ".join(item) for item in lines).split()[:60] == [f"word{index}" for index in range(60)]
     assert "1\n00:00:00,000 -->" in srt(shown, keep_lines=True) and "\nword" in srt(shown, keep_lines=True)
     assert cues([]) == []
@@ -134,6 +136,21 @@ def test_ctm_and_textgrid():
     grid = textgrid(words, 2.0)
     assert "intervals: size = 4" in grid and 'text = "t""wo"' in grid and "xmax = 2.000" in grid
     assert "intervals: size = 1" in textgrid((), 1.0)
+    assert "intervals: size = 2" in textgrid((word("no", 0.5, 0.5), word("one", 0.5, 1.0)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"), [(["hello there", "world"], "hello there world"), (["你好", "再见"], "你好再见")]
+)
+def test_words_of_segments_are_joined_as_their_texts(texts, expected):
+    segments = []
+    for index, text in enumerate(texts):
+        places = [text[start:end] for start, end in split_words(text)]
+        words = tuple(
+            word(part, index, index, spaced=number > 0 and " " in text) for number, part in enumerate(places)
+        )
+        segments.append(Segment(index, index + 1, text, words=words))
+    assert [cue.text for cue in cues(Transcript(0, "", 2.0, segments=tuple(segments)).words)] == [expected]
 
 
 def test_files(tmp_path):
@@ -220,7 +237,9 @@ def test_words_of_segments_have_times_in_the_recording(loaded, waveforms):
     item = transcriber.transcripts([waveforms[1]])[0]
     first, second = item.segments
     assert second.words and all(second.start <= one.start <= one.end <= second.end + 0.06 for one in second.words)
-    assert item.words == first.words + second.words
+    assert [replace(one, spaced=False) for one in item.words] == [
+        replace(one, spaced=False) for one in first.words + second.words
+    ]
 
 
 def test_long_recordings_are_encoded_in_windows(loaded, waveforms):

@@ -69,6 +69,31 @@ def test_tokens_are_those_of_greedy_search(with_head, waveforms, change):
         assert counted.count < greedy_steps
 
 
+@pytest.mark.parametrize("drafted", [True, False])
+def test_placeholders_of_audio_tokens_in_texts_and_drafts_change_nothing(with_head, waveforms, drafted):
+    model, processor = with_head
+    audio = processor.audio_token_id
+
+    def prefer_audio(head, inputs, logits):
+        best = logits.max(-1)
+        logits[..., audio] = torch.where(best.indices % 3 == 0, best.values + 1, logits[..., audio])
+
+    handle = model.get_output_embeddings().register_forward_hook(prefer_audio)
+    try:
+        inputs = processor.apply_transcription_request(waveforms)
+        truth = [
+            row.tolist() for row in model.generate(**inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
+        ]
+        assert any(audio in row for row in truth)
+        left = [row if drafted else [token for token in row if token != audio] for row in truth]
+        transcriber = Transcriber(model, processor, max_new_tokens=12, ctc_draft=True)
+        transcriber.reader.vocabulary.greedy = lambda log_probabilities: left.pop(0)
+        texts = Transcriber(model, processor, max_new_tokens=12).generate(inputs)
+        assert transcriber.generate(inputs) == texts
+    finally:
+        handle.remove()
+
+
 def test_words_of_drafts_equal_those_of_greedy_search(with_head, waveforms):
     plain, drafted = (
         Transcriber(*with_head, max_new_tokens=8, word_times=True, ctc_draft=ctc_draft).transcripts(waveforms)

@@ -150,9 +150,21 @@ def test_token_file_of_funasr():
     ids, spans = vocabulary.encode_with_spans("one two")
     assert ids == [257, 258, ord("w"), ord("o")] and spans[0] == (0, 3)
     assert vocabulary.decode(vocabulary.encode("几点了？ one")) == "几点了？ one"
-    for broken in ({}, {"file:a.tiktoken": torch.tensor(list(b"!"), dtype=torch.uint8)}):
-        with pytest.raises(ValueError, match="token file"):
-            CTCVocabulary(config, None, broken)
+    assert CTCVocabulary(config, None, _token_file(b"\nYQ== 0\n\nYg== 299\n")).encode("ab") == [0]  # 299: the blank
+    for broken in (b"!", b"", b"YQ== 0\nYg== 0", b"YQ== -1", b"YQ== 99999999999"):
+        with pytest.raises(ValueError, match="token file is damaged"):
+            CTCVocabulary(config, None, _token_file(broken))
+    with pytest.raises(ValueError, match="token file"):
+        CTCVocabulary(config, None, {})
+
+
+def _token_file(content):
+    return {"file:a.tiktoken": torch.tensor(list(content), dtype=torch.uint8)}
+
+
+def test_the_blank_is_no_label():
+    config = CTCHeadConfig(vocabulary="characters", characters=["a", "b", ""], vocab_size=3, blank_id=0)
+    assert CTCVocabulary(config).encode("a b") == [1]
 
 
 @pytest.mark.parametrize(

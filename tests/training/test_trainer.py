@@ -194,6 +194,15 @@ def test_unknown_lora_layers_are_named(compose_tiny):
         add_lora(model, target_modules=("q_prj", "v_proj"))
 
 
+def test_lora_layers_of_gpt2_and_its_shared_embeddings_are_named(compose_tiny, tiny_config):
+    llm = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    model, _ = compose_tiny({**tiny_config(), "llm_config": llm})
+    with pytest.raises(ValueError, match="no layers named q_proj; choose from c_attn, c_fc, c_proj, lm_head"):
+        add_lora(model, target_modules=("q_proj",))
+    with pytest.raises(ValueError, match="cannot be merged; leave out wte and lm_head"):
+        add_lora(model, target_modules=("c_attn", "wte"))
+
+
 @pytest.mark.parametrize("frozen", [("audio_encoder",), ("audio_encoder", "audio_adaptor"), ()], ids="+".join)
 def test_saved_lora_loads_with_peft_and_merges_to_the_same_logits(
     make_trainer, logits, tiny_model, tmp_path, run_recipe, frozen
