@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from ..model.ctc import text_log_probabilities
@@ -26,6 +26,19 @@ class Verified(Generated):
     """Verified beginnings of texts; `finished`: whether a text is complete, or has the maximum length."""
 
     finished: list[bool]
+
+
+@dataclass
+class Prompts:
+    """Prompts of a batch with one recording per row.
+
+    Args:
+        ids: tokens of each prompt.
+        embeddings: of these tokens, with the recording in place of the placeholders, shape = (tokens, width) each.
+    """
+
+    ids: list[list[int]]
+    embeddings: list[torch.Tensor]
 
 
 class Drafter:
@@ -64,59 +77,67 @@ class Drafter:
         """
         if len(inputs.get("input_features", ())) != len(inputs["input_ids"]):
             return find(inputs, max_new_tokens)  # dialogues with several recordings
-        found = self.verify(inputs, max_new_tokens)
+        states, mask = self.model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
+        self.reader.hear(states, mask)
+        log_probabilities, lengths = self.model.ctc_head(states, mask)
+        found, rest = self._drafts(log_probabilities, lengths, max_new_tokens)
+        if all(found.finished):
+            return found
+        valid = inputs["attention_mask"].bool()
+        embeddings = self.model.embed(inputs["input_ids"], states, mask)
+        prompts = Prompts(
+            [ids[kept].tolist() for ids, kept in zip(inputs["input_ids"], valid, strict=True)],
+            [rows[kept] for rows, kept in zip(embeddings, valid, strict=True)],
+        )
+        active, rounds = [row for row, finished in enumerate(found.finished) if not finished], 0
+        while active:
+            self._verify(prompts, active, rest, found, max_new_tokens)
+            rounds += 1
+            active = [
+                row for row in active
+                if not found.finished[row] and rest[row] and len(found.tokens[row]) >= MIN_GAIN * (rounds - 1)
+            ]  # fmt: skip
         rows = [row for row, finished in enumerate(found.finished) if not finished]
         if rows:
             done = [found.tokens[row] for row in rows]
-            more = find(extended(inputs, rows, done, self.processor), max_new_tokens - min(map(len, done)))
+            more = find(self._extended(prompts, rows, done), max_new_tokens - min(map(len, done)))
             for row, ids, values, ok in zip(rows, more.tokens, more.scores, more.finite, strict=True):
                 found.tokens[row] = [*found.tokens[row], *ids][:max_new_tokens]
                 found.scores[row] = [*found.scores[row], *values][:max_new_tokens]
                 found.finite[row] = found.finite[row] and ok
         return found
 
-    @torch.inference_mode()
-    def verify(self, inputs: BatchFeature, max_new_tokens: int) -> Verified:
-        """Verifies drafts for a batch with one recording per row; arguments as for `search`."""
-        rows = len(inputs["input_ids"])
-        states, mask = self.model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
-        self.reader.hear(states, mask)
-        log_probabilities, lengths = self.model.ctc_head(states, mask)
+    def _drafts(
+        self, log_probabilities: torch.Tensor, lengths: torch.Tensor, max_new_tokens: int
+    ) -> tuple[Verified, list[list[int]]]:
+        """Returns the texts that are taken without the LLM, and all drafts with an end token."""
         drafts = [
-            [token for token in self.reader.vocabulary.greedy(item[:length]) if token != self.processor.audio_token_id]
+            self.reader.vocabulary.greedy(item[:length])
             for item, length in zip(log_probabilities, lengths.tolist(), strict=True)
         ]
         rest = [[*draft, self._ends()[0]] for draft in drafts]
+        rows = len(drafts)
         found = Verified([[] for _ in range(rows)], [[] for _ in range(rows)], [True] * rows, [False] * rows)
         if self.threshold is not None:
             blank = self.reader.vocabulary.blank
             for row, probability in enumerate(text_probabilities(log_probabilities, lengths, drafts, blank)):
                 if probability >= self.threshold and len(rest[row]) <= max_new_tokens:
                     found.tokens[row], found.finished[row] = rest[row], True
-        active = [row for row, finished in enumerate(found.finished) if not finished]
-        rounds = 0
-        while active:
-            self._verify(inputs, active, rest, found, states, mask, max_new_tokens)
-            rounds += 1
-            active = [
-                row for row in active
-                if not found.finished[row] and rest[row] and len(found.tokens[row]) >= MIN_GAIN * (rounds - 1)
-            ]  # fmt: skip
-        return found
+        return found, rest
 
-    def _verify(self, inputs, active, rest, found: Verified, states, mask, max_new_tokens) -> None:
+    def _verify(
+        self, prompts: Prompts, active: list[int], rest: list[list[int]], found: Verified, max_new_tokens: int
+    ) -> None:
         """Verifies the rest of the drafts of active rows in one forward pass."""
         drafts = [rest[row][: max_new_tokens - len(found.tokens[row])] for row in active]
-        sequence = extended(inputs, active, [found.tokens[row] for row in active], self.processor)
-        width, longest = sequence["input_ids"].shape[1], max(map(len, drafts))
-        ids = functional.pad(sequence["input_ids"], (0, longest), value=0)
-        attention = functional.pad(sequence["attention_mask"], (0, longest), value=0)
-        for place, draft in enumerate(drafts):
-            ids[place, width : width + len(draft)] = torch.tensor(draft, device=ids.device)
-            attention[place, width : width + len(draft)] = 1
+        batch = self._extended(prompts, active, [found.tokens[row] for row in active])
+        padded = pad_sequence([torch.tensor(draft) for draft in drafts], batch_first=True)
+        valid = pad_sequence([torch.ones(len(draft), dtype=torch.long) for draft in drafts], batch_first=True)
+        attention = torch.cat([batch["attention_mask"], valid.to(self.model.device)], dim=1)
+        embeddings = self.model.get_input_embeddings()(padded.to(self.model.device))
         logits = self.model(
-            input_ids=ids, attention_mask=attention, encoder_states=states[active], input_features_mask=mask[active],
-            position_ids=(attention.cumsum(-1) - 1).clamp(min=0), logits_to_keep=longest + 1, use_cache=False,
+            inputs_embeds=torch.cat([batch["inputs_embeds"], embeddings], dim=1), attention_mask=attention,
+            position_ids=(attention.cumsum(-1) - 1).clamp(min=0), logits_to_keep=padded.shape[1] + 1, use_cache=False,
         ).logits.float()  # fmt: skip
         best = logits.argmax(-1).tolist()
         scores = (logits.amax(-1) - logits.logsumexp(-1)).tolist()
@@ -128,13 +149,23 @@ class Drafter:
             new = best[place][:count]
             ends = [at for at, token in enumerate(new) if token in self._ends()]
             new = new[: ends[0] + 1] if ends else new
-            if new[-1] == self.processor.audio_token_id:  # in a prompt, a placeholder: left to greedy search
-                new, draft = new[:-1], []
             found.tokens[row] += new
             found.scores[row] += scores[place][: len(new)]
             found.finite[row] &= all(finite[place][: len(new)])
             found.finished[row] = bool(ends) or len(found.tokens[row]) >= max_new_tokens
             rest[row] = draft[agreed + 1 :]  # as if the LLM had replaced one token
+
+    def _extended(self, prompts: Prompts, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> BatchFeature:
+        """Returns a batch of some prompts, each with tokens after it, padded on the left."""
+        table, device = self.model.get_input_embeddings(), self.model.device
+        columns = {"input_ids": [[*prompts.ids[row], *added] for row, added in zip(rows, tokens, strict=True)]}
+        batch = BatchFeature(
+            {name: value.to(device) for name, value in self.processor.pad_tokens(columns, "left").items()}
+        )
+        after = [table(torch.tensor(added, dtype=torch.long, device=device)) for added in tokens]
+        sequences = [torch.cat([prompts.embeddings[row], more]) for row, more in zip(rows, after, strict=True)]
+        batch["inputs_embeds"] = pad_sequence(sequences, batch_first=True, padding_side="left")
+        return batch
 
     def _ends(self) -> list[int]:
         end = self.model.generation_config.eos_token_id
@@ -146,23 +177,3 @@ def text_probabilities(
 ) -> list[float]:
     """Returns the probability of each text according to a CTC head; see `text_log_probabilities`."""
     return text_log_probabilities(log_probabilities, lengths, texts, blank).exp().tolist()
-
-
-def extended(
-    inputs: BatchFeature, rows: Sequence[int], tokens: Sequence[Sequence[int]], processor: SpeechLLMProcessor
-) -> BatchFeature:
-    """Returns a batch of some rows, whose prompts continue with tokens; padded on the left.
-
-    Args:
-        inputs: batch with one recording per row.
-        rows: indices of the rows.
-        tokens: of each of these rows.
-    """
-    prompts = [inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist() for row in rows]
-    columns = {"input_ids": [[*prompt, *added] for prompt, added in zip(prompts, tokens, strict=True)]}
-    batch = {
-        name: value.to(inputs["input_ids"].device) for name, value in processor.pad_tokens(columns, "left").items()
-    }
-    places = list(rows)
-    audio = {name: inputs[name][places] for name in ("input_features", "input_features_mask")}
-    return BatchFeature({**batch, **audio})

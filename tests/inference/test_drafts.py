@@ -156,6 +156,18 @@ def test_probability_of_a_text_is_the_sum_over_its_alignments():
     assert found == pytest.approx([expected, 0.9**2])
 
 
+def test_encoder_and_adaptor_run_once_per_batch(with_head, waveforms):
+    model, processor = with_head
+    transcriber = Transcriber(model, processor, max_new_tokens=8, ctc_draft=True)
+    parts, passes = (model.audio_encoder, model.audio_adaptor), []
+    handles = [part.register_forward_hook(lambda module, *_: passes.append(module)) for part in parts]
+    counted = Steps(model)
+    transcriber.generate(processor.apply_transcription_request(waveforms))
+    for handle in (*handles, counted.handle):
+        handle.remove()
+    assert passes == [*parts] and counted.count > 2  # greedy search completes some texts
+
+
 def test_drafts_above_the_threshold_are_not_verified(with_head, waveforms, monkeypatch):
     model, processor = with_head
     inputs = processor.apply_transcription_request(waveforms)
