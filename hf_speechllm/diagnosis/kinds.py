@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
                      "recordings", AGAIN),
     "repeated-sound": Kind(WARNING, 0.015, "s that are the same samples again, longest", "a buffer was written twice; "
                            "recorded sound never repeats exactly", AGAIN),
-    "cut-speech": Kind(WARNING, 0.02, "share of the rows that start or end at most 12 dB below speech, largest",
+    "cut-speech": Kind(WARNING, 0.025, "share of the rows that start or end at most 12 dB below speech, largest",
                        "a word is cut off, and its transcript is not", "cut at pauses, or correct the transcript"),
     "dead-channel": Kind(WARNING, None, "50 dB below the loudest channel", "averaging the channels halves the level",
                          "keep the channel with signal"),

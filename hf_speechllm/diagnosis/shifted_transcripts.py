@@ -17,7 +17,7 @@ SHIFTS = (1, -1, 2, -2, 3, -3)  # rows by which transcripts may be shifted
 MIN_SPREAD = 0.3  # of log syllables between the 10th and 90th percentile: texts of one length fit every duration
 SHIFT_PENALTY = 0.5  # nats per row: rows that fit as well without the shift do not belong to the block
 SHIFT_EDGE = 3.0  # nats from the edge of a block to the first reported row: rows beside the block fit by chance
-WRONG_SHARE, WRONG_RANGE = 0.05, 4.0  # rows with wrong texts, and range of their log durations (1/7 to 7 times)
+WRONG_SHARE, WRONG_RANGE = 0.1, 4.0  # rows with wrong texts, and range of their log durations (1/7 to 7 times)
 
 
 def shifted_transcripts(corpus: Corpus) -> Iterator[Found]:
