@@ -128,13 +128,7 @@ def compose(
     if stored is not None:
         _load_encoder(model.audio_encoder, str(audio_encoder), stored)
     if llm is not None:
-        pretrained, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
-        )
-        _check_complete(llm, info["missing_keys"])
-        # Decoder and head, without the encoders of a multimodal model.
-        model.llm.get_decoder().load_state_dict(pretrained.get_decoder().state_dict())
-        model.get_output_embeddings().load_state_dict(pretrained.get_output_embeddings().state_dict())
+        _load_llm(model.llm, llm)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.llm.resize_token_embeddings(len(tokenizer))
     for settings in (model.generation_config, model.llm.generation_config):
@@ -154,7 +148,7 @@ def compose(
     return model, processor
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, encoders would cache tensors that training cannot use
 def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> None:
     """Computes two steps for half a second of silence, because some parts of transformers fail only when used.
 
@@ -224,6 +218,17 @@ def _load_encoder(encoder: PreTrainedModel, name: str, config: PreTrainedConfig)
     prefix = f"{prefix}." if prefix else ""
     _check_complete(name, [key for key in info["missing_keys"] if key.startswith(prefix)])
     encoder.load_state_dict(found.state_dict())
+
+
+def _load_llm(model: PreTrainedModel, name: str) -> None:
+    """Copies decoder and head of an LLM from a checkpoint, without the encoders of a multimodal model."""
+    folder, options = _gguf(name)
+    pretrained, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    _check_complete(name, info["missing_keys"])
+    model.get_decoder().load_state_dict(pretrained.get_decoder().state_dict())
+    model.get_output_embeddings().load_state_dict(pretrained.get_output_embeddings().state_dict())
 
 
 def _check_complete(name: str, missing: Collection[str]) -> None:

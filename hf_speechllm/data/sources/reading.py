@@ -205,7 +205,7 @@ def choose_lists(source: str, found: list[tuple[str, str | None]]) -> list[tuple
             logger.info("%s: not read: %s", source, ", ".join(ignored))
         return sort_by_split(source, rows)
     # Common Voice in languages without splits; one list of the same name in each folder, for example of a speaker.
-    if validated := [item for item in found if os.path.basename(item[0]) == "validated.tsv"]:
+    if not rows and (validated := [item for item in found if os.path.basename(item[0]) == "validated.tsv"]):
         return validated
     if len({os.path.basename(path) for path, _ in found}) > 1:
         names = _some_names(source, [path for path, _ in found])

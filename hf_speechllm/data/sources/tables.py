@@ -159,9 +159,10 @@ def _find_place(folder: str, audio: str) -> Callable[[str], str] | None:
     """
     if is_url(audio):
         return None
+    separators = ("\\", "/") if "\\" in audio else ("\\",)  # paths of Windows are read everywhere
     for below in FOLDERS:
         for suffix in SUFFIXES:
-            for separator in ("\\", "/"):  # paths of Windows are read everywhere
+            for separator in separators:
                 if os.path.isfile(os.path.join(folder, below, audio.replace("\\", separator) + suffix)):
                     return lambda path: os.path.join(below, path.replace("\\", separator) + suffix)
     return None
