@@ -685,6 +685,19 @@ def test_lists_of_rows_may_have_any_name(write_audio, write_lines, read, tmp_pat
     assert texts(read_source(str(table), Reading(BadRows()), "csv")) == ["two"]  # a given format decides
 
 
+def test_a_list_of_files_beside_lists_of_rows_is_none(write_audio, write_lines, read, tmp_path):
+    write_audio("a.wav")
+    write_lines("train.jsonl", [{"source": "a.wav", "target": "one"}])
+    write_lines("data.list", ["train.jsonl"])  # of FunASR
+    assert texts(read(tmp_path, "funasr")[0]) == ["one"]
+
+
+def test_tables_with_known_columns_start_no_search(write_lines, tmp_path, monkeypatch):
+    write_lines("list.csv", ["audio,text"])
+    monkeypatch.setattr(os, "walk", lambda folder: pytest.fail("the folder is searched"))
+    assert recognize(str(tmp_path)) == "csv"
+
+
 def test_a_table_without_names_of_columns_says_so(write_lines):
     for lines in (["a.wav,one"], ["1\ta.wav\tone", "2\tb.wav\ttwo"]):
         with pytest.raises(BadDataError, match="first line has a recording instead of the names .* add a line"):

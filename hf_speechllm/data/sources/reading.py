@@ -249,7 +249,8 @@ def require_utf8(text: str) -> None:
 def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns all lists in a folder, otherwise in the subfolders or those of `data`, each with the split in the name.
 
-    If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`.
+    If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`. Leaves out
+    `.list` files without JSON in a folder, which are lists of files.
     """
     root = os.path.abspath(source)
     if os.path.isfile(root):
@@ -258,6 +259,7 @@ def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | No
     for below in ("", "*/", "data/*/"):  # data/train: data sets on the Hub
         names = sorted(glob.glob(f"{glob.escape(root)}/{below}*"))
         files = [path for suffix in suffixes for path in names if path.lower().endswith(suffix)]
+        files = [path for path in files if not path.lower().endswith(".list") or first_record(path) is not None]
         if files:
             files.sort(key=lambda path: os.path.basename(path) in NO_ROWS)  # detectors examine the first list
             return [(path, split_of_path(path, root)) for path in files]

@@ -301,7 +301,7 @@ def is_delimited(source: str) -> bool:
     """Returns whether a source is a CSV or TSV list, or a folder with such lists."""
     lists = find_lists(source, (".csv", ".tsv"))
     # Beside transcripts in files, such as those of LibriTTS, are tables of speakers.
-    return bool(lists) and (not is_sidecar(source) or any(_has_columns(path) for path, _ in lists))
+    return bool(lists) and (any(_has_columns(path) for path, _ in lists) or not is_sidecar(source))
 
 
 def _has_columns(path: str) -> bool:
