@@ -199,6 +199,7 @@ def main() -> None:
     quiet_transformers()
     options = check_command_line(argv)
     output_dir = options.training.output_dir or "."
+    from ..diagnosis.curve import format_curve, learning_curve, require_enough_data
     from ..diagnosis.isolation import ProbeError
     from ..diagnosis.plan import format_plan
 
@@ -206,12 +207,11 @@ def main() -> None:
         if own.curve and not options.validation_files:
             raise ValueError("--curve requires a validation set; add --validation_file")
         seconds = own.probe_seconds or probe_seconds()
-        plan = plan_run(argv, output_dir, processes=own.num_processes, seconds=seconds)
+        checks = {"check_data": require_enough_data} if own.curve else {}
+        plan = plan_run(argv, output_dir, processes=own.num_processes, seconds=seconds, **checks)
         print(format_plan(plan), flush=True)
         curve = None
         if own.curve and plan.configuration is not None:
-            from ..diagnosis.curve import format_curve, learning_curve
-
             arguments, folder = split_configuration(argv)[1], existing_folder(output_dir)
             found = learning_curve(parse_planned, arguments, plan, own.curve_minutes, folder)
             print(f"\n{format_curve(found)}")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -73,15 +73,18 @@ def read_texts(source: str) -> list[str]:
 
 def warn_of_shared_recordings(utterances: Sequence[Utterance]) -> None:
     """Warns if rows have one whole recording and different transcripts: their times are probably not read."""
-    texts: dict[str, set[str]] = defaultdict(set)
+    texts: dict[str, str] = {}  # the first of each recording
+    shared: dict[str, None] = {}
     for item in utterances:
         if item.messages is None:
-            texts[item.recording].add(item.transcript.casefold())
-    if shared := [recording for recording, found in texts.items() if len(found) > 1]:
+            first = texts.setdefault(item.recording, item.transcript)
+            if first.casefold() != item.transcript.casefold():
+                shared[item.recording] = None
+    if shared:
         logger.warning(
             "%d recordings are in several rows with different transcripts, for example %s; if the rows are parts of a "
             "recording, name the columns with their times in seconds: --columns start=NAME end=NAME",
-            len(shared), display_name(shared[0]),
+            len(shared), display_name(next(iter(shared))),
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from .probe import Parse, quieten, silence
 from .sampling import with_features
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
+MIN_ROWS = 80  # ten in the smallest part
 FACTORS = (1, 2, 4)
 EVALUATIONS = 4  # per part; the best one counts, because a small part overfits in as many steps
 ROWS = 500  # decoded rows of each validation set
@@ -84,10 +85,8 @@ def learning_curve(parse: Parse, argv: Sequence[str], plan: Plan, minutes: float
     """
     chosen = plan.chosen
     measurement = chosen.measurement
-    if not plan.data["validation_rows"]:
-        raise ValueError("--curve requires a validation set; add --validation_file")
-    if plan.data["rows"] < 10 / SHARES[0] or measurement is None:
-        raise ValueError(f"--curve requires at least {10 / SHARES[0]:.0f} training rows")
+    require_enough_data(plan.data)
+    assert measurement is not None  # of the configuration to take
     steps = max(EVALUATIONS, min(measurement.steps, int(60 * minutes / measurement.step_seconds)))
     parts = [run_isolated(train_part, parse, argv, chosen.options, share, steps, folder)[0] for share in SHARES]
     hours = [part.hours for part in parts]
@@ -103,6 +102,21 @@ def learning_curve(parse: Parse, argv: Sequence[str], plan: Plan, minutes: float
         below, median, above = law.predict(factor * plan.data["hours"], PROBABILITY)
         expected.append(Point(factor * plan.data["hours"], median, below, above))
     return Curve(parts[0].base_errors / float(tokens.sum()), steps, measurement.steps, measured, expected)
+
+
+def require_enough_data(data: Mapping[str, float]) -> None:
+    """Checks that a learning curve can be measured.
+
+    Args:
+        data: of a plan.
+
+    Raises:
+        ValueError: if there is no validation set, or too little data.
+    """
+    if not data["validation_rows"]:
+        raise ValueError("--curve requires a validation set; add --validation_file")
+    if data["rows"] < MIN_ROWS:
+        raise ValueError(f"--curve requires at least {MIN_ROWS} training rows; the data have {data['rows']:.0f}")
 
 
 @dataclass

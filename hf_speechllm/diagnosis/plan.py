@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def make_plan(
     seconds: float = 120.0,
     folder: str | None = None,
     only_recommended: bool = False,
+    check_data: Callable[[Mapping[str, float]], None] = lambda data: None,
 ) -> Plan:
     """Measures configurations, and chooses one.
 
@@ -132,6 +133,7 @@ def make_plan(
         seconds: time for training steps of all probes.
         folder: place for temporary checkpoints.
         only_recommended: whether to measure no other configuration than the one to take.
+        check_data: refuses the data of the plan before the first measurement.
 
     Raises:
         ProbeError: if the data are not usable.
@@ -143,6 +145,7 @@ def make_plan(
         shared = {**{name: value for name, value in config.items() if name not in later}, **shared}
     data, _ = run_isolated(describe_data, parse, argv, shared)
     workers, unsupported = data.pop("cores") // processes, data.pop("unsupported")
+    check_data(data)
     plan = Plan(data, processes)
     names = _by_preference(configurations, data["hours"]) if only_recommended else [*configurations]
     bar = progress_bar(names, desc="measuring", unit=" configurations", leave=False)

@@ -99,9 +99,10 @@ def _wrong_column(text: str, row: DataRow) -> str | None:
     text = text.strip()
     if text in (row.id, recording_id(row.recordings[0])) and not all(map(str.isalpha, text.split())):
         return None if text.isdigit() else f"the text is the ID: {show(text)}"  # a file may be called after a word
-    for name in {row.id, recording_id(row.recordings[0])}:
+    for name in (row.id, recording_id(row.recordings[0])):
         # The whole line of a list `ID TEXT` or `TEXT (ID)`; a short name or word may be said.
-        if len(name) > 3 and not name.isalpha() and re.match(rf"{re.escape(name)}\W|.*\({re.escape(name)}\)\Z", text):
+        first = text.startswith(name) and re.match(r"\W", text[len(name) :])
+        if len(name) > 3 and not name.isalpha() and (first or text.endswith(f"({name})")):
             return f"the text contains the ID: {show(text)}"
     if text == row.speaker:
         return f"the text is the speaker: {show(text)}"

@@ -19,7 +19,7 @@ LAYERS_PER_GRAPH = 2
 # Limit of torch.compile for the variants of one function: first or last layers, trained or frozen, training or
 # validation.
 VARIANTS = 64
-# Layers that return other values beside the hidden states, if their type hints do not say so; these stay uncompiled.
+# Layers that return other values beside the hidden states, without type hints that say so; these stay uncompiled.
 RETURN_TUPLES = (
     "Qwen3ASRAudioEncoderLayer", "WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm", "BloomBlock",
     "FalconDecoderLayer", "MptBlock",
@@ -59,10 +59,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_cla
     }  # fmt: skip
     for stack, config in configs.items():
         layers = [layer for layer in stack if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers or len(layers) < len(stack) or any(map(_returns_tuple, layers)):
+        if not layers or len(layers) < len(stack) or type(layers[0]).__name__ in RETURN_TUPLES:
             continue
         mixed = any(len({*(getattr(config, name, None) or ())}) > 1 for name in LAYER_TYPES)
-        single = mixed or type(layers[0]).__name__ in single_layer_classes
+        single = mixed or type(layers[0]).__name__ in single_layer_classes or any(map(_may_return_tuple, layers))
         max_size = 1 if single else LAYERS_PER_GRAPH
         size = max(number for number in range(1, max_size + 1) if len(layers) % number == 0)
         for start in range(0, len(layers), size):
@@ -74,9 +74,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor", single_layer_cla
     return graphs
 
 
-def _returns_tuple(layer: nn.Module) -> bool:
-    returned = str(inspect.signature(type(layer).forward).return_annotation)
-    return type(layer).__name__ in RETURN_TUPLES or "tuple" in returned.lower()
+def _may_return_tuple(layer: nn.Module) -> bool:
+    """Whether the type hints name a tuple; Gemma 3 returns a tensor nevertheless. A group of one layer may do both."""
+    return "tuple" in str(inspect.signature(type(layer).forward).return_annotation).lower()
 
 
 class LayerGroup:

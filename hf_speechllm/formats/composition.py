@@ -128,13 +128,7 @@ def compose(
     if stored is not None:
         _load_encoder(model.audio_encoder, str(audio_encoder), stored)
     if llm is not None:
-        pretrained, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, **options
-        )
-        _check_complete(llm, info["missing_keys"])
-        # Decoder and head, without the encoders of a multimodal model.
-        model.llm.get_decoder().load_state_dict(pretrained.get_decoder().state_dict())
-        model.get_output_embeddings().load_state_dict(pretrained.get_output_embeddings().state_dict())
+        _load_llm(model.llm, llm)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.llm.resize_token_embeddings(len(tokenizer))
     for settings in (model.generation_config, model.llm.generation_config):
@@ -154,7 +148,7 @@ def compose(
     return model, processor
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, encoders would cache tensors that training cannot use
 def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor) -> None:
     """Computes two steps for half a second of silence, because some parts of transformers fail only when used.
 
@@ -169,10 +163,13 @@ def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProc
         states, mask = model.encode_audio(inputs["input_features"], inputs["input_features_mask"])
     with reading(f"an LLM of type {model.config.llm_config.model_type}", "cannot be combined with an encoder"):
         embeddings = model.embed(inputs["input_ids"], states, mask)
-        expected = model.llm(inputs_embeds=embeddings, use_cache=False).logits
-        if not torch.allclose(model(**inputs, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3):
+        expected = model.llm(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
+        steps = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], inputs_embeds=embeddings,
+            max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        if not torch.allclose(steps.logits[0], expected, rtol=1e-3, atol=1e-3):
             raise ValueError("its logits are not those of its head")
-        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     model.train(training)
 
 
@@ -224,6 +221,17 @@ def _load_encoder(encoder: PreTrainedModel, name: str, config: PreTrainedConfig)
     prefix = f"{prefix}." if prefix else ""
     _check_complete(name, [key for key in info["missing_keys"] if key.startswith(prefix)])
     encoder.load_state_dict(found.state_dict())
+
+
+def _load_llm(model: PreTrainedModel, name: str) -> None:
+    """Copies decoder and head of an LLM from a checkpoint, without the encoders of a multimodal model."""
+    folder, options = _gguf(name)
+    pretrained, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    _check_complete(name, info["missing_keys"])
+    model.get_decoder().load_state_dict(pretrained.get_decoder().state_dict())
+    model.get_output_embeddings().load_state_dict(pretrained.get_output_embeddings().state_dict())
 
 
 def _check_complete(name: str, missing: Collection[str]) -> None:

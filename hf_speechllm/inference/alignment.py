@@ -17,6 +17,7 @@ from .segments import is_unspaced
 # CTC marks a token by a short peak inside the sound. A word starts before the first peak and ends after the last, at
 # most in the middle of the gap to the neighbouring word. Long frames have late peaks.
 LEAD, LEAD_FRAMES, TRAIL = 0.04, 1.75, 0.06  # the larger of seconds and frames; seconds
+SHORTEST = 0.01  # seconds, of a word without a time
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,27 @@ def _widen(times: list, seconds: float, lead: float) -> list:
     return result
 
 
-def _interpolate(times: list, seconds: float) -> list[tuple[float, float]]:
-    """Spreads words without times over the gaps between their neighbours."""
+def _interpolate(times: Sequence[tuple[float, float] | None], seconds: float) -> list[tuple[float, float]]:
+    """Spreads words without times over the gaps between their neighbours.
+
+    In a gap that is too short, the words share the time of the word before the gap, or else of the word after.
+    """
     result: list[tuple[float, float]] = []
-    for index, time in enumerate(times):
-        if time is None:
-            ahead = next((later for later in range(index, len(times)) if times[later] is not None), len(times))
-            first = result[-1][1] if result else 0.0
-            last = times[ahead][0] if ahead < len(times) else seconds
-            time = (first, first + max(0.0, last - first) / (ahead - index))
-        result.append(time)
+    index = 0
+    while index < len(times):
+        if (time := times[index]) is not None:
+            result.append(time)
+            index += 1
+            continue
+        ahead = next((later for later in range(index, len(times)) if times[later] is not None), len(times))
+        after = times[ahead] if ahead < len(times) else None
+        count, first, last = ahead - index, result[-1][1] if result else 0.0, after[0] if after else seconds
+        index = ahead
+        if last - first < SHORTEST * count:
+            if result:
+                count, first, last = count + 1, result.pop()[0], max(first, last)
+            elif after:
+                count, last, index = count + 1, after[1], index + 1
+        step = max(0.0, last - first) / count
+        result += [(first + number * step, first + (number + 1) * step) for number in range(count)]
     return result

@@ -128,8 +128,10 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 
 def freeze_unused(encoder: torch.nn.Module, config: PreTrainedConfig) -> None:
     """Freezes the parameters of an encoder, with or without adapters, that never have a gradient: DDP waits for it."""
+    if not (unused := encoder_family(config).unused):  # the trainer calls `train`, and so this function, in each step
+        return
     for name, parameter in encoder.named_parameters():
-        if any(f".{unused}" in f".{name}" for unused in encoder_family(config).unused):
+        if any(f".{item}" in f".{name}" for item in unused):
             parameter.requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from hf_speechllm.data.bad_rows import BadDataError, BadRows
 from hf_speechllm.data.corpus import write_corpus
 from hf_speechllm.data.dataset import add_lengths, load_rows
 from hf_speechllm.data.preparation import RowMaker
-from hf_speechllm.data.sources import read_source, recognize
+from hf_speechllm.data.sources import SOURCES, read_source, recognize
 from hf_speechllm.data.sources.reading import Reading, TarWriter, language_code, split_of
 
 RATE = 16000
@@ -685,6 +685,19 @@ def test_lists_of_rows_may_have_any_name(write_audio, write_lines, read, tmp_pat
     assert texts(read_source(str(table), Reading(BadRows()), "csv")) == ["two"]  # a given format decides
 
 
+def test_a_list_of_files_beside_lists_of_rows_is_none(write_audio, write_lines, read, tmp_path):
+    write_audio("a.wav")
+    write_lines("train.jsonl", [{"source": "a.wav", "target": "one"}])
+    write_lines("data.list", ["train.jsonl"])  # of FunASR
+    assert texts(read(tmp_path, "funasr")[0]) == ["one"]
+
+
+def test_tables_with_known_columns_start_no_search(write_lines, tmp_path, monkeypatch):
+    write_lines("list.csv", ["audio,text"])
+    monkeypatch.setattr(os, "walk", lambda folder: pytest.fail("the folder is searched"))
+    assert recognize(str(tmp_path)) == "csv"
+
+
 def test_a_table_without_names_of_columns_says_so(write_lines):
     for lines in (["a.wav,one"], ["1\ta.wav\tone", "2\tb.wav\ttwo"]):
         with pytest.raises(BadDataError, match="first line has a recording instead of the names .* add a line"):
@@ -696,6 +709,14 @@ def test_common_voice_without_splits_is_its_validated_rows(write_audio, write_li
         write_audio(f"de/clips/{name}.mp3")
         write_lines(f"de/{name}.tsv", ["client_id\tpath\tsentence", f"a\t{name}.mp3\tis {name}"])
     assert texts(read(tmp_path / "de", "common-voice")[0]) == ["is validated"]
+
+
+def test_an_own_list_beside_validated_rows_is_not_left_out(write_audio, write_lines, tmp_path):
+    write_audio("de/clips/a.mp3")
+    for name in ("validated", "mine"):
+        write_lines(f"de/{name}.tsv", ["client_id\tpath\tsentence", "a\ta.mp3\tone"])
+    with pytest.raises(BadDataError, match=r"several lists \(mine.tsv, validated.tsv\); pass one"):
+        list(read_source(str(tmp_path / "de"), Reading(BadRows())))
 
 
 def test_one_list_in_each_folder_is_one_source(write_audio, write_lines, read, tmp_path):
@@ -721,6 +742,21 @@ def test_names_that_fit_no_recording_or_two_are_bad_rows(write_audio, write_line
     assert [row.reason for row in reading.bad_rows] == [
         'no recording: 2 files are named after "b"', 'no recording: no files are named after "x/c.wav"',
     ]  # fmt: skip
+
+
+def test_binary_files_are_no_lists_of_names(tmp_path, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(b"PAR1 \0\1")
+    monkeypatch.setattr(os, "walk", lambda folder: pytest.fail("the folder of the file is searched"))
+    assert not SOURCES["names"][0](str(tmp_path / "a.bin"))
+
+
+def test_texts_beside_recordings_whose_names_differ_in_case(write_audio, write_lines, read, tmp_path):
+    for name in ("A", "a"):
+        write_audio(f"{name}.wav")
+        write_lines(f"{name}.txt", [f"by {name}"])
+    if len([*tmp_path.iterdir()]) < 4:
+        pytest.skip("names of files do not depend on case")
+    assert texts(read(tmp_path, "sidecar")[0]) == ["by A", "by a"]
 
 
 def test_subtitles(write_audio, write_lines, read, tmp_path):
@@ -755,3 +791,10 @@ def test_files_of_other_kinds_say_what_to_do(tmp_path, name, message, folder):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(BadDataError, match=message):
         list(read_source(str(tmp_path if folder else tmp_path / name), Reading(BadRows())))
+
+
+def test_an_archive_beside_its_recordings_is_not_the_corpus(tmp_path):
+    for name in ("corpus.zip", "a.wav"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(BadDataError, match="write a table"):
+        list(read_source(str(tmp_path), Reading(BadRows())))

@@ -364,6 +364,15 @@ def test_stored_plan_without_options_is_reported(content, arguments, tmp_path, m
     assert f"{tmp_path}/plan.json is not a plan that can be used; delete it" in end
 
 
+def test_a_curve_of_too_few_rows_is_refused_before_a_measurement(in_process, arguments, monkeypatch):
+    from hf_speechllm.cli.plan import main
+
+    monkeypatch.setattr("sys.argv", ["/bin/hf-speechllm", "plan", "few_hours", "--curve", *arguments])
+    with pytest.raises(SystemExit, match="--curve requires at least 80 training rows; the data have"):
+        main()
+    assert in_process == ["describe_data"]
+
+
 def test_learning_curve_of_nested_parts(in_process, arguments, tiny_corpus, tmp_path, monkeypatch):
     lines = tiny_corpus.jsonl.read_text(encoding="utf-8").splitlines(keepends=True)
     many = tmp_path / "many.jsonl"

@@ -68,6 +68,19 @@ def test_losses_and_gradients_are_the_same_for_every_shape(model, batches, lora)
     ("llm", "graphs"),
     [
         ({"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 4}, 6),
+        (
+            {
+                "model_type": "gemma3_text",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 16,
+                "sliding_window": 4,
+            },
+            6,
+        ),
         ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}, 4),
     ],
 )

@@ -1,5 +1,6 @@
 """Models from parts: pretrained weights and tokens come in unchanged, what is missing is added."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -192,6 +193,21 @@ def test_the_encoder_of_a_speech_encoder_decoder_is_taken(tokenizer, config, tmp
     model, _ = compose(config, tokenizer, audio_encoder=str(tmp_path))
     for name, tensor in model.audio_encoder.state_dict().items():
         assert torch.equal(published.encoder.state_dict()[name], tensor), name
+
+
+def test_a_composed_model_can_be_trained_on_recordings_of_any_length(tokenizer, config):
+    """With 0.5 s, this encoder takes the positions that it cached when `compose` ran it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": [8], "conv_kernel": [10], "conv_stride": [320], "conv_depthwise_kernel_size": 5}
+    encoder = {"model_type": "wav2vec2-conformer", "position_embeddings_type": "rotary", **sizes, **convolutions}
+    encoder |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    model, processor = compose({**config, "audio_encoder_config": encoder}, tokenizer)
+    content = [{"type": "audio", "audio": np.ones(8000, np.float32)}]
+    batch = processor.apply_chat_template(
+        [[{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]]
+    )
+    model.train()(**batch).loss.backward()
+    assert model.audio_encoder.encoder.layers[0].self_attn.linear_q.weight.grad.abs().sum() > 0
 
 
 def test_the_llm_of_a_multimodal_model_is_taken(plain_tokenizer, config, tmp_path):

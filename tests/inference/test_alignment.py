@@ -1,5 +1,6 @@
 """Word times: alignment, files, `decode --word_times`, `align`."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -85,6 +86,19 @@ def test_words_outside_the_vocabulary_are_interpolated(vocabulary):
     assert times == sorted(times) and words[1].end > words[1].start
     assert all(word.confidence is None for word in align(frames_of(vocabulary, "__"), "25 36", vocabulary, 0.02))
     assert align(frames_of(vocabulary, "__"), "...", vocabulary, 0.02) == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["one 25", "one 25 36", "25 one", "25 36 one two", "one 25 36 two", "one 25 two 36", "25 36"]
+)
+def test_words_without_a_gap_share_the_time_of_a_neighbour(vocabulary, text):
+    path = "".join("_".join(part) for part in text.split() if part.isalpha()).center(2, "_")
+    words = align(frames_of(vocabulary, path), text, vocabulary, 0.04)
+    assert [one.text for one in words] == text.split()
+    assert all(one.end - one.start > 0.005 for one in words)
+    assert all(left.end <= right.start + 1e-9 for left, right in itertools.pairwise(words))
+    assert words[0].start >= 0 and words[-1].end <= 0.04 * len(path)
+    assert all(cue.end > cue.start for one in words for cue in cues([one]))
 
 
 def test_characters_are_words_without_spaces(vocabulary):

@@ -40,16 +40,16 @@ SOURCES: dict[str, tuple[Callable[[str], bool], Reader]] = {
 
 TABLE = "write a table, for example recordings.csv, with the columns audio (path) and text, and pass the table"
 WITHOUT_LIST = f"recordings, but no list of transcripts in a known layout; {TABLE}"
-# What to do with files of other kinds, by suffix.
+# What to do with files of other kinds, by suffix. The first kind found counts: archives often lie beside the files.
 ADVICE = {
+    (".scp",): "Kaldi lists are called wav.scp and text; for other names, see `hf-speechllm scp2jsonl --help`",
+    named_files.AUDIO_SUFFIXES: WITHOUT_LIST,
     (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar"): "packed; unpack the corpus and pass its folder",
     (".tar",): "shards need no preparation; pass the tar files (FOLDER/*.tar) to training (--train_file) or to doctor",
     (".xlsx", ".xls", ".ods"): "a spreadsheet; save it as CSV (UTF-8), and pass the CSV",
     (".arrow",): "a part of a data set; pass the folder of save_to_disk, or a Parquet file",
     (".list",): "a list of files; pass it to training (--train_file) or to doctor",
-    (".scp",): "Kaldi lists are called wav.scp and text; for other names, see `hf-speechllm scp2jsonl --help`",
     (".jsonl.gz",): "manifests of lhotse without cuts; make cuts with `lhotse cut simple`, and pass the cuts",
-    named_files.AUDIO_SUFFIXES: WITHOUT_LIST,
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from ..kaldi import read_list
 from ..utterance import Utterance
-from .reading import NO_ROWS, Reading, choose_lists, split_of_path
+from .reading import HEAD_BYTES, NO_ROWS, Reading, choose_lists, split_of_path
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".mp3", ".ogg", ".m4a", ".mp4", ".webm", ".aac")
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".srt", ".vtt")  # the most specific first; compared in lower case
@@ -23,16 +23,17 @@ _TAGS = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
 
 def _folders(source: str) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
-    """Yields the folders with recordings: path, names of recordings by stem, and all names by lower-case name."""
+    """Yields the folders with recordings: path, names of recordings by stem, and all names, also in lower case."""
     for folder, below, names in os.walk(source):
         below.sort()
         stems = {os.path.splitext(name)[0]: name for name in sorted(names) if name.lower().endswith(AUDIO_SUFFIXES)}
         if stems:
-            yield folder, stems, {name.lower(): name for name in names}
+            yield folder, stems, {name.lower(): name for name in names} | {name: name for name in names}
 
 
 def _text_of(stem: str, names: Mapping[str, str]) -> str | None:
-    return next((names[name] for suffix in TEXT_SUFFIXES if (name := stem.lower() + suffix) in names), None)
+    wanted = (name for suffix in TEXT_SUFFIXES for name in (stem + suffix, stem.lower() + suffix))
+    return next((names[name] for name in wanted if name in names), None)
 
 
 def is_sidecar(source: str) -> bool:
@@ -83,23 +84,26 @@ def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> fl
     return 3600 * int(hours or 0) + 60 * int(minutes) + float(f"{seconds}.{fraction}")
 
 
-def _name_lists(source: str) -> list[tuple[str, dict[str, list[str]]]]:
-    """Returns the lists `NAME TEXT` of a source, each with the recordings below its folder by stem."""
+def _name_lists(source: str) -> dict[str, dict[str, str]]:
+    """Returns the files of a source that may be lists `NAME TEXT`, by folder, each with the first name."""
     below = ("*.txt", "text", "*/*.txt", "*/text")
     paths = [source] if os.path.isfile(source) else [p for b in below for p in glob.glob(f"{glob.escape(source)}/{b}")]
-    recordings: dict[str, dict[str, list[str]]] = {}
-    found = []
+    found: dict[str, dict[str, str]] = defaultdict(dict)
     for path in sorted(os.path.abspath(path) for path in paths if os.path.basename(path) not in NO_ROWS):
         with open(path, "rb") as file:
-            name = file.readline(1 << 16).removeprefix(b"\xef\xbb\xbf").split(maxsplit=1)[:1]
-        folder = os.path.dirname(path)
-        if folder not in recordings:
-            recordings[folder] = defaultdict(list)
-            for place, stems, _ in _folders(folder):
-                for stem, file_name in stems.items():
-                    recordings[folder][stem].append(os.path.join(place, file_name))
-        if name and _stem(name[0].decode("utf-8", "replace")) in recordings[folder]:
-            found.append((path, recordings[folder]))
+            head = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf")
+        words = [] if b"\0" in head else head.partition(b"\n")[0].split(maxsplit=1)  # zeros are in binary files
+        if words:
+            found[os.path.dirname(path)][path] = _stem(words[0].decode("utf-8", "replace"))
+    return found
+
+
+def _recordings(folder: str) -> dict[str, list[str]]:
+    """Returns the recordings below a folder by stem."""
+    found = defaultdict(list)
+    for place, stems, _ in _folders(folder):
+        for stem, name in stems.items():
+            found[stem].append(os.path.join(place, name))
     return found
 
 
@@ -110,7 +114,11 @@ def _stem(name: str) -> str:
 
 def is_name_list(source: str) -> bool:
     """Returns whether a source is a list of names of recordings below its folder, with texts, or has such lists."""
-    return bool(_name_lists(source))
+    return any(
+        not {*lists.values()}.isdisjoint(stems)  # the first common name ends the search
+        for folder, lists in _name_lists(source).items()
+        for _, stems, _ in _folders(folder)
+    )
 
 
 def read_name_list(source: str, reading: Reading) -> Iterator[Utterance]:
@@ -118,7 +126,10 @@ def read_name_list(source: str, reading: Reading) -> Iterator[Utterance]:
 
     Recordings may be in any folder below the list, as in MLS.
     """
-    recordings = dict(_name_lists(source))
+    recordings: dict[str, dict[str, list[str]]] = {}  # by list
+    for folder, lists in _name_lists(source).items():
+        below = _recordings(folder)
+        recordings |= {path: below for path, name in lists.items() if name in below}
     root = os.path.abspath(source)
     for path, split in choose_lists(source, [(path, split_of_path(path, root)) for path in recordings]):
         for entry in read_list(path, reading.bad_rows, "transcript").entries:

@@ -205,7 +205,7 @@ def choose_lists(source: str, found: list[tuple[str, str | None]]) -> list[tuple
             logger.info("%s: not read: %s", source, ", ".join(ignored))
         return sort_by_split(source, rows)
     # Common Voice in languages without splits; one list of the same name in each folder, for example of a speaker.
-    if validated := [item for item in found if os.path.basename(item[0]) == "validated.tsv"]:
+    if not rows and (validated := [item for item in found if os.path.basename(item[0]) == "validated.tsv"]):
         return validated
     if len({os.path.basename(path) for path, _ in found}) > 1:
         names = _some_names(source, [path for path, _ in found])
@@ -249,7 +249,8 @@ def require_utf8(text: str) -> None:
 def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | None]]:
     """Returns all lists in a folder, otherwise in the subfolders or those of `data`, each with the split in the name.
 
-    If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`.
+    If the source is a list, returns only this list. JSONL and JSON may have any name, such as `data.list`. Leaves out
+    `.list` files without JSON in a folder, which are lists of files.
     """
     root = os.path.abspath(source)
     if os.path.isfile(root):
@@ -258,6 +259,7 @@ def find_lists(source: str, suffixes: Sequence[str]) -> list[tuple[str, str | No
     for below in ("", "*/", "data/*/"):  # data/train: data sets on the Hub
         names = sorted(glob.glob(f"{glob.escape(root)}/{below}*"))
         files = [path for suffix in suffixes for path in names if path.lower().endswith(suffix)]
+        files = [path for path in files if not path.lower().endswith(".list") or first_record(path) is not None]
         if files:
             files.sort(key=lambda path: os.path.basename(path) in NO_ROWS)  # detectors examine the first list
             return [(path, split_of_path(path, root)) for path in files]

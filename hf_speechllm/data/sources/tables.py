@@ -159,9 +159,10 @@ def _find_place(folder: str, audio: str) -> Callable[[str], str] | None:
     """
     if is_url(audio):
         return None
+    separators = ("\\", "/") if "\\" in audio else ("\\",)  # paths of Windows are read everywhere
     for below in FOLDERS:
         for suffix in SUFFIXES:
-            for separator in ("\\", "/"):  # paths of Windows are read everywhere
+            for separator in separators:
                 if os.path.isfile(os.path.join(folder, below, audio.replace("\\", separator) + suffix)):
                     return lambda path: os.path.join(below, path.replace("\\", separator) + suffix)
     return None
@@ -300,7 +301,7 @@ def is_delimited(source: str) -> bool:
     """Returns whether a source is a CSV or TSV list, or a folder with such lists."""
     lists = find_lists(source, (".csv", ".tsv"))
     # Beside transcripts in files, such as those of LibriTTS, are tables of speakers.
-    return bool(lists) and (not is_sidecar(source) or any(_has_columns(path) for path, _ in lists))
+    return bool(lists) and (any(_has_columns(path) for path, _ in lists) or not is_sidecar(source))
 
 
 def _has_columns(path: str) -> bool:
