@@ -17,7 +17,7 @@ SHIFTS = (1, -1, 2, -2, 3, -3)  # rows by which transcripts may be shifted
 MIN_SPREAD = 0.3  # of log syllables between the 10th and 90th percentile: texts of one length fit every duration
 SHIFT_PENALTY = 0.5  # nats per row: rows that fit as well without the shift do not belong to the block
 SHIFT_EDGE = 3.0  # nats from the edge of a block to the first reported row: rows beside the block fit by chance
-WRONG_SHARE, WRONG_RANGE = 0.1, 4.0  # rows with wrong texts, and range of their log durations (1/7 to 7 times)
+WRONG_SHARE, WRONG_RANGE = 0.05, 4.0  # rows with wrong texts, and range of their log durations (1/7 to 7 times)
 
 
 def shifted_transcripts(corpus: Corpus) -> Iterator[Found]:
@@ -43,7 +43,8 @@ def shifted_transcripts(corpus: Corpus) -> Iterator[Found]:
                 first, last = (
                     int(np.argmax(np.cumsum(sums) > SHIFT_EDGE)) for sums in (gains[part], gains[part][::-1])
                 )
-                blocks.append((float(total), move, range(len(rows))[part][first : part.stop - part.start - last]))
+                if np.median(np.abs(moved[part])) < scale:  # otherwise wrong texts, which another fits less badly
+                    blocks.append((float(total), move, range(len(rows))[part][first : part.stop - part.start - last]))
                 gains[part] = -least
         reported: set[int] = set()
         for total, move, block in sorted(blocks, reverse=True):

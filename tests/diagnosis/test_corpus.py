@@ -146,6 +146,16 @@ def test_shifted_transcripts(move, start, stop):
     assert set(result) <= set(range(start, stop)) and len(result) > 0.8 * (stop - start)
 
 
+@pytest.mark.parametrize("seed", [11, 97])
+def test_wrong_texts_near_each_other_are_not_shifted(seed):
+    texts, seconds = sentences(200, np.random.default_rng(0))
+    rng = np.random.default_rng(seed)  # seeds with which another text fits less badly in most of the rows
+    wrong = rng.choice(len(texts), 8)
+    for place, index in zip(100 + np.sort(rng.choice(12, 8, replace=False)), wrong, strict=True):
+        texts[place] = texts[index]
+    assert "shifted-transcripts" not in found(list(map(make_row, texts)), seconds)
+
+
 def test_durations_without_relation_to_the_text_are_not_shifted():
     for seed in range(20):
         rng = np.random.default_rng(seed)
