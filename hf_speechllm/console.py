@@ -135,6 +135,11 @@ def quiet_transformers() -> None:
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_warning()
     transformers_logging.set_tqdm_hook(_late_bar)
+    quiet_hub()
+
+
+def quiet_hub() -> None:
+    """Prints warnings of the Hub's client, once it is imported, like all log lines."""
     logging.getLogger("huggingface_hub").handlers.clear()  # would print each line a second time
 
 
@@ -162,7 +167,8 @@ class ProgressLines(tqdm):
             return True
         count, total, speed = values["n"], values["total"], values["n"] / values["elapsed"]
         parts = [f"{values['prefix']} {count}" + (f" of {total} ({100 * count / total:.0f} %)" if total else "")]
-        parts += [f"{speed:.3g} {values['unit'].strip()}/s", *([values["postfix"]] if values["postfix"] else [])]
+        rate, period = (speed, "s") if speed >= 0.1 else (60 * speed, "min")
+        parts += [f"{rate:.3g} {values['unit'].strip()}/{period}", *([values["postfix"]] if values["postfix"] else [])]
         if total and speed:
             parts.append(f"ETA {format_seconds((total - count) / speed)}")
         logger.info(", ".join(parts))

@@ -131,6 +131,15 @@ with console.progress_bar(desc="reading", total=4, unit=" rows") as bar:
 """
 
 
+def test_slow_progress_has_a_readable_rate(caplog):
+    caplog.set_level("INFO")
+    bar = console.ProgressLines(total=6, desc="measuring", unit=" configurations")
+    bar.start_t -= 94
+    bar.update()
+    bar.display()
+    assert re.fullmatch(r"measuring 1 of 6 \(17 %\), 0.638 configurations/min, ETA 0:07:50", caplog.messages[-1])
+
+
 def test_a_bar_on_a_terminal_and_lines_elsewhere(terminal):
     shown = terminal(BAR, columns=60)
     assert "reading: 100%" in shown and "4/4" in shown

@@ -67,13 +67,11 @@ def main() -> None:
             failures.append(f"{id_}: {transcript.error}")
     failures += [f"{id_}: no recording in {args.scp_file}" for id_ in transcripts.texts if id_ not in recordings]
     try:
-        write_results(args.output_file, results, subtitles=True, words=True)
+        written = write_results(args.output_file, results, subtitles=True, words=True)
         named = write_failures(args.output_file, failures)
     except OSError as error:
         sys.exit(f"{prog()}: error: {error}")
     words = [word for _, transcript in results for word in transcript.words]
-    stem = Path(args.output_file).with_suffix("")
-    written = [args.output_file, *(f"{stem}.{end}" for end in ("words.jsonl", "ctm", "textgrids", "subtitles"))]
     print_summary({"aligned": f"{len(results)} recordings, {len(words)} words", "written": written})
     if failures:
         sys.exit(f"{prog()}: {len(failures)} failed:\n{named}")

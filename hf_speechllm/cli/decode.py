@@ -200,8 +200,9 @@ def main() -> None:
                 return
             failures = [*map(str, bad_rows), *outcome.failures]
             uses_ctc = args.word_times or args.ctc_guard
+            written: list[str] = []
             if transcriber is not None and outcome.results:
-                write_results(
+                written = write_results(
                     args.output_file, outcome.results, args.vad or args.repetition_guard or uses_ctc,
                     subtitles=args.vad or args.word_times, words=args.word_times, checked=uses_ctc,
                 )  # fmt: skip
@@ -220,7 +221,7 @@ def main() -> None:
         facts = {
             "texts": texts,
             "audio": f"{audio} (RTFx {outcome.seconds / outcome.elapsed:.0f})",
-            "written": args.output_file if outcome.results else None,
+            "written": written,
         }
         reference = args.jsonl_file or "REFERENCE"
         folder = f"{args.output_file}.score"

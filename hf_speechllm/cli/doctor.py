@@ -124,8 +124,11 @@ def examine(args: argparse.Namespace) -> int:
 
 
 def _next_commands(args: argparse.Namespace, result: Diagnosis) -> list[str]:
-    """Returns the commands to run next: clean the data, otherwise plan a run."""
-    if not args.fix and (result.count("error") or result.count("warning")):
+    """Returns the commands to run next: clean the data if rows can be left out, otherwise plan a run."""
+    from ..diagnosis.cleaning import OF_THE_CORPUS
+    from ..diagnosis.kinds import NOTE
+
+    if not args.fix and any(item.severity != NOTE and item.kind not in OF_THE_CORPUS for item in result.findings):
         return [command("doctor", *args.data, fix="clean.jsonl")]
     if args.fix:
         return []

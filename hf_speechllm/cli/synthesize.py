@@ -222,7 +222,8 @@ def synthesize_rows(args: argparse.Namespace) -> None:
         augmentation=args.augmentation,
         commands=commands,
     )
-    logger.info("%d rows, %s voices", plan.num_rows, {name: len(found) for name, found in voices.items()})
+    found = ", ".join(f"{len(names)} of {engine}" for engine, names in voices.items())
+    logger.info("%d rows; voices: %s", plan.num_rows, found)
     made = synthesize(plan, folder, args.num_workers, args.max_bad_fraction)
     bar = progress_bar(made, desc="speaking", total=plan.num_shards, unit=" shards")
     hours = sum(seconds for _, seconds in bar) / 3600

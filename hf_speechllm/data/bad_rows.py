@@ -15,6 +15,7 @@ from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
 
+FOLDER_OF_LIST = "the folder of the list, not at the working directory"
 NUM_NAMED = 20  # bad rows listed in a message; the others are counted
 
 
@@ -80,11 +81,12 @@ class BadRows:
         """Returns the number of bad rows of each kind; the kind is the text before the first colon of the reason."""
         return Counter(row.reason.partition(":")[0] for row in self._rows)
 
-    def check(self, total: int) -> None:
+    def check(self, total: int, paths_start: str = FOLDER_OF_LIST) -> None:
         """Reports the bad rows: in a warning up to `max_bad_fraction`, otherwise in an error.
 
         Args:
             total: number of all rows, including bad rows.
+            paths_start: folder at which relative paths of recordings start.
 
         Raises:
             BadDataError: if the share of bad rows exceeds `max_bad_fraction`; the message lists them.
@@ -98,7 +100,7 @@ class BadRows:
             with atomic_write(self.report_file) as file:
                 file.writelines(f"{row}\n" for row in self)
             named.append(f"  full list: {os.fspath(self.report_file)}")
-        named += path_hint(row.reason for row in self._rows)
+        named += path_hint((row.reason for row in self._rows), paths_start)
         fraction = len(self) / max(total, len(self))
         summary = f"{len(self)} of {total} rows are bad ({fraction:.2%})"
         if fraction > self.max_bad_fraction:
@@ -120,10 +122,10 @@ def _position(line: int | str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(line))]
 
 
-def path_hint(reasons: Iterable[str]) -> list[str]:
+def path_hint(reasons: Iterable[str], paths_start: str = FOLDER_OF_LIST) -> list[str]:
     """Returns a hint on relative paths if recordings are missing; FunASR uses paths from the working directory."""
     missing = any("no such file" in reason for reason in reasons)
-    return ["Relative paths start at the folder of the list, not at the working directory."] if missing else []
+    return [f"Relative paths start at {paths_start}."] if missing else []
 
 
 def _rounded_up(fraction: float) -> float:

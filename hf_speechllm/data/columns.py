@@ -59,6 +59,7 @@ def prepare_dataset(
         dataset: one split.
         processor: processor of the model.
         audio_column: recordings: a column of type `Audio`, paths, bytes, or structs with `array` and `sampling_rate`.
+            Relative paths start at the working directory.
         text_column: transcripts.
         language_column: ISO code or Chinese name of each row's language; by default, the prompt names no language.
         hotwords_column: lists of words, or strings with commas between words.
@@ -112,7 +113,7 @@ def prepare_dataset(
             desc="fbank" if feature_dtype != "off" else "lengths",
         )
     prepared = drop_bad_rows(prepared, bad_rows)
-    bad_rows.check(len(dataset))
+    bad_rows.check(len(dataset), paths_start=f"the working directory, {os.getcwd()}")
     if len(prepared) == 0:
         raise BadDataError("the dataset has no usable rows")
     return prepared

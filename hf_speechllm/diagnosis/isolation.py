@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from ..console import bars_as_lines
 from ..data.processes import end_with_parent
 
 # Variables of launchers, which would make the process a rank of a training run.
@@ -71,7 +72,8 @@ def _run(sender: Connection, started: float, method: str, function: Callable[...
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]  # the trainer would use all GPUs
     Clock.started = started
     try:
-        answer = ("result", function(*args))
+        with bars_as_lines():
+            answer = ("result", function(*args))
     except (torch.OutOfMemoryError, MemoryError) as error:
         answer = ("memory", " ".join(str(error).split()))
     except SystemExit as error:

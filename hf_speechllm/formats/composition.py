@@ -176,7 +176,8 @@ def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProc
 def _check_settings(built: Any, given: Any, path: str = "") -> None:
     """Refuses misspelt settings, which transformers keeps as attributes of a config; warns about other unknown ones.
 
-    A model of transformers may read a setting that its config class does not declare, such as `head_dim`.
+    A model of transformers may read a setting that its config class does not declare, such as `head_dim`. All models
+    read `initializer_range`.
 
     Raises:
         ValueError: if a setting is misspelt, or a class of this package does not know the setting.
@@ -187,7 +188,7 @@ def _check_settings(built: Any, given: Any, path: str = "") -> None:
     own = type(built).__module__.partition(".")[0] == __package__.partition(".")[0]
     for key in given:
         # Old names, such as `rope_theta`, become other attributes. `set_window` checks the windows.
-        if key in vars(built) and not hasattr(known, key) and key != "window_seconds":
+        if key in vars(built) and not hasattr(known, key) and key not in ("window_seconds", "initializer_range"):
             similar = difflib.get_close_matches(key, vars(known), 1, cutoff=0.6 if own else MISSPELT)
             unknown = f"{path}{key}: {type(built).__name__} has no such setting"
             if own or similar:

@@ -45,7 +45,7 @@ def write_results(
     subtitles: bool = False,
     words: bool = False,
     checked: bool = False,
-) -> None:
+) -> list[str]:
     """Writes lines `ID<tab>text`, and optional segments and subtitles.
 
     Args:
@@ -58,6 +58,9 @@ def write_results(
             become `%2F` and so on, and the end of a name that is too long is replaced by a hash.
         words: whether to write the times of words, see `write_words`; subtitles then have short cues.
         checked: whether the CTC head has checked the texts.
+
+    Returns:
+        The files and folders.
     """
     output = Path(output_file)
     # Other suffixes stay, so that the files of hyp.v1 and hyp.v2 differ.
@@ -82,6 +85,12 @@ def write_results(
     # Written last: if this file exists, all files are complete.
     with atomic_write(output) as file:
         file.writelines(f"{id_}\t{_line(transcript.text)}\n" for id_, transcript in results)
+    endings = [
+        *(segments * ["segments.jsonl"]),
+        *(words * ["words.jsonl", "ctm", "textgrids"]),
+        *(subtitles * ["subtitles"]),
+    ]
+    return [str(output), *(f"{stem}.{ending}" for ending in endings)]
 
 
 def write_record(output_file: str | os.PathLike[str], record: dict[str, Any]) -> None:

@@ -159,6 +159,7 @@ def test_speaker_of_a_prepared_corpus_in_two_splits(run, tmp_path):
     assert (row["key"], row["speaker"]) == rows["train"] and "language" not in row
     _, output = run("doctor", out, "--no_vad")
     assert "speaker anna has rows in several splits" in output.out
+    assert "hf-speechllm plan" in output.out and "--fix" not in output.out  # no row to leave out
     _, output = run("doctor", out / "train.jsonl", out / "test.jsonl", "--no_vad")
     assert "has rows in several splits" not in output.out  # all rows have one speaker
 

@@ -97,7 +97,7 @@ def test_language_and_hotwords_are_in_the_prompt(table, processor):
         ("text", None, "dataset.*2: bad transcript: None"),
         ("text", " ", "bad transcript"),
         ("audio", None, "no recording"),
-        ("audio", "nowhere.wav", "nowhere.wav: no such file"),
+        ("audio", "nowhere.wav", "nowhere.wav: no such file\nRelative paths start at the working directory, /"),
     ],
 )
 def test_bad_rows_are_reported_or_skipped(table, processor, column, value, message):

@@ -153,6 +153,11 @@ def test_unrecognised_columns_can_be_named(write_audio, write_lines, read):
     assert [(row.line, row.reason) for row in reading.bad_rows] == [(3, "empty transcript: ''")]
 
 
+def test_chinese_names_of_columns(write_audio, write_lines, read):
+    write_audio("a.wav")
+    assert texts(read(write_lines("录音.csv", ["\ufeff音频,文本", "a.wav,几点了"]), "csv")[0]) == ["几点了"]
+
+
 def test_tsv_with_lone_quotation_marks(write_audio, write_lines, read):
     write_audio("a.wav")
     found, _ = read(write_lines("a.tsv", ["path\ttext", 'a.wav\t5" long', 'a.wav\t"He said ""no"""']), "csv")
@@ -496,6 +501,11 @@ def test_unknown_sources_are_refused(tmp_path, write_lines):
         assert recognize(str(source)) is None
         with pytest.raises(error, match="unknown layout|no such file"):
             list(read_source(str(source), Reading(BadRows())))
+
+
+def test_a_missing_list_is_not_searched_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="data/recording.csv: no such file or folder"):
+        list(read_source("data/recording.csv", Reading(BadRows())))
 
 
 def test_unloadable_hub_id_is_reported(monkeypatch):

@@ -147,6 +147,11 @@ def test_separate_process_is_no_rank_of_the_run(monkeypatch):
     assert os.environ["RANK"] == "7"
 
 
+def test_bars_of_a_separate_process_do_not_fill_log_files(capfd):
+    run_isolated(exec, r"import sys; sys.stderr.write('\rlengths: 50%'); sys.stderr.write('a line\n')")
+    assert capfd.readouterr().err == "a line\n"
+
+
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_separate_process_starts_its_own_processes_like_the_run(monkeypatch, method):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: method)

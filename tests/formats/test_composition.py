@@ -151,11 +151,14 @@ def test_settings_that_would_be_ignored_are_refused(tokenizer, settings, message
 def test_old_names_of_settings_are_known_and_others_warned_of(tokenizer, config, caplog):
     llm = {**config["llm_config"], "rope_theta": 5000.0, "n_embd": 32}
     del llm["rope_parameters"]
-    model, _ = compose({**config, "llm_config": llm}, tokenizer)
+    encoder = {**config["audio_encoder_config"], "initializer_range": 0.2}
+    model, _ = compose({**config, "audio_encoder_config": encoder, "llm_config": llm}, tokenizer)
     assert [record.message for record in caplog.records] == [
         "llm_config.n_embd: Qwen3Config has no such setting; without effect, unless the model reads it"
     ]
     assert model.config.llm_config.rope_parameters["rope_theta"] == 5000.0
+    weights = next(value for name, value in model.audio_encoder.named_parameters() if name.endswith("fc1.weight"))
+    assert 0.15 < weights.std() < 0.25  # transformers reads a setting that the config class does not declare
 
 
 def test_windows_are_refused_for_encoders_without_a_fixed_length(tokenizer, config):

@@ -275,12 +275,14 @@ def run(monkeypatch, *arguments):
     return None
 
 
-def test_commands(head_model, tiny_model, tiny_corpus, tmp_path, monkeypatch):
+def test_commands(head_model, tiny_model, tiny_corpus, tmp_path, monkeypatch, capsys):
     model = ("--model_name_or_path", head_model)
     files = sorted(tiny_corpus.folder.glob("utt0[0-3].wav"))
     output = tmp_path / "hyp.txt"
     decode = ("decode", *files, "--output_file", output, "--word_times", "--max_new_tokens", 6)
     assert run(monkeypatch, *decode, *model) is None
+    shown = capsys.readouterr().out
+    assert all(f"{tmp_path}/hyp.{name}" in shown for name in ("txt", "words.jsonl", "ctm", "textgrids", "subtitles"))
     rows = [json.loads(line) for line in (tmp_path / "hyp.words.jsonl").read_text().splitlines()]
     texts = dict(line.split("\t") for line in output.read_text().splitlines())
     assert [row["id"] for row in rows] == list(texts) and (tmp_path / "hyp.subtitles" / "utt00.srt").exists()

@@ -47,10 +47,11 @@ def test_subtitles_in_both_formats():
 
 def test_segments_and_subtitles_are_optional(tmp_path):
     results = [("a/1", Transcript(0, "Hello\nthere.", 9.0, segments=SEGMENTS)), ("b", Transcript(1))]
-    write_results(tmp_path / "hyp.txt", results)
+    assert write_results(tmp_path / "hyp.txt", results) == [str(tmp_path / "hyp.txt")]
     assert [path.name for path in tmp_path.iterdir()] == ["hyp.txt"]
     assert (tmp_path / "hyp.txt").read_text() == "a/1\tHello there.\nb\t\n"
-    write_results(tmp_path / "hyp.txt", results, segments=True, subtitles=True)
+    written = write_results(tmp_path / "hyp.txt", results, segments=True, subtitles=True)
+    assert sorted(written) == sorted(map(str, tmp_path.iterdir()))
     rows = [json.loads(line) for line in (tmp_path / "hyp.segments.jsonl").read_text().splitlines()]
     assert rows[0] == {"id": "a/1", "start": 0.0, "end": 1.25, "text": "Hello there.", "looped": False}
     assert [row["looped"] for row in rows] == [False, False, True]

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...audio.archives import num_arrow_rows, table_member
+from ...console import quiet_hub
 from ..bad_rows import BadDataError
 from ..utterance import Utterance
 from .reading import Reading, sort_by_split, split_of, split_of_path
 from .tables import find_columns, utterance_of_record
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LISTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")  # suffixes of files, hardly of a name on the Hub
 
 
 def is_saved(source: str) -> bool:
@@ -27,7 +29,7 @@ def is_saved(source: str) -> bool:
 
 def is_hub_id(source: str) -> bool:
     """Returns whether a source can only be the id of a data set on the Hub."""
-    return not os.path.exists(source) and _HUB_ID.fullmatch(source) is not None
+    return not (os.path.exists(source) or source.endswith(_LISTS)) and _HUB_ID.fullmatch(source) is not None
 
 
 def read_saved(source: str, reading: Reading) -> Iterator[Utterance]:
@@ -85,6 +87,7 @@ def read_hub(source: str, reading: Reading) -> Iterator[Utterance]:
     """
     from datasets import load_dataset
 
+    quiet_hub()
     try:
         found = load_dataset(source, reading.config, split=reading.hub_split, streaming=reading.streaming)
     except (OSError, ValueError, RuntimeError) as error:  # no such data set, config or split; no connection

@@ -22,11 +22,11 @@ from .reading import Reading, find_lists, first_record, lists_in, read_records, 
 ROLES = {
     "audio": (
         "audio_filepath", "audio_path", "audio_file", "audio", "file_name", "filename", "file_path", "path", "file",
-        "wav", "wav_path", "wav_file", "wav_filename", "source", "recording",
+        "wav", "wav_path", "wav_file", "wav_filename", "source", "recording", "音频", "录音",
     ),
     "text": (
         "text", "sentence", "transcript", "transcription", "target", "txt", "normalized_text", "raw_text",
-        "normalized_transcription", "raw_transcription", "utterance", "words", "wrd",
+        "normalized_transcription", "raw_transcription", "utterance", "words", "wrd", "文本",
     ),
     "id": ("id", "key", "utt_id", "utterance_id", "segment_id"),
     "speaker": ("speaker", "speaker_id", "client_id", "spk", "spk_id", "speaker_name", "speakerid"),
