@@ -33,7 +33,8 @@ MAX_GAIN, SPEECH_PEAK = 1000.0, 0.5  # largest gain before VAD, and largest samp
 MIN_WINDOWS, TONE_PROMINENCE = 4, 15.0  # windows in which a tone must be, and dB above its neighbours
 FINGERPRINT_POINTS = 48
 SMOOTH = np.array([1, 4, 6, 4, 1]) / 16  # weights of neighbouring frames in a fingerprint
-FINGERPRINT_RANGE = 20.0  # dB below the level of speech
+FINGERPRINT_RANGE = 20.0  # dB below the loudest frame
+EDGE_ENERGY = 0.02  # share of the energy before and after the sounding part
 CLIP_RUN = 3  # equal samples at the peak
 EDGE_BAND = (100.0, 600.0)  # Hz below an edge of the spectrum, where the content next to it is measured
 EDGE_WIDTH = 0.3  # of the edge's frequency: transition band of a short resampling filter
@@ -288,7 +289,7 @@ class _Meter:
             pauses = (after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
             result.pause = max(pauses, default=0.0)
         self._finish_spectrum()
-        result.fingerprint = _fingerprint(levels, decibels(np.concatenate(self.bright)), float(high))
+        result.fingerprint = _fingerprint(levels, decibels(np.concatenate(self.bright)))
 
     def _finish_spectrum(self) -> None:
         result = self.result
@@ -370,13 +371,15 @@ def _local_median(values: np.ndarray, size: int) -> np.ndarray:
     return medians[np.minimum(np.arange(len(values)) // size, len(medians) - 1)]
 
 
-def _fingerprint(levels: np.ndarray, bright: np.ndarray, high: float) -> np.ndarray:
+def _fingerprint(levels: np.ndarray, bright: np.ndarray) -> np.ndarray:
     """Returns the contour of level and brightness of the sounding part as a unit vector."""
-    loud = np.flatnonzero(levels > high - FINGERPRINT_RANGE)
-    if len(loud) < 8:
+    power = 10 ** (levels / 10)
+    # Shares of the energy: a level from which a frame sounds would move by several frames for a padded copy.
+    first, last = np.interp((EDGE_ENERGY, 1 - EDGE_ENERGY), np.cumsum(power) / power.sum(), np.arange(len(levels)))
+    if last - first < 8:
         return np.zeros(0, np.float32)
-    part = slice(int(loud[0]), int(loud[-1]) + 1)
-    places = np.linspace(part.start, part.stop - 1, FINGERPRINT_POINTS)
+    part = slice(int(first), int(last) + 2)
+    places = np.linspace(first, last, FINGERPRINT_POINTS)
     contours = []
     for values in (levels, bright - levels):
         values = np.convolve(np.pad(values, 2, mode="edge"), SMOOTH, "valid")  # copies may be shifted by half a frame

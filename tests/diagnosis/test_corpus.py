@@ -3,16 +3,19 @@
 import itertools
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
 from hf_speechllm.diagnosis.corpus_checks import Corpus, check_corpus, fit_line
-from hf_speechllm.diagnosis.measurement import Measurement
+from hf_speechllm.diagnosis.measurement import Measurement, measure_recording
 from hf_speechllm.diagnosis.model_checks import high_losses
 from hf_speechllm.diagnosis.rows import DataRow, Problem, read_rows
 from hf_speechllm.diagnosis.shifted_transcripts import shifted_transcripts
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart_data"
 
 WORDS = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
 COUNTER = itertools.count()
@@ -181,6 +184,16 @@ def test_high_losses():
     losses[3] = 4.0
     assert [(index, kind) for index, kind, _ in high_losses(corpus, losses, counts)] == [(3, "high-loss")]
     assert list(high_losses(corpus, {3: 4.0}, counts)) == []  # no median
+
+
+@pytest.mark.parametrize("name", ["en-gb-scotland-f4-train-0196", "en-us-train-0234", "cmn-train-0704"])
+def test_padded_copies_have_the_same_fingerprint(name, tmp_path):
+    source = str(QUICKSTART / "audio" / f"{name}.ogg")
+    samples, rate = soundfile.read(source)
+    original = measure_recording(source).fingerprint
+    for before, after in ((3000, 3000), (1111, 0), (0, 777)):
+        soundfile.write(tmp_path / "copy.wav", np.pad(0.5 * samples, (before, after)), rate)
+        assert original @ measure_recording(str(tmp_path / "copy.wav")).fingerprint > 0.95
 
 
 def test_copies_are_found_by_sound(speech, tmp_path, write_rows, examine):
