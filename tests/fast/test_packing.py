@@ -99,7 +99,13 @@ def test_saved_config_does_not_name_the_attention(parts, tmp_path):
 
 def test_llms_that_cannot_separate_rows_are_refused(compose_tiny, tiny_config):
     config = tiny_config()
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     config["llm_config"] = {"model_type": "mistral", **size}
     with pytest.raises(ValueError, match="this LLM is mistral with sdpa"):
         enable_padding_free(compose_tiny(config)[0])
