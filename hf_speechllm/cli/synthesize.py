@@ -24,7 +24,6 @@ import argparse
 import glob
 import logging
 import random
-import shlex
 import sys
 from pathlib import Path
 
@@ -34,8 +33,6 @@ from .arguments import add_waveform_augmentation, waveform_augmentation_of
 from .parser import Parser, prog
 
 logger = logging.getLogger(__name__)
-
-FIELDS = {"voice": "", "rate": 1.0, "pitch": 1.0, "text": "", "wav": ""}  # of --command, with examples
 
 
 def main() -> None:
@@ -125,17 +122,17 @@ def shares_of(engines: list[str], commands: list[str]) -> tuple[dict[str, float]
     Raises:
         ValueError: if an engine is unknown or a share is invalid.
     """
-    from ..data.speech_engines import ENGINES
+    from ..data.speech_engines import ENGINES, fill_command
 
     own = dict(item.split("=", 1) for item in commands if "=" in item)
     if len(own) < len(commands) or any("{wav}" not in command for command in own.values()):
         raise ValueError("--command must be NAME=COMMAND, and the command must contain {wav}")
     for name, line in own.items():
         try:
-            [word.format(**FIELDS) for word in shlex.split(line)]
+            fill_command(line, "", 1.0, 1.0, "", "")
         except (AttributeError, LookupError, ValueError) as error:
-            known = ", ".join(f"{{{field}}}" for field in FIELDS)
-            raise ValueError(f"--command {name}: {error}; the fields are {known}") from error
+            fields = "{voice}, {rate}, {pitch}, {text}, {wav}"
+            raise ValueError(f"--command {name}: {error}; the fields are {fields}") from error
     given = {name: share for name, _, share in (item.partition("=") for item in engines)}
     if len(given) < len(engines):
         raise ValueError("--engines names an engine twice; name each once")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -153,3 +154,19 @@ def voices_of(engines: Iterable[str], language: str, folder: str | None) -> dict
         if not found[name]:
             raise BadDataError(f"--engines {name}: {program} has no voice for the language {language!r}")
     return found
+
+
+def fill_command(line: str, voice: str, rate: float, pitch: float, text: str, wav: str) -> list[str]:
+    """Returns the words of a command of the user, with values for the fields `{voice}`, `{rate}`, ...
+
+    Args:
+        line: command line with fields.
+        voice: name.
+        rate, pitch: factors.
+        text, wav: files.
+
+    Raises:
+        AttributeError, LookupError, ValueError: if a field is unknown, or quotation marks do not match.
+    """
+    values = {"voice": voice, "rate": rate, "pitch": pitch, "text": text, "wav": wav}
+    return [word.format(**values) for word in shlex.split(line)]

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import shlex
 import subprocess
 import tarfile
 import tempfile
@@ -34,7 +33,7 @@ from .bad_rows import BadRows
 from .hotword_lists import CHARACTERS, MARKS
 from .kaldi import speech_length
 from .processes import end_with_parent
-from .speech_engines import ENGINES, TIMEOUT
+from .speech_engines import ENGINES, TIMEOUT, fill_command
 
 SAMPLING_RATE = 16000  # Hz, of the shards
 RATES, PITCHES = (0.8, 1.25), (0.8, 1.25)  # range of the factors of speaking rate and pitch
@@ -149,8 +148,7 @@ def speak(plan: Plan, row: int, folder: Path) -> np.ndarray:
     text.write_text(content + "\n", encoding="utf-8")
     wav.unlink(missing_ok=True)
     if engine in plan.commands:
-        values = {"voice": voice, "rate": rate, "pitch": pitch, "text": text, "wav": wav}
-        command = [word.format(**values) for word in shlex.split(plan.commands[engine])]
+        command = fill_command(plan.commands[engine], voice, rate, pitch, str(text), str(wav))
     else:
         command = ENGINES[engine].command(voice, rate, pitch, str(text), str(wav))
     try:
