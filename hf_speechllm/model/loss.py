@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from .chat import IGNORE_INDEX
 from .packing import Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Positions per chunk of logits. A chunk and its gradient need 5 GB with a vocabulary of 150,000 (float32).
 POSITIONS_PER_CHUNK = 4096
@@ -27,23 +30,40 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     return needed.flatten().nonzero().squeeze(-1)
 
 
-def refuse_scaled_logits(llm_config) -> None:
-    """Refuses LLMs that scale or cap logits after the head, because the model uses the output of the head directly.
+class LogitScaling(NamedTuple):
+    """What an LLM does with the output of its head: `cap * tanh(scale * output / cap)`, without `tanh` if uncapped.
 
-    Raises:
-        ValueError: if the LLM does.
+    Source: `forward` of the LLMs in transformers (Granite, MiniCPM3, HyperCLOVA X, Cohere, Falcon-H1, Gemma).
+
+    Args:
+        scale: factor of the output.
+        cap: largest absolute value of a logit; `None` is unlimited.
     """
-    for name, neutral in {
-        "final_logit_softcapping": (None,),
-        "logit_scale": (None, 1.0),
-        "logits_scaling": (None, 1.0),
-    }.items():
-        value = llm_config.to_dict().get(name)
-        if value not in neutral:
-            raise ValueError(
-                f"llm_config.{name} is {value}: LLMs that change logits after the head are not supported; "
-                "choose another LLM"
-            )
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, llm_config: PreTrainedConfig) -> LogitScaling:
+        """Returns the scaling of an LLM from its config."""
+        scale = getattr(llm_config, "logits_scaling", None) or 1.0
+        if llm_config.model_type.startswith(("granite", "minicpm")):
+            scale = 1 / scale
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= getattr(llm_config, name, None) or 1.0
+        return cls(scale, getattr(llm_config, "final_logit_softcapping", None))
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        """Returns the logits for the output of the head."""
+        logits = output if self.scale == 1.0 else output * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def gradient(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """Returns the derivative of the logits with respect to the output of the head."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
+
+
+UNSCALED = LogitScaling()
 
 
 def count_labels(labels: torch.Tensor, positions: Positions) -> torch.Tensor:
@@ -64,6 +84,7 @@ def supervised_loss(
     head: nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     positions: torch.Tensor | None = None,
+    scaling: LogitScaling = UNSCALED,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the cross-entropy of the next token.
 
@@ -77,6 +98,7 @@ def supervised_loss(
         head: maps width to vocabulary.
         num_items_in_batch: divisor of the summed loss; default: supervised tokens in this batch.
         positions: result of `label_positions`; computing them here costs a host-device sync.
+        scaling: of the head's output.
 
     Returns:
         Loss, number of supervised tokens, and token accuracy.
@@ -89,10 +111,10 @@ def supervised_loss(
     plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
     if plain and not torch.compiler.is_compiling():  # the compiler cannot trace `_call_with_forward`
         total, correct = _call_with_forward(
-            head, lambda states: _LinearCrossEntropy.apply(states, head.weight, targets), states
+            head, lambda states: _LinearCrossEntropy.apply(states, head.weight, targets, scaling), states
         )
     else:
-        logits = head(states).float()
+        logits = scaling(head(states).float())
         total = functional.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.detach().argmax(-1) == targets).sum()
     items = count.clamp(min=1)
@@ -112,10 +134,10 @@ def _call_with_forward(module: nn.Module, forward: Callable, *args) -> Any:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `states @ weight.T`, and the number of correct predictions."""
+    """Summed cross-entropy of `scaling(states @ weight.T)`, and the number of correct predictions."""
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scaling: LogitScaling):
         """Args: shapes = (positions, width), (vocabulary, width), (positions,)."""
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -130,16 +152,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + POSITIONS_PER_CHUNK)
                 inputs, target = states[chunk].to(dtype), targets[chunk].unsqueeze(-1)
                 # Upcast to float32, as transformers' loss does: bf16 log-sum-exp over 150,000 entries is inaccurate.
-                logits = (inputs @ cast.T).float()
+                logits = scaling((inputs @ cast.T).float())
                 correct += (logits.argmax(-1) == targets[chunk]).sum()
                 normalizer = logits.logsumexp(-1, keepdim=True)
                 total += (normalizer - logits.gather(-1, target)).sum()
                 if not (needs_states or needs_weight):
                     continue
+                slope = None if scaling == UNSCALED else scaling.gradient(logits)
                 # Gradient of the logits: probabilities, minus 1 at the target.
                 grad = logits.sub_(normalizer).exp_()
                 grad.scatter_add_(-1, target, torch.full_like(target, -1, dtype=grad.dtype))
-                grad = grad.to(dtype)
+                grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
                 if grad_states is not None:
                     grad_states[chunk] = (grad @ cast).to(states.dtype)
                 if grad_weight is not None:
@@ -157,4 +180,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_states = grad_states * grad_total.to(grad_states.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_states, grad_weight, None
+        return grad_states, grad_weight, None, None

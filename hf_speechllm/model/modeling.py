@@ -30,7 +30,7 @@ from .ctc import CTCHead
 from .encoders import build_encoder, encode, encoder_family, freeze_unused
 from .gradient_checkpointing import enable_frozen_checkpointing, require_gradient
 from .kv_cache import CACHE, CACHE_NAMES, find_cache
-from .loss import count_labels, refuse_scaled_logits, supervised_loss
+from .loss import LogitScaling, count_labels, supervised_loss
 from .native_families import ALL_PARTS
 from .native_families import PARTS as PARTS
 from .packing import PaddingFreeBatch, Positions, causal_masks, packed_masks, padding_mask, require_padding_free
@@ -87,10 +87,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SpeechLLMConfig):
         super().__init__(config)
-        refuse_scaled_logits(config.llm_config)
         self.audio_encoder = build_encoder(config.audio_encoder_config)
         self.audio_adaptor = AudioAdaptor._from_config(config.audio_adaptor_config)
         self.llm = AutoModelForCausalLM.from_config(config.llm_config)
+        self.logit_scaling = LogitScaling.of(config.llm_config)
         self.ctc_head: Any = CTCHead._from_config(config.ctc_head_config) if config.ctc_head_config else None
         # The token file of FunASR's CTC branch, and its tensors if they are incomplete: the model does not use them.
         self.ctc_tensors: dict[str, torch.Tensor] = {}
@@ -355,18 +355,18 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head = self.get_output_embeddings()
         if labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result |= {"logits": head(states[:, kept]), CACHE: getattr(outputs, CACHE)}
+            result |= {"logits": self.logit_scaling(head(states[:, kept])), CACHE: getattr(outputs, CACHE)}
         elif shift_labels is not None or self.loss_function is not ForCausalLMLoss:  # set by the user
-            result["logits"] = head(states)
+            result["logits"] = self.logit_scaling(head(states))
             result["loss"] = self.loss_function(
                 logits=result["logits"], labels=labels, vocab_size=self.config.get_text_config().vocab_size,
                 num_items_in_batch=num_items_in_batch, shift_labels=shift_labels,
             )  # fmt: skip
         else:
             result["loss"], result["num_label_tokens"], result["token_accuracy"] = supervised_loss(
-                states, labels, head, num_items_in_batch, positions.get("labels")
+                states, labels, head, num_items_in_batch, positions.get("labels"), self.logit_scaling
             )
-            result["logits"] = head(states) if return_logits else None
+            result["logits"] = self.logit_scaling(head(states)) if return_logits else None
         if ctc_loss is not None:
             result["loss"], result["ctc_loss"] = result["loss"] + self.ctc_head.loss_weight * ctc_loss, ctc_loss
         return SpeechLLMOutput(**result)

@@ -55,11 +55,34 @@ def test_state_space_models_decode_batches_and_are_loaded_again(name, compose_wi
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("granite", {**SIZES, **HEADS, "logits_scaling": 4.0}),
+        ("cohere2", {**SIZES, **HEADS, "logit_scale": 0.25}),
+        ("gemma2", {**SIZES, **HEADS, "final_logit_softcapping": 0.5}),
+        ("falcon_h1", {**LLMS["falcon_h1"], "lm_head_multiplier": 0.5}),
+    ],
+)
+def test_scaled_and_capped_logits_are_those_of_the_llm_and_enter_the_loss(name, sizes, compose_with, waveforms):
+    model, processor = compose_with(name, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    inputs = processor.apply_transcription_request(waveforms[:1])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    states, mask = model.eval().encode_audio(inputs["input_features"], inputs["input_features_mask"])
+    expected = model.llm(inputs_embeds=model.embed(inputs["input_ids"], states, mask), labels=labels)
+    torch.testing.assert_close(model(**inputs).logits, expected.logits)
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected.loss)
+
+
+@pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
         ("gemma4_text", {**SIZES, **HEADS}, "an LLM of type gemma4_text cannot be combined with an encoder"),
         ("opt", {**SIZES, "ffn_dim": 24, "num_attention_heads": 2, "word_embed_proj_dim": 8}, "type opt cannot be"),
-        ("falcon_h1", {**LLMS["falcon_h1"], "lm_head_multiplier": 0.5}, "its logits are not those of its head"),
+        ("bert", {**SIZES, "num_attention_heads": 2, "is_decoder": True}, "its logits are not those of its head"),
     ],
 )
 def test_llms_that_fail_with_audio_tokens_are_refused(name, sizes, message, compose_with):

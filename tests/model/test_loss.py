@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from hf_speechllm.model import loss as module
 from hf_speechllm.model.chat import IGNORE_INDEX
-from hf_speechllm.model.loss import supervised_loss
+from hf_speechllm.model.loss import UNSCALED, LogitScaling, supervised_loss
 
 pytestmark = pytest.mark.core
 
@@ -35,18 +35,24 @@ def head():
     return nn.Linear(WIDTH, VOCABULARY, bias=False)
 
 
-def full_loss(states, labels, head):
-    logits = head(states[:, :-1]).float()
+def full_loss(states, labels, head, scale=1.0, cap=None):
+    logits = scale * head(states[:, :-1]).float()
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
     return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trained", [True, False])
-def test_loss_and_gradients_equal_those_of_full_logits(inputs, head, autocast, trained):
+@pytest.mark.parametrize("scaling", [UNSCALED, LogitScaling(0.25), LogitScaling(2.0, 1.5), LogitScaling(cap=0.7)])
+def test_loss_and_gradients_equal_those_of_full_logits(inputs, head, autocast, trained, scaling):
     states, labels = inputs
     head.requires_grad_(trained)
     results = []
-    for compute in (full_loss, lambda *args: supervised_loss(*args)[0]):
+    for compute in (
+        lambda *args: full_loss(*args, *scaling),
+        lambda *args: supervised_loss(*args, scaling=scaling)[0],
+    ):
         states.grad = head.weight.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = compute(states, labels, head)

@@ -456,20 +456,6 @@ def test_frozen_part_has_no_dropout_in_training(compose_tiny, tiny_config, dialo
     assert model(**batch).loss == model(**batch).loss
 
 
-@pytest.mark.parametrize(
-    ("llm", "name"),
-    [
-        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"model_type": "cohere", "logit_scale": 0.0625}, "logit_scale"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling"),
-    ],
-)
-def test_llm_that_changes_logits_after_the_head_is_refused(compose_tiny, tiny_config, llm, name):
-    sizes = tiny_config()["llm_config"]
-    with pytest.raises(ValueError, match=name):
-        compose_tiny({**tiny_config(), "llm_config": {**sizes, **llm}})
-
-
 def test_half_precision_model_has_a_loss_near_that_of_full_precision(compose_tiny, dialogues):
     model, processor = compose_tiny()
     batch = processor.apply_chat_template(dialogues)
