@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from .resampling import resample
-from .waveform import AudioError, load_audio, read_audio
+from .waveform import AUDIO_SUFFIXES, AudioError, load_audio, read_audio
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aif", ".aiff", ".au", ".sph")
 CACHE_BYTES = 128 * 2**20  # decoded recordings of a folder per process: 35 minutes at 16 kHz
 TALKERS = (3, 7)  # smallest and largest number of talkers of a babble, as in Kaldi's MUSAN recipes
 NUM_ROOMS = 200  # simulated impulse responses; a process simulates each room at most once, in about 0.1 s
@@ -119,7 +118,7 @@ class RecordingFolder:
         for file in self.files[start:] + self.files[:start]:
             if (waveform := self._load(file)) is not None:
                 return waveform
-        raise ValueError(f"{self.folder}: no readable recordings ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{self.folder}: no readable recordings ({', '.join(AUDIO_SUFFIXES)})")
 
     def _load(self, file: str) -> np.ndarray | None:
         if file in self._kept:
@@ -143,7 +142,7 @@ class RecordingFolder:
 def recordings_in(folder: str) -> list[str]:
     """Returns the paths of all recordings in a folder and its subfolders, sorted."""
     found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.lower().endswith(SUFFIXES))
+    return sorted(path for path in found if path.lower().endswith(AUDIO_SUFFIXES))
 
 
 @dataclass

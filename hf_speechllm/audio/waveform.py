@@ -36,6 +36,11 @@ from .wav_header import probe_plain_wav
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
+# Suffixes of recordings in a folder; a file that the user names may have any suffix.
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".amr", ".aif", ".aiff", ".au", ".caf",
+    ".w64", ".sph", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".ts",
+)  # fmt: skip
 CANCELLED = 0.1  # channels cancel each other if their mean has less than this share of independent channels' energy
 CANCELLED_CHANNELS = "%s: channels in opposite phase cancel each other; using only channel %d"
 GROWTH = 8  # an array grows by at least 1/8 of its length

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from ..audio.noise import SUFFIXES as AUDIO_SUFFIXES
+from ..audio.waveform import AUDIO_SUFFIXES
 from .shards import is_archive
 
 SMALL_FILE = 1 << 20  # bytes

@@ -12,18 +12,13 @@ from typing import NamedTuple
 
 from ..audio.downloads import is_url, redact_url
 from ..audio.time_range import time_range_hint
-from ..audio.waveform import local_path
+from ..audio.waveform import AUDIO_SUFFIXES, local_path
 from ..data.bad_rows import BadRow, BadRows
 from ..data.jsonl import recording_id
 from ..data.shards import is_archive, recordings_of_archive
 
 logger = logging.getLogger(__name__)
 
-# Suffixes of recordings in a folder; a file that the user names may have any suffix.
-AUDIO_SUFFIXES = {
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".amr", ".aif", ".aiff", ".au", ".caf",
-    ".w64", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".ts",
-}  # fmt: skip
 _WHITE_SPACE = re.compile(r"\s+")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+from ...audio.waveform import AUDIO_SUFFIXES
 from ..bad_rows import BadDataError
 from ..utterance import Utterance
 from . import corpora, dialogues, hugging_face, lhotse_cuts, named_files, tables
@@ -43,7 +44,7 @@ WITHOUT_LIST = f"recordings, but no list of transcripts in a known layout; {TABL
 # What to do with files of other kinds, by suffix. The first kind found counts: archives often lie beside the files.
 ADVICE = {
     (".scp",): "Kaldi lists are called wav.scp and text; for other names, see `hf-speechllm scp2jsonl --help`",
-    named_files.AUDIO_SUFFIXES: WITHOUT_LIST,
+    AUDIO_SUFFIXES: WITHOUT_LIST,
     (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar"): "packed; unpack the corpus and pass its folder",
     (".tar",): "shards need no preparation; pass the tar files (FOLDER/*.tar) to training (--train_file) or to doctor",
     (".xlsx", ".xls", ".ods"): "a spreadsheet; save it as CSV (UTF-8), and pass the CSV",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ...audio.waveform import AUDIO_SUFFIXES
 from ..bad_rows import BadDataError, BadRows
 from ..kaldi import KaldiList, join, read_list, read_scp, read_segments, require_transcripts
 from ..utterance import Utterance
@@ -18,7 +19,6 @@ from .reading import HEAD_BYTES, Reading, language_code, split_of
 logger = logging.getLogger(__name__)
 
 AISHELL_TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
-AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".mp3", ".ogg")
 # Tags in GigaSpeech's `text_tn`: punctuation, and segments without speech.
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 NO_SPEECH = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}

@@ -9,11 +9,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+from ...audio.waveform import AUDIO_SUFFIXES
 from ..kaldi import read_list
 from ..utterance import Utterance
 from .reading import HEAD_BYTES, NO_ROWS, Reading, choose_lists, split_of_path
 
-AUDIO_SUFFIXES = (".flac", ".wav", ".opus", ".mp3", ".ogg", ".m4a", ".mp4", ".webm", ".aac")
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".srt", ".vtt")  # the most specific first; compared in lower case
 LOOKED_AT = 20  # folders with recordings that the detector examines
 _TIMIT = re.compile(r"0 \d{4,} (?=\D)")  # first and last sample before the text
