@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -153,7 +154,8 @@ def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProc
     """Computes two steps for half a second of silence, because some parts of transformers fail only when used.
 
     Raises:
-        CheckpointError: if a step fails, or if the LLM computes its logits in another way than with its head.
+        CheckpointError: if a step fails, or if the LLM computes its logits in another way than with its head, or from
+            padding.
     """
     training = model.training
     model.eval()
@@ -164,12 +166,14 @@ def _rehearse(model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProc
     with reading(f"an LLM of type {model.config.llm_config.model_type}", "cannot be combined with an encoder"):
         embeddings = model.embed(inputs["input_ids"], states, mask)
         expected = model.llm(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
-        steps = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], inputs_embeds=embeddings,
-            max_new_tokens=2, min_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        if not torch.allclose(steps.logits[0], expected, rtol=1e-3, atol=1e-3):
-            raise ValueError("its logits are not those of its head")
+        for padding, problem in ((0, "its logits are not those of its head"), (3, "padding changes its logits")):
+            steps = model.generate(
+                input_ids=pad(inputs["input_ids"], (padding, 0)), max_new_tokens=2, min_new_tokens=2, do_sample=False,
+                attention_mask=pad(inputs["attention_mask"], (padding, 0)), output_logits=True,
+                inputs_embeds=pad(embeddings, (0, 0, padding, 0)), return_dict_in_generate=True,
+            )  # fmt: skip
+            if not torch.allclose(steps.logits[0], expected, rtol=1e-3, atol=1e-3):
+                raise ValueError(problem)
     model.train(training)
 
 

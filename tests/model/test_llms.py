@@ -83,6 +83,11 @@ def test_scaled_and_capped_logits_are_those_of_the_llm_and_enter_the_loss(name, 
         ("gemma4_text", {**SIZES, **HEADS}, "an LLM of type gemma4_text cannot be combined with an encoder"),
         ("opt", {**SIZES, "ffn_dim": 24, "num_attention_heads": 2, "word_embed_proj_dim": 8}, "type opt cannot be"),
         ("bert", {**SIZES, "num_attention_heads": 2, "is_decoder": True}, "its logits are not those of its head"),
+        (
+            "trocr",
+            {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24},
+            "padding changes its logits",
+        ),
     ],
 )
 def test_llms_that_fail_with_audio_tokens_are_refused(name, sizes, message, compose_with):
