@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_speechllm import SpeechLLMConfig
 from hf_speechllm.formats.composition import compose, train_tokenizer
 
 HYBRID = ["mamba", "mamba", "attention", "mamba"]
@@ -113,7 +114,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     tokenizer = train_tokenizer(["one two three"], 280)
-    for name in args.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for name in args.types or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {SpeechLLMConfig.model_type}):
         line = {"llm": name, **examine(name, tokenizer), "transformers": transformers.__version__}
         print(json.dumps(line), flush=True)
 
