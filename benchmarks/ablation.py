@@ -21,15 +21,16 @@ from transformers import PreTrainedModel
 from workload import environment, make_model, make_rows
 
 from hf_speechllm.model import packing
+from hf_speechllm.model.loss import UNSCALED
 
 COMPILED = ["--compile_layers", "true"]
 PADDED = ["--padding_free", "false"]
 SMALL = ["--per_device_train_batch_seconds", "240"]
 
 
-def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, positions=None):
+def loss_of_all_logits(hidden_states, labels, head, num_items_in_batch=None, positions=None, scaling=UNSCALED):
     """Computes `loss.supervised_loss` with logits at every position."""
-    logits, targets = head(hidden_states[:, :-1]).float().flatten(0, 1), labels[:, 1:].flatten()
+    logits, targets = scaling(head(hidden_states[:, :-1]).float()).flatten(0, 1), labels[:, 1:].flatten()
     count = (targets != -100).sum()
     total = functional.cross_entropy(logits, targets, reduction="sum")
     correct = ((logits.argmax(-1) == targets) & (targets != -100)).sum()
