@@ -5,6 +5,7 @@ python benchmarks/llm_types.py qwen3_5_text granite
 
 A type works if recordings decoded together have the logits of recordings decoded alone, the loss is that of the LLM's
 own logits, and a training step gives the adaptor a gradient. A type whose config cannot be made tiny is `not tried`.
+Encoder and adaptor: recipes/configs/models/tiny.yaml.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import tempfile
 import numpy as np
 import torch
 import transformers
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from workload import MODELS
 
 from hf_speechllm import SpeechLLMConfig
 from hf_speechllm.formats.composition import compose, train_tokenizer
@@ -37,11 +40,6 @@ OWN_SIZES = {
     "bamba": {"attn_layer_indices": [2]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
-ENCODER = {
-    "model_type": "fun_asr_nano_encoder", "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_timestamp_prediction_layers": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-}  # fmt: skip
-ADAPTOR = {"projector_hidden_size": 40, "num_attention_heads": 4, "num_hidden_layers": 1}
 MAX_PARAMETERS = 20_000_000
 TOLERANCE = 1e-3
 
@@ -91,18 +89,18 @@ def differences(model, processor) -> dict[str, float]:
 
 def examine(name: str, tokenizer) -> dict:
     """Returns the result for a type of LLM."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    config = yaml.safe_load((MODELS / "tiny.yaml").read_text(encoding="utf-8"))
+    config.pop("llm_config")
+    result = "not tried"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             tiny_llm(name, len(tokenizer)).save_pretrained(folder)
-        except Exception as error:  # each type fails in its own way
-            return {"result": "not tried", "reason": f"{type(error).__name__}: {error}"[:200]}
-        try:
-            model, processor = compose(
-                {"audio_encoder_config": ENCODER, "audio_adaptor_config": ADAPTOR}, tokenizer, llm=folder
-            )
-            found = differences(model, processor)
-        except Exception as error:
-            return {"result": "refused", "reason": f"{type(error).__name__}: {error}"[-200:]}
+            result = "refused"
+            model, processor = compose(config, tokenizer, llm=folder)
+        result = "fails"
+        found = differences(model, processor)
+    except Exception as error:  # each type fails in its own way
+        return {"result": result, "reason": f"{type(error).__name__}: {error}"[-200:]}
     works = max(found["padding"], found["loss"]) < TOLERANCE and found["gradient"] > 0
     return {"result": "works" if works else "differs", **found}
 
